@@ -1,0 +1,52 @@
+"""What comes back for a question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cribsheet.engine import FinishReason
+from cribsheet.sampling import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer; `cached_tokens` of the prompt are the sheet's and were not read again."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and answer."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stretch of a document that an answer looked at; `weight` is its share of that attention, 0 to 1."""
+
+    document_id: str
+    start: int
+    stop: int
+    weight: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and how it came about; `str()` gives its text.
+
+    `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    seconds: float
+    first_token_seconds: float
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def __str__(self) -> str:
+        """The text."""
+        return self.text

@@ -1,0 +1,144 @@
+"""Attention that also returns its log-sum-exp, and the merge of two parts of one softmax.
+
+One identity serves building and answering: attention over `[prefix, new tokens]` is attention over the prefix
+(non-causal: every new token sees all of it) and attention over the new tokens (causal), merged by their
+log-sum-exps. It needs no rectangular mask, reads a prefix once for a whole batch, and leaves the log-sum-exp from
+which attention weights of any row can be recomputed later. The split is that of Hydragen (arXiv 2402.05099).
+
+Letters: `B` sequences, `H` query heads, `K` key/value heads (`H` a multiple of `K`), `T` query rows, `S` keys,
+`D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB in float32
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention output (B, H, T, D) and its log-sum-exp (B, H, T) in float32.
+
+    `q` is (B, H, T, D); `k` and `v` are (B, K, S, D). `causal` aligns the first row with the first key and needs
+    `T == S`; `mask` is boolean, broadcastable to (B, 1, T, S), true where a row may look. A row that may look at
+    nothing yields zeros and a log-sum-exp of minus infinity.
+    """
+    if k.shape[2] == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return _attend_cpu(q, k, v, scale, causal, mask)
+    return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask)
+
+
+def _attend_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    if mask is not None:  # the kernel yields NaN for a row that may look at nothing
+        out, lse = torch.nan_to_num(out), lse.masked_fill(lse.isnan(), float("-inf"))
+    return out, lse
+
+
+def attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend` written from the formula, in float32, a block of rows at a time; any device, any dtype.
+
+    The reference of the faster paths, and the path for devices that have none.
+    """
+    b, h, t, d = q.shape
+    kv_heads, s = k.shape[1], k.shape[2]
+    k32, v32 = k.float().unsqueeze(2), v.float().unsqueeze(2)  # (B, K, 1, S, D)
+    rows = max(1, _MAX_SCORES // (b * h * s))
+    outs, lses = [], []
+    for start in range(0, t, rows):
+        q32 = q[:, :, start : start + rows].float().reshape(b, kv_heads, h // kv_heads, -1, d)
+        logits = (q32 @ k32.transpose(-1, -2) * scale).reshape(b, h, -1, s)  # (B, H, rows, S)
+        if causal:
+            row = torch.arange(start, start + logits.shape[2], device=q.device)
+            logits.masked_fill_(torch.arange(s, device=q.device) > row[:, None], float("-inf"))
+        if mask is not None:
+            block = mask if mask.shape[-2] == 1 else mask[:, :, start : start + rows]
+            logits.masked_fill_(~block, float("-inf"))
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
+        out = weights.reshape(b, kv_heads, h // kv_heads, -1, s) @ v32
+        outs.append(out.reshape(b, h, -1, d).to(q.dtype))
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` of B sequences over one prefix that they share: `k` and `v` are (1, K, S, D).
+
+    Query heads of a group and all sequences are packed as rows of one key/value head, so the prefix is read once
+    however many sequences ask.
+    """
+    b, h, t, d = q.shape
+    kv_heads = k.shape[1]
+    group = h // kv_heads
+    packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
+    out, lse = attend(packed, k, v, scale=scale)
+    out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
+    lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
+    return out, lse
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, from the (output, log-sum-exp) of each.
+
+    Outputs are (B, H, T, D), log-sum-exps (B, H, T). Either part may be empty for a row (minus infinity), not both.
+    """
+    (out_1, lse_1), (out_2, lse_2) = first, second
+    lse = torch.logaddexp(lse_1, lse_2)
+    weight = (lse_1 - lse).exp().unsqueeze(-1)
+    out = out_2.float() + weight * (out_1.float() - out_2.float())
+    return out.to(out_1.dtype), lse
+
+
+def column_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None) -> Tensor:
+    """How much attention each key gets, summed over rows, for one sequence: (H, S) in float32.
+
+    Recomputes the weights `exp(q·k·scale - lse)` of rows whose log-sum-exp is known, a block of rows at a time, so
+    that nothing of size rows x keys x heads is ever held whole. `q` is (H, T, D), `k` (K, S, D), `lse` (H, T) over
+    *all* keys that the rows saw (also those not in `k`); `row_weight` (T,) multiplies each row.
+    """
+    total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
+    for weights in _weight_blocks(q, k, lse, scale, row_weight):
+        total += weights.sum(1)
+    return total
+
+
+def column_peak(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None) -> Tensor:
+    """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
+    peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
+    for weights in _weight_blocks(q, k, lse, scale, row_weight):
+        peak = torch.maximum(peak, weights.amax(1))
+    return peak
+
+
+def _weight_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None
+) -> Iterator[Tensor]:
+    """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size."""
+    h, t, d = q.shape
+    kv_heads, s, _ = k.shape
+    k32 = k.float().unsqueeze(1).transpose(-1, -2)  # (K, 1, D, S)
+    rows = max(1, _MAX_SCORES // (h * max(1, s)))
+    for start in range(0, t, rows):
+        q32 = q[:, start : start + rows].float().reshape(kv_heads, h // kv_heads, -1, d)
+        logits = (q32 @ k32).mul_(scale).reshape(h, -1, s)
+        weights = logits.sub_(lse[:, start : start + rows, None]).exp_()
+        if row_weight is not None:
+            weights *= row_weight[start : start + rows, None]
+        yield weights

@@ -1,0 +1,258 @@
+"""The model underneath: the only file that knows the insides of transformers.
+
+Supported families and settings are listed here and everything else is refused by name. Attention is *registered*
+under our own name, never patched: a cache layer of ours tags the keys that it returns, and the registered function
+hands tagged keys back to their layer and all others to stock SDPA. The mask function must be registered too, or
+transformers drops masks without a word. The name is active on a model only inside `Backbone.attached()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cribsheet.errors import ModelError
+from cribsheet.prefix import LayerPrefix, PrefixLayer, ReadingLayer
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+POCKET = "pocket"
+_ATTENTION = "cribsheet"
+
+
+class Backbone:
+    """A causal language model with its tokenizer, as the rest of the library sees it.
+
+    Attributes: `name` (what it was loaded from), `revision`, `num_layers`, `num_heads`, `kv_heads`, `head_size`,
+    `window` (positions it was made for), `inv_freq` (R/2,), `device`, `dtype`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str = "", revision: str | None = None) -> None:
+        config: Any = model.config
+        check_supported(config)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"The tokenizer {type(tokenizer).__name__} gives no character offsets, so kept tokens could not be "
+                "traced to their documents; load a fast tokenizer (tokenizer.json)."
+            )
+        self.model: Any = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        self.revision = revision or getattr(config, "_commit_hash", None)
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        self.window: int = config.max_position_embeddings
+        self.inv_freq: Tensor = model.base_model.rotary_emb.inv_freq.detach().float()  # type: ignore[union-attr]
+        self._attach_lock, self._attach_depth, self._stock_attention = threading.Lock(), 0, ""
+        _register_attention()
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        **model_options: Any,
+    ) -> Backbone:
+        """Load a model from a local folder, a hub id, or `"pocket"`.
+
+        `device` defaults to cuda, then mps, then cpu; `dtype` to the checkpoint's own on an accelerator and float32
+        on a CPU. `model_options` go to `from_pretrained` (`quantization_config`, `device_map`, ...). Raises
+        `ModelError` for what cannot be loaded or is not supported, before any weights are read where possible.
+        """
+        source = _locate(str(name))
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
+        check_supported(config)
+        target = torch.device(device) if device is not None else _best_device()
+        options: dict[str, Any] = {"attn_implementation": "sdpa", "revision": revision, **model_options}
+        options["dtype"] = _resolve_dtype(dtype, target)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"The model at {str(name)!r} cannot be loaded: {_first_line(error)}") from error
+        if "device_map" not in model_options and "quantization_config" not in model_options:
+            model = model.to(target)
+        return cls(model, tokenizer, name=str(name), revision=revision)
+
+    @property
+    def config(self) -> Any:
+        """The model's own configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first weights live."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which keys and values are computed."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        generation = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for source in (generation, self.config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            ids.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
+        return frozenset(ids)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Route the model's attention through the registered function while inside; nests, and across threads."""
+        with self._attach_lock:
+            if self._attach_depth == 0:
+                self._stock_attention = self.config._attn_implementation
+                self.config._attn_implementation = _ATTENTION
+            self._attach_depth += 1
+        try:
+            yield
+        finally:
+            with self._attach_lock:
+                self._attach_depth -= 1
+                if self._attach_depth == 0:
+                    self.config._attn_implementation = self._stock_attention
+
+    @torch.no_grad()
+    def read(self, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, guide: Tensor) -> list[ReadingLayer]:
+        """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
+
+        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. Returns one layer each with the chunk's keys and
+        values and the guide's queries and log-sum-exps.
+        """
+        layers = [ReadingLayer(layer, start, len(guide)) for layer in prefix]
+        ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
+        positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
+        with self.attached():
+            self.model.base_model(
+                input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True
+            )
+        return layers
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int = 1) -> Tensor:
+        """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens."""
+        with self.attached():
+            logits: Tensor = self.model(
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            ).logits
+        return logits
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention logits."""
+        scaling: float = self.model.base_model.layers[0].self_attn.scaling
+        return scaling
+
+
+def check_supported(config: Any) -> None:
+    """Refuse, by name, a model whose attention would not survive compression. Raises `ModelError`."""
+    family = getattr(config, "model_type", "?")
+    if family not in FAMILIES:
+        raise ModelError(f"Models of type {family!r} are not supported; use one of {', '.join(FAMILIES)}.")
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(
+            f"Rotary embeddings of type {rope_type!r} change with the length of the text, so keys cannot be moved; "
+            f"use a model with one of {', '.join(ROPE_TYPES)}."
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention"} or (family == "mistral" and window):
+        raise ModelError(
+            f"This {family} model has sliding-window attention (window {window}), where kept tokens would fall out of "
+            "sight; use a version whose layers all have full attention (sliding_window: null)."
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: tagged keys go to their cache layer, all others to stock SDPA."""
+    layer: PrefixLayer | None = getattr(key, "_cribsheet", None)
+    if layer is None:
+        stock: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return stock
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return layer.attend(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+
+
+def _register_attention() -> None:
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def _locate(name: str) -> str:
+    """The folder or id that `from_pretrained` takes."""
+    if name == POCKET:
+        import cribsheet_pocket  # only here: its weights are unpacked on first use
+
+        return str(cribsheet_pocket.path())
+    looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The folder {name!r} holds no config.json; give the folder of a transformers model.")
+        return str(path)
+    if looks_local:
+        raise ModelError(f"There is no model folder {name!r}; give an existing folder, a hub id, or {POCKET!r}.")
+    return name
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype):
+        raise ModelError(f"There is no dtype {dtype!r}; use float32, bfloat16 or float16.")
+    return resolved
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,134 @@
+"""Cache layers for many sequences over one prefix: ragged decoding in slots, and padded prefill.
+
+Letters as in `prefix.py`: `B` sequences, `K` key/value heads, `T` new tokens, `D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from cribsheet.attention import attend, attend_shared, merge
+from cribsheet.prefix import LayerPrefix, PrefixLayer
+
+_BLOCK = 64  # suffix buffers grow by blocks of so many tokens
+
+
+class Rows:
+    """How long each sequence's suffix is, with the tensors that all layers of a step share."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.longest = 0
+        self.slots = self.index = self.mask = torch.empty(0)
+
+    def prepare(self, device: torch.device) -> None:
+        """Make room for one more token in every row."""
+        self.longest = max(self.lengths) + 1
+        self.slots = torch.arange(len(self.lengths), device=device)
+        self.index = torch.tensor(self.lengths, device=device)
+        self.mask = (torch.arange(self.longest, device=device) <= self.index[:, None])[:, None, None, :]
+
+
+class SlotLayer(PrefixLayer):
+    """One layer of a batch whose sequences have suffixes of different lengths; each decodes one token a step."""
+
+    def __init__(self, prefix: LayerPrefix, start: int, rows: Rows) -> None:
+        super().__init__(prefix, start)
+        self.rows = rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token (B, K, 1, D) behind each row and return the filled part of the buffers."""
+        rows, count = self.rows, len(self.rows.lengths)
+        self.reserve(count, rows.longest, key_states)
+        self.keys[rows.slots, :, rows.index] = key_states[:, :, 0]
+        self.values[rows.slots, :, rows.index] = value_states[:, :, 0]
+        return self.tag(self.keys[:count, :, : rows.longest]), self.values[:count, :, : rows.longest]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Attention output (B, H, 1, D); each row sees the prefix and its own suffix."""
+        even = min(self.rows.lengths) + 1 == self.rows.longest
+        suffix = attend(query, key, value, scale=scale, mask=None if even else self.rows.mask)
+        return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale), suffix)[0]
+
+    def insert(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Fill a slot with the suffix (K, n, D) of a prefilled sequence."""
+        size = keys.shape[1]
+        self.reserve(slot + 1, size, keys.unsqueeze(0))
+        self.keys[slot, :, :size], self.values[slot, :, :size] = keys, values
+
+    def vacate(self, slot: int, last: int, length: int) -> None:
+        """Close the gap at `slot` with the `last` slot, whose suffix has `length` tokens."""
+        if slot != last:
+            self.keys[slot, :, :length] = self.keys[last, :, :length]
+            self.values[slot, :, :length] = self.values[last, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """One token a step sees everything, so transformers builds no mask."""
+        return query_length, self.start
+
+    def get_seq_length(self) -> int:
+        """Positions are always given; this only has to agree with `get_mask_sizes`."""
+        return self.start
+
+    def reserve(self, count: int, longest: int, like: Tensor) -> None:
+        """Buffers of at least `count` slots and `longest` tokens."""
+        slots, tokens = self.keys.shape[0], self.keys.shape[2]
+        if count <= slots and longest <= tokens and tokens:
+            return
+        slots = max(count, 2 * slots if count > slots else slots)
+        tokens = max(tokens, -(-longest // _BLOCK) * _BLOCK + _BLOCK if longest > tokens else tokens)
+        self.keys = _enlarged(self.keys, slots, tokens, like)
+        self.values = _enlarged(self.values, slots, tokens, like)
+
+
+class PaddedLayer(PrefixLayer):
+    """One layer of a prefill of questions of different lengths, padded on the left; one forward pass only."""
+
+    def __init__(self, prefix: LayerPrefix, start: int, mask: Tensor | None) -> None:
+        super().__init__(prefix, start)
+        self.mask = mask
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values as they are."""
+        self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
+        return self.tag(key_states), value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Causal attention that ignores the padding; transformers was given no mask."""
+        return self._attend(query, key, value, self.mask, scale)[0]
+
+
+def padded_batch(questions: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids (B, T) padded on the left, their positions (B, T), and the mask (B, 1, T, T), none if nothing is padded."""
+    longest = max(len(ids) for ids in questions)
+    ids = torch.zeros(len(questions), longest, dtype=torch.int64)
+    positions = torch.full_like(ids, start)
+    pads = torch.tensor([longest - len(question) for question in questions])
+    for row, question in enumerate(questions):
+        ids[row, longest - len(question) :] = question
+        positions[row, longest - len(question) :] = torch.arange(start, start + len(question))
+    if not pads.any():
+        return ids, positions, None
+    column = torch.arange(longest)
+    mask = (column <= column[:, None]) & (column >= pads[:, None, None])  # (B, T, T)
+    return ids, positions, mask.unsqueeze(1)
+
+
+def prefill_cache(layers: Sequence[LayerPrefix], start: int, mask: Tensor | None) -> Cache:
+    """A cache for one padded prefill."""
+    device = layers[0].keys.device
+    placed = None if mask is None else mask.to(device)
+    return Cache(layers=[PaddedLayer(layer, start, placed) for layer in layers])
+
+
+def _enlarged(buffer: Tensor, slots: int, tokens: int, like: Tensor) -> Tensor:
+    _, heads, _, size = like.shape
+    grown = like.new_zeros(slots, heads, tokens, size)
+    if buffer.shape[2]:
+        grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+    return grown

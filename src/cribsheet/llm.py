@@ -1,0 +1,342 @@
+"""`CompressedKnowledgeLLM`: a local model and a prebuilt sheet, asked again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from cribsheet import storage
+from cribsheet.answer import Answer, Source, Usage
+from cribsheet.backbone import Backbone
+from cribsheet.build import build_sheet
+from cribsheet.documents import read_documents
+from cribsheet.engine import Delta, Engine, Event, Finished, Prefix, Request
+from cribsheet.errors import RequestError
+from cribsheet.evidence import attention_per_origin, find_sources
+from cribsheet.fingerprint import fingerprint
+from cribsheet.prefix import LayerPrefix
+from cribsheet.sampling import SamplingParams, TokenLogprob
+from cribsheet.sheet import Sheet
+from cribsheet.task import Task
+from cribsheet.template import ChatLayout, Message
+
+Question = str | Sequence[Message]
+
+
+class LoadedModel:
+    """A backbone with its engine; one per model, revision, device and dtype, shared by every sheet on it."""
+
+    _alive: weakref.WeakValueDictionary[tuple[str, ...], LoadedModel] = weakref.WeakValueDictionary()
+    _lock = threading.Lock()
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.engine = Engine(backbone)
+
+    @classmethod
+    def get(cls, model: str | Path | Backbone | LoadedModel, **options: Any) -> LoadedModel:
+        """The loaded model of that name, loading it at most once while anybody uses it."""
+        if isinstance(model, LoadedModel):
+            return model
+        key = (str(id(model)),) if isinstance(model, Backbone) else (str(model), repr(sorted(options.items())))
+        with cls._lock:
+            loaded = cls._alive.get(key)
+            if loaded is None:
+                loaded = cls(model if isinstance(model, Backbone) else Backbone.load(model, **options))
+                cls._alive[key] = loaded
+            return loaded
+
+
+class CompressedKnowledgeLLM:
+    """A local model that answers from a sheet: no retrieval, no re-reading.
+
+    Make one with `build` (from documents) or `load` (from a file). Safe to use from many threads and tasks at once:
+    questions over the same sheet are answered as one batch.
+    """
+
+    def __init__(self, model: Backbone | LoadedModel, sheet: Sheet) -> None:
+        """Attach `sheet` to a loaded model. Raises `MismatchError` if it was made with another one."""
+        self._loaded = LoadedModel.get(model)
+        self.sheet = sheet
+        made = sheet.manifest
+        self._layout = ChatLayout(self.backbone.tokenizer, system=made.system, options=made.template_options)
+        made.fingerprint.check(fingerprint(self.backbone, self._layout))
+        self._task = sheet.task
+
+    @classmethod
+    def build(
+        cls,
+        documents: Any,
+        task: Task | str | Mapping[str, Any] | Path | None = None,
+        *,
+        model: str | Path | Backbone | LoadedModel = "pocket",
+        model_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Condense documents for a task and return the model that answers from them.
+
+        `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
+        folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
+        `Backbone.load`. All other options are those of `build_sheet`: `rate=` or `budget=`, `scorer`, `guide`,
+        `chunk_tokens`, `system`, `dtype`, `seed`, `progress`.
+        """
+        read = read_documents(documents)
+        purpose = Task.of(task)
+        loaded = LoadedModel.get(model, **dict(model_options or {}))
+        return cls(loaded, build_sheet(loaded.backbone, read, purpose, **options))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, model: str | Path | Backbone | LoadedModel | None = None, **model_options: Any
+    ) -> Self:
+        """Open a sheet file, with the model that made it or the one given; both must be the same weights."""
+        sheet = storage.load(path)
+        made = sheet.manifest.fingerprint
+        if model is None:
+            model = made.model
+            model_options.setdefault("revision", made.revision)
+        return cls(LoadedModel.get(model, **{k: v for k, v in model_options.items() if v is not None}), sheet)
+
+    def save(self, path: str | Path, *, texts: bool = True) -> Path:
+        """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
+        return storage.save(self.sheet, path, texts=texts)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model underneath."""
+        return self._loaded.backbone
+
+    @property
+    def room(self) -> int:
+        """Tokens of the model's window that the sheet leaves for question and answer."""
+        return self.backbone.window - self.sheet.tokens
+
+    def ask(self, question: Question, **sampling: Any) -> Answer:
+        """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
+
+        Raises `RequestError` for a question that does not fit the window, or settings out of range.
+        """
+        with self.stream(question, **sampling) as stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    def stream(self, question: Question, **sampling: Any) -> AnswerStream:
+        """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.
+
+        Leaving the `with` block, or `close()`, stops the work within one token.
+        """
+        stream = AnswerStream(self._ask_request(question, sampling))
+        self._loaded.engine.submit(stream.request)
+        return stream
+
+    def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
+        """Answer a conversation of `{"role": "user" | "assistant", "content": ...}` turns over the same prefix."""
+        return self.ask(messages, **sampling)
+
+    def conversation(self) -> Conversation:
+        """A conversation that remembers its turns."""
+        return Conversation(self)
+
+    async def aask(self, question: Question, **sampling: Any) -> Answer:
+        """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
+        stream = self.astream(question, **sampling)
+        async for _ in stream:
+            pass
+        return stream.answer
+
+    def astream(self, question: Question, **sampling: Any) -> AsyncAnswerStream:
+        """`stream` for `async for`; must be called inside a running event loop."""
+        stream = AsyncAnswerStream(self._ask_request(question, sampling), asyncio.get_running_loop())
+        self._loaded.engine.submit(stream.request)
+        return stream
+
+    def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:
+        """Which documents the answer looked at most, and where in them (see `evidence.py` for what that means)."""
+        asked = self._question_ids(question)
+        answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
+        mass = attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
+        return find_sources(self.sheet, mass, limit)
+
+    @property
+    def prefix(self) -> Prefix:
+        """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
+        prefix: Prefix | None = self.__dict__.get("_prefix")
+        if prefix is None:
+            device, dtype = self.backbone.device, self.backbone.dtype
+            layers = [LayerPrefix(x.keys.to(device, dtype), x.values.to(device, dtype)) for x in self.sheet.layers]
+            prefix = self.__dict__.setdefault("_prefix", Prefix(layers, self.sheet.tokens))
+        return prefix
+
+    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> Request:
+        unknown = set(sampling) - set(SamplingParams.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(SamplingParams.__dataclass_fields__)
+            raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
+        given = {name: value for name, value in sampling.items() if value is not None}
+        stop = SamplingParams(stop=given.pop("stop", ())).stop + self._layout.stop
+        ids = self._question_ids(question)
+        left = self.room - len(ids)
+        if left < 1:
+            raise RequestError(
+                f"The question takes {len(ids)} tokens, but the model's window of {self.backbone.window} leaves "
+                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or build at a higher rate."
+            )
+        params = SamplingParams(**given, stop=stop)
+        if params.max_tokens > left:
+            params = SamplingParams(**{**given, "max_tokens": left}, stop=stop)
+        return Request(self.prefix, ids, params, sink=_unset)
+
+    def _question_ids(self, question: Question) -> torch.Tensor:
+        turns = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        if not turns or not str(turns[-1].get("content") or "").strip():
+            raise RequestError("The question is empty; ask something.")
+        text = self._layout.question(turns, self._task, self.sheet.resident)
+        return self._layout.encoder.after(text)
+
+
+class _Stream:
+    """What a caller holds while an answer is written; shared by the sync and async forms."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._began = time.perf_counter()
+        self._first = 0.0
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._answer: Answer | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the stream has ended."""
+        if self._answer is None:
+            raise RequestError("The answer is not finished; read the stream to its end first.")
+        return self._answer
+
+    def cancel(self) -> None:
+        """Stop within one token; the stream then ends with finish reason "cancelled"."""
+        self.request.cancel()
+
+    def _take(self, event: Event) -> str | None:
+        """The text of an event, or none when the answer is complete; errors are raised here."""
+        if isinstance(event, BaseException):
+            self._answer = self._finish(Finished("cancelled", 0))
+            raise event
+        if isinstance(event, Finished):
+            self._answer = self._finish(event)
+            return None
+        self._first = self._first or time.perf_counter() - self._began
+        self._texts.append(event.text)
+        self._logprobs.extend(event.logprobs)
+        return event.text
+
+    def _finish(self, end: Finished) -> Answer:
+        cached, asked = self.request.prefix.tokens, len(self.request.question)
+        seconds = time.perf_counter() - self._began
+        return Answer(
+            text="".join(self._texts),
+            finish_reason=end.reason,
+            usage=Usage(cached + asked, cached, end.completion_tokens),
+            seconds=seconds,
+            first_token_seconds=self._first or seconds,
+            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
+        )
+
+
+class AnswerStream(_Stream):
+    """Iterate for pieces of text as they are written; `.answer` is complete afterwards."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request.sink = self._events.put
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text; never empty ones."""
+        return self
+
+    def __next__(self) -> str:
+        """The next piece of text, waiting for it."""
+        while self._answer is None:
+            text = self._take(self._events.get())
+            if text:
+                return text
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the work if it still runs; safe to call twice and from any thread."""
+        if self._answer is None:
+            self.cancel()
+
+    def __enter__(self) -> Self:
+        """The stream itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the work if it still runs."""
+        self.close()
+
+
+class AsyncAnswerStream(_Stream):
+    """`AnswerStream` for `async for`."""
+
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(request)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        request.sink = lambda event: _hand_over(loop, self._events, event)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        """Pieces of text; never empty ones."""
+        return self
+
+    async def __anext__(self) -> str:
+        """The next piece of text."""
+        while self._answer is None:
+            try:
+                text = self._take(await self._events.get())
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            if text:
+                return text
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Stop the work if it still runs."""
+        if self._answer is None:
+            self.cancel()
+
+
+class Conversation:
+    """Turns over one sheet; only the turns are remembered, the sheet is never written to."""
+
+    def __init__(self, llm: CompressedKnowledgeLLM) -> None:
+        self._llm = llm
+        self.messages: list[Message] = []
+
+    def ask(self, question: str, **sampling: Any) -> Answer:
+        """Ask the next question; it and its answer are remembered once the answer is complete."""
+        asked: Message = {"role": "user", "content": question}
+        answer = self._llm.chat([*self.messages, asked], **sampling)
+        self.messages += [asked, {"role": "assistant", "content": answer.text}]
+        return answer
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+def _unset(event: Event) -> None:
+    raise RequestError(f"nobody listens to {event!r}")

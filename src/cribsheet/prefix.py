@@ -1,0 +1,158 @@
+"""A sheet inside a transformers cache: the prefix is shared and never written to, new tokens go to a suffix.
+
+Each layer answers `attend` for the registered attention function (`backbone.py`): prefix part and suffix part of one
+softmax, merged. To transformers a layer looks as if it held `start` tokens before the suffix; masks cover the suffix
+only, because every new token sees the whole prefix.
+
+Letters as in `attention.py`: `B` sequences, `H` query heads, `K` key/value heads, `T` new tokens, `P` prefix tokens,
+`D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cribsheet.attention import attend, attend_shared, merge
+
+_FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPrefix:
+    """Rotated keys and values (K, P, D) of one layer, shared by every sequence; nobody writes to them."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class PrefixLayer(CacheLayerMixin):
+    """One layer: a shared prefix and a growing suffix of equal length in every sequence.
+
+    Works under stock `generate()`: greedy, beams, several sequences, left-padded batches.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, prefix: LayerPrefix, start: int) -> None:
+        super().__init__()
+        self.prefix_keys, self.prefix_values = prefix.keys.unsqueeze(0), prefix.values.unsqueeze(0)
+        self.start = start
+        self.length = 0
+        self.is_initialized = True
+        self.keys = self.prefix_keys[:, :, :0]  # suffix buffers (B, K, capacity, D), filled up to `length`
+        self.values = self.prefix_values[:, :, :0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: buffers grow on the first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, D) to the suffix and return the whole suffix, tagged with this layer."""
+        new = self.length + key_states.shape[2]
+        self.keys = _grown(self.keys, key_states, new, self.length)
+        self.values = _grown(self.values, value_states, new, self.length)
+        self.keys[:, :, self.length : new] = key_states
+        self.values[:, :, self.length : new] = value_states
+        self.length = new
+        return self.tag(self.keys[:, :, :new]), self.values[:, :, :new]
+
+    def tag(self, keys: Tensor) -> Tensor:
+        """Mark a tensor so that the registered attention function finds its way back to this layer."""
+        keys._cribsheet = self  # type: ignore[attr-defined]
+        return keys
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
+        return self._attend(query, key, value, mask, scale)[0]
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        causal = mask is None and query.shape[2] > 1
+        suffix = attend(query, key, value, scale=scale, causal=causal, mask=mask)
+        if self.prefix_keys.shape[2] == 0:
+            return suffix
+        return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale), suffix)
+
+    def get_seq_length(self) -> int:
+        """Tokens before the next one, the prefix included."""
+        return self.start + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(suffix length after the next update, position at which the suffix begins)."""
+        return self.length + query_length, self.start
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens of the suffix; transformers gives their number negated."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Empty the suffix; the prefix stays."""
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the sequences, as beam search asks."""
+        self.keys = self.keys.index_select(0, beam_idx)
+        self.values = self.values.index_select(0, beam_idx)
+
+
+class ReadingLayer(PrefixLayer):
+    """A layer that reads `[chunk; guide]` in one go and remembers how the guide looked.
+
+    After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
+    """
+
+    def __init__(self, prefix: LayerPrefix, start: int, guide_tokens: int) -> None:
+        super().__init__(prefix, start)
+        self.guide_tokens = guide_tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep a reference to the chunk's keys and values; nothing is copied."""
+        self.length = key_states.shape[2]
+        chunk = self.length - self.guide_tokens
+        self.chunk_keys, self.chunk_values = key_states[0, :, :chunk], value_states[0, :, :chunk]
+        self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
+        return self.tag(key_states), value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
+        out, lse = self._attend(query, key, value, mask, scale)
+        first = query.shape[2] - self.guide_tokens
+        self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
+        return out
+
+
+def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:
+    """A fresh transformers `Cache` over a shared prefix of `start` tokens, for one forward pass or one `generate`."""
+    return Cache(layers=[PrefixLayer(layer, start) for layer in layers])
+
+
+def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:
+    """A buffer for at least `needed` tokens that starts with the `filled` ones of `buffer`."""
+    if needed <= buffer.shape[2] and buffer.shape[0] == like.shape[0]:
+        return buffer
+    batch, heads, _, size = like.shape
+    grown = like.new_empty(batch, heads, max(needed, 2 * buffer.shape[2], _FIRST_CAPACITY), size)
+    if filled:
+        grown[:, :, :filled] = buffer[:, :, :filled]
+    return grown
+
+
+def empty_prefix(num_layers: int, kv_heads: int, head_size: int, like: Tensor) -> list[LayerPrefix]:
+    """A prefix of no tokens, in the dtype and on the device of `like`."""
+    nothing = torch.empty(kv_heads, 0, head_size, dtype=like.dtype, device=like.device)
+    return [LayerPrefix(nothing, nothing)] * num_layers

@@ -1,0 +1,141 @@
+"""How the next token is chosen: OpenAI's parameters, checked before work starts, and one sampler per sequence."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cribsheet.errors import RequestError
+
+MAX_STOPS = 1000
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Settings of one answer, named as in OpenAI's API. Greedy unless `temperature` is above 0.
+
+    max_tokens
+        longest answer in tokens; never more than the model's window leaves.
+    stop
+        the answer ends before the first of these strings (at most 1000), which is cut off.
+    logprobs
+        how many alternatives to report per token, 0 for the chosen token alone; `None` reports nothing.
+    seed
+        makes sampling repeatable, whatever else runs at the same time.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Accept one stop string for a tuple of one; refuse values out of range with `RequestError`."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        _within("max_tokens", self.max_tokens, 1, math.inf)
+        _within("temperature", self.temperature, 0, 100)
+        _within("top_p", self.top_p, 0, 1, open_below=True)
+        _within("top_k", self.top_k, 0, math.inf)
+        _within("frequency_penalty", self.frequency_penalty, -2, 2)
+        _within("presence_penalty", self.presence_penalty, -2, 2)
+        _within("the number of stop strings", len(stop), 0, MAX_STOPS)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise RequestError(f"stop holds an empty or non-text entry: {stop!r}; give non-empty strings.")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken and nothing else is asked."""
+        shaped = self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return self.temperature == 0 and self.logprobs is None and not shaped
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's text and natural-log probability, with the alternatives that were asked for, best first."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+class Sampler:
+    """Chooses tokens for one sequence; its random numbers depend on its seed alone."""
+
+    def __init__(self, params: SamplingParams, choice: int = 0) -> None:
+        self.params = params
+        self._counts: Counter[int] = Counter()
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed((params.seed + choice) % (1 << 63))
+
+    def pick(self, logits: Tensor) -> tuple[int, Tensor]:
+        """The next token and the log-probabilities (V,) float32 that it was drawn from, before temperature."""
+        logits = self._penalised(logits.float().cpu())
+        logprobs = logits.log_softmax(-1)
+        token = int(logits.argmax()) if self.params.temperature == 0 else self._draw(logits)
+        self._counts[token] += 1
+        return token, logprobs
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        params = self.params
+        if self._counts and (params.frequency_penalty or params.presence_penalty):
+            ids = torch.tensor(list(self._counts))
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            logits = logits.clone()
+            logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+        if params.logit_bias:
+            logits = logits.clone()
+            for token, bias in params.logit_bias.items():
+                if not 0 <= int(token) < len(logits):
+                    raise RequestError(f"logit_bias names token {token}; use ids from 0 to {len(logits) - 1}.")
+                logits[int(token)] += bias
+        return logits
+
+    def _draw(self, logits: Tensor) -> int:
+        params = self.params
+        probabilities = (logits / params.temperature).softmax(-1)
+        if params.top_k:
+            floor = probabilities.topk(min(params.top_k, len(probabilities))).values[-1]
+            probabilities = probabilities.where(probabilities >= floor, 0.0)
+        if params.top_p < 1:
+            ordered, places = probabilities.sort(descending=True)
+            beyond = ordered.cumsum(0) - ordered >= params.top_p * probabilities.sum()
+            probabilities[places[beyond]] = 0.0
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def describe(token: int, logprobs: Tensor, wanted: int, tokenizer: Any) -> TokenLogprob:
+    """The reportable form of a choice."""
+    best = logprobs.topk(wanted) if wanted else None
+    top = (
+        tuple((tokenizer.decode([i]), v) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        if best is not None
+        else ()
+    )
+    return TokenLogprob(token, tokenizer.decode([token]), float(logprobs[token]), top)
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_below: bool = False) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value > high or value < low or (open_below and value == low):
+        upper = "" if high == math.inf else f" and at most {high:g}"
+        raise RequestError(f"{name} is {value!r}; use a number {'above' if open_below else 'of at least'} {low:g}{upper}.")

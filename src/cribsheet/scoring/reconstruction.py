@@ -1,0 +1,29 @@
+"""Task-agnostic: how much a token is needed to repeat the text (in the manner of KVzip, arXiv 2505.23416)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention import column_peak
+from cribsheet.scoring.task_attention import max_over_group
+from cribsheet.scoring.view import Guide, LayerView
+
+
+class Reconstruction:
+    """Largest attention that any token of a repetition of the chunk pays.
+
+    The repetition covers the chunk only, so tokens kept earlier hold on to the score of their own chunk.
+    """
+
+    guide: ClassVar[Guide] = "repeat"
+    pins_head: ClassVar[bool] = True
+
+    def score(self, view: LayerView) -> Tensor:
+        """Scores (K, S)."""
+        scores = max_over_group(column_peak(view.queries, view.keys, view.lse, scale=view.scale), view)
+        kept = view.carried.shape[1]
+        scores[:, :kept] = torch.maximum(scores[:, :kept], view.carried)
+        return scores

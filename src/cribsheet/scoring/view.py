@@ -1,0 +1,58 @@
+"""What a scorer sees, with every shape given once, and the one method that it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+Guide = Literal["task", "repeat", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer of the cache just after a chunk was read, and how the guide looked at it.
+
+    Letters: `H` query heads, `K` key/value heads, `S` cached tokens (those kept before, then the chunk), `T` guide
+    rows, `D` head size. The batch is one. Guide tokens stand after the `S` cached ones and are not among them.
+
+    keys, values
+        (K, S, D), keys rotated for the positions they had during the read.
+    positions
+        (K, S) index of each token in the corpus, int64; ascending along a head.
+    queries
+        (H, T, D) rotated queries of the guide's tokens; T is 0 for scorers that read nothing.
+    lse
+        (H, T) float32 log-sum-exp of each guide row over everything it saw: the S tokens and the guide up to itself.
+    carried
+        (K, P) float32 scores of the first P tokens from when they were kept; P is 0 in the first chunk.
+    scale
+        factor of the attention logits, normally D ** -0.5.
+    layer
+        index of the layer, from 0.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    queries: Tensor
+    lse: Tensor
+    carried: Tensor
+    scale: float
+    layer: int
+
+
+class Scorer(Protocol):
+    """How much each cached token matters, per key/value head.
+
+    `guide` says what is read after each chunk for this scorer: the task, a repetition of the chunk, or nothing.
+    `pins_head` says whether the template's head (attention sinks among it) is always kept.
+    """
+
+    guide: ClassVar[Guide]
+    pins_head: ClassVar[bool]
+
+    def score(self, view: LayerView) -> Tensor:
+        """Scores (K, S), higher is more important; finite float32."""
+        ...

@@ -1,0 +1,161 @@
+"""The artifact: kept keys and values, where each token came from, and what it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from cribsheet.documents import Document
+from cribsheet.fingerprint import Fingerprint
+from cribsheet.prefix import LayerPrefix
+from cribsheet.task import Task
+
+FORMAT_VERSION = 1
+
+
+class DocumentEntry(BaseModel):
+    """One document as the manifest lists it; `tokens` is its length in the corpus."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    characters: int
+    tokens: int
+    metadata: dict[str, Any] = {}
+
+
+class Manifest(BaseModel):
+    """Everything a sheet was made with; stored as JSON in the file's metadata (docs: the sheet format)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT_VERSION
+    cribsheet: str
+    created: str
+    fingerprint: Fingerprint
+    system: str
+    template_options: dict[str, Any]
+    head: str
+    task: dict[str, Any]
+    guide: Literal["resident", "dropped"]
+    guide_tokens: int
+    corpus_digest: str
+    corpus_tokens: int
+    head_tokens: int
+    documents: list[DocumentEntry]
+    scorer: str
+    seed: int
+    budget: int
+    chunk_tokens: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    build: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a document that kept tokens came from; `kept` is the share of heads, 0 to 1, that keep it."""
+
+    document_id: str
+    start: int
+    stop: int
+    kept: float
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A condensed corpus: one file on disk, one read-only prefix in a model.
+
+    layers
+        keys and values (K, P, D) of each layer, keys rotated for positions 0..P-1.
+    indices
+        (L, K, P) int32: index in the corpus of each kept token, -1 for tokens of the guide.
+    origins
+        (U, 4) int32, ascending: corpus index of a kept token, number of its document (-1: none), first and
+        last-plus-one character in the document's text.
+    texts
+        the documents' texts, or nothing if they were left out when saving.
+    """
+
+    layers: Sequence[LayerPrefix]
+    indices: Tensor
+    origins: Tensor
+    manifest: Manifest
+    texts: Sequence[str] = field(default=())
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prefix: kept tokens per layer and head, the guide included."""
+        return self.indices.shape[2]
+
+    @property
+    def rate(self) -> float:
+        """How many times shorter than the corpus."""
+        return self.manifest.corpus_tokens / self.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    @property
+    def task(self) -> Task:
+        """The task that the sheet is for."""
+        return Task.from_dict(self.manifest.task)
+
+    @property
+    def resident(self) -> bool:
+        """Whether task and examples are part of the sheet."""
+        return self.manifest.guide == "resident"
+
+    @property
+    def documents(self) -> list[Document]:
+        """The condensed documents; their texts are empty if the sheet was saved without them."""
+        texts = self.texts or [""] * len(self.manifest.documents)
+        return [
+            Document(text=text, id=entry.id, metadata=entry.metadata)
+            for text, entry in zip(texts, self.manifest.documents, strict=True)
+        ]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(L, K, P) row of `origins` for each kept token; meaningless where `indices` is -1."""
+        rows = torch.searchsorted(self.origins[:, 0].contiguous().long(), self.indices.long().clamp(min=0))
+        return rows.clamp(max=max(0, len(self.origins) - 1))
+
+    @cached_property
+    def kept_share(self) -> Tensor:
+        """(U,) share of layers and heads, 0 to 1, that keep each token of `origins`."""
+        heads = self.indices.shape[0] * self.indices.shape[1]
+        kept = self.places[self.indices >= 0]
+        return torch.bincount(kept, minlength=len(self.origins)).float() / heads
+
+    def kept_per_document(self) -> dict[str, float]:
+        """Tokens kept of each document, averaged over layers and heads."""
+        kept = torch.zeros(len(self.manifest.documents))
+        inside = self.origins[:, 1] >= 0
+        kept.index_add_(0, self.origins[inside, 1].long(), self.kept_share[inside])
+        return {entry.id: float(n) for entry, n in zip(self.manifest.documents, kept, strict=True)}
+
+    def spans(self) -> list[Span]:
+        """Where the kept tokens came from: neighbouring tokens joined, in document order."""
+        found: list[Span] = []
+        previous_index = -2
+        for (index, number, start, stop), share in zip(
+            self.origins.tolist(), self.kept_share.tolist(), strict=True
+        ):
+            if number < 0:
+                continue
+            document_id = self.manifest.documents[number].id
+            last = found[-1] if found else None
+            if last is not None and last.document_id == document_id and index == previous_index + 1:
+                found[-1] = Span(document_id, last.start, stop, max(last.kept, share))
+            else:
+                found.append(Span(document_id, start, stop, share))
+            previous_index = index
+        return found

@@ -1,0 +1,128 @@
+"""Sheets on disk: one safetensors file, its manifest as JSON in the metadata, written whole or not at all.
+
+The format is specified in `docs/reference/sheet-format.md`. Nothing in it is executable, and opening a file maps it
+into memory: pages are read when they are first used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cribsheet.errors import SheetError
+from cribsheet.prefix import LayerPrefix
+from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet
+
+SUFFIX = ".sheet"
+_MANIFEST = "cribsheet"
+
+
+def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
+    """Write a sheet atomically; an interrupted write leaves the old file, or none.
+
+    `texts=False` leaves the documents' texts out; their ids, sizes and character spans stay. Raises `SheetError` if
+    the folder does not exist or cannot be written.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
+    tensors: dict[str, Tensor] = {"indices": sheet.indices, "origins": sheet.origins}
+    for number, layer in enumerate(sheet.layers):
+        tensors[f"layers.{number}.keys"], tensors[f"layers.{number}.values"] = layer.keys, layer.values
+    if texts and sheet.texts:
+        encoded = json.dumps(list(sheet.texts), ensure_ascii=False).encode()
+        tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json()}
+    with _replacing(target) as unfinished:
+        save_file(contiguous, unfinished, metadata=metadata)
+    return target
+
+
+def load(path: str | Path) -> Sheet:
+    """Open a sheet without copying it into memory. Raises `SheetError` for anything that is not a sound sheet."""
+    manifest = read_manifest(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    layers = []
+    for number in range(manifest.fingerprint.layers):
+        layers.append(LayerPrefix(_entry(tensors, f"layers.{number}.keys", path), _entry(tensors, f"layers.{number}.values", path)))
+    indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
+    _check_shapes(path, manifest, layers, indices, origins)
+    texts = json.loads(bytes(tensors["texts"].numpy())) if "texts" in tensors else ()
+    return Sheet(tuple(layers), indices, origins, manifest, tuple(texts))
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest alone; nothing else of the file is read."""
+    file = Path(path)
+    if not file.is_file():
+        raise SheetError(f"There is no sheet {str(path)!r}; build one with `cribsheet build`.")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if _MANIFEST not in metadata:
+        raise SheetError(f"{str(path)!r} is a safetensors file but not a sheet: it has no cribsheet manifest.")
+    try:
+        raw: dict[str, Any] = json.loads(metadata[_MANIFEST])
+        if raw.get("format") != FORMAT_VERSION:
+            raise SheetError(
+                f"{str(path)!r} has sheet format {raw.get('format')!r}, but this version reads format "
+                f"{FORMAT_VERSION}; build the sheet again or use the cribsheet version that made it "
+                f"({raw.get('cribsheet', 'unknown')})."
+            )
+        return Manifest.model_validate(raw)
+    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        raise SheetError(f"{str(path)!r} has a damaged manifest: {error}") from error
+
+
+def _entry(tensors: dict[str, Tensor], name: str, path: str | Path) -> Tensor:
+    if name not in tensors:
+        raise SheetError(f"{str(path)!r} lacks the tensor {name!r}; the file is damaged, build the sheet again.")
+    return tensors[name]
+
+
+def _check_shapes(
+    path: str | Path, manifest: Manifest, layers: list[LayerPrefix], indices: Tensor, origins: Tensor
+) -> None:
+    made = manifest.fingerprint
+    expected = (made.kv_heads, indices.shape[-1], made.head_size)
+    sound = indices.dim() == 3 and indices.shape[:2] == (made.layers, made.kv_heads)
+    sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and indices.shape[-1] > 0
+    sound = sound and all(tuple(t.shape) == expected for layer in layers for t in (layer.keys, layer.values))
+    sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
+    if not sound:
+        raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")
+
+
+def _damaged(path: str | Path, error: Exception) -> SheetError:
+    return SheetError(
+        f"{str(path)!r} is not a readable sheet ({error}); it is truncated or something else, build it again."
+    )
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[str]:
+    """A temporary path beside `target` that takes its place on success and vanishes on failure."""
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        yield str(unfinished)
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,151 @@
+"""What a sheet is for: a description, a few example questions with answers, and how to answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cribsheet.errors import TaskError
+
+_KEYS = ("description", "examples", "instruction")
+_EXAMPLE_KEYS = ("question", "answer")
+_ARROW = "=>"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a sheet is for: the questions to come, described and by example.
+
+    `examples` may be given as any iterable of (question, answer) pairs or of mappings {"question", "answer"}.
+    All texts are stripped. Raises `TaskError` for an empty description, question or answer, and for anything
+    that is no text.
+    """
+
+    description: str
+    examples: tuple[tuple[str, str], ...] = ()
+    instruction: str = "Answer from the documents."
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "description", _filled(self.description, "the task's description"))
+        object.__setattr__(self, "examples", _pairs(self.examples))
+        object.__setattr__(self, "instruction", _text(self.instruction, "the task's instruction"))
+
+    @classmethod
+    def of(cls, task: Task | str | Mapping[str, Any] | Path | None) -> Task:
+        """A task from whatever stands for one.
+
+        A mapping as in `from_dict`, a path or the name of an existing .toml or .json file, any other string
+        as the description, and None as a general task. A single word that ends in .toml or .json but names no
+        file is an error.
+        """
+        if task is None:
+            return cls("Answer questions about the documents.")
+        if isinstance(task, Task):
+            return task
+        if isinstance(task, Mapping):
+            return cls.from_dict(task)
+        if isinstance(task, Path) or (isinstance(task, str) and _names_a_file(task)):
+            return cls.from_file(task)
+        return cls(task)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Task:
+        """A task from TOML or JSON with `description` and, as you like, `instruction` and `examples`.
+
+        Each example is a table with `question` and `answer`. Raises `TaskError`, with the file's name, for a
+        file that is missing, broken or holds unknown keys.
+        """
+        path = Path(path)
+        parse = _PARSERS.get(path.suffix.lower())
+        if parse is None:
+            raise TaskError(
+                f"{path} is no task file: its suffix is {path.suffix!r}; use {' or '.join(_PARSERS)}"
+            )
+        try:
+            return cls.from_dict(parse(path.read_text(encoding="utf-8-sig")))
+        except OSError as error:
+            raise TaskError(f"cannot read the task file {path}: {error.strerror}; check its path") from error
+        except TaskError as error:
+            raise TaskError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            kind = path.suffix[1:].upper()
+            raise TaskError(f"{path} is broken {kind} ({error}); repair it there") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Task:
+        """The inverse of `to_dict`; unknown keys are refused by name."""
+        if not isinstance(data, Mapping):
+            raise TaskError(f"a task is {data!r}; give an object with {', '.join(_KEYS)}")
+        _refuse_unknown(data, _KEYS, "a task")
+        if "description" not in data:
+            raise TaskError('a task has no "description"; say there in a sentence what will be asked')
+        return cls(**data)
+
+    @staticmethod
+    def parse_example(text: str) -> tuple[str, str]:
+        """Question and answer from the command line's "question => answer"."""
+        question, *rest = text.split(_ARROW)
+        if len(rest) != 1:
+            raise TaskError(
+                f"the example {text!r} has {len(rest)} times '{_ARROW}' where one is needed; write 'question "
+                f"{_ARROW} answer', and put texts that hold '{_ARROW}' into a task file"
+            )
+        return _pair((question, rest[0]), f"the example {text!r}")
+
+    @property
+    def few_shot(self) -> bool:
+        """Whether there are examples."""
+        return bool(self.examples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, from which `from_dict` makes the same task."""
+        examples = [dict(zip(_EXAMPLE_KEYS, pair, strict=True)) for pair in self.examples]
+        return {"description": self.description, "instruction": self.instruction, "examples": examples}
+
+
+_PARSERS = {".toml": tomllib.loads, ".json": json.loads}
+
+
+def _names_a_file(text: str) -> bool:
+    if Path(text).suffix.lower() not in _PARSERS:
+        return False
+    return os.path.isfile(text) or not any(map(str.isspace, text))
+
+
+def _pairs(examples: object) -> tuple[tuple[str, str], ...]:
+    if isinstance(examples, str | Mapping) or not isinstance(examples, Iterable):
+        raise TaskError(f"the task's examples are {examples!r}; give a list of (question, answer) pairs")
+    return tuple(_pair(example, f"example {number}") for number, example in enumerate(examples, 1))
+
+
+def _pair(example: object, where: str) -> tuple[str, str]:
+    if isinstance(example, Mapping):
+        _refuse_unknown(example, _EXAMPLE_KEYS, where)
+        example = tuple(example.get(key, "") for key in _EXAMPLE_KEYS)
+    if not isinstance(example, tuple | list) or len(example) != 2:
+        raise TaskError(f"{where} is {example!r}; give a pair (question, answer)")
+    question, answer = example
+    return _filled(question, f"the question of {where}"), _filled(answer, f"the answer of {where}")
+
+
+def _filled(value: object, what: str) -> str:
+    if text := _text(value, what):
+        return text
+    raise TaskError(f"{what} is {value!r}, which holds no text; write it out, or leave it away")
+
+
+def _text(value: object, what: str) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    raise TaskError(f"{what} is {value!r}, which is no text; put it in quotes")
+
+
+def _refuse_unknown(data: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    unknown = ", ".join(repr(key) for key in data if key not in allowed)
+    if unknown:
+        raise TaskError(f"{where} has the unknown key {unknown}; allowed are {', '.join(allowed)}")

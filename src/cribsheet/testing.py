@@ -1,0 +1,92 @@
+"""What the tests of cribsheet, and of code that uses it, need: tiny real models that load in milliseconds.
+
+Their weights are random, so they may time and prove equalities but never judge quality; for answers that make sense
+use the pocket model (`model="pocket"`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from cribsheet.backbone import FAMILIES, Backbone
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+_VOCABULARY = 1000
+_SYLLABLES = [a + b + c for a in "bdfghklmnprstvw" for b in "aeiou" for c in ("", "n", "r", "s")]
+_TEXT = [f"{first}{second} lives in {second}{first}." for first in _SYLLABLES for second in _SYLLABLES[::29]]
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 1000 tokens with turns for system, user and assistant."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=_SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": _SPECIALS[3:]})
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_config(family: str, **settings: Any) -> Any:
+    """The configuration of a tiny model of one of the supported families; `settings` override it."""
+    sizes: dict[str, Any] = {
+        "vocab_size": _VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "sliding_window": None,
+    }
+    return AutoConfig.for_model(family, **{**sizes, **settings})
+
+
+def tiny_backbone(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Backbone:
+    """A random model of a family with the tiny tokenizer.
+
+    Its weights are large enough that attention is far from uniform, so that a wrong key, position or mask changes
+    the answer.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"There is no tiny model of family {family!r}; use one of {', '.join(FAMILIES)}.")
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **settings))
+    torch.random.set_rng_state(state)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+    return Backbone(model.to(dtype), tiny_tokenizer(), name=f"tiny-{family}")
+
+
+def save_tiny_model(folder: str | Path, family: str = "llama", **settings: Any) -> Path:
+    """Write a tiny model as a folder that `from_pretrained` loads."""
+    backbone = tiny_backbone(family, **settings)
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    return Path(folder)

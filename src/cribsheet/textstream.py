@@ -1,0 +1,71 @@
+"""Token ids to text as they arrive: whole characters only, and stop strings found across token borders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_BROKEN = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+
+
+class TextStream:
+    """The growing text of one answer.
+
+    `push` returns the text that is certain: never half a character, never the beginning of what may become a stop
+    string. `stopped` turns true when a stop string is complete; it and everything after it are cut off.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._longest = max(map(len, stop), default=0)
+        self._ids: list[int] = []
+        self._context = 0  # first id of the window that is decoded
+        self._read = 0  # ids before this are in `text`
+        self._emitted = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token; returns newly certain text, possibly none."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._context : self._read])
+        after = self._decode(self._ids[self._context :])
+        if len(after) > len(before) and not after.endswith(_BROKEN):
+            self._append(after[len(before) :])
+            self._context, self._read = self._read, len(self._ids)
+        return self._emit(len(self.text) - self._held())
+
+    def finish(self) -> str:
+        """The text that was held back, once no token will follow."""
+        if not self.stopped:
+            before = self._decode(self._ids[self._context : self._read])
+            self._append(self._decode(self._ids[self._context :])[len(before) :])
+        return self._emit(len(self.text))
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _append(self, new: str) -> None:
+        if not self._read:  # some tokenizers give the first word a space that no one wrote
+            new = new.lstrip(" ")
+        searched = max(0, len(self.text) - self._longest + 1)
+        self.text += new
+        places = [at for stop in self._stop if (at := self.text.find(stop, searched)) >= 0]
+        if places:
+            self.text, self.stopped = self.text[: min(places)], True
+
+    def _held(self) -> int:
+        """Length of the longest end of the text that begins some stop string."""
+        if self.stopped:
+            return 0
+        for size in range(min(self._longest - 1, len(self.text)), 0, -1):
+            tail = self.text[-size:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return size
+        return 0
+
+    def _emit(self, upto: int) -> str:
+        new = self.text[self._emitted : upto]
+        self._emitted = max(self._emitted, upto)
+        return new

@@ -1,0 +1,71 @@
+"""Text to token ids, so that pieces encoded apart are the tokens of the whole, and no document can forge a turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_GAP = "\n\n"
+# Lookalikes of the same length, so that character spans stay true.
+_LOOKALIKE = str.maketrans({"<": "‹", "[": "［", "{": "｛", "|": "¦", "▁": "_"})
+
+
+class Encoder:
+    """A tokenizer as the library uses it: offsets, one BOS, and special tokens only where the template wrote them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        specials |= {token for token in tokenizer.all_special_tokens if token}
+        ordered = sorted(specials, key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        plain = tokenizer("x")["input_ids"]
+        self._bos: int | None = tokenizer.bos_token_id
+        self._adds_bos = self._bos is not None and plain[:1] == [self._bos]
+
+    def defuse(self, text: str) -> str:
+        """The text with special tokens spelt out in it made harmless; its length does not change.
+
+        A document that contains `<|end|>` must not end the user's turn, so its first character is replaced by a
+        lookalike.
+        """
+        if self._specials is None:
+            return text
+        return self._specials.sub(lambda found: _defused(found[0]), text)
+
+    def left(self, text: str) -> tuple[Tensor, Tensor]:
+        """Ids (N,) and character spans (N, 2), int64, of text that begins a prompt; exactly one BOS if the model has one."""
+        ids, spans = self._encode(text)
+        if self._adds_bos and ids[:1].tolist() != [self._bos]:
+            ids = torch.cat([torch.tensor([self._bos]), ids])
+            spans = torch.cat([torch.zeros(1, 2, dtype=torch.int64), spans])
+        return ids, spans
+
+    def after(self, text: str) -> Tensor:
+        """Ids of text as they would follow a blank line in the same prompt."""
+        ids, spans = self._encode(_GAP + text)
+        return ids[spans[:, 1] > len(_GAP)]
+
+    def plain(self, text: str) -> Tensor:
+        """Ids of text alone."""
+        return self._encode(text)[0]
+
+    def count(self, texts: Iterable[str]) -> int:
+        """Number of tokens of the texts, each alone."""
+        return sum(len(self._encode(text)[0]) for text in texts)
+
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, truncation=False
+        )
+        spans = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
+        return torch.tensor(encoded["input_ids"], dtype=torch.int64), spans
+
+
+def _defused(special: str) -> str:
+    first = special[0].translate(_LOOKALIKE)
+    return (first if first != special[0] else "·") + special[1:]

@@ -1,0 +1,39 @@
+"""Shared fixtures: one thread, no network, tiny real models of every family."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from cribsheet.backbone import FAMILIES, Backbone
+from cribsheet.testing import tiny_backbone
+
+torch.set_num_threads(1)
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX and isinstance(address, tuple) and address[0] not in LOOPBACK:
+            raise AssertionError(f"a test tried to reach {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Backbone:
+    """A tiny Llama; nothing may change it."""
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Backbone:
+    """A tiny model of each supported family."""
+    return tiny_backbone(request.param)

@@ -1,0 +1,16 @@
+"""A small staff directory that the tests condense."""
+
+from __future__ import annotations
+
+from cribsheet.documents import Document
+from cribsheet.task import Task
+
+DOCUMENTS = [
+    Document(text="Alice Moreno lives in Lisbon. She owns a dog, and on Sundays she repairs clocks.", id="alice"),
+    Document(text="Bob Smith lives in Oslo.\nHe enjoys chess and works for Nordwind Labs since 1987.", id="bob"),
+    Document(text="Clara Berg lives in Cairo. Clara speaks Hindi, Greek and a little Zulu.", id="clara"),
+    Document(text="Hugo Ali lives in Quito. His extension number is 40213.", id="hugo"),
+]
+ZERO_SHOT = Task("Answer questions about where people live.")
+FEW_SHOT = Task(ZERO_SHOT.description, examples=(("Where does Bob Smith live?", "Oslo"), ("Where is Eve?", "Unknown")))
+QUESTION = "Where does Hugo Ali live?"
