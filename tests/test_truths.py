@@ -33,7 +33,9 @@ def whole_prompt(backbone: Backbone, task=FEW_SHOT, resident=False) -> tuple[tor
 @pytest.mark.parametrize("chunk_tokens", [0, 37])
 @pytest.mark.parametrize("scorer", ["task", "recent"])
 def test_a_sheet_that_keeps_everything_answers_as_the_full_context_does(family, chunk_tokens, scorer):
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=family, rate=1, chunk_tokens=chunk_tokens, scorer=scorer)
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=family, rate=1, chunk_tokens=chunk_tokens, scorer=scorer
+    )
     corpus, question = whole_prompt(family)
     assert kb.sheet.tokens == len(corpus)
     cache = prefix_cache(kb.prefix.layers, kb.prefix.tokens)
@@ -90,7 +92,9 @@ def test_building_twice_and_asking_twice_gives_the_same(family, guide):
 
 def test_questions_never_see_each_other_and_a_batch_equals_one_by_one(family):
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=family, rate=3)
-    questions = [f"Where does {name} live?{' Say it slowly.' * n}" for n, name in enumerate(["Alice", "Bob", "Clara", "Hugo"])]
+    questions = [
+        f"Where does {name} live?{' Say it slowly.' * n}" for n, name in enumerate(["Alice", "Bob", "Clara", "Hugo"])
+    ]
     alone = [kb.ask(question, max_tokens=24).text for question in questions]
     together: dict[int, str] = {}
     threads = [

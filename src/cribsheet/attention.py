@@ -127,9 +127,7 @@ def column_peak(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: 
     return peak
 
 
-def _weight_blocks(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None
-) -> Iterator[Tensor]:
+def _weight_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None) -> Iterator[Tensor]:
     """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size."""
     h, t, d = q.shape
     kv_heads, s, _ = k.shape

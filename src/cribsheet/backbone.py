@@ -40,15 +40,15 @@ class Backbone:
     `window` (positions it was made for), `inv_freq` (R/2,), `device`, `dtype`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str = "", revision: str | None = None) -> None:
-        config: Any = model.config
+    def __init__(self, model: Any, tokenizer: Any, *, name: str = "", revision: str | None = None) -> None:
+        config = model.config
         check_supported(config)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"The tokenizer {type(tokenizer).__name__} gives no character offsets, so kept tokens could not be "
                 "traced to their documents; load a fast tokenizer (tokenizer.json)."
             )
-        self.model: Any = model.eval()
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.revision = revision or getattr(config, "_commit_hash", None)
@@ -57,7 +57,7 @@ class Backbone:
         self.kv_heads: int = config.num_key_value_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.window: int = config.max_position_embeddings
-        self.inv_freq: Tensor = model.base_model.rotary_emb.inv_freq.detach().float()  # type: ignore[union-attr]
+        self.inv_freq: Tensor = model.base_model.rotary_emb.inv_freq.detach().float()
         self._attach_lock, self._attach_depth, self._stock_attention = threading.Lock(), 0, ""
         _register_attention()
 
@@ -103,7 +103,8 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the first weights live."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:

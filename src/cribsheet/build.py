@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cribsheet import __version__
 from cribsheet.backbone import Backbone
+from cribsheet.checkpoint import Checkpoint
 from cribsheet.chunks import TokenizedCorpus
-from cribsheet.compress import Kept, Progress, compress
+from cribsheet.compress import Kept, Reading, State, compress, nothing_kept
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
@@ -28,44 +29,73 @@ from cribsheet.sheet import DocumentEntry, Manifest, Sheet
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
-logger = logging.getLogger(__name__)
-
+Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
 DEFAULT_SCORER = "task-peak"
+_CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _REPEAT = "Repeat the documents."
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A build before it starts: every count is in tokens.
+    """A build before it starts; nothing that can be refused is left to refuse.
 
-    `budget` includes `guide_tokens` when the guide is resident; `keep` is what is left for the corpus.
+    `budget` is in tokens and includes those of the `resident` guide (T,), which is empty when the guide is dropped.
     """
 
+    layout: ChatLayout
+    task: Task
     corpus: TokenizedCorpus
     head: str
-    scored: Tensor
-    resident: Tensor
-    repeat: Tensor
     budget: int
-    keep: int
-    chunk_tokens: int
+    resident: Tensor
     scorer_name: str
-    scorer: Scorer
-
-    @property
-    def guide_tokens(self) -> int:
-        """Tokens of the guide that stay in the sheet."""
-        return len(self.resident)
+    reading: Reading
 
     @property
     def rate(self) -> float:
         """How many times shorter the sheet will be."""
         return len(self.corpus) / self.budget
+
+    def manifest(self, backbone: Backbone, dtype: StorageDtype, seconds: float) -> Manifest:
+        """What the finished sheet says of itself."""
+        corpus = self.corpus
+        return Manifest(
+            cribsheet=__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            fingerprint=fingerprint(backbone, self.layout),
+            system=self.layout.system,
+            template_options=self.layout.options,
+            head=self.head,
+            task=self.task.to_dict(),
+            guide="resident" if len(self.resident) else "dropped",
+            guide_tokens=len(self.resident),
+            corpus_digest=_corpus_digest(corpus.documents),
+            corpus_tokens=len(corpus),
+            head_tokens=corpus.head_tokens,
+            documents=_entries(corpus),
+            scorer=self.scorer_name,
+            seed=self.reading.seed,
+            budget=self.budget,
+            chunk_tokens=self.reading.chunk_tokens,
+            dtype=dtype,
+            build={
+                "seconds": round(seconds, 3),
+                "device": str(backbone.device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )
+
+    def identity(self, backbone: Backbone) -> dict[str, Any]:
+        """Everything that decides what is kept, for checkpoints."""
+        made = self.manifest(backbone, "float32", 0.0).model_dump(exclude={"created", "build", "dtype"})
+        return {**made, "dtype": str(backbone.dtype)}
 
 
 def build_sheet(
@@ -83,67 +113,79 @@ def build_sheet(
     dtype: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
-    `chunk_tokens` is how much is read at once, 0 for everything (the single-pass form); by default it is chosen from
-    the device. `guide="resident"` keeps task and examples in the sheet, on top of the kept tokens and within the
-    budget; `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter
-    of the budget. `dtype` is the storage type, the model's own by default. `progress(read, total)` is called after each chunk.
+    scorer
+        a name from `SCORERS`, or an object of your own with a `score` method.
+    guide
+        `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
+        `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
+        the budget.
+    chunk_tokens
+        how much is read at once; 0 is everything (the single-pass form); by default chosen from device and window.
+    system, template_options
+        a system text before everything, and options of the chat template (`enable_thinking`, for one).
+    dtype
+        storage type: float32, bfloat16 or float16; by default the model's own.
+    progress
+        called as `progress(tokens_read, tokens)` after each chunk.
+    checkpoint
+        a file that remembers each finished chunk; if it exists, the build goes on from there.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    planned = plan(
-        backbone, layout, documents, task, rate=rate, budget=budget, scorer=scorer, guide=guide, chunk_tokens=chunk_tokens
-    )
-    storage = _storage_dtype(dtype, backbone)
-    torch.manual_seed(seed)
+    budgets = Budgets(rate, budget, guide, chunk_tokens)
+    planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
+    stored_as = _storage_dtype(dtype, backbone)
     began = time.perf_counter()
-    kept: list[Kept] = []
-    for _, kept in compress(
-        backbone,
-        planned.corpus,
-        planned.scored,
-        planned.repeat,
-        scorer=planned.scorer,
-        budget=planned.keep,
-        chunk_tokens=planned.chunk_tokens,
-        progress=progress,
-    ):
-        pass
-    layers, indices = assemble(backbone, kept, planned.resident, storage)
-    seconds = time.perf_counter() - began
-    corpus = planned.corpus
-    manifest = Manifest(
-        cribsheet=__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=fingerprint(backbone, layout),
-        system=layout.system,
-        template_options=layout.options,
-        head=planned.head,
-        task=task.to_dict(),
-        guide="resident" if planned.guide_tokens else "dropped",
-        guide_tokens=planned.guide_tokens,
-        corpus_digest=_corpus_digest(corpus.documents),
-        corpus_tokens=len(corpus),
-        head_tokens=corpus.head_tokens,
-        documents=_entries(corpus),
-        scorer=planned.scorer_name,
-        seed=seed,
-        budget=planned.budget,
-        chunk_tokens=planned.chunk_tokens,
-        dtype=str(storage).removeprefix("torch."),
-        build={
-            "seconds": round(seconds, 3),
-            "device": str(backbone.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    )
-    texts = [document.text for document in corpus.documents]
-    return Sheet(layers, indices, _origins(corpus, indices), manifest, texts)
+    saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
+    start = saved.load(backbone.device) if saved else None
+    state = start or State(0, nothing_kept(backbone))
+    for state in compress(backbone, planned.corpus, planned.reading, start):
+        if saved:
+            saved.save(state)
+        if progress is not None:
+            progress(state.done, len(planned.corpus))
+    layers, indices = assemble(backbone, state.kept, planned.resident, getattr(torch, stored_as))
+    manifest = planned.manifest(backbone, stored_as, time.perf_counter() - began)
+    texts = [document.text for document in planned.corpus.documents]
+    return Sheet(layers, indices, _origins(planned.corpus, indices), manifest, texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a caller asks for: `rate` or `budget`, what to do with the guide, and how much to read at once."""
+
+    rate: float | None = None
+    budget: int | None = None
+    guide: GuideMode = "auto"
+    chunk_tokens: int | None = None
+
+    def tokens(self, corpus_tokens: int) -> int:
+        """The budget in tokens. Raises `BudgetError` if it does not fit the corpus."""
+        rate, budget = self.rate, self.budget
+        if rate is not None and budget is not None:
+            raise BudgetError(f"Both rate {rate:g} and budget {budget} were given; pass one of them.")
+        if budget is None:
+            rate = DEFAULT_RATE if rate is None else rate
+            if not 1 <= rate < float("inf"):
+                raise BudgetError(f"The rate is {rate:g}; pass at least 1 (16 means sixteen times shorter).")
+            budget = int(corpus_tokens / rate)
+        if not 0 < budget <= corpus_tokens:
+            raise BudgetError(
+                f"The budget is {budget} tokens but the corpus has {corpus_tokens}; pass a budget between 1 and "
+                f"{corpus_tokens}, or a rate."
+            )
+        return budget
+
+    def keeps_guide(self, guide_tokens: int, budget: int, corpus_tokens: int) -> bool:
+        """Whether task and examples stay in the sheet."""
+        if self.guide == "auto":
+            return guide_tokens <= budget * _RESIDENT_SHARE and budget < corpus_tokens
+        return self.guide == "resident"
 
 
 def plan(
@@ -151,40 +193,35 @@ def plan(
     layout: ChatLayout,
     documents: Sequence[Document],
     task: Task,
+    budgets: Budgets,
     *,
-    rate: float | None,
-    budget: int | None,
-    scorer: str | Scorer,
-    guide: GuideMode,
-    chunk_tokens: int | None,
+    scorer: str | Scorer = DEFAULT_SCORER,
+    seed: int = 0,
 ) -> Plan:
-    """Everything that can be refused is refused here."""
-    if guide not in ("auto", "resident", "dropped"):
-        raise BudgetError(f"guide is {guide!r}; use auto, resident or dropped.")
+    """Everything that can be refused is refused here, before any work starts."""
+    if budgets.guide not in get_args(GuideMode):
+        raise BudgetError(f"guide is {budgets.guide!r}; use {', '.join(get_args(GuideMode))}.")
     name, chosen = make_scorer(scorer)
-    encoder = layout.encoder
-    head = layout.head(task.instruction)
-    corpus = TokenizedCorpus.build(documents, head, encoder)
-    guide_text = layout.guide(task)
-    layout.verify(head, corpus.text, "", task)
-    total = _budget(len(corpus), rate, budget)
-    scored, resident = encoder.after(guide_text.scored), encoder.after(guide_text.resident)
-    if guide == "dropped" or (guide == "auto" and not _fits_resident(len(resident), total, len(corpus))):
+    head, guide = layout.head(task.instruction), layout.guide(task)
+    corpus = TokenizedCorpus.build(documents, head, layout.encoder)
+    budget = budgets.tokens(len(corpus))
+    encode = layout.encoder.after
+    scored, resident, repeat = encode(guide.scored), encode(guide.resident), encode(_REPEAT)
+    if not budgets.keeps_guide(len(resident), budget, len(corpus)):
         resident = resident[:0]
-    else:
-        layout.verify(head, corpus.text, guide_text.resident, task)
-    keep = total - len(resident)
+    layout.verify(head, corpus.text, guide.resident if len(resident) else "", task)
+    keep = budget - len(resident)
     least = corpus.head_tokens + 1
     if keep < least:
         raise BudgetError(
-            f"The budget is {total} tokens, but the template's head takes {corpus.head_tokens} and the resident guide "
-            f"{len(resident)}; pass a budget of at least {least + len(resident)}, a lower rate, a shorter task, or "
-            "guide='dropped'."
+            f"The budget is {budget} tokens, but the template's head takes {corpus.head_tokens} and the resident "
+            f"guide {len(resident)}; pass a budget of at least {least + len(resident)}, a lower rate, a shorter task, "
+            "or guide='dropped'."
         )
-    repeat = encoder.after(_REPEAT)
     after_chunk = {"task": len(scored), "repeat": len(repeat), "nothing": 0}[chosen.guide]
-    chunk = _chunk_tokens(backbone, corpus, keep, after_chunk, chunk_tokens, doubled=chosen.guide == "repeat")
-    return Plan(corpus, head, scored, resident, repeat, total, keep, chunk, name, chosen)
+    chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide == "repeat")
+    reading = Reading(chosen, scored, repeat, keep, chunk, seed)
+    return Plan(layout, task, corpus, head, budget, resident, name, reading)
 
 
 def assemble(
@@ -206,57 +243,37 @@ def assemble(
     return stored, indices.to(torch.int32)
 
 
-def _budget(corpus_tokens: int, rate: float | None, budget: int | None) -> int:
-    if rate is not None and budget is not None:
-        raise BudgetError(f"Both rate {rate:g} and budget {budget} were given; pass one of them.")
-    if budget is None:
-        rate = DEFAULT_RATE if rate is None else rate
-        if not 1 <= rate < float("inf"):
-            raise BudgetError(f"The rate is {rate:g}; 16 means sixteen times shorter, so pass a number of at least 1.")
-        budget = int(corpus_tokens / rate)
-    if not 0 < budget <= corpus_tokens:
-        raise BudgetError(
-            f"The budget is {budget} tokens but the corpus has {corpus_tokens}; pass a budget between 1 and "
-            f"{corpus_tokens}, or a rate."
-        )
-    return budget
-
-
-def _fits_resident(guide_tokens: int, budget: int, corpus_tokens: int) -> bool:
-    return guide_tokens <= budget * _RESIDENT_SHARE and budget < corpus_tokens
-
-
 def _chunk_tokens(
-    backbone: Backbone, corpus: TokenizedCorpus, keep: int, guide_tokens: int, wanted: int | None, *, doubled: bool
+    backbone: Backbone, corpus_tokens: int, keep: int, guide_tokens: int, wanted: int | None, repeats: bool
 ) -> int:
     """How many tokens to read at once, so that kept tokens, chunk and guide fit the window."""
-    room = (backbone.window - keep - guide_tokens) // (2 if doubled else 1)
+    room = (backbone.window - keep - guide_tokens) // (2 if repeats else 1)
     if room < 1:
         raise BudgetError(
             f"The budget of {keep} and the guide of {guide_tokens} tokens leave no room for a chunk in the model's "
             f"window of {backbone.window}; lower the budget or shorten the task."
         )
     if wanted is None:
-        return min(2048 if backbone.device.type == "cpu" else 8192, room, len(corpus))
-    chunk = len(corpus) if wanted == 0 else wanted
-    if not 0 < chunk <= max(room, 0):
+        return min(_CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR, room, corpus_tokens)
+    chunk = corpus_tokens if wanted == 0 else min(wanted, corpus_tokens)
+    if not 0 < chunk <= room:
         raise BudgetError(
-            f"A chunk of {chunk} tokens does not fit: the model's window is {backbone.window}, of which the budget takes {keep} "
-            f"and the guide {guide_tokens}; pass chunk_tokens between 1 and {room}."
+            f"A chunk of {chunk} tokens does not fit: the model's window is {backbone.window}, of which the budget "
+            f"takes {keep} and the guide {guide_tokens}; pass chunk_tokens between 1 and {room}."
         )
-    return min(chunk, len(corpus))
+    return chunk
 
 
-def _storage_dtype(dtype: str | None, backbone: Backbone) -> torch.dtype:
-    if dtype is None:
-        return backbone.dtype
-    if dtype not in _DTYPES:
-        raise BudgetError(f"There is no storage dtype {dtype!r}; use {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+def _storage_dtype(dtype: str | None, backbone: Backbone) -> StorageDtype:
+    wanted = dtype or str(backbone.dtype).removeprefix("torch.")
+    for known in get_args(StorageDtype):
+        if wanted == known:
+            return known  # type: ignore[no-any-return]
+    raise BudgetError(f"There is no storage dtype {wanted!r}; use {', '.join(get_args(StorageDtype))}.")
 
 
 def _origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
-    used = indices.unique()
+    used = torch.unique(indices)
     used = used[used >= 0].long()
     return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
 
@@ -265,7 +282,9 @@ def _entries(corpus: TokenizedCorpus) -> list[DocumentEntry]:
     inside = corpus.origins[:, 0]
     tokens = torch.bincount(inside[inside >= 0].long(), minlength=len(corpus.documents)).tolist()
     return [
-        DocumentEntry(id=document.id, characters=len(document.text), tokens=count, metadata=_jsonable(document.metadata))
+        DocumentEntry(
+            id=document.id, characters=len(document.text), tokens=count, metadata=_jsonable(document.metadata)
+        )
         for document, count in zip(corpus.documents, tokens, strict=True)
     ]
 

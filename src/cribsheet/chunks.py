@@ -74,4 +74,3 @@ class TokenizedCorpus:
         for start in range(0, len(self.ids), chunk_tokens):
             stop = min(start + chunk_tokens, len(self.ids))
             yield Chunk(self.ids[start:stop], start, stop)
-

@@ -9,7 +9,7 @@ Letters as in `scoring/view.py`: `K` key/value heads, `S` cached tokens, `P` kep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,10 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
-from cribsheet.errors import BudgetError
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
 from cribsheet.selection import keep_top, take
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,38 +40,50 @@ class Kept:
         return rotate(self.keys, positions, inv_freq).to(self.values.dtype)
 
 
-def compress(
-    backbone: Backbone,
-    corpus: TokenizedCorpus,
-    guide: Tensor,
-    repeat: Tensor,
-    *,
-    scorer: Scorer,
-    budget: int,
-    chunk_tokens: int,
-    progress: Progress | None = None,
-    kept: list[Kept] | None = None,
-    done: int = 0,
-) -> Iterator[tuple[int, list[Kept]]]:
-    """Condense `corpus` to `budget` tokens per layer and head; yields (tokens read, what is kept) after each chunk.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a build does with each chunk; all counts are in tokens.
 
-    `guide` (T,) is read after each chunk by scorers that ask for the task, `repeat` (R,) and the chunk again by
-    scorers that ask for a repetition. `kept` and `done` continue an interrupted run.
+    `guide` (T,) is read after a chunk by scorers that ask for the task, `repeat` (R,) and the chunk again by scorers
+    that ask for a repetition. `budget` is kept per layer and head when everything was read.
     """
-    kept = kept or _nothing(backbone)
-    for chunk in corpus.split(chunk_tokens):
+
+    scorer: Scorer
+    guide: Tensor
+    repeat: Tensor
+    budget: int
+    chunk_tokens: int
+    seed: int = 0
+
+    def after(self, chunk: Chunk) -> Tensor:
+        """The tokens that are read after a chunk to score it."""
+        if self.scorer.guide == "task":
+            return self.guide
+        return torch.cat([self.repeat, chunk.ids]) if self.scorer.guide == "repeat" else self.guide[:0]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A build after some chunk: how many tokens were read, and what every layer keeps of them."""
+
+    done: int
+    kept: list[Kept]
+
+
+def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: State | None = None) -> Iterator[State]:
+    """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped."""
+    done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
+    pinned = corpus.head_tokens if how.scorer.pins_head else 0
+    for chunk in corpus.split(how.chunk_tokens):
         if chunk.start < done:
             continue
-        layers = read(backbone, kept, chunk, _guide(scorer, guide, repeat, chunk))
-        earned = earned_budget(budget, chunk.stop, len(corpus), corpus.head_tokens if scorer.pins_head else 0)
-        pinned = corpus.head_tokens if scorer.pins_head else 0
+        layers = read(backbone, kept, chunk, how.after(chunk))
+        budget = earned_budget(how.budget, chunk.stop, len(corpus), pinned)
         kept = [
-            condense(backbone, number, old, layer, chunk, scorer, earned, pinned)
-            for number, (old, layer) in enumerate(zip(kept, layers, strict=True))
+            condense(backbone, layer, old, chunk, how, budget, pinned, number)
+            for number, (layer, old) in enumerate(zip(layers, kept, strict=True))
         ]
-        if progress is not None:
-            progress(chunk.stop, len(corpus))
-        yield chunk.stop, kept
+        yield State(chunk.stop, kept)
 
 
 def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, guide: Tensor) -> list[ReadingLayer]:
@@ -86,30 +95,30 @@ def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, guide: Tensor) 
 
 
 def condense(
-    backbone: Backbone,
-    number: int,
-    old: Kept,
-    read: ReadingLayer,
-    chunk: Chunk,
-    scorer: Scorer,
-    budget: int,
-    pinned: int,
+    backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, budget: int, pinned: int, layer: int
 ) -> Kept:
     """Score old and new tokens of one layer together and keep the best `budget`; the first `pinned` always stay."""
-    size, heads = old.keys.shape[1], old.keys.shape[0]
-    device = read.chunk_keys.device
+    size, device = old.keys.shape[1], read.chunk_keys.device
     keys = torch.cat([read.prefix_keys[0], read.chunk_keys], 1)
     values = torch.cat([old.values, read.chunk_values], 1)
-    fresh = torch.arange(chunk.start, chunk.stop, device=device).expand(heads, -1)
+    fresh = torch.arange(chunk.start, chunk.stop, device=device).expand(old.keys.shape[0], -1)
     indices = torch.cat([old.indices, fresh], 1)
-    view = LayerView(
-        keys, values, indices, read.guide_queries, read.guide_lse, old.scores, backbone.scale, number
+    scores = how.scorer.score(
+        LayerView(
+            keys=keys,
+            values=values,
+            positions=indices,
+            queries=read.guide_queries,
+            lse=read.guide_lse,
+            carried=old.scores,
+            scale=backbone.scale,
+            layer=layer,
+            seed=how.seed,
+        )
     )
-    scores = scorer.score(view).float()
-    ranked = scores.masked_fill(indices < pinned, float("inf"))
-    keep = keep_top(ranked, min(budget, keys.shape[1]))
-    new_positions = torch.arange(size, size + len(chunk.ids), device=device)
-    unrotated = torch.cat([old.keys, rotate(read.chunk_keys, -new_positions, backbone.inv_freq)], 1)
+    keep = keep_top(scores.masked_fill(indices < pinned, float("inf")), min(budget, keys.shape[1]))
+    read_at = torch.arange(size, size + len(chunk.ids), device=device)
+    unrotated = torch.cat([old.keys, rotate(read.chunk_keys, -read_at, backbone.inv_freq)], 1)
     return Kept(take(unrotated, keep), take(values, keep), take(indices, keep), take(scores, keep))
 
 
@@ -121,25 +130,8 @@ def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:
     return max(1, min(read, pinned + round(share)))
 
 
-def check_window(backbone: Backbone, budget: int, chunk_tokens: int, guide_tokens: int) -> None:
-    """Refuse a chunk that would not fit the model's window on top of what is kept. Raises `BudgetError`."""
-    needed = budget + chunk_tokens + guide_tokens
-    if needed > backbone.window:
-        room = backbone.window - budget - guide_tokens
-        way_out = f"pass chunk_tokens of at most {room}" if room > 0 else "lower the budget or shorten the task"
-        raise BudgetError(
-            f"A budget of {budget}, a chunk of {chunk_tokens} and a guide of {guide_tokens} tokens need {needed} "
-            f"positions, but the model's window is {backbone.window}; {way_out}."
-        )
-
-
-def _guide(scorer: Scorer, guide: Tensor, repeat: Tensor, chunk: Chunk) -> Tensor:
-    if scorer.guide == "task":
-        return guide
-    return torch.cat([repeat, chunk.ids]) if scorer.guide == "repeat" else guide[:0]
-
-
-def _nothing(backbone: Backbone) -> list[Kept]:
+def nothing_kept(backbone: Backbone) -> list[Kept]:
+    """What every layer keeps before the first chunk."""
     shape = (backbone.kv_heads, 0, backbone.head_size)
     device = backbone.device
     empty = Kept(

@@ -90,9 +90,7 @@ def _with_text(drafts: list[Draft], source: Source) -> list[Draft]:
     full = [draft for draft in drafts if draft.text.strip()]
     if not full:
         where = drafts[0].where if len(drafts) == 1 else f"the source {short(source)}"
-        raise DocumentError(
-            f"{where} has no text, so there is nothing to read; leave it out, or check its content"
-        )
+        raise DocumentError(f"{where} has no text, so there is nothing to read; leave it out, or check its content")
     if len(full) < len(drafts):
         empty = [draft.where for draft in drafts if not draft.text.strip()]
         logger.warning("skipped documents without text (%d): %s", len(empty), _listed(empty))

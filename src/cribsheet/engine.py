@@ -85,7 +85,7 @@ class Answering:
         self.request = request
         self.tokenizer, self.eos = tokenizer, eos
         self.sampler = Sampler(request.params, request.choice)
-        self.text = TextStream(tokenizer, request.params.stop)
+        self.text = TextStream(tokenizer, request.params.stops)
         self.length = len(request.question)  # tokens in the suffix
         self.produced = 0
         self.last = 0
@@ -93,7 +93,7 @@ class Answering:
         self._pending: list[TokenLogprob] = []
 
     def advance(self, logits: Tensor, greedy: int | None) -> None:
-        """Take one step's logits (V,), or the greedy choice that was made for the whole batch; emit and maybe finish."""
+        """Take one step's logits (V,), or the greedy choice made for the whole batch; emit and maybe finish."""
         params = self.request.params
         if self.request.cancelled.is_set():
             return self._finish("cancelled")

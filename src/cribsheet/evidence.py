@@ -25,7 +25,7 @@ def attention_per_origin(backbone: Backbone, prefix: Prefix, sheet: Sheet, asked
     places = sheet.places
     for number, (read, layer) in enumerate(zip(layers, prefix.layers, strict=True)):
         on_prefix = column_mass(read.guide_queries, layer.keys, read.guide_lse, scale=backbone.scale)
-        per_head = on_prefix.unflatten(0, (backbone.kv_heads, -1)).sum(1).cpu()  # (K, P)
+        per_head = on_prefix.reshape(backbone.kv_heads, -1, on_prefix.shape[1]).sum(1).cpu()  # (K, P)
         from_corpus = sheet.indices[number] >= 0
         mass.index_add_(0, places[number][from_corpus], per_head[from_corpus])
     return mass

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -19,7 +19,7 @@ from cribsheet.answer import Answer, Source, Usage
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.documents import read_documents
-from cribsheet.engine import Delta, Engine, Event, Finished, Prefix, Request
+from cribsheet.engine import Engine, Event, Finished, Prefix, Request
 from cribsheet.errors import RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 from cribsheet.fingerprint import fingerprint
@@ -35,8 +35,8 @@ Question = str | Sequence[Message]
 class LoadedModel:
     """A backbone with its engine; one per model, revision, device and dtype, shared by every sheet on it."""
 
-    _alive: weakref.WeakValueDictionary[tuple[str, ...], LoadedModel] = weakref.WeakValueDictionary()
-    _lock = threading.Lock()
+    _alive: ClassVar[weakref.WeakValueDictionary[tuple[str, ...], LoadedModel]] = weakref.WeakValueDictionary()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -183,13 +183,13 @@ class CompressedKnowledgeLLM:
             known = ", ".join(SamplingParams.__dataclass_fields__)
             raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
         given = {name: value for name, value in sampling.items() if value is not None}
-        stop = SamplingParams(stop=given.pop("stop", ())).stop + self._layout.stop
+        stop = SamplingParams(stop=given.pop("stop", ())).stops + self._layout.stop
         ids = self._question_ids(question)
         left = self.room - len(ids)
         if left < 1:
             raise RequestError(
                 f"The question takes {len(ids)} tokens, but the model's window of {self.backbone.window} leaves "
-                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or build at a higher rate."
+                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or raise the rate."
             )
         params = SamplingParams(**given, stop=stop)
         if params.max_tokens > left:

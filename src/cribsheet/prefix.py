@@ -31,7 +31,7 @@ class LayerPrefix:
     values: Tensor
 
 
-class PrefixLayer(CacheLayerMixin):
+class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer: a shared prefix and a growing suffix of equal length in every sequence.
 
     Works under stock `generate()`: greedy, beams, several sequences, left-padded batches.

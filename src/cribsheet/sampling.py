@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,16 +36,15 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     logprobs: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Accept one stop string for a tuple of one; refuse values out of range with `RequestError`."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
+        """Refuse values out of range with `RequestError`."""
+        stop = self.stops
         _within("max_tokens", self.max_tokens, 1, math.inf)
         _within("temperature", self.temperature, 0, 100)
         _within("top_p", self.top_p, 0, 1, open_below=True)
@@ -57,6 +56,11 @@ class SamplingParams:
             _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         if any(not isinstance(text, str) or not text for text in stop):
             raise RequestError(f"stop holds an empty or non-text entry: {stop!r}; give non-empty strings.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, one given alone included."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def is_greedy(self) -> bool:
@@ -138,4 +142,6 @@ def _within(name: str, value: float, low: float, high: float, *, open_below: boo
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value > high or value < low or (open_below and value == low):
         upper = "" if high == math.inf else f" and at most {high:g}"
-        raise RequestError(f"{name} is {value!r}; use a number {'above' if open_below else 'of at least'} {low:g}{upper}.")
+        raise RequestError(
+            f"{name} is {value!r}; use a number {'above' if open_below else 'of at least'} {low:g}{upper}."
+        )

@@ -35,7 +35,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = FORMAT_VERSION
+    format: Literal[1] = 1
     cribsheet: str
     created: str
     fingerprint: Fingerprint
@@ -146,9 +146,7 @@ class Sheet:
         """Where the kept tokens came from: neighbouring tokens joined, in document order."""
         found: list[Span] = []
         previous_index = -2
-        for (index, number, start, stop), share in zip(
-            self.origins.tolist(), self.kept_share.tolist(), strict=True
-        ):
+        for (index, number, start, stop), share in zip(self.origins.tolist(), self.kept_share.tolist(), strict=True):
             if number < 0:
                 continue
             document_id = self.manifest.documents[number].id

@@ -22,9 +22,7 @@ from cribsheet.formats.record import given_id, is_record, record_of, short
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_NAME = (
-    255  # characters; a longer string is a path only if it exists, for prose holds "?" and "/" too
-)
+_LONGEST_NAME = 255  # characters; a longer string is a path only if it exists, for prose holds "?" and "/" too
 
 
 @dataclass(slots=True, eq=False)
@@ -54,11 +52,7 @@ def drafts_of(source: object) -> Iterator[Draft]:
     # attributes before iteration, because pydantic documents are iterable too
     if (text := _text_by_attribute(source)) is not None:
         return _from_object(source, text)
-    if (
-        isinstance(source, Iterable)
-        and not isinstance(source, bytes | bytearray)
-        and not hasattr(source, "read")
-    ):
+    if isinstance(source, Iterable) and not isinstance(source, bytes | bytearray) and not hasattr(source, "read"):
         return chain.from_iterable(map(drafts_of, source))
     raise DocumentError(
         f"{short(source)} is of type {type(source).__name__}, which is no source of documents; pass a path, "
@@ -76,9 +70,7 @@ def _from_string(text: str) -> Iterator[Draft]:
     if not _looks_like_path(text):
         return iter([Draft(text, {}, f"the text {short(text)}")])
     if "://" in text:
-        raise DocumentError(
-            f"{text} is an address, and addresses are not fetched; download it, and name the file"
-        )
+        raise DocumentError(f"{text} is an address, and addresses are not fetched; download it, and name the file")
     return _from_path(Path(path))
 
 
@@ -97,7 +89,8 @@ def _looks_like_path(text: str) -> bool:
 def _matches(pattern: str) -> bool:
     if len(pattern) > _LONGEST_NAME or "\n" in pattern or not glob.has_magic(pattern):
         return False
-    return next(glob.iglob(pattern, recursive=True), None) is not None
+    # not recursive, where ** would search the whole disk for a text that starts with a comment like "/**/ ..."
+    return next(glob.iglob(pattern), None) is not None
 
 
 def _from_mapping(source: Mapping[str, Any]) -> Iterator[Draft]:
@@ -147,7 +140,7 @@ def _from_path(path: Path) -> Iterator[Draft]:
     if os.path.exists(path):
         raise DocumentError(f"{path.as_posix()} is neither a file nor a folder; copy its content into a file")
     raise DocumentError(
-        f"no such file or folder: {path.as_posix()} (looked from {Path.cwd().as_posix()}); to pass text, "
+        f"no such file or folder: {path.as_posix()!r} (looked from {Path.cwd().as_posix()}); to pass text, "
         "wrap it in Document(text, id)"
     )
 
@@ -173,9 +166,7 @@ def _files_matching(pattern: str) -> list[Path]:
             "pass text, wrap it in Document(text, id)"
         )
     # A folder that matches stands for its files, as in a shell; `**` matches these one by one as well.
-    return sorted(
-        {file for match in matches for file in (_files_below(match) if match.is_dir() else [match])}
-    )
+    return sorted({file for match in matches for file in (_files_below(match) if match.is_dir() else [match])})
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -186,9 +177,7 @@ def _fixed_part(pattern: Path) -> Path:
 def _from_files(files: list[Path], root: Path, where: str) -> Iterator[Draft]:
     """The supported files among those found; the others are counted in one warning."""
     supported = [file for file in files if file.suffix.lower() in READERS]
-    others = Counter(
-        file.suffix.lower() or "no suffix" for file in files if file.suffix.lower() not in READERS
-    )
+    others = Counter(file.suffix.lower() or "no suffix" for file in files if file.suffix.lower() not in READERS)
     kinds = ", ".join(f"{suffix} ({number})" for suffix, number in sorted(others.items()))
     if not supported:
         found = f"only unsupported files: {kinds}" if others else "no files"

@@ -45,7 +45,7 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json()}
-    with _replacing(target) as unfinished:
+    with replacing(target) as unfinished:
         save_file(contiguous, unfinished, metadata=metadata)
     return target
 
@@ -59,7 +59,11 @@ def load(path: str | Path) -> Sheet:
         raise _damaged(path, error) from error
     layers = []
     for number in range(manifest.fingerprint.layers):
-        layers.append(LayerPrefix(_entry(tensors, f"layers.{number}.keys", path), _entry(tensors, f"layers.{number}.values", path)))
+        layers.append(
+            LayerPrefix(
+                _entry(tensors, f"layers.{number}.keys", path), _entry(tensors, f"layers.{number}.values", path)
+            )
+        )
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
     _check_shapes(path, manifest, layers, indices, origins)
     texts = json.loads(bytes(tensors["texts"].numpy())) if "texts" in tensors else ()
@@ -117,7 +121,7 @@ def _damaged(path: str | Path, error: Exception) -> SheetError:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[str]:
+def replacing(target: Path) -> Iterator[str]:
     """A temporary path beside `target` that takes its place on success and vanishes on failure."""
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:

@@ -63,9 +63,7 @@ class Task:
         path = Path(path)
         parse = _PARSERS.get(path.suffix.lower())
         if parse is None:
-            raise TaskError(
-                f"{path} is no task file: its suffix is {path.suffix!r}; use {' or '.join(_PARSERS)}"
-            )
+            raise TaskError(f"{path} is no task file: its suffix is {path.suffix!r}; use {' or '.join(_PARSERS)}")
         try:
             return cls.from_dict(parse(path.read_text(encoding="utf-8-sig")))
         except OSError as error:

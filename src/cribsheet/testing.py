@@ -65,7 +65,9 @@ def tiny_config(family: str, **settings: Any) -> Any:
     return AutoConfig.for_model(family, **{**sizes, **settings})
 
 
-def tiny_backbone(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Backbone:
+def tiny_backbone(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Backbone:
     """A random model of a family with the tiny tokenizer.
 
     Its weights are large enough that attention is far from uniform, so that a wrong key, position or mask changes

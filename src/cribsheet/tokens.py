@@ -38,7 +38,7 @@ class Encoder:
         return self._specials.sub(lambda found: _defused(found[0]), text)
 
     def left(self, text: str) -> tuple[Tensor, Tensor]:
-        """Ids (N,) and character spans (N, 2), int64, of text that begins a prompt; exactly one BOS if the model has one."""
+        """Ids (N,) and character spans (N, 2), int64, of text that begins a prompt; one BOS if the model has one."""
         ids, spans = self._encode(text)
         if self._adds_bos and ids[:1].tolist() != [self._bos]:
             ids = torch.cat([torch.tensor([self._bos]), ids])

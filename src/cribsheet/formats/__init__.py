@@ -48,7 +48,5 @@ def read_file(path: Path) -> list[Record]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DocumentError(
-            f"cannot read {name}: {error.strerror}; make it readable, or leave it out"
-        ) from error
+        raise DocumentError(f"cannot read {name}: {error.strerror}; make it readable, or leave it out") from error
     return reader(data, name)

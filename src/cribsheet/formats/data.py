@@ -37,9 +37,7 @@ def _line_record(line: str, where: str, row: int) -> Record:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(
-            f"{where}: broken JSON ({error}) in {short(line)}; repair or remove the line"
-        ) from error
+        raise DocumentError(f"{where}: broken JSON ({error}) in {short(line)}; repair or remove the line") from error
     if is_record(value):
         return record_of(value, where, row)
     if isinstance(value, dict):
@@ -77,14 +75,11 @@ def _table(text: str, name: str, delimiter: str) -> list[Record]:
         rows = [_named_cells(header, line) for line in filled]
     except csv.Error as error:
         raise DocumentError(
-            f"{name}, line {lines.line_num}: broken table ({error}); repair the quotes, or use JSONL for "
-            "long texts"
+            f"{name}, line {lines.line_num}: broken table ({error}); repair the quotes, or use JSONL for long texts"
         ) from error
     if "text" in header:
         numbered = enumerate(rows, 1)
-        return [
-            record_of({"text": ""} | dict(row), f"{name}, row {number}", number) for number, row in numbered
-        ]
+        return [record_of({"text": ""} | dict(row), f"{name}, row {number}", number) for number, row in numbered]
     return one("\n".join("; ".join(f"{key}: {' '.join(cell.split())}" for key, cell in row) for row in rows))
 
 

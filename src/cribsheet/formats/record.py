@@ -51,9 +51,7 @@ def given_id(value: object, where: str) -> str | None:
         return None
     if isinstance(value, str) or type(value) is int:
         return str(value)
-    raise DocumentError(
-        f"{where}: the id is {short(value)}; give a string or a whole number, or leave it out"
-    )
+    raise DocumentError(f"{where}: the id is {short(value)}; give a string or a whole number, or leave it out")
 
 
 def short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,8 @@ class KeyNorm:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        return -view.keys.float().norm(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(view.keys.float(), dim=-1)
+        return -norms
 
 
 class Recent:
@@ -38,11 +40,11 @@ class Random:
     guide: ClassVar[Guide] = "nothing"
     pins_head: ClassVar[bool] = True
 
-    def __init__(self, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        heads, cached = view.keys.shape[:2]
-        fresh = torch.rand(heads, cached - view.carried.shape[1], generator=self._generator)
+        heads, kept = view.carried.shape
+        first_new = int(view.positions[0, kept])
+        draw = random.Random(f"{view.seed}/{view.layer}/{first_new}").getrandbits(63)
+        generator = torch.Generator().manual_seed(draw)
+        fresh = torch.rand(heads, view.keys.shape[1] - kept, generator=generator)
         return torch.cat([view.carried, fresh.to(view.carried.device)], 1)

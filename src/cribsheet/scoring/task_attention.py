@@ -24,7 +24,7 @@ class TaskAttention:
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
         mass = column_mass(view.queries, view.keys, view.lse, scale=view.scale, row_weight=visible_counts(view))
-        return mean_over_group(mass, view) / view.queries.shape[1] * view.values.float().norm(dim=-1)
+        return mean_over_group(mass, view) / view.queries.shape[1] * value_norm(view)
 
 
 class TaskPeak:
@@ -40,7 +40,7 @@ class TaskPeak:
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
         peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale)
-        return max_over_group(peak, view) * view.values.float().norm(dim=-1)
+        return max_over_group(peak, view) * value_norm(view)
 
 
 def visible_counts(view: LayerView) -> Tensor:
@@ -52,9 +52,15 @@ def visible_counts(view: LayerView) -> Tensor:
 
 def mean_over_group(per_query_head: Tensor, view: LayerView) -> Tensor:
     """(H, S) -> (K, S): mean over the query heads that share a key/value head."""
-    return per_query_head.unflatten(0, (view.keys.shape[0], -1)).mean(1)
+    return per_query_head.reshape(view.keys.shape[0], -1, view.keys.shape[1]).mean(1)
 
 
 def max_over_group(per_query_head: Tensor, view: LayerView) -> Tensor:
     """(H, S) -> (K, S): maximum over the query heads that share a key/value head."""
-    return per_query_head.unflatten(0, (view.keys.shape[0], -1)).amax(1)
+    return per_query_head.reshape(view.keys.shape[0], -1, view.keys.shape[1]).amax(1)
+
+
+def value_norm(view: LayerView) -> Tensor:
+    """(K, S): L2 norm of each value, in float32."""
+    norms: Tensor = torch.linalg.vector_norm(view.values.float(), dim=-1)
+    return norms

@@ -31,6 +31,9 @@ class LayerView:
         factor of the attention logits, normally D ** -0.5.
     layer
         index of the layer, from 0.
+    seed
+        seed of the build, for scorers that draw; with layer and position it is all their randomness, so that an
+        interrupted build goes on as if it had not been.
     """
 
     keys: Tensor
@@ -41,6 +44,7 @@ class LayerView:
     carried: Tensor
     scale: float
     layer: int
+    seed: int = 0
 
 
 class Scorer(Protocol):
