@@ -48,17 +48,13 @@ def test_a_sheet_that_keeps_everything_answers_as_the_full_context_does(family, 
 
 
 def test_moving_keys_equals_rotating_them_there_in_the_first_place(family):
-    captured = {}
-    attention = family.model.base_model.layers[0].self_attn
-    handle = attention.k_proj.register_forward_hook(lambda module, args, out: captured.update(raw=out))
     ids = torch.arange(10, 42)
-    empty = kept_nothing(family)
-    read = [family.read(empty, start, ids, ids[:0])[0].chunk_keys for start in (0, 1000)]
-    handle.remove()
-    assert captured
-    moved = move(read[0], torch.arange(32), torch.arange(1000, 1032), family.inv_freq)
-    assert (read[0] - read[1]).abs().max() > 0.1
-    torch.testing.assert_close(moved, read[1], atol=2e-4, rtol=1e-4)
+    here, there = (family.read(kept_nothing(family), start, ids, ids[:0]) for start in (0, 1000))
+    for layer, inv_freq in enumerate(family.inv_freqs):
+        moved = move(here[layer].chunk_keys, torch.arange(32), torch.arange(1000, 1032), inv_freq)
+        if len(inv_freq):
+            assert (here[layer].chunk_keys - there[layer].chunk_keys).abs().max() > 0.1
+        torch.testing.assert_close(moved, there[layer].chunk_keys, atol=5e-4, rtol=1e-4)
 
 
 def kept_nothing(backbone: Backbone):
@@ -95,18 +91,21 @@ def test_questions_never_see_each_other_and_a_batch_equals_one_by_one(family):
     questions = [
         f"Where does {name} live?{' Say it slowly.' * n}" for n, name in enumerate(["Alice", "Bob", "Clara", "Hugo"])
     ]
-    alone = [kb.ask(question, max_tokens=24).text for question in questions]
-    together: dict[int, str] = {}
+    alone = [kb.ask(question, max_tokens=24, logprobs=0) for question in questions]
+    together = {}
     threads = [
-        threading.Thread(target=lambda n=n: together.update({n: kb.ask(questions[n], max_tokens=24).text}))
+        threading.Thread(target=lambda n=n: together.update({n: kb.ask(questions[n], max_tokens=24, logprobs=0)}))
         for n in range(len(questions))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [together[n] for n in range(len(questions))] == alone
-    assert len(set(alone)) > 1
+    for number, expected in enumerate(alone):
+        assert together[number].text == expected.text
+        got, wanted = ([token.logprob for token in answer.logprobs] for answer in (together[number], expected))
+        assert got == pytest.approx(wanted, abs=1e-3)
+    assert len({answer.logprobs[0].logprob for answer in alone}) == len(questions)
 
 
 def test_streamed_equals_whole_and_async_equals_sync(family):

@@ -20,19 +20,27 @@ _MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output (B, H, T, D) and its log-sum-exp (B, H, T) in float32.
 
     `q` is (B, H, T, D); `k` and `v` are (B, K, S, D). `causal` aligns the first row with the first key and needs
     `T == S`; `mask` is boolean, broadcastable to (B, 1, T, S), true where a row may look. A row that may look at
-    nothing yields zeros and a log-sum-exp of minus infinity.
+    nothing yields zeros and a log-sum-exp of minus infinity. `softcap` bounds the logits smoothly, as
+    `c * tanh(logits / c)` (Gemma 2).
     """
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if softcap is None and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return _attend_cpu(q, k, v, scale, causal, mask)
-    return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask)
+    return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
 
 
 def _attend_cpu(
@@ -44,13 +52,21 @@ def _attend_cpu(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
-    if mask is not None:  # the kernel yields NaN for a row that may look at nothing
-        out, lse = torch.nan_to_num(out), lse.masked_fill(lse.isnan(), float("-inf"))
+    if mask is not None:  # for a row that may look at nothing the kernel yields NaN or a log-sum-exp of 0
+        blind = ~mask.any(-1)  # (B, 1, T)
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
     return out, lse
 
 
 def attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` written from the formula, in float32, a block of rows at a time; any device, any dtype.
 
@@ -64,6 +80,7 @@ def attend_plain(
     for start in range(0, t, rows):
         q32 = q[:, :, start : start + rows].float().reshape(b, kv_heads, h // kv_heads, -1, d)
         logits = (q32 @ k32.transpose(-1, -2) * scale).reshape(b, h, -1, s)  # (B, H, rows, S)
+        logits = capped(logits, softcap)
         if causal:
             row = torch.arange(start, start + logits.shape[2], device=q.device)
             logits.masked_fill_(torch.arange(s, device=q.device) > row[:, None], float("-inf"))
@@ -78,7 +95,14 @@ def attend_plain(
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits bounded smoothly by `softcap`, or as they are."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def attend_shared(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """`attend` of B sequences over one prefix that they share: `k` and `v` are (1, K, S, D).
 
     Query heads of a group and all sequences are packed as rows of one key/value head, so the prefix is read once
@@ -88,7 +112,7 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Ten
     kv_heads = k.shape[1]
     group = h // kv_heads
     packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
-    out, lse = attend(packed, k, v, scale=scale)
+    out, lse = attend(packed, k, v, scale=scale, softcap=softcap)
     out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
     lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
     return out, lse
@@ -106,7 +130,9 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
     return out.to(out_1.dtype), lse
 
 
-def column_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None) -> Tensor:
+def column_mass(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     """How much attention each key gets, summed over rows, for one sequence: (H, S) in float32.
 
     Recomputes the weights `exp(q·k·scale - lse)` of rows whose log-sum-exp is known, a block of rows at a time, so
@@ -114,20 +140,24 @@ def column_mass(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: 
     *all* keys that the rows saw (also those not in `k`); `row_weight` (T,) multiplies each row.
     """
     total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
-    for weights in _weight_blocks(q, k, lse, scale, row_weight):
+    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
         total += weights.sum(1)
     return total
 
 
-def column_peak(q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None) -> Tensor:
+def column_peak(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
     peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
-    for weights in _weight_blocks(q, k, lse, scale, row_weight):
+    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
         peak = torch.maximum(peak, weights.amax(1))
     return peak
 
 
-def _weight_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None) -> Iterator[Tensor]:
+def _weight_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Iterator[Tensor]:
     """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size."""
     h, t, d = q.shape
     kv_heads, s, _ = k.shape
@@ -136,7 +166,7 @@ def _weight_blocks(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: 
     for start in range(0, t, rows):
         q32 = q[:, start : start + rows].float().reshape(kv_heads, h // kv_heads, -1, d)
         logits = (q32 @ k32).mul_(scale).reshape(h, -1, s)
-        weights = logits.sub_(lse[:, start : start + rows, None]).exp_()
+        weights = capped(logits, softcap).sub_(lse[:, start : start + rows, None]).exp_()
         if row_weight is not None:
             weights *= row_weight[start : start + rows, None]
         yield weights

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,24 @@ from cribsheet.prefix import LayerPrefix, PrefixLayer, ReadingLayer
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "phi",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "olmo2",
+    "smollm3",
+    "starcoder2",
+    "stablelm",
+    "mixtral",
+    "qwen3_moe",
+)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POCKET = "pocket"
 _ATTENTION = "cribsheet"
@@ -37,7 +54,9 @@ class Backbone:
     """A causal language model with its tokenizer, as the rest of the library sees it.
 
     Attributes: `name` (what it was loaded from), `revision`, `num_layers`, `num_heads`, `kv_heads`, `head_size`,
-    `window` (positions it was made for), `inv_freq` (R/2,), `device`, `dtype`.
+    `window` (positions it was made for), `device`, `dtype`; and for each layer `inv_freqs` (R/2,), radians a token
+    that its keys turn by, and `windows`, how many tokens a token sees (none: all of them). `full` are the numbers of
+    the layers that see everything: the ones that are condensed.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", revision: str | None = None) -> None:
@@ -57,7 +76,10 @@ class Backbone:
         self.kv_heads: int = config.num_key_value_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         self.window: int = config.max_position_embeddings
-        self.inv_freq: Tensor = model.base_model.rotary_emb.inv_freq.detach().float()
+        self.windows = layer_windows(config)
+        self.full = [number for number, window in enumerate(self.windows) if window is None]
+        self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self._attach_lock, self._attach_depth, self._stock_attention = threading.Lock(), 0, ""
         _register_attention()
 
@@ -83,7 +105,7 @@ class Backbone:
         except (OSError, ValueError) as error:
             raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
         check_supported(config)
-        target = torch.device(device) if device is not None else _best_device()
+        target = _device(device) if device is not None else _best_device()
         options: dict[str, Any] = {"attn_implementation": "sdpa", "revision": revision, **model_options}
         options["dtype"] = _resolve_dtype(dtype, target)
         try:
@@ -138,6 +160,13 @@ class Backbone:
                 if self._attach_depth == 0:
                     self.config._attn_implementation = self._stock_attention
 
+    def release(self) -> None:
+        """In a forked child: no thread of the parent is inside `attached` any more."""
+        self._attach_lock = threading.Lock()
+        if self._attach_depth:
+            self._attach_depth = 0
+            self.config._attn_implementation = self._stock_attention
+
     @torch.no_grad()
     def read(self, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, guide: Tensor) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
@@ -179,20 +208,50 @@ def check_supported(config: Any) -> None:
     family = getattr(config, "model_type", "?")
     if family not in FAMILIES:
         raise ModelError(f"Models of type {family!r} are not supported; use one of {', '.join(FAMILIES)}.")
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
+    for rope_type in rope_types(config):
+        if rope_type not in ROPE_TYPES:
+            raise ModelError(
+                f"Rotary embeddings of type {rope_type!r} change with the length of the text, so keys cannot be moved; "
+                f"use a model with one of {', '.join(ROPE_TYPES)}."
+            )
+    unknown = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if unknown:
         raise ModelError(
-            f"Rotary embeddings of type {rope_type!r} change with the length of the text, so keys cannot be moved; "
-            f"use a model with one of {', '.join(ROPE_TYPES)}."
+            f"This {family} model has layers of type {', '.join(sorted(unknown))}, which are not supported."
         )
+    windows = layer_windows(config)
+    if None not in windows:
+        raise ModelError(
+            f"In this {family} model every layer sees only the last {windows[0]} tokens, so kept tokens would fall out "
+            "of sight; use a version with layers of full attention (sliding_window: null)."
+        )
+
+
+def rope_types(config: Any) -> list[str]:
+    """Kinds of rotary embedding in the model: one, or one for each type of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return [str(each.get("rope_type", "default")) for each in (nested or [settings])]
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How many tokens a token sees in each layer, itself included; none where it sees all that the model allows."""
     window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds - {"full_attention"} or (family == "mistral" and window):
-        raise ModelError(
-            f"This {family} model has sliding-window attention (window {window}), where kept tokens would fall out of "
-            "sight; use a version whose layers all have full attention (sliding_window: null)."
-        )
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # families without layer types slide everywhere or, switched off, nowhere
+        kinds = ["sliding_attention" if getattr(config, "use_sliding_window", True) else "full_attention"]
+        kinds = kinds * config.num_hidden_layers
+    limits = window if window and window < config.max_position_embeddings else None
+    return [limits if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _inv_freq(model: Any, number: int) -> Tensor:
+    """Radians per token by which keys of a layer turn (R/2,); empty in layers without positions."""
+    config, rotary = model.config, model.base_model.rotary_emb
+    single = getattr(rotary, "inv_freq", None)
+    frequencies: Tensor = single if single is not None else getattr(rotary, f"{config.layer_types[number]}_inv_freq")
+    rotates = getattr(config, "no_rope_layers", None)  # 1 where a layer rotates, whatever the name says
+    return frequencies.detach().float()[: None if rotates is None or rotates[number] else 0]
 
 
 def _attention(
@@ -206,14 +265,16 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: tagged keys go to their cache layer, all others to stock SDPA."""
-    layer: PrefixLayer | None = getattr(key, "_cribsheet", None)
+    tag: Callable[[], PrefixLayer | None] | None = getattr(key, "_cribsheet", None)
+    layer = tag() if tag else None
     if layer is None:
         stock: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return stock
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return layer.attend(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+    out = layer.attend(query, key, value, attention_mask, scale, kwargs.get("softcap"))
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _register_attention() -> None:
@@ -238,6 +299,17 @@ def _locate(name: str) -> str:
     return name
 
 
+def _device(wanted: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(f"There is no device {str(wanted)!r}; use cuda, mps or cpu.") from error
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, True):
+        raise ModelError(f"The device {str(wanted)!r} is not available here; use {_best_device()}.")
+    return device
+
+
 def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -250,7 +322,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     resolved = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype):
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ModelError(f"There is no dtype {dtype!r}; use float32, bfloat16 or float16.")
     return resolved
 

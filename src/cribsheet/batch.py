@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cribsheet.attention import attend, attend_shared, merge
 from cribsheet.prefix import LayerPrefix, PrefixLayer
 
 _BLOCK = 64  # suffix buffers grow by blocks of so many tokens
@@ -49,11 +48,22 @@ class SlotLayer(PrefixLayer):
         self.values[rows.slots, :, rows.index] = value_states[:, :, 0]
         return self.tag(self.keys[:count, :, : rows.longest]), self.values[:count, :, : rows.longest]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Attention output (B, H, 1, D); each row sees the prefix and its own suffix."""
         even = min(self.rows.lengths) + 1 == self.rows.longest
-        suffix = attend(query, key, value, scale=scale, mask=None if even else self.rows.mask)
-        return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale), suffix)[0]
+        return self._attend(query, key, value, None if even else self.rows.mask, scale, softcap)[0]
+
+    def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions of the newest token (B, 1) and of the suffix (1, n), counted from the end of the prefix."""
+        return self.rows.index.unsqueeze(1), torch.arange(columns, device=device).unsqueeze(0)
 
     def insert(self, slot: int, keys: Tensor, values: Tensor) -> None:
         """Fill a slot with the suffix (K, n, D) of a prefilled sequence."""
@@ -61,11 +71,11 @@ class SlotLayer(PrefixLayer):
         self.reserve(slot + 1, size, keys.unsqueeze(0))
         self.keys[slot, :, :size], self.values[slot, :, :size] = keys, values
 
-    def vacate(self, slot: int, last: int, length: int) -> None:
-        """Close the gap at `slot` with the `last` slot, whose suffix has `length` tokens."""
+    def vacate(self, slot: int, last: int) -> None:
+        """Close the gap at `slot` with the `last` slot and wipe that: an overflow's NaN would pass through a mask."""
         if slot != last:
-            self.keys[slot, :, :length] = self.keys[last, :, :length]
-            self.values[slot, :, :length] = self.values[last, :, :length]
+            self.keys[slot], self.values[slot] = self.keys[last], self.values[last]
+        self.keys[last], self.values[last] = 0.0, 0.0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """One token a step sees everything, so transformers builds no mask."""
@@ -98,9 +108,24 @@ class PaddedLayer(PrefixLayer):
         self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
         return self.tag(key_states), value_states
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Causal attention that ignores the padding; transformers was given no mask."""
-        return self._attend(query, key, value, self.mask, scale)[0]
+        return self._attend(query, key, value, self.mask, scale, softcap)[0]
+
+    def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions (B or 1, T) of the question's tokens, counted from the end of the prefix; padding is negative."""
+        places = torch.arange(columns, device=device).unsqueeze(0)
+        if self.mask is not None:  # the last row sees all tokens that are no padding
+            places = places - (columns - self.mask[:, 0, -1].sum(-1, keepdim=True))
+        return places, places
 
 
 def padded_batch(questions: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor | None]:

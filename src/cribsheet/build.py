@@ -19,11 +19,11 @@ from cribsheet import __version__
 from cribsheet.backbone import Backbone
 from cribsheet.checkpoint import Checkpoint
 from cribsheet.chunks import TokenizedCorpus
-from cribsheet.compress import Kept, Reading, State, compress, nothing_kept
+from cribsheet.compress import Kept, Reading, State, as_prefix, compress, kept_tokens, nothing_kept
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
-from cribsheet.prefix import LayerPrefix
+from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.sheet import DocumentEntry, Manifest, Sheet
 from cribsheet.task import Task
@@ -130,7 +130,7 @@ def build_sheet(
     dtype
         storage type: float32, bfloat16 or float16; by default the model's own.
     progress
-        called as `progress(tokens_read, tokens)` after each chunk.
+        called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint
         a file that remembers each finished chunk; if it exists, the build goes on from there.
 
@@ -144,6 +144,8 @@ def build_sheet(
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
     start = saved.load(backbone.device) if saved else None
     state = start or State(0, nothing_kept(backbone))
+    if progress is not None:
+        progress(state.done, len(planned.corpus))
     for state in compress(backbone, planned.corpus, planned.reading, start):
         if saved:
             saved.save(state)
@@ -206,7 +208,7 @@ def plan(
     corpus = TokenizedCorpus.build(documents, head, layout.encoder)
     budget = budgets.tokens(len(corpus))
     encode = layout.encoder.after
-    scored, resident, repeat = encode(guide.scored), encode(guide.resident), encode(_REPEAT)
+    scored, resident, repeat = encode(guide.scored), encode(guide.resident, continues=True), encode(_REPEAT)
     if not budgets.keeps_guide(len(resident), budget, len(corpus)):
         resident = resident[:0]
     layout.verify(head, corpus.text, guide.resident if len(resident) else "", task)
@@ -227,20 +229,25 @@ def plan(
 def assemble(
     backbone: Backbone, kept: Sequence[Kept], resident: Tensor, dtype: torch.dtype
 ) -> tuple[list[LayerPrefix], Tensor]:
-    """Final keys and values on the CPU in `dtype`, with the resident guide (T,) read on top; indices (L, K, P + T)."""
-    size = kept[0].keys.shape[1]
-    positions = torch.arange(size, device=backbone.device)
-    layers = [LayerPrefix(layer.at(positions, backbone.inv_freq), layer.values) for layer in kept]
-    indices = torch.stack([layer.indices for layer in kept]).cpu()
+    """Final keys and values on the CPU in `dtype`, with the resident guide (T,) read on top.
+
+    Also the indices (F, K, P + T) of what the F layers keep that see everything; -1 for the guide.
+    """
+    layers = as_prefix(backbone, kept)
+    indices = torch.stack([kept[number].indices for number in backbone.full]).cpu()
     if len(resident):
-        read = backbone.read(layers, size, resident, resident[:0])
-        layers = [
-            LayerPrefix(torch.cat([old.keys, new.chunk_keys], 1), torch.cat([old.values, new.chunk_values], 1))
-            for old, new in zip(layers, read, strict=True)
-        ]
+        read = backbone.read(layers, kept_tokens(backbone, kept), resident, resident[:0])
+        layers = [_with_guide(old, new) for old, new in zip(layers, read, strict=True)]
         indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
-    stored = [LayerPrefix(layer.keys.to("cpu", dtype), layer.values.to("cpu", dtype)) for layer in layers]
+    stored = [LayerPrefix(x.keys.to("cpu", dtype), x.values.to("cpu", dtype), x.window) for x in layers]
     return stored, indices.to(torch.int32)
+
+
+def _with_guide(layer: LayerPrefix, guide: ReadingLayer) -> LayerPrefix:
+    """A prefix with the guide's keys and values behind it, as far back as its window reaches."""
+    first = 0 if layer.window is None else -(layer.window - 1)
+    keys, values = torch.cat([layer.keys, guide.chunk_keys], 1), torch.cat([layer.values, guide.chunk_values], 1)
+    return LayerPrefix(keys[:, first:], values[:, first:], layer.window)
 
 
 def _chunk_tokens(

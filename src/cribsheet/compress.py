@@ -88,37 +88,57 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
 
 def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, guide: Tensor) -> list[ReadingLayer]:
     """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
-    size = kept[0].keys.shape[1]
-    positions = torch.arange(size, device=backbone.device)
-    prefix = [LayerPrefix(layer.at(positions, backbone.inv_freq), layer.values) for layer in kept]
-    return backbone.read(prefix, size, chunk.ids, guide)
+    return backbone.read(as_prefix(backbone, kept), kept_tokens(backbone, kept), chunk.ids, guide)
+
+
+def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
+    """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
+    size = kept_tokens(backbone, kept)
+    prefix = []
+    for layer, inv_freq, window in zip(kept, backbone.inv_freqs, backbone.windows, strict=True):
+        positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
+        prefix.append(LayerPrefix(layer.at(positions, inv_freq), layer.values, window))
+    return prefix
+
+
+def kept_tokens(backbone: Backbone, kept: Sequence[Kept]) -> int:
+    """Length of the prefix: tokens kept by the layers that see everything."""
+    return kept[backbone.full[0]].keys.shape[1]
 
 
 def condense(
     backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, budget: int, pinned: int, layer: int
 ) -> Kept:
-    """Score old and new tokens of one layer together and keep the best `budget`; the first `pinned` always stay."""
-    size, device = old.keys.shape[1], read.chunk_keys.device
+    """Score old and new tokens of one layer together and keep the best `budget`; the first `pinned` always stay.
+
+    A sliding-window layer has no choice: it keeps the latest tokens that the next one can see.
+    """
+    device, inv_freq, window = read.chunk_keys.device, backbone.inv_freqs[layer], backbone.windows[layer]
     keys = torch.cat([read.prefix_keys[0], read.chunk_keys], 1)
     values = torch.cat([old.values, read.chunk_values], 1)
     fresh = torch.arange(chunk.start, chunk.stop, device=device).expand(old.keys.shape[0], -1)
     indices = torch.cat([old.indices, fresh], 1)
-    scores = how.scorer.score(
-        LayerView(
-            keys=keys,
-            values=values,
-            positions=indices,
-            queries=read.guide_queries,
-            lse=read.guide_lse,
-            carried=old.scores,
-            scale=backbone.scale,
-            layer=layer,
-            seed=how.seed,
+    if window is None:
+        scores = how.scorer.score(
+            LayerView(
+                keys=keys,
+                values=values,
+                positions=indices,
+                queries=read.guide_queries,
+                lse=read.guide_lse,
+                carried=old.scores,
+                scale=backbone.scale,
+                layer=layer,
+                seed=how.seed,
+                softcap=backbone.softcap,
+            )
         )
-    )
-    keep = keep_top(scores.masked_fill(indices < pinned, float("inf")), min(budget, keys.shape[1]))
-    read_at = torch.arange(size, size + len(chunk.ids), device=device)
-    unrotated = torch.cat([old.keys, rotate(read.chunk_keys, -read_at, backbone.inv_freq)], 1)
+        keep = keep_top(scores.masked_fill(indices < pinned, float("inf")), min(budget, keys.shape[1]))
+    else:
+        scores = torch.zeros(indices.shape, device=device)
+        keep = keep_top(indices.float(), min(window - 1, keys.shape[1]))
+    read_at = torch.arange(read.start, read.start + len(chunk.ids), device=device)
+    unrotated = torch.cat([old.keys, rotate(read.chunk_keys, -read_at, inv_freq)], 1)
     return Kept(take(unrotated, keep), take(values, keep), take(indices, keep), take(scores, keep))
 
 

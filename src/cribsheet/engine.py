@@ -7,9 +7,12 @@ Callers hand in a `Request` and read events from a sink; they never touch the mo
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +118,7 @@ class Answering:
     def fail(self, error: BaseException) -> None:
         """Hand an error to the caller instead of an answer."""
         self.finished = True
-        self.request.sink(error)
+        _tell(self.request, error)
 
     def _emit(self, text: str) -> None:
         if text:
@@ -154,7 +157,7 @@ class Group:
             if self.running[slot].finished:
                 last = len(self.running) - 1
                 for layer in self.layers:
-                    layer.vacate(slot, last, self.rows.lengths[last])
+                    layer.vacate(slot, last)
                 self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
                 self.running.pop()
                 self.rows.lengths.pop()
@@ -170,12 +173,17 @@ class Engine:
     def __init__(self, backbone: Backbone, *, max_batch: int = 64, max_queue: int = 1024) -> None:
         self.backbone = backbone
         self.max_batch, self.max_queue = max_batch, max_queue
+        self._closed = False
+        self._eos = backbone.eos_ids
+        self._begin()
+        _ENGINES.add(self)
+
+    def _begin(self) -> None:
+        """No work and no thread: at first, and in a forked child, where those of the parent mean nothing."""
         self._waiting: deque[Request] = deque()
         self._groups: list[Group] = []
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
-        self._eos = backbone.eos_ids
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none. Raises `EngineError` when the engine is closed or its queue is full."""
@@ -188,7 +196,7 @@ class Engine:
                     "or make the engine with a larger max_queue."
                 )
             self._waiting.extend(requests)
-            if self._thread is None or not self._thread.is_alive():  # not alive also after a fork
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="cribsheet-engine", daemon=True)
                 self._thread.start()
             self._wake.notify()
@@ -196,18 +204,16 @@ class Engine:
     def close(self) -> None:
         """Refuse new requests and cancel running ones; returns when the thread is done."""
         with self._wake:
-            self._closed = True
-            for request in self._waiting:
-                request.cancel()
-            for group in self._groups:
-                for sequence in group.running:
-                    sequence.request.cancel()
+            self._closed = True  # the next step cancels whatever it finds
+            thread = self._thread
             self._wake.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def step(self) -> bool:
         """Admit, prefill, decode one token for everybody, emit; returns whether any work is left."""
+        if self._closed:
+            self._cancel_all()
         for prefix, requests in self._admit():
             self._prefill(prefix, requests)
         for group in list(self._groups):
@@ -236,23 +242,27 @@ class Engine:
     def _admit(self) -> list[tuple[Prefix, list[Request]]]:
         """Take waiting requests while slots are free, by prefix and in order of arrival."""
         taken: dict[int, tuple[Prefix, list[Request]]] = {}
+        free = self.max_batch - sum(len(group.running) for group in self._groups)
         with self._wake:
-            free = self.max_batch - sum(len(group.running) for group in self._groups)
-            while self._waiting and free > 0:
-                request = self._waiting.popleft()
-                if request.cancelled.is_set():
-                    request.sink(Finished("cancelled", 0))
-                    continue
-                taken.setdefault(id(request.prefix), (request.prefix, []))[1].append(request)
-                free -= 1
+            cancelled: list[Request] = []  # they leave the queue at once, also when all slots are taken
+            waiting: deque[Request] = deque()
+            for request in self._waiting:
+                (cancelled if request.cancelled.is_set() else waiting).append(request)
+            self._waiting = waiting
+            admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        for request in cancelled:
+            _tell(request, Finished("cancelled", 0))
+        for request in admitted:
+            taken.setdefault(id(request.prefix), (request.prefix, []))[1].append(request)
         return list(taken.values())
 
     def _prefill(self, prefix: Prefix, requests: list[Request]) -> None:
         """Read new questions, padded to the longest, and sample their first tokens."""
         group = self._group(prefix)
         for part in _by_size(requests):
-            sequences = [Answering(request, self.backbone.tokenizer, self._eos) for request in part]
+            sequences: list[Answering] = []
             try:
+                sequences = [Answering(request, self.backbone.tokenizer, self._eos) for request in part]
                 ids, positions, mask = padded_batch([request.question for request in part], prefix.tokens)
                 cache = prefill_cache(prefix.layers, prefix.tokens, mask)
                 logits = self.backbone.step(ids, positions, cache)[:, -1]
@@ -262,6 +272,9 @@ class Engine:
                         group.insert(sequence, cache, row)
             except Exception as error:
                 _fail(sequences, error)
+                for request in part[len(sequences) :]:
+                    _tell(request, error)
+                group.prune()
 
     def _decode(self, group: Group) -> None:
         """One token for every running sequence of a prefix."""
@@ -295,6 +308,14 @@ class Engine:
         self._groups.append(Group(prefix))
         return self._groups[-1]
 
+    def _cancel_all(self) -> None:
+        with self._wake:
+            for request in self._waiting:
+                request.cancel()
+        for group in self._groups:
+            for sequence in group.running:
+                sequence.request.cancel()
+
     def _fail_all(self, error: BaseException) -> None:
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
@@ -302,7 +323,7 @@ class Engine:
             _fail(group.running, error)
         self._groups = []
         for request in waiting:
-            request.sink(error)
+            _tell(request, error)
 
 
 def _by_size(requests: list[Request]) -> list[list[Request]]:
@@ -320,3 +341,31 @@ def _fail(sequences: list[Answering], error: BaseException) -> None:
     for sequence in sequences:
         if not sequence.finished:
             sequence.fail(error)
+
+
+def _tell(request: Request, event: Event) -> None:
+    """Hand over a last event; a sink that fails on it loses it, and nobody else is harmed."""
+    try:
+        request.sink(event)
+    except Exception:
+        logger.exception("nobody could be told of %r", event)
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_ENGINES):
+        engine.backbone.release()
+        engine._begin()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside torch while the interpreter goes would take the whole process down with an abort."""
+    for engine in list(_ENGINES):
+        engine.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -23,8 +23,10 @@ def attention_per_origin(backbone: Backbone, prefix: Prefix, sheet: Sheet, asked
     layers = backbone.read(prefix.layers, prefix.tokens, asked, answered)
     mass = torch.zeros(len(sheet.origins))
     places = sheet.places
-    for number, (read, layer) in enumerate(zip(layers, prefix.layers, strict=True)):
-        on_prefix = column_mass(read.guide_queries, layer.keys, read.guide_lse, scale=backbone.scale)
+    for number, read, layer in ((n, layers[at], prefix.layers[at]) for n, at in enumerate(backbone.full)):
+        on_prefix = column_mass(
+            read.guide_queries, layer.keys, read.guide_lse, scale=backbone.scale, softcap=backbone.softcap
+        )
         per_head = on_prefix.reshape(backbone.kv_heads, -1, on_prefix.shape[1]).sum(1).cpu()  # (K, P)
         from_corpus = sheet.indices[number] >= 0
         mass.index_add_(0, places[number][from_corpus], per_head[from_corpus])

@@ -36,6 +36,7 @@ class Fingerprint(BaseModel):
     heads: int
     kv_heads: int
     head_size: int
+    windows: list[int | None]
     rotary: str
     weights: str
     weights_dtype: str
@@ -71,6 +72,7 @@ _MUST_MATCH = {
     "heads": "number of heads",
     "kv_heads": "number of key/value heads",
     "head_size": "head size",
+    "windows": "sliding windows",
     "rotary": "rotary setting",
     "tokenizer": "tokenizer",
     "template": "chat template",
@@ -89,6 +91,7 @@ def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
         heads=backbone.num_heads,
         kv_heads=backbone.kv_heads,
         head_size=backbone.head_size,
+        windows=backbone.windows,
         rotary=_rotary(backbone),
         weights=_digest(samples.double().numpy().tobytes()),
         weights_dtype=str(backbone.dtype).removeprefix("torch."),
@@ -109,8 +112,10 @@ def _weight_samples(backbone: Backbone) -> Iterator[Tensor]:
 
 def _rotary(backbone: Backbone) -> str:
     settings = getattr(backbone.config, "rope_parameters", None) or {}
-    numbers = backbone.inv_freq.double().cpu().numpy().round(9).tobytes()
-    return f"{settings.get('rope_type', 'default')} theta={settings.get('rope_theta')} #{_digest(numbers)}"
+    numbers = torch.cat(backbone.inv_freqs).double().cpu().numpy().round(9).tobytes()
+    nested = [value for value in settings.values() if isinstance(value, dict)] or [settings]
+    named = ", ".join(f"{each.get('rope_type', 'default')} theta={each.get('rope_theta')}" for each in nested)
+    return f"{named} #{_digest(numbers)}"
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -173,7 +173,10 @@ class CompressedKnowledgeLLM:
         prefix: Prefix | None = self.__dict__.get("_prefix")
         if prefix is None:
             device, dtype = self.backbone.device, self.backbone.dtype
-            layers = [LayerPrefix(x.keys.to(device, dtype), x.values.to(device, dtype)) for x in self.sheet.layers]
+            layers = [
+                LayerPrefix(layer.keys.to(device, dtype), layer.values.to(device, dtype), window)
+                for layer, window in zip(self.sheet.layers, self.backbone.windows, strict=True)
+            ]
             prefix = self.__dict__.setdefault("_prefix", Prefix(layers, self.sheet.tokens))
         return prefix
 
@@ -198,8 +201,14 @@ class CompressedKnowledgeLLM:
 
     def _question_ids(self, question: Question) -> torch.Tensor:
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        if not turns or not str(turns[-1].get("content") or "").strip():
+        for turn in turns:
+            given = isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
+            if not given or not isinstance(turn.get("content"), str):
+                raise RequestError(f"A turn is {turn!r}; give a mapping with the texts 'role' and 'content'.")
+        if not turns or not turns[-1]["content"].strip():
             raise RequestError("The question is empty; ask something.")
+        if turns[-1]["role"] == "assistant":
+            raise RequestError("The last turn is the assistant's, so there is nothing to answer; end with a question.")
         text = self._layout.question(turns, self._task, self.sheet.resident)
         return self._layout.encoder.after(text)
 
@@ -225,6 +234,11 @@ class _Stream:
     def cancel(self) -> None:
         """Stop within one token; the stream then ends with finish reason "cancelled"."""
         self.request.cancel()
+
+    def __del__(self) -> None:
+        """A stream that nobody holds any more stops the work too."""
+        if self._answer is None:
+            self.cancel()
 
     def _take(self, event: Event) -> str | None:
         """The text of an event, or none when the answer is complete; errors are raised here."""
@@ -293,8 +307,8 @@ class AsyncAnswerStream(_Stream):
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(request)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        request.sink = lambda event: _hand_over(loop, self._events, event)
+        self._events = events = asyncio.Queue[Event]()
+        request.sink = lambda event: _hand_over(loop, events, event)
 
     def __aiter__(self) -> AsyncIterator[str]:
         """Pieces of text; never empty ones."""

@@ -10,6 +10,7 @@ Letters as in `attention.py`: `B` sequences, `H` query heads, `K` key/value head
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cribsheet.attention import attend, attend_shared, merge
 
+_WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPrefix:
-    """Rotated keys and values (K, P, D) of one layer, shared by every sequence; nobody writes to them."""
+    """Rotated keys and values (K, P, D) of one layer, shared by every sequence; nobody writes to them.
+
+    In a layer with sliding-window attention, `window` is how many tokens a token sees, itself included, and P is at
+    most one less: the end of the corpus rather than a choice from it.
+    """
 
     keys: Tensor
     values: Tensor
+    window: int | None = None
 
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -45,7 +52,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, prefix: LayerPrefix, start: int) -> None:
         super().__init__()
         self.prefix_keys, self.prefix_values = prefix.keys.unsqueeze(0), prefix.values.unsqueeze(0)
-        self.start = start
+        self.start, self.window = start, prefix.window
         self.length = 0
         self.is_initialized = True
         self.keys = self.prefix_keys[:, :, :0]  # suffix buffers (B, K, capacity, D), filled up to `length`
@@ -65,22 +72,74 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.tag(self.keys[:, :, :new]), self.values[:, :, :new]
 
     def tag(self, keys: Tensor) -> Tensor:
-        """Mark a tensor so that the registered attention function finds its way back to this layer."""
-        keys._cribsheet = self  # type: ignore[attr-defined]
+        """Mark a tensor so that the registered attention function finds its way back to this layer.
+
+        A weak reference: a strong one would tie keys and layer into a cycle, which keeps whole chunks alive until
+        the garbage collector happens to run.
+        """
+        keys._cribsheet = weakref.ref(self)  # type: ignore[attr-defined]
         return keys
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
-        return self._attend(query, key, value, mask, scale)[0]
+        return self._attend(query, key, value, mask, scale, softcap)[0]
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
+        """Output, and log-sum-exp (B, H, T) over everything that the new tokens see."""
+        if self.window is not None and self.prefix_keys.shape[2] + key.shape[2] > self.window:
+            return self._attend_window(query, key, value, mask, scale, softcap, self.window)
         causal = mask is None and query.shape[2] > 1
-        suffix = attend(query, key, value, scale=scale, causal=causal, mask=mask)
+        suffix = attend(query, key, value, scale=scale, causal=causal, mask=mask, softcap=softcap)
         if self.prefix_keys.shape[2] == 0:
             return suffix
-        return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale), suffix)
+        return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale, softcap=softcap), suffix)
+
+    def _attend_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        window: int,
+    ) -> tuple[Tensor, Tensor]:
+        """As `_attend` where some tokens are out of sight: a block of rows at a time over the keys that it can see."""
+        batch, before = query.shape[0], self.prefix_keys.shape[2]
+        keys = torch.cat([self.prefix_keys.expand(batch, -1, -1, -1), key], 2)
+        values = torch.cat([self.prefix_values.expand(batch, -1, -1, -1), value], 2)
+        rows, columns = self.suffix_positions(query.shape[2], key.shape[2], query.device)
+        columns = torch.cat([torch.arange(-before, 0, device=query.device).expand(len(columns), -1), columns], 1)
+        parts = []
+        for first in range(0, query.shape[2], _WINDOW_ROWS):
+            row = rows[:, first : first + _WINDOW_ROWS, None]
+            seen = (columns[:, None] <= row) & (row - columns[:, None] < window)  # (B or 1, rows, keys)
+            if mask is not None:
+                allowed = mask[:, 0, first : first + _WINDOW_ROWS]
+                seen = torch.cat([seen[..., :before].expand(len(allowed), -1, -1), seen[..., before:] & allowed], -1)
+            used = seen.flatten(0, 1).any(0).nonzero()
+            low, high = int(used[0]), int(used[-1]) + 1
+            block = query[:, :, first : first + _WINDOW_ROWS]
+            visible = seen[:, None, :, low:high]
+            parts.append(
+                attend(block, keys[:, :, low:high], values[:, :, low:high], scale=scale, mask=visible, softcap=softcap)
+            )
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions of the newest tokens (B or 1, T) and of the suffix (B or 1, n), from the end of the prefix."""
+        suffix = torch.arange(columns, device=device).unsqueeze(0)
+        return suffix[:, columns - rows :], suffix
 
     def get_seq_length(self) -> int:
         """Tokens before the next one, the prefix included."""
@@ -128,9 +187,17 @@ class ReadingLayer(PrefixLayer):
         self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
         return self.tag(key_states), value_states
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
         """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        out, lse = self._attend(query, key, value, mask, scale)
+        out, lse = self._attend(query, key, value, mask, scale, softcap)
         first = query.shape[2] - self.guide_tokens
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out

@@ -45,15 +45,23 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Refuse values out of range with `RequestError`."""
         stop = self.stops
-        _within("max_tokens", self.max_tokens, 1, math.inf)
+        _within("max_tokens", self.max_tokens, 1, math.inf, whole=True)
         _within("temperature", self.temperature, 0, 100)
         _within("top_p", self.top_p, 0, 1, open_below=True)
-        _within("top_k", self.top_k, 0, math.inf)
+        _within("top_k", self.top_k, 0, math.inf, whole=True)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("the number of stop strings", len(stop), 0, MAX_STOPS)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS, whole=True)
+        if self.seed is not None:
+            _within("seed", self.seed, -math.inf, math.inf, whole=True)
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; give a mapping from token id to bias.")
+        for token, bias in self.logit_bias.items():
+            if not str(token).isdecimal():
+                raise RequestError(f"logit_bias names token {token!r}; use token ids.")
+            _within(f"logit_bias of token {token}", bias, -100, 100)
         if any(not isinstance(text, str) or not text for text in stop):
             raise RequestError(f"stop holds an empty or non-text entry: {stop!r}; give non-empty strings.")
 
@@ -116,7 +124,8 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         params = self.params
-        probabilities = (logits / params.temperature).softmax(-1)
+        # from the maximum and with a floor, or a temperature near 0 would divide into infinities
+        probabilities = ((logits - logits.max()) / max(params.temperature, 1e-6)).softmax(-1)
         if params.top_k:
             floor = probabilities.topk(min(params.top_k, len(probabilities))).values[-1]
             probabilities = probabilities.where(probabilities >= floor, 0.0)
@@ -138,10 +147,10 @@ def describe(token: int, logprobs: Tensor, wanted: int, tokenizer: Any) -> Token
     return TokenLogprob(token, tokenizer.decode([token]), float(logprobs[token]), top)
 
 
-def _within(name: str, value: float, low: float, high: float, *, open_below: bool = False) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value > high or value < low or (open_below and value == low):
-        upper = "" if high == math.inf else f" and at most {high:g}"
-        raise RequestError(
-            f"{name} is {value!r}; use a number {'above' if open_below else 'of at least'} {low:g}{upper}."
-        )
+def _within(name: str, value: float, low: float, high: float, *, open_below: bool = False, whole: bool = False) -> None:
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if fits and (whole or math.isfinite(value)) and low <= value <= high and not (open_below and value == low):
+        return
+    lower = "" if low == -math.inf else f" {'above' if open_below else 'of at least'} {low:g}"
+    upper = "" if high == math.inf else f" and at most {high:g}"
+    raise RequestError(f"{name} is {value!r}; use a {'whole ' if whole else ''}number{lower}{upper}.")

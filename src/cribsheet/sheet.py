@@ -72,9 +72,11 @@ class Sheet:
     """A condensed corpus: one file on disk, one read-only prefix in a model.
 
     layers
-        keys and values (K, P, D) of each layer, keys rotated for positions 0..P-1.
+        keys and values (K, P, D) of each layer, keys rotated for positions 0..P-1; layers with sliding-window
+        attention hold the last tokens before the question instead, fewer than their window.
     indices
-        (L, K, P) int32: index in the corpus of each kept token, -1 for tokens of the guide.
+        (F, K, P) int32, for the F layers that see everything: index in the corpus of each kept token, -1 for tokens
+        of the guide.
     origins
         (U, 4) int32, ascending: corpus index of a kept token, number of its document (-1: none), first and
         last-plus-one character in the document's text.
@@ -124,7 +126,7 @@ class Sheet:
 
     @cached_property
     def places(self) -> Tensor:
-        """(L, K, P) row of `origins` for each kept token; meaningless where `indices` is -1."""
+        """(F, K, P) row of `origins` for each kept token; meaningless where `indices` is -1."""
         rows = torch.searchsorted(self.origins[:, 0].contiguous().long(), self.indices.long().clamp(min=0))
         return rows.clamp(max=max(0, len(self.origins) - 1))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,8 +44,11 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json()}
-    with replacing(target) as unfinished:
-        save_file(contiguous, unfinished, metadata=metadata)
+    try:
+        with replacing(target) as unfinished:
+            save_file(contiguous, unfinished, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise SheetError(f"The sheet cannot be written to {str(target)!r}: {error}.") from error
     return target
 
 
@@ -57,17 +59,13 @@ def load(path: str | Path) -> Sheet:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    layers = []
-    for number in range(manifest.fingerprint.layers):
-        layers.append(
-            LayerPrefix(
-                _entry(tensors, f"layers.{number}.keys", path), _entry(tensors, f"layers.{number}.values", path)
-            )
-        )
+    layers = [
+        LayerPrefix(_entry(tensors, f"layers.{n}.keys", path), _entry(tensors, f"layers.{n}.values", path), window)
+        for n, window in enumerate(manifest.fingerprint.windows)
+    ]
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
     _check_shapes(path, manifest, layers, indices, origins)
-    texts = json.loads(bytes(tensors["texts"].numpy())) if "texts" in tensors else ()
-    return Sheet(tuple(layers), indices, origins, manifest, tuple(texts))
+    return Sheet(tuple(layers), indices, origins, manifest, _texts(tensors, manifest, path))
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -91,7 +89,9 @@ def read_manifest(path: str | Path) -> Manifest:
                 f"({raw.get('cribsheet', 'unknown')})."
             )
         return Manifest.model_validate(raw)
-    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+    except SheetError:
+        raise
+    except (ValueError, RecursionError, AttributeError) as error:  # ValidationError is a ValueError
         raise SheetError(f"{str(path)!r} has a damaged manifest: {error}") from error
 
 
@@ -101,14 +101,33 @@ def _entry(tensors: dict[str, Tensor], name: str, path: str | Path) -> Tensor:
     return tensors[name]
 
 
+def _texts(tensors: dict[str, Tensor], manifest: Manifest, path: str | Path) -> tuple[str, ...]:
+    if "texts" not in tensors:
+        return ()
+    try:
+        texts = json.loads(bytes(tensors["texts"].numpy()))
+    except (ValueError, RecursionError) as error:
+        raise SheetError(f"{str(path)!r} has damaged texts: {error}; build the sheet again.") from error
+    sizes = [len(text) for text in texts if isinstance(text, str)] if isinstance(texts, list) else []
+    if sizes != [document.characters for document in manifest.documents]:
+        raise SheetError(f"{str(path)!r} has texts that are not those of its documents; build the sheet again.")
+    return tuple(texts)
+
+
 def _check_shapes(
     path: str | Path, manifest: Manifest, layers: list[LayerPrefix], indices: Tensor, origins: Tensor
 ) -> None:
     made = manifest.fingerprint
-    expected = (made.kv_heads, indices.shape[-1], made.head_size)
-    sound = indices.dim() == 3 and indices.shape[:2] == (made.layers, made.kv_heads)
-    sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and indices.shape[-1] > 0
-    sound = sound and all(tuple(t.shape) == expected for layer in layers for t in (layer.keys, layer.values))
+    full = (made.windows.count(None), made.kv_heads)
+    sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0
+    sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
+    sound = sound and indices.dtype == origins.dtype == torch.int32
+    for layer in layers:
+        tokens = layer.keys.shape[1] if layer.window and layer.keys.dim() == 3 else indices.shape[-1]
+        sound = sound and (layer.window is None or tokens < layer.window)
+        for kept in (layer.keys, layer.values):
+            sound = sound and kept.shape == (made.kv_heads, tokens, made.head_size)
+            sound = sound and kept.dtype == getattr(torch, manifest.dtype)
     sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
     if not sound:
         raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")

@@ -14,6 +14,7 @@ stands left of the question (some fold newlines or move the system text) is refu
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,10 @@ class ChatLayout:
         self._tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
         self.system = system.strip()
-        self.options = dict(options or {})
+        try:
+            self.options: dict[str, Any] = json.loads(json.dumps(dict(options or {})))
+        except (TypeError, ValueError) as error:
+            raise TemplateError(f"The template options {options!r} do not fit into a sheet: {error}") from error
         self.plain = not getattr(tokenizer, "chat_template", None)
         self.template: str = PLAIN_TEMPLATE if self.plain else tokenizer.get_chat_template()
 
@@ -84,7 +88,8 @@ class ChatLayout:
     def guide(self, task: Task) -> Guide:
         """Task line and examples as they stand after the documents."""
         resident = self._cut([*self._guide_turns(task), _user(_QUESTION)], task.instruction)[1]
-        resident = resident.split(_QUESTION)[0]
+        # Tokenizers join a space to the word that follows it, so it goes with the question.
+        resident = resident.split(_QUESTION)[0].rstrip(" ")
         if task.few_shot:
             return Guide(scored=resident, resident=resident)
         # A bare task line ends where the model would start to plan its answer: the end of the user's turn.
@@ -110,7 +115,8 @@ class ChatLayout:
         expected = head + corpus + _GAP + guide
         for conversation in (turns, later):
             rendered = self._render(_merged(conversation, task.instruction, corpus))
-            if not rendered.startswith(expected + _QUESTION):
+            after = rendered.removeprefix(expected)
+            if after == rendered or not after.lstrip(" ").startswith(_QUESTION):
                 raise TemplateError(_rewrites("the documents", expected, rendered))
 
     def _guide_turns(self, task: Task) -> list[Message]:

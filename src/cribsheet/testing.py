@@ -22,6 +22,16 @@ CHAT_TEMPLATE = (
 )
 _SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 _VOCABULARY = 1000
+# What only some families have, small enough that it matters in a corpus of a hundred tokens.
+_SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma2": {**_SLIDING, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "qwen2": {**_SLIDING, "use_sliding_window": True},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
 _SYLLABLES = [a + b + c for a in "bdfghklmnprstvw" for b in "aeiou" for c in ("", "n", "r", "s")]
 _TEXT = [f"{first}{second} lives in {second}{first}." for first in _SYLLABLES for second in _SYLLABLES[::29]]
 
@@ -61,8 +71,9 @@ def tiny_config(family: str, **settings: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
         "sliding_window": None,
+        "tie_word_embeddings": False,  # or a random model only ever repeats its last token
     }
-    return AutoConfig.for_model(family, **{**sizes, **settings})
+    return AutoConfig.for_model(family, **{**sizes, **_OWN_SETTINGS.get(family, {}), **settings})
 
 
 def tiny_backbone(
@@ -83,7 +94,11 @@ def tiny_backbone(
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(4)
-    return Backbone(model.to(dtype), tiny_tokenizer(), name=f"tiny-{family}")
+    rotary = dict(model.base_model.rotary_emb.named_buffers())
+    model.to(dtype)
+    for name, frequencies in rotary.items():  # `from_pretrained` leaves them in float32 too
+        setattr(model.base_model.rotary_emb, name, frequencies)
+    return Backbone(model, tiny_tokenizer(), name=f"tiny-{family}")
 
 
 def save_tiny_model(folder: str | Path, family: str = "llama", **settings: Any) -> Path:

@@ -18,6 +18,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
+        self._by_first: dict[str, list[str]] = {}
+        for text in stop:
+            self._by_first.setdefault(text[0], []).append(text)
         self._ids: list[int] = []
         self._context = 0  # first id of the window that is decoded
         self._read = 0  # ids before this are in `text`
@@ -47,7 +50,7 @@ class TextStream:
         return text
 
     def _append(self, new: str) -> None:
-        if not self._read:  # some tokenizers give the first word a space that no one wrote
+        if not self.text:  # some tokenizers give the first word a space that no one wrote
             new = new.lstrip(" ")
         searched = max(0, len(self.text) - self._longest + 1)
         self.text += new
@@ -59,10 +62,11 @@ class TextStream:
         """Length of the longest end of the text that begins some stop string."""
         if self.stopped:
             return 0
-        for size in range(min(self._longest - 1, len(self.text)), 0, -1):
-            tail = self.text[-size:]
-            if any(stop.startswith(tail) for stop in self._stop):
-                return size
+        start = max(self._emitted, len(self.text) - self._longest + 1)  # what is out cannot be held back
+        for at in range(start, len(self.text)):
+            candidates = self._by_first.get(self.text[at])
+            if candidates and any(stop.startswith(self.text[at:]) for stop in candidates):
+                return len(self.text) - at
         return 0
 
     def _emit(self, upto: int) -> str:

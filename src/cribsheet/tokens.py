@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _GAP = "\n\n"
+_PIECE, _CONTEXT = 1 << 15, 64  # characters encoded at once, and encoded again before them
+_WORD_BREAK = re.compile(r"(?<=\w) (?=\w)")
 # Lookalikes of the same length, so that character spans stay true.
 _LOOKALIKE = str.maketrans({"<": "‹", "[": "［", "{": "｛", "|": "¦", "▁": "_"})
 
@@ -39,15 +41,16 @@ class Encoder:
 
     def left(self, text: str) -> tuple[Tensor, Tensor]:
         """Ids (N,) and character spans (N, 2), int64, of text that begins a prompt; one BOS if the model has one."""
-        ids, spans = self._encode(text)
+        pieces = [self._piece(text, start, stop) for start, stop in _pieces(text)]
+        ids, spans = torch.cat([ids for ids, _ in pieces]), torch.cat([spans for _, spans in pieces])
         if self._adds_bos and ids[:1].tolist() != [self._bos]:
             ids = torch.cat([torch.tensor([self._bos]), ids])
             spans = torch.cat([torch.zeros(1, 2, dtype=torch.int64), spans])
         return ids, spans
 
-    def after(self, text: str) -> Tensor:
-        """Ids of text as they would follow a blank line in the same prompt."""
-        ids, spans = self._encode(_GAP + text)
+    def after(self, text: str, *, continues: bool = False) -> Tensor:
+        """Ids of text as they would follow a blank line in the same prompt, and if it `continues`, precede a word."""
+        ids, spans = self._open(_GAP + text) if continues else self._encode(_GAP + text)
         return ids[spans[:, 1] > len(_GAP)]
 
     def plain(self, text: str) -> Tensor:
@@ -58,12 +61,39 @@ class Encoder:
         """Number of tokens of the texts, each alone."""
         return sum(len(self._encode(text)[0]) for text in texts)
 
+    def _piece(self, text: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Ids and spans of `text[start:stop]` as the tokens of the whole: encoded with some text before it."""
+        context = max(0, start - _CONTEXT)
+        encode = self._open if stop == len(text) else self._encode
+        ids, spans = encode(text[context:stop])
+        spans = spans + context
+        new = (spans[:, 1] > start) | (start == 0)
+        return ids[new], spans[new]
+
+    def _open(self, text: str) -> tuple[Tensor, Tensor]:
+        """As `_encode`, for text that a word follows: some tokenizers split a blank line otherwise at the very end."""
+        ids, spans = self._encode(text + "x")
+        inside = spans[:, 1] <= len(text)
+        return (ids[inside], spans[inside]) if int(spans[inside].max()) == len(text) else self._encode(text)
+
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         encoded = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, truncation=False
         )
         spans = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64), spans
+
+
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
+    """Stretches of a long text, cut before the space between two words, which no token crosses.
+
+    A tokenizer takes some hundred bytes of memory for each token while it works; pieces keep that bounded.
+    """
+    start = 0
+    while cut := _WORD_BREAK.search(text, start + _PIECE):
+        yield start, cut.start()
+        start = cut.start()
+    yield start, len(text)
 
 
 def _defused(special: str) -> str:

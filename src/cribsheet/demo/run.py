@@ -54,13 +54,14 @@ class Demo:
         """
         self.script = script
         documents = read_documents(list(script.files))
+        backbone = model if isinstance(model, Backbone) else Backbone.load(model)
         self.kb = CompressedKnowledgeLLM.build(
-            documents, script.task, model=model, rate=script.rate, progress=progress
+            documents, script.task, model=backbone, rate=script.rate, progress=progress
         )
         self.full: CompressedKnowledgeLLM | None = None
         self.no_full_reason = ""
         try:
-            self.full = CompressedKnowledgeLLM.build(documents, script.task, model=self.kb.backbone, rate=1)
+            self.full = CompressedKnowledgeLLM.build(documents, script.task, model=backbone, rate=1, progress=progress)
         except BudgetError as error:
             self.no_full_reason = str(error)
 

@@ -22,5 +22,5 @@ class Finch:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S), equal in every head."""
-        mass = column_mass(view.queries, view.keys, view.lse, scale=view.scale)
+        mass = column_mass(view.queries, view.keys, view.lse, scale=view.scale, softcap=view.softcap)
         return mass.sum(0, keepdim=True).expand(view.keys.shape[0], -1)

@@ -35,7 +35,11 @@ class Recent:
 
 
 class Random:
-    """Chance: each token draws its score once and keeps it, so every token is equally likely to stay."""
+    """Chance: every token is equally likely to stay.
+
+    The budget grows with the text read, so tokens kept earlier stay and each chunk fills its own share by lot; were
+    they all to compete, earlier chunks, whose winners had been cut to their share, would come off worse.
+    """
 
     guide: ClassVar[Guide] = "nothing"
     pins_head: ClassVar[bool] = True
@@ -47,4 +51,4 @@ class Random:
         draw = random.Random(f"{view.seed}/{view.layer}/{first_new}").getrandbits(63)
         generator = torch.Generator().manual_seed(draw)
         fresh = torch.rand(heads, view.keys.shape[1] - kept, generator=generator)
-        return torch.cat([view.carried, fresh.to(view.carried.device)], 1)
+        return torch.cat([torch.ones_like(view.carried), fresh.to(view.carried.device)], 1)

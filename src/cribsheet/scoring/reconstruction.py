@@ -23,7 +23,9 @@ class Reconstruction:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        scores = max_over_group(column_peak(view.queries, view.keys, view.lse, scale=view.scale), view)
+        scores = max_over_group(
+            column_peak(view.queries, view.keys, view.lse, scale=view.scale, softcap=view.softcap), view
+        )
         kept = view.carried.shape[1]
         scores[:, :kept] = torch.maximum(scores[:, :kept], view.carried)
         return scores

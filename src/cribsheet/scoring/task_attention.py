@@ -23,7 +23,14 @@ class TaskAttention:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        mass = column_mass(view.queries, view.keys, view.lse, scale=view.scale, row_weight=visible_counts(view))
+        mass = column_mass(
+            view.queries,
+            view.keys,
+            view.lse,
+            scale=view.scale,
+            softcap=view.softcap,
+            row_weight=visible_counts(view),
+        )
         return mean_over_group(mass, view) / view.queries.shape[1] * value_norm(view)
 
 
@@ -39,7 +46,7 @@ class TaskPeak:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale)
+        peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale, softcap=view.softcap)
         return max_over_group(peak, view) * value_norm(view)
 
 

@@ -29,6 +29,8 @@ class LayerView:
         (K, P) float32 scores of the first P tokens from when they were kept; P is 0 in the first chunk.
     scale
         factor of the attention logits, normally D ** -0.5.
+    softcap
+        bound of the attention logits in families that have one (see `attention.capped`).
     layer
         index of the layer, from 0.
     seed
@@ -45,6 +47,7 @@ class LayerView:
     scale: float
     layer: int
     seed: int = 0
+    softcap: float | None = None
 
 
 class Scorer(Protocol):

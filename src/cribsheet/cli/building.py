@@ -1,0 +1,144 @@
+"""`cribsheet build`: documents and a task to a sheet file."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misuse, quiet_libraries, say, say_json
+from cribsheet.cli.progress import build_progress
+from cribsheet.task import Task
+
+
+def build(
+    paths: Annotated[list[str], typer.Argument(metavar="PATHS", help="Files, folders or glob patterns.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write.")],
+    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
+    example: Annotated[
+        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
+    ] = None,
+    task_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
+    rate: Annotated[
+        float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 8]")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="task-peak (default), task, finch, reconstruction, key-norm, recent or random."
+        ),
+    ] = None,
+    guide: Annotated[
+        Literal["auto", "resident", "dropped"],
+        typer.Option(help="Whether task and examples stay in the sheet; auto: if they take at most a quarter."),
+    ] = "auto",
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens read at once; 0 reads everything at once.  [default: by device]"),
+    ] = None,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="A system text, which becomes part of the sheet.")] = "",
+    device: Device = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")
+    ] = None,
+    storage_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of the stored keys and values; the model's by default."),
+    ] = None,
+    revision: Revision = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="For what is random in a build.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
+    ] = None,
+    no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Condense documents for a task into one sheet file."""
+    check_output(output, force=force)
+    purpose = make_task(task, example or [], task_file)
+    if rate is not None and budget is not None:
+        misuse("--rate and --budget were both given; leave one out")
+    quiet_libraries()
+    from cribsheet.documents import read_documents
+
+    documents = read_documents([Path(path) for path in paths])
+    from cribsheet.llm import CompressedKnowledgeLLM
+
+    options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
+    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint} | (
+        {"scorer": scorer} if scorer else {}
+    )
+    model_options = {"device": device, "dtype": dtype, "revision": revision}
+    began = time.perf_counter()
+    with build_progress(hidden=as_json) as progress:
+        kb = CompressedKnowledgeLLM.build(
+            documents,
+            purpose,
+            model=model,
+            model_options={name: value for name, value in model_options.items() if value is not None},
+            progress=progress,
+            **options,
+        )
+    kb.save(output, texts=not no_texts)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    _report(kb.sheet, output, time.perf_counter() - began, as_json=as_json)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse a file that exists, unless `force`, or that can never be written; before any work."""
+    if output.is_dir():
+        misuse(f"{str(output)!r} is a folder; name a file in it")
+    if not output.parent.is_dir():
+        misuse(f"the folder {str(output.parent)!r} does not exist; create it first")
+    if not os.access(output.parent, os.W_OK):
+        misuse(f"the folder {str(output.parent)!r} cannot be written to; choose another")
+    if output.exists() and not force:
+        misuse(f"{str(output)!r} exists; pass --force to overwrite it, or another name")
+
+
+def make_task(text: str | None, examples: list[str], file: Path | None) -> Task:
+    """The task of the flags, or of the file; a general one without either."""
+    if file is not None:
+        if text is not None or examples:
+            misuse("--task-file was given together with --task or --example; put everything into the file")
+        return Task.from_file(file)
+    pairs = tuple(Task.parse_example(example) for example in examples)
+    return Task(text if text is not None else Task.of(None).description, pairs)
+
+
+def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
+    size, made = output.stat().st_size, sheet.manifest
+    if as_json:
+        say_json(
+            {
+                "sheet": str(output),
+                "documents": len(made.documents),
+                "corpus_tokens": made.corpus_tokens,
+                "tokens": sheet.tokens,
+                "rate": round(sheet.rate, 3),
+                "guide": made.guide,
+                "scorer": made.scorer,
+                "file_bytes": size,
+                "build_seconds": made.build["seconds"],
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    say(
+        f"{output}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became {sheet.tokens:,} "
+        f"(rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, in {seconds:.1f} s"
+    )

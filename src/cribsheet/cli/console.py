@@ -1,0 +1,155 @@
+"""What all commands share: streams, errors and exit codes, signals, quiet libraries, common options."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cribsheet.errors import CribsheetError, EngineError, SheetError
+
+FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; a BaseException so that whatever is half done is cleaned up and nothing swallows it."""
+
+
+class _State:
+    verbose = False
+    debug = False
+
+
+def _set(name: str) -> Callable[[bool], None]:
+    return lambda wanted: setattr(_State, name, True) if wanted else None
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show what the libraries say.", callback=_set("verbose"), is_eager=True)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set("debug"), is_eager=True)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cuda, mps or cpu; the best there is by default.")]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the model, for an id.")]
+
+
+def say(text: str = "") -> None:
+    """Print to stdout: answers and results."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def say_json(data: Any) -> None:
+    """Print one JSON object to stdout."""
+    say(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+def note(text: str) -> None:
+    """Print to stderr: everything that is not a result."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def misuse(message: str) -> NoReturn:
+    """Refuse the arguments, before any work."""
+    raise typer.BadParameter(message)
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; errors become one line on stderr, interruptions a code."""
+    _State.verbose = _State.debug = False
+    _never_fail_to_print()
+    try:
+        with _terminable():
+            result = command()
+        if result == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
+    except BaseException as error:  # the last stop: whatever comes becomes an exit code
+        return _reported(error)
+
+
+def _reported(error: BaseException) -> int:
+    if isinstance(error, BrokenPipeError):  # the reader of our output has left; nothing can be told there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    if isinstance(error, KeyboardInterrupt | Terminated):
+        note("cribsheet: interrupted")
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    if not isinstance(error, Exception):
+        raise error
+    if _State.debug:
+        traceback.print_exc()
+    message, code = _described(error)
+    if message:
+        note(f"cribsheet: error: {' '.join(message.split())}")
+    return code
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """One line and the exit code for an error."""
+    if isinstance(error, CribsheetError):
+        return str(error), FAILURE if isinstance(error, SheetError | EngineError) else MISUSE
+    if isinstance(error, typer.TyperException):  # wrong arguments, and `no_args_is_help`, which has shown the help
+        shown: str = getattr(error, "format_message", lambda: str(error))()
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            note(shown)
+            return "", MISUSE
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return shown.rstrip() + hint, MISUSE
+    if isinstance(error, OSError):
+        return str(error), FAILURE
+    return f"{type(error).__name__}: {error} (--debug shows where)", FAILURE
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into `Terminated` while inside, so that unfinished files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _never_fail_to_print() -> None:
+    """Characters that the terminal's encoding lacks become question marks instead of a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def quiet_libraries() -> None:
+    """Silence what transformers and others say, unless --verbose; call before they are imported."""
+    logging.basicConfig(
+        stream=sys.stderr, format="cribsheet: %(message)s", level=logging.INFO if _State.verbose else logging.WARNING
+    )
+    if _State.verbose:
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    library.set_verbosity_error()
+    for name in ("transformers", "huggingface_hub", "torch", "pypdf"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,98 @@
+"""`cribsheet inspect`: what a sheet file holds, without loading a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cribsheet.cli.console import AsJson, Debug, Verbose, quiet_libraries, say, say_json
+
+if TYPE_CHECKING:
+    from cribsheet.sheet import Sheet
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a sheet was made of.
+
+    Corpus, task, sizes, kept tokens of each document, and fingerprints; no model is loaded.
+    """
+    quiet_libraries()
+    from cribsheet.storage import load
+
+    sheet = load(file)
+    if as_json:
+        say_json(sheet_data(sheet, file))
+        return
+    for line in sheet_lines(sheet, file):
+        say(line)
+
+
+def sheet_data(sheet: Sheet, file: Path) -> dict[str, Any]:
+    """All there is to know, as plain data: the manifest, and what follows from the tensors."""
+    return {
+        "sheet": str(file),
+        "tokens": sheet.tokens,
+        "rate": round(sheet.rate, 3),
+        "bytes": sheet.nbytes,
+        "file_bytes": file.stat().st_size,
+        "has_texts": bool(sheet.texts),
+        "kept_per_document": {id_: round(kept, 2) for id_, kept in sheet.kept_per_document().items()},
+        "manifest": sheet.manifest.model_dump(),
+    }
+
+
+def sheet_lines(sheet: Sheet, file: Path) -> Iterator[str]:
+    """The same for people: names and values in two columns, then a table of documents."""
+    yield from columns(list(_facts(sheet, file).items()))
+    yield ""
+    kept = sheet.kept_per_document()
+    rows = [("document", "tokens", "kept", "share")]
+    for entry in sheet.manifest.documents:
+        share = f"{kept[entry.id] / entry.tokens:.0%}" if entry.tokens else "-"
+        rows.append((entry.id, f"{entry.tokens:,}", f"{kept[entry.id]:,.1f}", share))
+    yield from columns(rows)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Rows as aligned text: the first column to the left, and the others too unless they are numbers."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = [column > 0 and len(widths) > 2 for column in range(len(widths))]
+    for row in rows:
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
+def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
+    made, print_ = sheet.manifest, sheet.manifest.fingerprint
+    facts = {
+        "sheet": f"{file} (format {made.format}, {file.stat().st_size:,} bytes)",
+        "made": f"{made.created} by cribsheet {made.cribsheet} in {made.build['seconds']:.1f} s",
+        "task": made.task["description"],
+        "instruction": made.task["instruction"],
+    }
+    for number, pair in enumerate(made.task["examples"], 1):
+        facts[f"example {number}"] = f"{pair['question']} => {pair['answer']}"
+    if made.system:
+        facts["system"] = made.system
+    return facts | {
+        "corpus": f"{len(made.documents)} documents, {made.corpus_tokens:,} tokens, digest {made.corpus_digest}",
+        "texts": "in the sheet" if sheet.texts else "left out",
+        "kept": f"{sheet.tokens:,} tokens per layer and head, of which {made.guide_tokens} are the {made.guide} guide",
+        "rate": f"{sheet.rate:.2f}",
+        "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
+        "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}",
+        "model": f"{print_.model}{f'@{print_.revision}' if print_.revision else ''}, {print_.family}, "
+        f"{print_.layers} layers, {print_.kv_heads} key/value heads of {print_.head_size}",
+        "weights": f"{print_.weights} in {print_.weights_dtype}",
+        "tokenizer": print_.tokenizer,
+        "template": print_.template,
+        "rotary": print_.rotary,
+    }
