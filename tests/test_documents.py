@@ -139,6 +139,12 @@ def test_a_pattern_names_files_below_its_fixed_part(pattern: object, expected: l
     assert ids(pattern) == expected
 
 
+def test_the_files_of_a_pattern_come_in_order() -> None:
+    names = [f"docs/{letter}.txt" for letter in "hbgdfcea"]
+    write_files(dict.fromkeys(names, "x"))
+    assert [d.metadata["source"] for d in read_documents("docs/*")] == sorted(names)
+
+
 def test_a_file_is_named_by_its_file_name_and_keeps_its_path_as_source() -> None:
     write(docs__a="A")
     [document] = read_documents("docs/a.txt")

@@ -100,6 +100,11 @@ def test_html_becomes_its_visible_text_with_blocks_on_their_own_lines() -> None:
     assert document.metadata == {"source": "staff.html", "title": "The staff"}
 
 
+def test_the_title_of_an_icon_is_not_the_title_of_the_page() -> None:
+    [document] = read("a.html", "<body><svg><title>icon</title></svg>Staff")
+    assert (document.text, document.metadata) == ("Staff", {"source": "a.html"})
+
+
 def test_html_that_leaves_a_title_open_keeps_its_body() -> None:
     assert text_of("a.htm", "<title>T<body><p>kept") == "kept"
 

@@ -26,6 +26,7 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.sheet import DocumentEntry, Manifest, Sheet
+from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
@@ -37,7 +38,6 @@ DEFAULT_SCORER = "task-peak"
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _REPEAT = "Repeat the documents."
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
-StorageDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def build_sheet(
     system, template_options
         a system text before everything, and options of the chat template (`enable_thinking`, for one).
     dtype
-        storage type: float32, bfloat16 or float16; by default the model's own.
+        storage type: float32, bfloat16, float16 or int8; by default the model's own.
     progress
         called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint
@@ -151,10 +151,12 @@ def build_sheet(
             saved.save(state)
         if progress is not None:
             progress(state.done, len(planned.corpus))
-    layers, indices = assemble(backbone, state.kept, planned.resident, getattr(torch, stored_as))
+    layers, indices = assemble(backbone, state.kept, planned.resident)
+    stored = [StoredLayer.of(layer, stored_as) for layer in layers]
     manifest = planned.manifest(backbone, stored_as, time.perf_counter() - began)
+    manifest.build.update(_storage_loss(stored, layers))
     texts = [document.text for document in planned.corpus.documents]
-    return Sheet(layers, indices, _origins(planned.corpus, indices), manifest, texts)
+    return Sheet(stored, indices, _origins(planned.corpus, indices), manifest, texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +228,8 @@ def plan(
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
 
 
-def assemble(
-    backbone: Backbone, kept: Sequence[Kept], resident: Tensor, dtype: torch.dtype
-) -> tuple[list[LayerPrefix], Tensor]:
-    """Final keys and values on the CPU in `dtype`, with the resident guide (T,) read on top.
+def assemble(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tuple[list[LayerPrefix], Tensor]:
+    """The final prefix, with the resident guide (T,) read on top.
 
     Also the indices (F, K, P + T) of what the F layers keep that see everything; -1 for the guide.
     """
@@ -239,8 +239,7 @@ def assemble(
         read = backbone.read(layers, kept_tokens(backbone, kept), resident, resident[:0])
         layers = [_with_guide(old, new) for old, new in zip(layers, read, strict=True)]
         indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
-    stored = [LayerPrefix(x.keys.to("cpu", dtype), x.values.to("cpu", dtype), x.window) for x in layers]
-    return stored, indices.to(torch.int32)
+    return layers, indices.to(torch.int32)
 
 
 def _with_guide(layer: LayerPrefix, guide: ReadingLayer) -> LayerPrefix:
@@ -277,6 +276,12 @@ def _storage_dtype(dtype: str | None, backbone: Backbone) -> StorageDtype:
         if wanted == known:
             return known  # type: ignore[no-any-return]
     raise BudgetError(f"There is no storage dtype {wanted!r}; use {', '.join(get_args(StorageDtype))}.")
+
+
+def _storage_loss(stored: Sequence[StoredLayer], layers: Sequence[LayerPrefix]) -> dict[str, float]:
+    """Relative L2 error of all keys and values by the storage type, the worst layer counting."""
+    losses = [mine.loss(layer) for mine, layer in zip(stored, layers, strict=True)]
+    return {"key_loss": round(max(k for k, _ in losses), 6), "value_loss": round(max(v for _, v in losses), 6)}
 
 
 def _origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from cribsheet.backbone import Backbone
 from cribsheet.batch import Rows, SlotLayer, padded_batch, prefill_cache
 from cribsheet.errors import EngineError
+from cribsheet.grammar import Constraint
 from cribsheet.prefix import LayerPrefix, PrefixLayer
 from cribsheet.sampling import Sampler, SamplingParams, TokenLogprob, describe
 from cribsheet.textstream import TextStream
@@ -74,6 +75,7 @@ class Request:
     params: SamplingParams
     sink: Sink
     choice: int = 0
+    constraint: Constraint | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -103,7 +105,9 @@ class Answering:
         if greedy is not None:
             self.last = greedy
         else:
-            self.last, logprobs = self.sampler.pick(logits)
+            form = self.request.constraint
+            self.last, logprobs = form.choose(logits, self.sampler.pick) if form else self.sampler.pick(logits)
+            self.sampler.took(self.last)
             if params.logprobs is not None and self.last not in self.eos:
                 self._pending.append(describe(self.last, logprobs, params.logprobs, self.tokenizer))
         if self.last in self.eos:
@@ -113,7 +117,7 @@ class Answering:
         if self.text.stopped:
             self._finish("stop")
         elif self.produced >= params.max_tokens:
-            self._finish("length")
+            self._finish("stop" if self.request.constraint else "length")  # a form is complete by then
 
     def fail(self, error: BaseException) -> None:
         """Hand an error to the caller instead of an answer."""

@@ -23,13 +23,16 @@ from cribsheet.engine import Engine, Event, Finished, Prefix, Request
 from cribsheet.errors import RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 from cribsheet.fingerprint import fingerprint
-from cribsheet.prefix import LayerPrefix
+from cribsheet.grammar import Constraint, Grammar, GrammarTokens
 from cribsheet.sampling import SamplingParams, TokenLogprob
 from cribsheet.sheet import Sheet
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout, Message
 
 Question = str | Sequence[Message]
+
+_FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS}
 
 
 class LoadedModel:
@@ -123,7 +126,8 @@ class CompressedKnowledgeLLM:
     def ask(self, question: Question, **sampling: Any) -> Answer:
         """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
 
-        Raises `RequestError` for a question that does not fit the window, or settings out of range.
+        `json_schema=`, `regex=` or `choices=` give the answer a form, which it completes within `max_tokens`. Raises
+        `RequestError` for a question that does not fit the window, or settings out of range.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -138,6 +142,19 @@ class CompressedKnowledgeLLM:
         stream = AnswerStream(self._ask_request(question, sampling))
         self._loaded.engine.submit(stream.request)
         return stream
+
+    def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
+        """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
+        if n < 1:
+            raise RequestError(f"n is {n}; ask for at least 1 answer.")
+        streams = [AnswerStream(self._ask_request(question, sampling)) for _ in range(n)]
+        for choice, stream in enumerate(streams):
+            stream.request.choice = choice
+        self._loaded.engine.submit(*(stream.request for stream in streams))
+        for stream in streams:
+            for _ in stream:
+                pass
+        return [stream.answer for stream in streams]
 
     def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
         """Answer a conversation of `{"role": "user" | "assistant", "content": ...}` turns over the same prefix."""
@@ -173,19 +190,16 @@ class CompressedKnowledgeLLM:
         prefix: Prefix | None = self.__dict__.get("_prefix")
         if prefix is None:
             device, dtype = self.backbone.device, self.backbone.dtype
-            layers = [
-                LayerPrefix(layer.keys.to(device, dtype), layer.values.to(device, dtype), window)
-                for layer, window in zip(self.sheet.layers, self.backbone.windows, strict=True)
-            ]
+            layers = [layer.restored(device, dtype) for layer in self.sheet.layers]
             prefix = self.__dict__.setdefault("_prefix", Prefix(layers, self.sheet.tokens))
         return prefix
 
     def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> Request:
-        unknown = set(sampling) - set(SamplingParams.__dataclass_fields__)
+        unknown = set(sampling) - _SETTINGS
         if unknown:
-            known = ", ".join(SamplingParams.__dataclass_fields__)
+            known = ", ".join(sorted(_SETTINGS))
             raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
-        given = {name: value for name, value in sampling.items() if value is not None}
+        given = {name: value for name, value in with_form(sampling).items() if value is not None}
         stop = SamplingParams(stop=given.pop("stop", ())).stops + self._layout.stop
         ids = self._question_ids(question)
         left = self.room - len(ids)
@@ -197,7 +211,14 @@ class CompressedKnowledgeLLM:
         params = SamplingParams(**given, stop=stop)
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left}, stop=stop)
-        return Request(self.prefix, ids, params, sink=_unset)
+        return Request(self.prefix, ids, params, sink=_unset, constraint=self._constraint(params))
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        backbone = self.backbone
+        tokens = GrammarTokens.of(backbone.tokenizer, backbone.eos_ids, backbone.config.vocab_size)
+        return Constraint(params.grammar, tokens, params.max_tokens)
 
     def _question_ids(self, question: Question) -> torch.Tensor:
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
@@ -345,6 +366,17 @@ class Conversation:
         answer = self._llm.chat([*self.messages, asked], **sampling)
         self.messages += [asked, {"role": "assistant", "content": answer.text}]
         return answer
+
+
+def with_form(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling settings with `json_schema`, `regex` or `choices` turned into the grammar that they stand for."""
+    wanted = {name: sampling[name] for name in (*_FORMS, "grammar") if sampling.get(name) is not None}
+    if len(wanted) > 1:
+        raise RequestError(f"An answer has one form, but {' and '.join(wanted)} were given; pass one of them.")
+    rest = {name: value for name, value in sampling.items() if name not in _FORMS}
+    for name, value in wanted.items():
+        rest["grammar"] = value if name == "grammar" else _FORMS[name](value)
+    return rest
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:

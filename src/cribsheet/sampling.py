@@ -6,12 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cribsheet.errors import RequestError
+
+if TYPE_CHECKING:
+    from cribsheet.grammar import Grammar
 
 MAX_STOPS = 1000
 MAX_TOP_LOGPROBS = 20
@@ -29,6 +32,8 @@ class SamplingParams:
         how many alternatives to report per token, 0 for the chosen token alone; `None` reports nothing.
     seed
         makes sampling repeatable, whatever else runs at the same time.
+    grammar
+        the form that the answer must have (`grammar.py`); it is then complete within `max_tokens`.
     """
 
     max_tokens: int = 256
@@ -41,6 +46,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range with `RequestError`."""
@@ -73,7 +79,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is always taken and nothing else is asked."""
-        shaped = self.frequency_penalty or self.presence_penalty or self.logit_bias
+        shaped = self.frequency_penalty or self.presence_penalty or self.logit_bias or self.grammar
         return self.temperature == 0 and self.logprobs is None and not shaped
 
 
@@ -104,8 +110,11 @@ class Sampler:
         logits = self._penalised(logits.float().cpu())
         logprobs = logits.log_softmax(-1)
         token = int(logits.argmax()) if self.params.temperature == 0 else self._draw(logits)
-        self._counts[token] += 1
         return token, logprobs
+
+    def took(self, token: int) -> None:
+        """Count a token towards the penalties."""
+        self._counts[token] += 1
 
     def _penalised(self, logits: Tensor) -> Tensor:
         params = self.params

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cribsheet.documents import Document
 from cribsheet.fingerprint import Fingerprint
-from cribsheet.prefix import LayerPrefix
+from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 
 FORMAT_VERSION = 1
@@ -53,7 +53,7 @@ class Manifest(BaseModel):
     seed: int
     budget: int
     chunk_tokens: int
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: StorageDtype
     build: dict[str, Any]
 
 
@@ -84,7 +84,7 @@ class Sheet:
         the documents' texts, or nothing if they were left out when saving.
     """
 
-    layers: Sequence[LayerPrefix]
+    layers: Sequence[StoredLayer]
     indices: Tensor
     origins: Tensor
     manifest: Manifest
@@ -103,7 +103,7 @@ class Sheet:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def task(self) -> Task:

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cribsheet.errors import SheetError
-from cribsheet.prefix import LayerPrefix
 from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet
+from cribsheet.stored import StoredLayer
 
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
+_PARTS = ("keys", "values", "key_scales", "value_scales")
 
 
 def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
@@ -38,7 +39,10 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     tensors: dict[str, Tensor] = {"indices": sheet.indices, "origins": sheet.origins}
     for number, layer in enumerate(sheet.layers):
-        tensors[f"layers.{number}.keys"], tensors[f"layers.{number}.values"] = layer.keys, layer.values
+        for part in _PARTS:
+            tensor = getattr(layer, part)
+            if tensor is not None:
+                tensors[f"layers.{number}.{part}"] = tensor
     if texts and sheet.texts:
         encoded = json.dumps(list(sheet.texts), ensure_ascii=False).encode()
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -59,9 +63,10 @@ def load(path: str | Path) -> Sheet:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
+    parts = _PARTS if manifest.dtype == "int8" else _PARTS[:2]
     layers = [
-        LayerPrefix(_entry(tensors, f"layers.{n}.keys", path), _entry(tensors, f"layers.{n}.values", path), window)
-        for n, window in enumerate(manifest.fingerprint.windows)
+        StoredLayer(**{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts}, window=window)
+        for number, window in enumerate(manifest.fingerprint.windows)
     ]
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
     _check_shapes(path, manifest, layers, indices, origins)
@@ -115,19 +120,21 @@ def _texts(tensors: dict[str, Tensor], manifest: Manifest, path: str | Path) -> 
 
 
 def _check_shapes(
-    path: str | Path, manifest: Manifest, layers: list[LayerPrefix], indices: Tensor, origins: Tensor
+    path: str | Path, manifest: Manifest, layers: list[StoredLayer], indices: Tensor, origins: Tensor
 ) -> None:
     made = manifest.fingerprint
     full = (made.windows.count(None), made.kv_heads)
-    sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0
+    sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0 and made.layers == len(layers)
     sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
     sound = sound and indices.dtype == origins.dtype == torch.int32
-    for layer in layers:
+    for layer in layers if sound else ():
         tokens = layer.keys.shape[1] if layer.window and layer.keys.dim() == 3 else indices.shape[-1]
         sound = sound and (layer.window is None or tokens < layer.window)
         for kept in (layer.keys, layer.values):
             sound = sound and kept.shape == (made.kv_heads, tokens, made.head_size)
             sound = sound and kept.dtype == getattr(torch, manifest.dtype)
+        for scales in (layer.key_scales, layer.value_scales):
+            sound = sound and (scales is None or scales.shape == (made.kv_heads, tokens))
     sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
     if not sound:
         raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")

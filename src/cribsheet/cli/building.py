@@ -51,7 +51,7 @@ def build(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")
     ] = None,
     storage_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Literal["float32", "bfloat16", "float16", "int8"] | None,
         typer.Option(help="Type of the stored keys and values; the model's by default."),
     ] = None,
     revision: Revision = None,
@@ -68,6 +68,8 @@ def build(
 ) -> None:
     """Condense documents for a task into one sheet file."""
     check_output(output, force=force)
+    if checkpoint is not None:
+        check_output(checkpoint, force=True)
     purpose = make_task(task, example or [], task_file)
     if rate is not None and budget is not None:
         misuse("--rate and --budget were both given; leave one out")

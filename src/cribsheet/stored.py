@@ -1,0 +1,75 @@
+"""How a layer's keys and values lie in a sheet: in a float type, or in eight bits with a scale for each token.
+
+int8 keeps one float32 scale per token and head, so that no token's rounding depends on another's: on Gaussian data it
+loses 0.6 % (relative L2), and `loss` measures it on the sheet at hand. Values are restored when the sheet is put on a
+device, never during decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from cribsheet.prefix import LayerPrefix
+
+StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """Keys and values (K, P, D) of one layer on the CPU; scales (K, P) float32 if they are int8, none otherwise."""
+
+    keys: Tensor
+    values: Tensor
+    window: int | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
+        """A layer as it is stored."""
+        if dtype != "int8":
+            kept = getattr(torch, dtype)
+            return cls(layer.keys.to("cpu", kept), layer.values.to("cpu", kept), layer.window)
+        (keys, key_scales), (values, value_scales) = quantize(layer.keys), quantize(layer.values)
+        return cls(keys, values, layer.window, key_scales, value_scales)
+
+    def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
+        """The layer as attention reads it."""
+        keys, values = (_restore(*half, device, dtype) for half in self._halves())
+        return LayerPrefix(keys, values, self.window)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales."""
+        return sum(part.nbytes for half in self._halves() for part in half if part is not None)
+
+    def loss(self, layer: LayerPrefix) -> tuple[float, float]:
+        """Relative L2 error of keys and of values against the layer that was stored."""
+        back = self.restored(torch.device("cpu"), torch.float32)
+        return _error(back.keys, layer.keys), _error(back.values, layer.values)
+
+    def _halves(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        return (self.keys, self.key_scales), (self.values, self.value_scales)
+
+
+def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (K, P, D) and the float32 scale (K, P) of each token; a token of zeros has scale 1."""
+    values = tokens.detach().to("cpu", torch.float32)
+    scales = values.abs().amax(-1) / 127
+    scales = torch.where(scales > 0, scales, 1.0)
+    return (values / scales.unsqueeze(-1)).round().to(torch.int8), scales
+
+
+def _restore(tokens: Tensor, scales: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if scales is None:
+        return tokens.to(device, dtype)
+    return (tokens.to(device).float() * scales.to(device).unsqueeze(-1)).to(dtype)
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.detach().to("cpu", torch.float32)
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))

@@ -1,0 +1,367 @@
+"""One thread answers many questions at once: fair, cancellable, and one caller's trouble is nobody else's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
+from reference import full_context_answer, full_context_logits
+
+from cribsheet import CompressedKnowledgeLLM
+from cribsheet.engine import _PREFILL_TOKENS, Delta, Engine, Finished, Prefix, Request, _by_size
+from cribsheet.errors import EngineError
+from cribsheet.sampling import SamplingParams
+from cribsheet.testing import tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def kb():
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3)
+
+
+@pytest.fixture
+def engine(kb):
+    """An engine of its own, stepped by hand unless `submit` starts its thread."""
+    made = Engine(kb.backbone)
+    yield made
+    made.close()
+
+
+def ask(kb, question="Where does Bob live?", sink=None, prefix=None, **params):
+    """A request whose events are collected in `.events`."""
+    events = []
+    request = Request(
+        prefix or kb.prefix,
+        kb._question_ids(question),
+        SamplingParams(**{"max_tokens": 8, **params}),
+        sink or events.append,
+    )
+    return request, events
+
+
+def text(events):
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def queue(engine, *requests):
+    """Let requests wait without starting the thread, so that a test can step."""
+    engine._waiting.extend(requests)
+
+
+def run(engine):
+    steps = 0
+    while engine.step():
+        steps += 1
+        assert steps < 2000
+    return steps
+
+
+def test_an_answer_is_deltas_and_then_its_end(kb, engine):
+    request, events = ask(kb)
+    queue(engine, request)
+    run(engine)
+    *deltas, end = events
+    assert end == Finished("length", 8) and all(isinstance(delta, Delta) for delta in deltas)
+    assert text(events) == kb.ask("Where does Bob live?", max_tokens=8).text
+
+
+def test_a_batch_of_uneven_questions_equals_each_alone_whoever_joins_or_leaves(kb, engine):
+    questions = [("Where does Bob live?", 5), ("Clara?" * 30, 30), ("Hugo", 2), ("Alice and Bob?", 17)]
+    alone = [kb.ask(question, max_tokens=tokens).text for question, tokens in questions]
+    asked = [ask(kb, question, max_tokens=tokens) for question, tokens in questions]
+    for request, _ in asked:  # each joins two steps after the one before
+        queue(engine, request)
+        engine.step(), engine.step()
+    run(engine)
+    assert [text(events) for _, events in asked] == alone
+
+
+def test_sheets_on_one_model_take_turns_token_by_token(kb, engine):
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2)
+    order = []
+    first, first_events = ask(kb, max_tokens=12)
+    second, second_events = ask(other, max_tokens=12)
+    first.sink = lambda event: (order.append("first"), first_events.append(event))
+    second.sink = lambda event: (order.append("second"), second_events.append(event))
+    queue(engine, first, second)
+    run(engine)
+    assert text(first_events) == kb.ask("Where does Bob live?", max_tokens=12).text
+    assert text(second_events) == other.ask("Where does Bob live?", max_tokens=12).text
+    assert "".join("f" if name == "first" else "s" for name in order[:8]).count("fs") >= 3
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(kb, engine):
+    long, long_events = ask(kb, max_tokens=200)
+    short, short_events = ask(kb, "Hugo?", max_tokens=3)
+    queue(engine, long)
+    for _ in range(5):
+        engine.step()
+    queue(engine, short)
+    for _ in range(3):
+        engine.step()
+    assert short_events[-1] == Finished("length", 3)
+    assert not isinstance(long_events[-1], Finished)
+    long.cancel()
+    run(engine)
+
+
+def test_a_cancelled_answer_is_over_at_the_next_token(kb, engine):
+    request, events = ask(kb, max_tokens=500)
+    queue(engine, request)
+    for _ in range(4):
+        engine.step()
+    before = len(text(events))
+    request.cancel()
+    assert not engine.step()
+    assert isinstance(events[-1], Finished) and events[-1].reason == "cancelled"
+    assert events[-1].completion_tokens == 5 and engine._groups == []
+    assert len(text(events)) >= before
+
+
+def test_a_question_that_is_cancelled_while_it_waits_leaves_the_queue_though_all_slots_are_taken(kb):
+    engine = Engine(kb.backbone, max_batch=1, max_queue=1)
+    running, _ = ask(kb, max_tokens=500)
+    waiting, events = ask(kb)
+    queue(engine, running)
+    engine.step()
+    queue(engine, waiting)
+    engine.step()
+    assert events == []
+    waiting.cancel()
+    engine.step()
+    assert events == [Finished("cancelled", 0)] and not engine._waiting
+    running.cancel()
+    run(engine)
+
+
+def test_no_more_than_max_batch_run_at_once_and_the_rest_follow_in_order(kb):
+    engine = Engine(kb.backbone, max_batch=2)
+    ended = []
+    requests = [ask(kb, max_tokens=3 + n % 2)[0] for n in range(7)]
+    for number, request in enumerate(requests):
+        request.sink = lambda event, n=number: ended.append(n) if isinstance(event, Finished) else None
+    queue(engine, *requests)
+    while engine.step():
+        assert sum(len(group.running) for group in engine._groups) <= 2
+    assert sorted(ended) == list(range(7))
+    assert all(abs(place - number) <= 1 for place, number in enumerate(ended))
+
+
+def test_a_full_queue_refuses_with_its_numbers_and_takes_all_or_none(kb):
+    engine = Engine(kb.backbone, max_queue=2)
+    engine._thread = threading.current_thread()  # so that submit starts none and nothing is taken
+    engine.submit(ask(kb)[0])
+    with pytest.raises(EngineError, match="1 questions wait already and at most 2 may; try again later"):
+        engine.submit(ask(kb)[0], ask(kb)[0])
+    assert len(engine._waiting) == 1
+    engine.submit(ask(kb)[0])
+
+
+def test_a_closed_engine_refuses(kb):
+    engine = Engine(kb.backbone)
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="The engine is closed; load the model again"):
+        engine.submit(ask(kb)[0])
+
+
+def test_closing_cancels_what_runs_and_what_waits_and_returns_when_all_is_over(kb):
+    engine = Engine(kb.backbone, max_batch=2)
+    asked = [ask(kb, f"Question {n}?", max_tokens=1000) for n in range(5)]
+    engine.submit(*(request for request, _ in asked))
+    while not asked[0][1]:
+        time.sleep(0.001)
+    engine.close()
+    for _, events in asked:
+        assert events[-1].reason == "cancelled" and events[-1].completion_tokens < 900
+    assert engine._thread is None and engine._groups == []
+
+
+def test_closing_right_after_asking_cancels_also_what_is_being_read(kb):
+    for delay in (0, 0.002, 0.005):
+        engine = Engine(kb.backbone)
+        request, events = ask(kb, max_tokens=2000)
+        engine.submit(request)
+        time.sleep(delay)
+        engine.close()
+        assert events[-1].reason == "cancelled" and events[-1].completion_tokens < 500
+
+
+def test_two_threads_may_close_one_engine(kb):
+    for _ in range(5):
+        engine = Engine(kb.backbone)
+        engine.submit(ask(kb, max_tokens=50)[0])
+        failures = []
+
+        def close(engine=engine, failures=failures):
+            try:
+                engine.close()
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=close) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join(30) for thread in threads]
+        assert failures == [] and not any(thread.is_alive() for thread in threads)
+
+
+class Deaf(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_sink_that_fails_again_and_again_harms_nobody_else(kb, engine, caplog, after):
+    heard = []
+
+    def sink(event):
+        heard.append(event)
+        if len(heard) > after:
+            raise Deaf
+
+    broken, _ = ask(kb, sink=sink, max_tokens=20)
+    good, events = ask(kb, "Hugo?", max_tokens=20)
+    queue(engine, broken, good)
+    run(engine)
+    assert text(events) == kb.ask("Hugo?", max_tokens=20).text and events[-1] == Finished("length", 20)
+    assert len(heard) == after + 2 and isinstance(heard[-1], Deaf)
+
+
+def test_a_sink_that_fails_on_its_cancellation_harms_nobody_else(kb, engine, caplog):
+    def deaf(event):
+        raise Deaf
+
+    gone, _ = ask(kb, sink=deaf)
+    gone.cancel()
+    good, events = ask(kb)
+    queue(engine, gone, good)
+    run(engine)
+    assert events[-1] == Finished("length", 8)
+    assert "nobody could be told" in caplog.text
+
+
+def test_settings_that_fail_inside_reach_their_caller_at_once_and_the_others_go_on(kb, engine):
+    bad, bad_events = ask(kb, logit_bias={10**6: 1})
+    good, events = ask(kb)
+    queue(engine, bad, good)
+    engine.step()
+    assert "logit_bias names token 1000000" in str(bad_events[0]) and len(bad_events) == 1
+    run(engine)
+    assert events[-1] == Finished("length", 8)
+
+
+def test_an_error_in_the_model_reaches_every_caller_in_the_batch_at_once_and_the_engine_goes_on(kb, engine):
+    attention, failing = kb.backbone.model.model.layers[1].self_attn, threading.Event()
+
+    def fail(module, args, kwargs):
+        if failing.is_set():
+            raise FloatingPointError("planted")
+
+    hook = attention.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        asked = [ask(kb, f"Question {n}?", max_tokens=50) for n in range(3)]
+        engine.submit(*(request for request, _ in asked))
+        while not all(events for _, events in asked):
+            time.sleep(0.001)
+        failing.set()
+        deadline = time.monotonic() + 10
+        while not all(isinstance(events[-1], FloatingPointError) for _, events in asked):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        during, during_events = ask(kb)
+        engine.submit(during)
+        while not during_events:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert isinstance(during_events[0], FloatingPointError)
+        failing.clear()
+        after, after_events = ask(kb)
+        engine.submit(after)
+        while not after_events or not isinstance(after_events[-1], Finished):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        hook.remove()
+    assert text(after_events) == kb.ask("Where does Bob live?", max_tokens=8).text
+    assert kb.backbone.config._attn_implementation == "sdpa"
+
+
+def test_an_answer_ends_at_an_end_token_which_is_neither_written_nor_counted(kb, engine):
+    end = next(iter(kb.backbone.eos_ids))
+    request, events = ask(kb, logit_bias={end: 100})
+    queue(engine, request)
+    run(engine)
+    assert events == [Finished("stop", 0)]
+
+
+def test_penalties_count_what_the_answer_holds_so_far(kb, engine):
+    request, events = ask(kb, max_tokens=30, presence_penalty=2.0, logit_bias={40: 100, 41: 99})
+    queue(engine, request)
+    run(engine)
+    tokens = kb.backbone.tokenizer.decode([40, 41] + [40] * 28)
+    assert text(events) == tokens.lstrip(" ")
+
+
+def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
+    """By their log-probabilities, over a sheet that keeps everything."""
+    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1)
+    request, events = ask(full, prefix=full.prefix, max_tokens=6, logprobs=2)
+    queue(engine, request)
+    run(engine)
+    said = [logprob for event in events if isinstance(event, Delta) for logprob in event.logprobs]
+    layout = full._layout
+    left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
+    whole = torch.cat([layout.encoder.left(left)[0], request.question])
+    assert [logprob.token_id for logprob in said] == full_context_answer(kb.backbone, whole, 6)
+    for logprob in said:
+        expected = full_context_logits(kb.backbone, whole)[-1].log_softmax(-1)
+        assert logprob.logprob == pytest.approx(float(expected[logprob.token_id]), abs=2e-3)
+        assert [value for _, value in logprob.top] == pytest.approx(expected.topk(2).values.tolist(), abs=2e-3)
+        whole = torch.cat([whole, torch.tensor([logprob.token_id])])
+
+
+def test_questions_are_read_in_passes_of_bounded_size(kb):
+    prefix = Prefix([], 0)
+    lengths = [1, 4000, 9000, 4000, 2, 4000, 5000]
+    requests = [Request(prefix, torch.zeros(n, dtype=torch.int64), SamplingParams(), print) for n in lengths]
+    parts = [[len(request.question) for request in part] for part in _by_size(requests)]
+    assert sorted(n for part in parts for n in part) == sorted(lengths)
+    assert all(len(part) == 1 or len(part) * max(part) <= _PREFILL_TOKENS for part in parts)
+    assert parts[0] == [1, 2]
+
+
+def test_an_idle_engine_gives_its_thread_back_and_wakes_up_again(kb, monkeypatch):
+    monkeypatch.setattr("cribsheet.engine._IDLE_SECONDS", 0.05)
+    engine = Engine(kb.backbone)
+    for _ in range(2):
+        done = threading.Event()
+        request, _ = ask(kb, sink=lambda event, done=done: done.set() if isinstance(event, Finished) else None)
+        engine.submit(request)
+        thread = engine._thread
+        assert done.wait(10) and thread.name == "cribsheet-engine"
+        thread.join(5)
+        assert not thread.is_alive() and engine._thread is None
+
+
+def _in_child(kb, results):
+    results.put(kb.ask("Where does Bob live?", max_tokens=8).text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_answers_for_itself_while_its_parent_is_answering(kb):
+    expected = kb.ask("Where does Bob live?", max_tokens=8).text
+    context = multiprocessing.get_context("fork")
+    with kb.stream("Hugo?", max_tokens=3000) as stream:
+        next(stream)
+        results = context.Queue()
+        child = context.Process(target=_in_child, args=(kb, results))
+        child.start()
+        assert results.get(timeout=60) == expected
+        child.join(30)
+        assert child.exitcode == 0
+        assert next(stream)

@@ -1,0 +1,136 @@
+"""A sheet inside stock transformers: a cache whose prefix is shared and read-only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import full_context_answer, full_context_logits
+
+from cribsheet.backbone import Backbone
+from cribsheet.prefix import LayerPrefix, PrefixLayer, empty_prefix, prefix_cache
+from cribsheet.testing import tiny_backbone
+
+LEFT = torch.arange(100, 140)
+ASKED = torch.tensor([200, 7, 31, 205, 300])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "phi3", "qwen2", "gemma2", "gemma3_text"])
+def family(request):
+    """Full attention, partial rotation, sliding windows, soft caps."""
+    return tiny_backbone(request.param)
+
+
+def read_prefix(backbone: Backbone, ids: torch.Tensor = LEFT) -> list[LayerPrefix]:
+    """A prefix that keeps everything, or in a sliding-window layer all that the next token sees."""
+    nothing = torch.zeros(backbone.kv_heads, 0, backbone.head_size)
+    read = backbone.read([LayerPrefix(nothing, nothing, window) for window in backbone.windows], 0, ids, ids[:0])
+    kept = [slice(window and 1 - window, None) for window in backbone.windows]
+    return [
+        LayerPrefix(layer.chunk_keys[:, at], layer.chunk_values[:, at], window)
+        for layer, at, window in zip(read, kept, backbone.windows, strict=True)
+    ]
+
+
+def test_a_prefix_and_a_suffix_are_one_context(family):
+    cache = prefix_cache(read_prefix(family), len(LEFT))
+    positions = torch.arange(len(LEFT), len(LEFT) + len(ASKED))[None]
+    logits = family.step(ASKED[None], positions, cache, keep=len(ASKED))[0]
+    expected = full_context_logits(family, torch.cat([LEFT, ASKED]))[len(LEFT) :]
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
+    assert cache.get_seq_length() == len(LEFT) + len(ASKED)
+
+
+def test_several_tokens_may_follow_several_others(tiny):
+    """The second pass has a suffix before it, so its mask is not the plain square."""
+    whole = full_context_logits(tiny, torch.cat([LEFT, ASKED]))[len(LEFT) :]
+    cache = prefix_cache(read_prefix(tiny), len(LEFT))
+    parts = []
+    for start, stop in ((0, 2), (2, 5)):
+        positions = torch.arange(len(LEFT) + start, len(LEFT) + stop)[None]
+        parts.append(tiny.step(ASKED[None, start:stop], positions, cache, keep=stop - start)[0])
+    torch.testing.assert_close(torch.cat(parts), whole, atol=2e-3, rtol=1e-3)
+
+
+def generate(backbone, cache, ids, mask, **options):
+    with backbone.attached():
+        return backbone.model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=70,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+
+
+def test_stock_generate_runs_over_a_prefix_and_buffers_grow_as_it_does(family):
+    whole = torch.cat([LEFT, ASKED])[None]
+    expected = full_context_answer(family, whole[0], 70)
+    out = generate(family, prefix_cache(read_prefix(family), len(LEFT)), whole, torch.ones_like(whole))
+    found = out[0, whole.shape[1] :].tolist()
+    assert found[: len(expected)] == expected and len(expected) > 3
+
+
+def test_stock_generate_runs_a_left_padded_batch_over_one_prefix(tiny):
+    short = ASKED[2:]
+    rows = torch.stack([torch.cat([LEFT, ASKED]), torch.cat([LEFT, torch.zeros(2, dtype=torch.int64), short])])
+    mask = torch.ones_like(rows)
+    mask[1, len(LEFT) : len(LEFT) + 2] = 0
+    out = generate(tiny, prefix_cache(read_prefix(tiny), len(LEFT)), rows, mask)[:, rows.shape[1] :].tolist()
+    for row, asked in zip(out, (ASKED, short), strict=True):
+        expected = full_context_answer(tiny, torch.cat([LEFT, asked]), 70)
+        assert row[: len(expected)] == expected
+
+
+def test_stock_generate_searches_beams_over_one_prefix(tiny):
+    whole = torch.cat([LEFT, ASKED])[None]
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    expected = tiny.model.generate(
+        whole, attention_mask=torch.ones_like(whole), max_new_tokens=70, do_sample=False, pad_token_id=0, **options
+    )
+    prefix = read_prefix(tiny)
+    before = [layer.keys.clone() for layer in prefix]
+    found = generate(tiny, prefix_cache(prefix, len(LEFT)), whole, torch.ones_like(whole), **options)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix, before, strict=True))
+
+
+def suffix(layer, tokens, first=0.0):
+    keys = torch.full((1, 2, tokens, 4), first)
+    return layer.update(keys, keys + 1)
+
+
+def layer(prefix_tokens=3):
+    prefix = torch.full((2, prefix_tokens, 4), 9.0)
+    return PrefixLayer(LayerPrefix(prefix, prefix), prefix_tokens)
+
+
+def test_a_layer_returns_its_suffix_alone_and_grows_past_its_first_buffer():
+    here = layer()
+    for step in range(150):
+        keys, values = suffix(here, 1, float(step))
+    assert keys.shape == (1, 2, 150, 4) and here.get_seq_length() == 153
+    assert keys[0, 0, :, 0].tolist() == list(range(150))
+    assert torch.equal(values, keys + 1)
+    assert here.get_mask_sizes(2) == (152, 3)
+
+
+def test_crop_and_reset_touch_the_suffix_only():
+    here = layer()
+    suffix(here, 5)
+    here.crop(-2)
+    assert here.get_seq_length() == 6
+    keys, _ = suffix(here, 1, 7.0)
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 0, 7]
+    here.crop(-100)
+    assert here.get_seq_length() == 3
+    suffix(here, 2)
+    here.reset()
+    assert here.get_seq_length() == 3 and (here.prefix_keys == 9).all()
+
+
+def test_a_prefix_of_no_tokens_is_plain_attention(tiny):
+    nothing = prefix_cache(empty_prefix(tiny.num_layers, tiny.kv_heads, tiny.head_size, torch.zeros(1)), 0)
+    logits = tiny.step(LEFT[None], torch.arange(len(LEFT))[None], nothing, keep=len(LEFT))[0]
+    torch.testing.assert_close(logits, full_context_logits(tiny, LEFT), atol=2e-3, rtol=1e-3)

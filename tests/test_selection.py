@@ -1,0 +1,49 @@
+"""Scores and a budget become indices, and indices become tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cribsheet.errors import BudgetError
+from cribsheet.selection import keep_top, take
+
+
+def test_the_best_tokens_of_each_head_stay_in_reading_order():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.8, 0.2, 0.3, 0.1]])
+    assert keep_top(scores, 2).tolist() == [[1, 3], [0, 2]]
+
+
+def test_ties_go_to_the_earlier_token():
+    assert keep_top(torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0]]), 3).tolist() == [[0, 1, 4]]
+    assert keep_top(torch.zeros(2, 500), 7).tolist() == [list(range(7))] * 2
+
+
+def test_a_pinned_token_beats_every_score():
+    scores = torch.tensor([[1e30, float("inf"), 3e38]])
+    assert keep_top(scores, 1).tolist() == [[1]]
+
+
+def test_a_budget_of_everything_keeps_everything():
+    assert keep_top(torch.rand(3, 6), 6).tolist() == [list(range(6))] * 3
+
+
+@pytest.mark.parametrize("budget", [0, -1, 6])
+def test_a_budget_that_does_not_fit_is_refused_with_value_limit_and_way_out(budget):
+    with pytest.raises(BudgetError) as refused:
+        keep_top(torch.rand(2, 5), budget)
+    assert str(refused.value) == (
+        f"The budget is {budget} tokens but 5 are in the cache; pass a budget between 1 and 5."
+    )
+
+
+def test_take_picks_by_head_from_tokens_and_from_vectors():
+    indices = torch.tensor([[0, 2], [1, 2]])
+    assert take(torch.tensor([[10, 11, 12], [20, 21, 22]]), indices).tolist() == [[10, 12], [21, 22]]
+    vectors = torch.arange(12.0).reshape(2, 3, 2)
+    assert take(vectors, indices).tolist() == [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]
+
+
+def test_what_was_taken_does_not_hold_on_to_what_was_not():
+    tokens = torch.rand(1, 1000, 4)
+    assert take(tokens, torch.tensor([[3]])).untyped_storage().nbytes() == 16
