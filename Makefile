@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test check format lint types docs slow quality memory pocket clean
+.PHONY: demo test oldest check format lint types docs slow quality memory pocket clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -17,6 +19,12 @@ demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sour
 
 test: $(READY)  ## every test that fits into CI
 	$(RUN)/python -m pytest -m "not slow"
+
+oldest:  ## the core's tests with the oldest transformers that is supported, in an environment of its own
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' 'pytest>=8' \
+		safetensors pydantic jinja2 typer rich pypdf llguidance
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 
 slow: $(READY)  ## the long proofs
 	$(RUN)/python -m pytest -m slow
@@ -36,4 +44,4 @@ docs: $(READY)
 	$(RUN)/sphinx-build --quiet --fail-on-warning docs docs/_build
 
 clean:
-	rm -rf $(VENV) docs/_build
+	rm -rf $(VENV) $(OLDEST) docs/_build

@@ -209,3 +209,14 @@ def test_logits_are_returned_for_the_last_tokens_that_are_asked_for(tiny):
     assert three.shape == (1, 3, 1000)
     one = tiny.step(LEFT[None], positions, prefix_cache(nothing(tiny), 0))
     torch.testing.assert_close(one[:, -1], three[:, -1])
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_training_mode():
+    backbone = tiny_backbone(attention_dropout=0.5)
+    model = backbone.model.train()
+    model.model.layers[1].eval()
+    wrapped = Backbone(model, backbone.tokenizer)
+    modes = [module.training for module in model.modules()]
+    with wrapped.attached():
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes and model.training

@@ -275,3 +275,20 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, keep):
 @pytest.mark.parametrize(("asked", "tokens"), [({}, 12), ({"rate": 4}, 25), ({"rate": 1}, 100), ({"budget": 7}, 7)])
 def test_budgets_are_counted_in_tokens(asked, tokens):
     assert Budgets(**asked).tokens(100) == tokens
+
+
+def test_metadata_of_any_kind_is_kept_as_far_as_json_can_hold_it(tiny):
+    endless = {}
+    endless["again"] = endless
+    odd = {1: "one", (2, 3): {"a": (4, {5: Path("x")})}, "endless": endless}
+    made = build(tiny, ZERO_SHOT, [Document("Ida Lund lives in Rome.", "ida", odd)], rate=1)
+    kept = made.manifest.documents[0].metadata
+    assert kept["1"] == "one" and kept["(2, 3)"] == {"a": [4, {"5": "x"}]} and "endless" in kept
+    assert made.manifest.model_dump_json()
+
+
+@pytest.mark.parametrize("options", [{"budget": 10.5}, {"budget": True}, {"rate": 2, "chunk_tokens": 40.0}])
+def test_a_number_of_tokens_is_whole_or_refused_by_name(tiny, options):
+    name = "budget" if "budget" in options else "chunk_tokens"
+    with pytest.raises(BudgetError, match=f"{name} is {options[name]}; pass a whole number of tokens"):
+        build_sheet(tiny, DOCUMENTS, ZERO_SHOT, **options)

@@ -363,3 +363,49 @@ def test_the_real_program_keeps_its_streams_apart(sheet, tmp_path):
     assert asking.returncode == 0
     assert json.loads(out)["finish_reason"] in ("length", "stop")
     assert err == ""
+
+
+def test_a_killed_build_goes_on_with_resume_and_leaves_nothing_beside_the_sheet(model, long_corpus, tmp_path, cli):
+    target, partial = tmp_path / "a.sheet", tmp_path / "a.sheet.partial"
+    source = tmp_path / "short.txt"
+    source.write_text(long_corpus.read_text()[:16_000])
+    asked = (
+        "build",
+        source,
+        "--model",
+        model,
+        "--chunk-tokens",
+        256,
+        "--rate",
+        32,
+        "--scorer",
+        "task-peak",
+        "--json",
+        "-o",
+    )
+    building = start(*asked, target, "--resume")
+    deadline = time.monotonic() + 60
+    while not partial.exists() and building.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    building.kill()
+    building.communicate(timeout=30)
+    assert partial.exists() and not target.exists()
+    whole = cli(*asked, tmp_path / "whole.sheet")
+    assert whole.code == 0 and {file.name for file in tmp_path.iterdir()} == {
+        "short.txt", "whole.sheet", "a.sheet.partial",
+    }  # fmt: skip
+    assert cli(*asked, target, "--resume").code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"short.txt", "whole.sheet", "a.sheet"}
+    resumed, straight = load_sheet(target), load_sheet(tmp_path / "whole.sheet")
+    assert (resumed.indices == straight.indices).all() and (resumed.layers[2].keys == straight.layers[2].keys).all()
+
+
+def test_inspect_verifies_the_bytes_if_asked(sheet, tmp_path, cli):
+    copy = tmp_path / "a.sheet"
+    copy.write_bytes(sheet.read_bytes())
+    assert cli("inspect", copy, "--verify").code == 0
+    damaged = bytearray(copy.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    copy.write_bytes(damaged)
+    result = cli("inspect", copy, "--verify")
+    assert result.code == 1 and "was changed after it was saved" in result.err

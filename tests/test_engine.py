@@ -13,7 +13,7 @@ from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
 from reference import full_context_answer, full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.engine import _PREFILL_TOKENS, Delta, Engine, Finished, Prefix, Request, _by_size
+from cribsheet.engine import _PREFILL_TOKENS, _QUANTUM, Delta, Engine, Finished, Prefix, Request, _by_size
 from cribsheet.errors import EngineError
 from cribsheet.sampling import SamplingParams
 from cribsheet.testing import tiny_backbone
@@ -21,7 +21,7 @@ from cribsheet.testing import tiny_backbone
 
 @pytest.fixture(scope="module")
 def kb():
-    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3)
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="task-peak")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_batch_of_uneven_questions_equals_each_alone_whoever_joins_or_leaves(k
 
 
 def test_sheets_on_one_model_take_turns_token_by_token(kb, engine):
-    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2)
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="task-peak")
     order = []
     first, first_events = ask(kb, max_tokens=12)
     second, second_events = ask(other, max_tokens=12)
@@ -308,7 +308,7 @@ def test_penalties_count_what_the_answer_holds_so_far(kb, engine):
 
 def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
     """By their log-probabilities, over a sheet that keeps everything."""
-    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1)
+    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1, scorer="task-peak")
     request, events = ask(full, prefix=full.prefix, max_tokens=6, logprobs=2)
     queue(engine, request)
     run(engine)
@@ -365,3 +365,125 @@ def test_a_forked_child_answers_for_itself_while_its_parent_is_answering(kb):
         child.join(30)
         assert child.exitcode == 0
         assert next(stream)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_short_question_is_answered_while_long_answers_hold_all_slots(kb, slots):
+    engine = Engine(kb.backbone, max_batch=slots)
+    longs = [ask(kb, f"Tell all, {n}?", max_tokens=4 * _QUANTUM) for n in range(slots + 1)]
+    short, short_events = ask(kb, "Hugo?", max_tokens=3)
+    queue(engine, *(request for request, _ in longs), short)
+    steps = 0
+    while not short_events or not isinstance(short_events[-1], Finished):
+        assert engine.step() and steps < 3 * _QUANTUM
+        assert len(engine._started()) <= slots
+        steps += 1
+    assert not any(isinstance(event, Finished) for _, events in longs for event in events)
+    run(engine)
+    for number, (_, events) in enumerate(longs):  # parked and taken up again, token for token as if undisturbed
+        assert text(events) == kb.ask(f"Tell all, {number}?", max_tokens=4 * _QUANTUM).text
+        assert events[-1] == Finished("length", 4 * _QUANTUM)
+
+
+def test_long_answers_over_different_sheets_share_a_single_slot(kb):
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="task-peak")
+    engine, order = Engine(kb.backbone, max_batch=1), []
+    asked = {"first": ask(kb, max_tokens=200), "second": ask(other, max_tokens=200)}
+    for name, (request, events) in asked.items():
+        request.sink = lambda event, name=name, events=events: (order.append(name), events.append(event))
+    queue(engine, *(request for request, _ in asked.values()))
+    run(engine)
+    turns = [name for at, name in enumerate(order) if at == 0 or order[at - 1] != name]
+    assert turns[:4] == ["first", "second"] * 2
+    assert text(asked["first"][1]) == kb.ask("Where does Bob live?", max_tokens=200).text
+    assert text(asked["second"][1]) == other.ask("Where does Bob live?", max_tokens=200).text
+
+
+def test_a_parked_answer_keeps_its_seed_and_its_half_written_text(kb):
+    engine = Engine(kb.backbone, max_batch=1)
+    settings = {"max_tokens": 150, "temperature": 1.0, "seed": 5, "stop": ["never this"]}
+    asked = [ask(kb, f"Question {n}?", **settings) for n in range(3)]
+    queue(engine, *(request for request, _ in asked))
+    run(engine)
+    assert [text(events) for _, events in asked] == [kb.ask(f"Question {n}?", **settings).text for n in range(3)]
+
+
+def test_a_parked_answer_can_be_cancelled_and_a_broken_sink_of_one_harms_nobody(kb, caplog):
+    engine = Engine(kb.backbone, max_batch=1)
+    first, first_events = ask(kb, max_tokens=500)
+    second, second_events = ask(kb, "Hugo?", max_tokens=500)
+    queue(engine, first, second)
+    while not second_events:
+        engine.step()
+    assert engine._waiting[0].request is first
+    first.cancel()
+    engine.step()
+    assert first_events[-1].reason == "cancelled" and first_events[-1].completion_tokens >= _QUANTUM
+    second.cancel()
+    run(engine)
+
+
+def test_nobody_is_parked_while_nobody_waits(kb):
+    engine = Engine(kb.backbone, max_batch=1)
+    request, _ = ask(kb, max_tokens=3 * _QUANTUM)
+    queue(engine, request)
+    engine.step()
+    group = engine._groups[0]
+    while engine.step():
+        assert engine._groups == [group] and len(group.running) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "smollm3"])
+def test_a_long_question_read_in_pieces_is_read_as_in_one_go(family, monkeypatch):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(family), rate=3, scorer="task-peak")
+    question = "Where does Bob live? " * 20
+    whole, whole_events = ask(kb, question, max_tokens=10, logprobs=1)
+    pieces, piece_events = ask(kb, question, max_tokens=10, logprobs=1)
+    engine = Engine(kb.backbone)
+    queue(engine, whole)
+    run(engine)
+    monkeypatch.setattr("cribsheet.engine._PIECE", 37)
+    queue(engine, pieces)
+    assert run(engine) > 10 + len(pieces.question) // 37 - 3  # a piece a step
+    assert text(piece_events) == text(whole_events)
+    for mine, expected in zip(said(piece_events), said(whole_events), strict=True):
+        assert mine.logprob == pytest.approx(expected.logprob, abs=2e-3)
+
+
+def said(events):
+    return [logprob for event in events if isinstance(event, Delta) for logprob in event.logprobs]
+
+
+def test_a_long_question_does_not_hold_up_running_answers(kb, engine, monkeypatch):
+    monkeypatch.setattr("cribsheet.engine._PIECE", 20)
+    running, running_events = ask(kb, max_tokens=30)
+    queue(engine, running)
+    engine.step()
+    long, long_events = ask(kb, "Where does Bob live? " * 60, max_tokens=4)
+    queue(engine, long)
+    before = running.params.max_tokens
+    while not any(isinstance(event, Finished) for event in running_events):
+        engine.step()
+        before -= 1
+    assert before >= 0 and long_events == []
+    gone, gone_events = ask(kb, "Where does Bob live? " * 20)
+    queue(engine, gone)
+    engine.step()
+    gone.cancel()
+    run(engine)
+    assert gone_events == [Finished("cancelled", 0)] and long_events[-1] == Finished("length", 4)
+
+
+def test_an_error_comes_to_every_caller_as_an_object_of_its_own(kb, engine):
+    def fail(module, args, kwargs):
+        raise FloatingPointError("planted")
+
+    asked = [ask(kb, f"Question {n}?") for n in range(3)]
+    hook = kb.backbone.model.model.layers[1].self_attn.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        queue(engine, *(request for request, _ in asked))
+        engine.step()
+    finally:
+        hook.remove()
+    errors = [events[-1] for _, events in asked]
+    assert all(str(error) == "planted" for error in errors) and len({id(error) for error in errors}) == 3

@@ -15,7 +15,7 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_answer
 
 from cribsheet import Answer, CompressedKnowledgeLLM
-from cribsheet.errors import CribsheetError, RequestError
+from cribsheet.errors import CribsheetError, EngineError, ModelError, RequestError
 from cribsheet.llm import LoadedModel
 from cribsheet.testing import save_tiny_model, tiny_backbone
 
@@ -404,3 +404,114 @@ def test_asking_concurrently_for_the_first_time_makes_one_prefix(kb):
 
 def test_a_float32_sheet_on_the_cpu_is_used_where_it_lies(kb):
     assert kb.prefix.layers[0].keys.data_ptr() == kb.sheet.layers[0].keys.data_ptr()
+
+
+def test_a_model_is_loaded_once_however_its_options_are_written(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    first = LoadedModel.get(folder)
+    assert LoadedModel.get(str(folder), dtype=None, revision=None) is first
+    half = LoadedModel.get(folder, dtype="bfloat16")
+    assert LoadedModel.get(folder, dtype=torch.bfloat16) is half is not first
+
+
+def test_a_backbone_has_one_engine_whether_it_comes_by_name_or_by_hand(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    first = LoadedModel.get(folder)
+    assert LoadedModel.get(first.backbone) is first
+    backbone = tiny_backbone()
+    second = LoadedModel.get(backbone)
+    assert LoadedModel.get(backbone) is second is not first
+
+
+def test_options_for_a_model_that_is_loaded_already_are_refused(kb):
+    with pytest.raises(ModelError, match="The model is loaded already, so device, dtype can no longer be set"):
+        CompressedKnowledgeLLM.build(
+            DOCUMENTS, ZERO_SHOT, model=kb.backbone, model_options={"dtype": "bfloat16", "device": "cpu"}
+        )
+    with pytest.raises(ModelError, match="so dtype can no longer be set"):
+        LoadedModel.get(kb._loaded, dtype="float32")
+
+
+def test_a_thousand_stop_strings_are_taken_whatever_the_template_adds(kb):
+    assert kb._layout.stop is not None
+    stops = [f"never {n}" for n in range(1000)]
+    assert kb.ask(QUESTION, max_tokens=5, stop=stops).text == kb.ask(QUESTION, max_tokens=5).text
+    with pytest.raises(RequestError, match="the number of stop strings is 1001"):
+        kb.ask(QUESTION, stop=[*stops, "x"])
+
+
+def test_closing_a_sheet_cancels_its_answers_and_leaves_the_model_to_others():
+    backbone = tiny_backbone()
+    kept = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=backbone, rate=2)
+    with CompressedKnowledgeLLM(backbone, kept.sheet) as gone:
+        stream = gone.stream(QUESTION, max_tokens=3000)
+        next(stream)
+    list(stream)
+    assert stream.answer.finish_reason == "cancelled"
+    with pytest.raises(EngineError, match="This sheet is closed; load it again"):
+        gone.ask(QUESTION)
+    assert kept.ask(QUESTION, max_tokens=3).usage.completion_tokens == 3
+    gone.close()
+    kept.close()
+    assert kept._loaded.engine.closed
+    again = CompressedKnowledgeLLM(backbone, kept.sheet)
+    assert again.ask(QUESTION, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_two_readers_of_one_stream_share_its_pieces_and_both_see_the_end(kb):
+    stream, got = kb.stream(QUESTION, max_tokens=60), []
+    readers = [threading.Thread(target=lambda: got.extend(stream)) for _ in range(3)]
+    [reader.start() for reader in readers]
+    [reader.join(20) for reader in readers]
+    assert not any(reader.is_alive() for reader in readers)
+    assert sorted("".join(got)) == sorted(stream.answer.text)
+
+
+def test_the_first_async_question_leaves_the_event_loop_free_while_the_sheet_is_placed(kb, monkeypatch):
+    fresh = CompressedKnowledgeLLM(kb.backbone, kb.sheet)
+    places = []
+    restored = type(kb.sheet.layers[0]).restored
+
+    def watched(self, *args):
+        places.append(threading.current_thread() is threading.main_thread())
+        return restored(self, *args)
+
+    monkeypatch.setattr(type(kb.sheet.layers[0]), "restored", watched)
+
+    async def ask():
+        async with fresh.astream(QUESTION, max_tokens=5) as stream:
+            async for _ in stream:
+                pass
+        return stream.answer.text
+
+    assert asyncio.run(ask()) == kb.ask(QUESTION, max_tokens=5).text
+    assert places == [False] * len(kb.sheet.layers)
+
+
+def test_leaving_an_async_stream_stops_its_work(kb):
+    async def leave():
+        async with kb.astream(QUESTION, max_tokens=3000) as stream:
+            async for _ in stream:
+                break
+        async for _ in stream:
+            pass
+        return stream.answer.finish_reason
+
+    assert asyncio.run(leave()) == "cancelled"
+    settle(kb)
+
+
+def test_a_sheet_closed_before_its_first_async_answer_says_so(kb):
+    fresh = CompressedKnowledgeLLM(kb.backbone, kb.sheet)
+
+    async def ask():
+        stream = fresh.astream(QUESTION)
+        fresh.close()
+        async for _ in stream:
+            pass
+        return stream.answer.finish_reason
+
+    try:
+        assert asyncio.run(ask()) == "cancelled"
+    except EngineError as error:
+        assert "This sheet is closed" in str(error)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cribsheet import build_sheet, load_sheet, save_sheet
 from cribsheet.errors import SheetError
 from cribsheet.sheet import Sheet
-from cribsheet.storage import read_manifest
+from cribsheet.storage import read_manifest, verify
 from cribsheet.stored import StoredLayer
 from cribsheet.testing import tiny_backbone
 
@@ -55,7 +55,7 @@ def test_the_file_holds_what_the_format_says(sheet, file):
     tensors, metadata = parts(file)
     layers = [f"layers.{number}.{half}" for number in range(3) for half in ("keys", "values")]
     assert set(tensors) == {"indices", "origins", "texts", *layers}
-    assert set(metadata) == {"format", "cribsheet"} and metadata["format"] == "pt"
+    assert set(metadata) == {"format", "cribsheet", "sha256"} and metadata["format"] == "pt"
     assert tensors["indices"].dtype == tensors["origins"].dtype == torch.int32
     assert tensors["texts"].dtype == torch.uint8
     assert json.loads(bytes(tensors["texts"])) == [document.text for document in DOCUMENTS]
@@ -297,3 +297,27 @@ def test_a_process_killed_while_it_writes_leaves_the_old_sheet(file, tmp_path):
     assert process.exitcode == 9
     assert file.read_bytes() == before
     assert load_sheet(file).tokens > 0
+
+
+def test_a_single_changed_bit_is_found_by_verify(file):
+    verify(file)
+    damaged = bytearray(file.read_bytes())
+    damaged[-5] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(SheetError, match="was changed after it was saved: its tensors have the digest"):
+        verify(file)
+
+
+def test_verify_needs_a_digest_to_compare_with(file):
+    held, metadata = parts(file)
+    held = {name: tensor.clone() for name, tensor in held.items()}
+    save_file(held, file, metadata={key: value for key, value in metadata.items() if key != "sha256"})
+    load_sheet(file)
+    with pytest.raises(SheetError, match="holds no digest of its tensors; save it again"):
+        verify(file)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_verify_reads_every_storage_type(tmp_path, dtype):
+    built = build_sheet(tiny_backbone(), DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype)
+    verify(save_sheet(built, tmp_path / "a.sheet", texts=False))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from corpus import DOCUMENTS
 from reference import full_context_answer, full_context_logits
 
+from cribsheet import CompressedKnowledgeLLM
 from cribsheet.backbone import FAMILIES, Backbone
-from cribsheet.testing import save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
+from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
 
 IDS = torch.arange(100, 130)
 
@@ -67,3 +69,29 @@ def test_a_saved_tiny_model_loads_as_any_other(tmp_path):
 def test_an_unknown_family_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="There is no tiny model of family 'gpt2'; use one of llama, "):
         tiny_backbone("gpt2")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Oslo.",
+        "Bob lives in Oslo.",
+        "no no no, no and no",
+        "Zoë 漢字 👩‍👩‍👧",
+        "two\nlines\n\n  indented",
+        "a" * 300,
+        "é è é è é",
+    ],
+)
+def test_the_echo_model_says_what_it_was_told_and_ends(answer):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, model=echo_backbone(answer), rate=2)
+    first = kb.ask("Where does Bob live?")
+    assert (first.text, first.finish_reason) == (answer, "stop")
+    assert kb.ask("And who?", temperature=1.0, seed=1).text == answer
+    pieces = list(kb.stream("Again?"))
+    assert "".join(pieces) == answer and (len(pieces) > 1) == (len(set(answer.split())) > 1)
+
+
+def test_an_echo_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="an empty answer; give it something to say"):
+        echo_backbone("")

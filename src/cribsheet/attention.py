@@ -118,6 +118,24 @@ def attend_shared(
     return out, lse
 
 
+def attend_each(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend` of the one newest token (T = 1) of each of B sequences, by two small matrix products.
+
+    `bias` (B, 1, 1, S) in float32 is minus infinity where a row may not look; every row sees something.
+    """
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
+    logits = capped((grouped @ k.transpose(-1, -2)).float() * scale, softcap)
+    if bias is not None:
+        logits = logits + bias
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights.to(v.dtype) @ v) / total
+    return out.to(q.dtype).reshape(q.shape), (peak + total.log()).reshape(q.shape[:3])
+
+
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets, from the (output, log-sum-exp) of each.
 
@@ -126,8 +144,7 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
     (out_1, lse_1), (out_2, lse_2) = first, second
     lse = torch.logaddexp(lse_1, lse_2)
     weight = (lse_1 - lse).exp().unsqueeze(-1)
-    out = out_2.float() + weight * (out_1.float() - out_2.float())
-    return out.to(out_1.dtype), lse
+    return torch.lerp(out_2.float(), out_1.float(), weight).to(out_1.dtype), lse
 
 
 def column_mass(

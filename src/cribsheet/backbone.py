@@ -53,6 +53,9 @@ _ATTENTION = "cribsheet"
 class Backbone:
     """A causal language model with its tokenizer, as the rest of the library sees it.
 
+    The model itself is only borrowed: attention function and training mode are ours during a forward pass and its
+    own again after it.
+
     Attributes: `name` (what it was loaded from), `revision`, `num_layers`, `num_heads`, `kv_heads`, `head_size`,
     `window` (positions it was made for), `device`, `dtype`; and for each layer `inv_freqs` (R/2,), radians a token
     that its keys turn by, and `windows`, how many tokens a token sees (none: all of them). `full` are the numbers of
@@ -67,7 +70,7 @@ class Backbone:
                 f"The tokenizer {type(tokenizer).__name__} gives no character offsets, so kept tokens could not be "
                 "traced to their documents; load a fast tokenizer (tokenizer.json)."
             )
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.name = name or str(getattr(config, "_name_or_path", "") or type(model).__name__)
         self.revision = revision or getattr(config, "_commit_hash", None)
@@ -81,6 +84,8 @@ class Backbone:
         self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self._attach_lock, self._attach_depth, self._stock_attention = threading.Lock(), 0, ""
+        self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
+        self._in_training: list[nn.Module] = []  # what was in training mode before we attached
         _register_attention()
 
     @classmethod
@@ -102,11 +107,12 @@ class Backbone:
         source = _locate(str(name))
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # a config that is no mapping is a TypeError up to 5.4
             raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
         check_supported(config)
         target = _device(device) if device is not None else _best_device()
-        options: dict[str, Any] = {"attn_implementation": "sdpa", "revision": revision, **model_options}
+        own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # stock SDPA ignores softcaps
+        options: dict[str, Any] = {"attn_implementation": own, "revision": revision, **model_options}
         options["dtype"] = _resolve_dtype(dtype, target)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -146,11 +152,14 @@ class Backbone:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Route the model's attention through the registered function while inside; nests, and across threads."""
+        """Evaluate with our attention function while inside; nests, and across threads."""
         with self._attach_lock:
             if self._attach_depth == 0:
                 self._stock_attention = self.config._attn_implementation
                 self.config._attn_implementation = _ATTENTION
+                self._in_training = [module for module in self.model.modules() if module.training]
+                for module in self._in_training:
+                    module.training = False
             self._attach_depth += 1
         try:
             yield
@@ -158,14 +167,20 @@ class Backbone:
             with self._attach_lock:
                 self._attach_depth -= 1
                 if self._attach_depth == 0:
-                    self.config._attn_implementation = self._stock_attention
+                    self._hand_back()
 
     def release(self) -> None:
         """In a forked child: no thread of the parent is inside `attached` any more."""
         self._attach_lock = threading.Lock()
         if self._attach_depth:
             self._attach_depth = 0
-            self.config._attn_implementation = self._stock_attention
+            self._hand_back()
+
+    def _hand_back(self) -> None:
+        self.config._attn_implementation = self._stock_attention
+        for module in self._in_training:
+            module.training = True
+        self._in_training = []
 
     @torch.no_grad()
     def read(self, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, guide: Tensor) -> list[ReadingLayer]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cribsheet.attention import attend_each, attend_shared, merge
 from cribsheet.prefix import LayerPrefix, PrefixLayer
 
 _BLOCK = 64  # suffix buffers grow by blocks of so many tokens
@@ -23,14 +24,28 @@ class Rows:
     def __init__(self) -> None:
         self.lengths: list[int] = []
         self.longest = 0
-        self.slots = self.index = self.mask = torch.empty(0)
+        self.index = torch.empty(0)
+        self.mask: Tensor | None = None
+        self.bias: Tensor | None = None
+        self._places: dict[tuple[int, int], Tensor] = {}
 
     def prepare(self, device: torch.device) -> None:
         """Make room for one more token in every row."""
         self.longest = max(self.lengths) + 1
-        self.slots = torch.arange(len(self.lengths), device=device)
         self.index = torch.tensor(self.lengths, device=device)
-        self.mask = (torch.arange(self.longest, device=device) <= self.index[:, None])[:, None, None, :]
+        self._places.clear()
+        self.mask = self.bias = None
+        if min(self.lengths) + 1 < self.longest:
+            self.mask = (torch.arange(self.longest, device=device) <= self.index[:, None])[:, None, None, :]
+            self.bias = torch.zeros(self.mask.shape, device=device).masked_fill_(~self.mask, float("-inf"))
+
+    def places(self, heads: int, tokens: int) -> Tensor:
+        """(B * K,) where the new tokens go in buffers of `tokens` a slot, seen as one list of vectors."""
+        found = self._places.get((heads, tokens))
+        if found is None:
+            firsts = torch.arange(len(self.lengths) * heads, device=self.index.device) * tokens
+            found = self._places[heads, tokens] = firsts + self.index.repeat_interleave(heads)
+        return found
 
 
 class SlotLayer(PrefixLayer):
@@ -44,8 +59,10 @@ class SlotLayer(PrefixLayer):
         """Write one token (B, K, 1, D) behind each row and return the filled part of the buffers."""
         rows, count = self.rows, len(self.rows.lengths)
         self.reserve(count, rows.longest, key_states)
-        self.keys[rows.slots, :, rows.index] = key_states[:, :, 0]
-        self.values[rows.slots, :, rows.index] = value_states[:, :, 0]
+        _, heads, tokens, size = self.keys.shape
+        places = rows.places(heads, tokens)
+        self.keys.view(-1, size).index_copy_(0, places, key_states.reshape(-1, size))
+        self.values.view(-1, size).index_copy_(0, places, value_states.reshape(-1, size))
         return self.tag(self.keys[:count, :, : rows.longest]), self.values[:count, :, : rows.longest]
 
     def attend(
@@ -58,8 +75,14 @@ class SlotLayer(PrefixLayer):
         softcap: float | None = None,
     ) -> Tensor:
         """Attention output (B, H, 1, D); each row sees the prefix and its own suffix."""
-        even = min(self.rows.lengths) + 1 == self.rows.longest
-        return self._attend(query, key, value, None if even else self.rows.mask, scale, softcap)[0]
+        before = self.prefix_keys.shape[2]
+        if self.window is not None and before + key.shape[2] > self.window:
+            return self._attend(query, key, value, self.rows.mask, scale, softcap)[0]
+        suffix = attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
+        if before == 0:
+            return suffix[0]
+        shared = attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale, softcap=softcap)
+        return merge(shared, suffix)[0]
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions of the newest token (B, 1) and of the suffix (1, n), counted from the end of the prefix."""

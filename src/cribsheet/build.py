@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from cribsheet.compress import Kept, Reading, State, as_prefix, compress, kept_t
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
+from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.scoring import Scorer, make_scorer
+from cribsheet.scoring.view import Guide
 from cribsheet.sheet import DocumentEntry, Manifest, Sheet
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
@@ -34,8 +35,10 @@ Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
-DEFAULT_SCORER = "task-peak"
+DEFAULT_SCORER = "notes"
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
+_METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
+_CHUNK_NOTES = 1024  # notes have room for so many facts only
 _REPEAT = "Repeat the documents."
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
 
@@ -171,6 +174,9 @@ class Budgets:
     def tokens(self, corpus_tokens: int) -> int:
         """The budget in tokens. Raises `BudgetError` if it does not fit the corpus."""
         rate, budget = self.rate, self.budget
+        for name, value in (("budget", budget), ("chunk_tokens", self.chunk_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise BudgetError(f"{name} is {value!r}; pass a whole number of tokens.")
         if rate is not None and budget is not None:
             raise BudgetError(f"Both rate {rate:g} and budget {budget} were given; pass one of them.")
         if budget is None:
@@ -222,9 +228,20 @@ def plan(
             f"guide {len(resident)}; pass a budget of at least {least + len(resident)}, a lower rate, a shorter task, "
             "or guide='dropped'."
         )
-    after_chunk = {"task": len(scored), "repeat": len(repeat), "nothing": 0}[chosen.guide]
-    chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide == "repeat")
-    reading = Reading(chosen, scored, repeat, keep, chunk, seed)
+    request = encode(layout.request(task))
+    noted = len(request) + len(scored) + NOTES_TOKENS
+    after_chunk = {"task": len(scored), "notes": noted, "repeat": len(repeat), "nothing": 0}[chosen.guide]
+    chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
+    reading = Reading(
+        scorer=chosen,
+        guide=scored,
+        request=request,
+        repeat=repeat,
+        noted=lambda notes: encode(layout.noted(task, notes)),
+        budget=keep,
+        chunk_tokens=chunk,
+        seed=seed,
+    )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
 
 
@@ -250,17 +267,18 @@ def _with_guide(layer: LayerPrefix, guide: ReadingLayer) -> LayerPrefix:
 
 
 def _chunk_tokens(
-    backbone: Backbone, corpus_tokens: int, keep: int, guide_tokens: int, wanted: int | None, repeats: bool
+    backbone: Backbone, corpus_tokens: int, keep: int, guide_tokens: int, wanted: int | None, guide: Guide
 ) -> int:
     """How many tokens to read at once, so that kept tokens, chunk and guide fit the window."""
-    room = (backbone.window - keep - guide_tokens) // (2 if repeats else 1)
+    room = (backbone.window - keep - guide_tokens) // (2 if guide == "repeat" else 1)
     if room < 1:
         raise BudgetError(
             f"The budget of {keep} and the guide of {guide_tokens} tokens leave no room for a chunk in the model's "
             f"window of {backbone.window}; lower the budget or shorten the task."
         )
     if wanted is None:
-        return min(_CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR, room, corpus_tokens)
+        usual = _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
+        return min(_CHUNK_NOTES if guide == "notes" else usual, room, corpus_tokens)
     chunk = corpus_tokens if wanted == 0 else min(wanted, corpus_tokens)
     if not 0 < chunk <= room:
         raise BudgetError(
@@ -303,8 +321,17 @@ def _entries(corpus: TokenizedCorpus) -> list[DocumentEntry]:
 
 def _jsonable(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata as JSON can hold it; whatever else a framework puts there is kept as its text."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(metadata), default=str))
-    return plain
+    return {str(key): _plain(value) for key, value in metadata.items()}
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if depth < _METADATA_DEPTH and isinstance(value, Mapping):
+        return {str(key): _plain(inner, depth + 1) for key, inner in value.items()}
+    if depth < _METADATA_DEPTH and isinstance(value, (list, tuple)):
+        return [_plain(inner, depth + 1) for inner in value]
+    return str(value)
 
 
 def _corpus_digest(documents: Sequence[Document]) -> str:

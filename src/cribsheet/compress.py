@@ -9,7 +9,7 @@ Letters as in `scoring/view.py`: `K` key/value heads, `S` cached tokens, `P` kep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
+from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
@@ -44,22 +45,32 @@ class Kept:
 class Reading:
     """What a build does with each chunk; all counts are in tokens.
 
-    `guide` (T,) is read after a chunk by scorers that ask for the task, `repeat` (R,) and the chunk again by scorers
-    that ask for a repetition. `budget` is kept per layer and head when everything was read.
+    After a chunk, scorers that ask for the task read `guide` (T,); those that ask for notes let the model answer
+    `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,) and the chunk again.
+    `budget` is kept per layer and head when everything was read.
     """
 
     scorer: Scorer
     guide: Tensor
+    request: Tensor
     repeat: Tensor
+    noted: Callable[[str], Tensor]
     budget: int
     chunk_tokens: int
     seed: int = 0
 
-    def after(self, chunk: Chunk) -> Tensor:
-        """The tokens that are read after a chunk to score it."""
-        if self.scorer.guide == "task":
-            return self.guide
-        return torch.cat([self.repeat, chunk.ids]) if self.scorer.guide == "repeat" else self.guide[:0]
+    def after(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
+        """The tokens that are read after a chunk, on a prefix of `start` tokens, to score it."""
+        match self.scorer.guide:
+            case "task":
+                return self.guide
+            case "notes":
+                limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
+                return self.noted(write_notes(backbone, prefix, start, chunk.ids, self.request, limit))
+            case "repeat":
+                return torch.cat([self.repeat, chunk.ids])
+            case "nothing":
+                return self.guide[:0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
     for chunk in corpus.split(how.chunk_tokens):
         if chunk.start < done:
             continue
-        layers = read(backbone, kept, chunk, how.after(chunk))
+        layers = read(backbone, kept, chunk, how)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), pinned)
         kept = [
             condense(backbone, layer, old, chunk, how, budget, pinned, number)
@@ -86,9 +97,10 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
         yield State(chunk.stop, kept)
 
 
-def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, guide: Tensor) -> list[ReadingLayer]:
+def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -> list[ReadingLayer]:
     """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
-    return backbone.read(as_prefix(backbone, kept), kept_tokens(backbone, kept), chunk.ids, guide)
+    prefix, start = as_prefix(backbone, kept), kept_tokens(backbone, kept)
+    return backbone.read(prefix, start, chunk.ids, how.after(backbone, prefix, start, chunk))
 
 
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:

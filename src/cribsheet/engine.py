@@ -2,12 +2,15 @@
 
 Its whole story is `Engine.step`: admit waiting questions, prefill them, decode one token for everybody, emit.
 Questions over the same sheet form one batch over one prefix; different sheets on one model take turns token by token.
+Nobody starves: a long question is read in pieces between the others' tokens, and when more ask than there are slots, an
+answer that had its turn is parked behind those that wait and goes on later, token for token as if nothing had happened.
 Callers hand in a `Request` and read events from a sink; they never touch the model.
 """
 
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import os
 import threading
@@ -26,7 +29,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.batch import Rows, SlotLayer, padded_batch, prefill_cache
 from cribsheet.errors import EngineError
 from cribsheet.grammar import Constraint
-from cribsheet.prefix import LayerPrefix, PrefixLayer
+from cribsheet.prefix import LayerPrefix, PrefixLayer, prefix_cache
 from cribsheet.sampling import Sampler, SamplingParams, TokenLogprob, describe
 from cribsheet.textstream import TextStream
 
@@ -36,6 +39,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 _IDLE_SECONDS = 1.0  # an engine without work gives its thread back after so long
 _PREFILL_TOKENS = 8192  # padded tokens in one prefill pass
+_PIECE = 1024  # tokens of a long question that are read in one step
+_QUANTUM = 64  # tokens of an answer before it makes room for those who wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class Finished:
     completion_tokens: int
 
 
+Suffix = list[tuple[Tensor, Tensor]]
 Event = Delta | Finished | BaseException
 Sink = Callable[[Event], None]
 
@@ -75,6 +81,7 @@ class Request:
     params: SamplingParams
     sink: Sink
     choice: int = 0
+    ends: tuple[str, ...] = ()  # where the template's turn ends, besides the caller's own stop strings
     constraint: Constraint | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -90,19 +97,21 @@ class Answering:
         self.request = request
         self.tokenizer, self.eos = tokenizer, eos
         self.sampler = Sampler(request.params, request.choice)
-        self.text = TextStream(tokenizer, request.params.stops)
-        self.length = len(request.question)  # tokens in the suffix
+        self.text = TextStream(tokenizer, request.params.stops + request.ends)
+        self.length = len(request.question)  # tokens in the suffix whenever it has no slot
+        self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
         self.produced = 0
+        self.turn = 0  # tokens since it got its slot
         self.last = 0
         self.finished = False
         self._pending: list[TokenLogprob] = []
 
-    def advance(self, logits: Tensor, greedy: int | None) -> None:
-        """Take one step's logits (V,), or the greedy choice made for the whole batch; emit and maybe finish."""
+    def advance(self, logits: Tensor | None, greedy: int) -> None:
+        """Take one step's logits (V,), or without them the greedy choice for the whole batch; emit, maybe finish."""
         params = self.request.params
         if self.request.cancelled.is_set():
             return self._finish("cancelled")
-        if greedy is not None:
+        if logits is None:
             self.last = greedy
         else:
             form = self.request.constraint
@@ -113,6 +122,7 @@ class Answering:
         if self.last in self.eos:
             return self._finish("stop")
         self.produced += 1
+        self.turn += 1
         self._emit(self.text.push(self.last))
         if self.text.stopped:
             self._finish("stop")
@@ -123,6 +133,13 @@ class Answering:
         """Hand an error to the caller instead of an answer."""
         self.finished = True
         _tell(self.request, error)
+
+    def cancel(self) -> None:
+        """End an answer that has no slot."""
+        try:
+            self._finish("cancelled")
+        except Exception:
+            logger.exception("nobody could be told that an answer was cancelled")
 
     def _emit(self, text: str) -> None:
         if text:
@@ -146,25 +163,56 @@ class Group:
         self.layers = [SlotLayer(layer, prefix.tokens, self.rows) for layer in prefix.layers]
         self.running: list[Answering] = []
 
-    def insert(self, sequence: Answering, cache: Cache, row: int) -> None:
-        """Move a prefilled sequence from row `row` of `cache` into a slot of its own."""
+    def insert(self, sequence: Answering, suffix: Suffix) -> None:
+        """Give a sequence a slot, with the keys and values of all that was read and written so far."""
         slot = len(self.running)
-        for layer, filled in zip(self.layers, cache.layers, strict=True):
-            assert isinstance(filled, PrefixLayer)
-            layer.insert(slot, filled.keys[row, :, -sequence.length :], filled.values[row, :, -sequence.length :])
+        for layer, (keys, values) in zip(self.layers, suffix, strict=True):
+            layer.insert(slot, keys, values)
         self.running.append(sequence)
         self.rows.lengths.append(sequence.length)
+        sequence.suffix, sequence.turn = [], 0
 
     def prune(self) -> None:
         """Free the slots of finished sequences."""
         for slot in reversed(range(len(self.running))):
             if self.running[slot].finished:
-                last = len(self.running) - 1
-                for layer in self.layers:
-                    layer.vacate(slot, last)
-                self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
-                self.running.pop()
-                self.rows.lengths.pop()
+                self._vacate(slot)
+
+    def park(self, sequence: Answering) -> None:
+        """Take a sequence out of its slot, with a copy of its suffix."""
+        slot = self.running.index(sequence)
+        length = sequence.length = self.rows.lengths[slot]
+        sequence.suffix = [
+            (layer.keys[slot, :, :length].clone(), layer.values[slot, :, :length].clone()) for layer in self.layers
+        ]
+        self._vacate(slot)
+
+    def _vacate(self, slot: int) -> None:
+        last = len(self.running) - 1
+        for layer in self.layers:
+            layer.vacate(slot, last)
+        self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
+        self.running.pop()
+        self.rows.lengths.pop()
+
+
+class LongRead:
+    """A long question on its way into the model, piece by piece."""
+
+    def __init__(self, sequence: Answering, prefix: Prefix) -> None:
+        self.sequence, self.prefix = sequence, prefix
+        self.cache = prefix_cache(prefix.layers, prefix.tokens)
+        self._done = 0
+
+    def next(self, backbone: Backbone) -> Tensor | None:
+        """Read the next piece; logits (1, V) after the last one."""
+        question = self.sequence.request.question
+        piece = question[self._done : self._done + _PIECE]
+        first = self.prefix.tokens + self._done
+        positions = torch.arange(first, first + len(piece)).unsqueeze(0)
+        logits = backbone.step(piece.unsqueeze(0), positions, self.cache)[:, -1]
+        self._done += len(piece)
+        return logits if self._done == len(question) else None
 
 
 class Engine:
@@ -184,19 +232,26 @@ class Engine:
 
     def _begin(self) -> None:
         """No work and no thread: at first, and in a forked child, where those of the parent mean nothing."""
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Request | Answering] = deque()  # new questions and parked answers, first come first served
         self._groups: list[Group] = []
+        self._reads: deque[LongRead] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it refuses requests."""
+        return self._closed
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none. Raises `EngineError` when the engine is closed or its queue is full."""
         with self._wake:
             if self._closed:
                 raise EngineError("The engine is closed; load the model again to ask more questions.")
-            if len(self._waiting) + len(requests) > self.max_queue:
+            waiting = sum(isinstance(each, Request) for each in self._waiting)
+            if waiting + len(requests) > self.max_queue:
                 raise EngineError(
-                    f"{len(self._waiting)} questions wait already and at most {self.max_queue} may; try again later, "
+                    f"{waiting} questions wait already and at most {self.max_queue} may; try again later, "
                     "or make the engine with a larger max_queue."
                 )
             self._waiting.extend(requests)
@@ -218,12 +273,14 @@ class Engine:
         """Admit, prefill, decode one token for everybody, emit; returns whether any work is left."""
         if self._closed:
             self._cancel_all()
+        self._make_room()
         for prefix, requests in self._admit():
             self._prefill(prefix, requests)
+        self._read_on()
         for group in list(self._groups):
             self._decode(group)
         self._groups = [group for group in self._groups if group.running]
-        return bool(self._groups or self._waiting)
+        return bool(self._groups or self._waiting or self._reads)
 
     def _run(self) -> None:
         while True:
@@ -243,42 +300,85 @@ class Engine:
                     self._thread = None
                     return
 
-    def _admit(self) -> list[tuple[Prefix, list[Request]]]:
-        """Take waiting requests while slots are free, by prefix and in order of arrival."""
-        taken: dict[int, tuple[Prefix, list[Request]]] = {}
-        free = self.max_batch - sum(len(group.running) for group in self._groups)
+    def _free(self) -> int:
+        """Slots that nobody has."""
+        return self.max_batch - sum(len(group.running) for group in self._groups) - len(self._reads)
+
+    def _make_room(self) -> None:
+        """Park answers that had their turn, the longest turns first, as far as others wait for their slots."""
         with self._wake:
-            cancelled: list[Request] = []  # they leave the queue at once, also when all slots are taken
-            waiting: deque[Request] = deque()
-            for request in self._waiting:
-                (cancelled if request.cancelled.is_set() else waiting).append(request)
-            self._waiting = waiting
-            admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        for request in cancelled:
-            _tell(request, Finished("cancelled", 0))
-        for request in admitted:
-            taken.setdefault(id(request.prefix), (request.prefix, []))[1].append(request)
+            wanted = len(self._waiting) - self._free()
+        if wanted <= 0:
+            return
+        done = [(each, group) for group in self._groups for each in group.running if each.turn >= _QUANTUM]
+        done.sort(key=lambda pair: -pair[0].turn)
+        for sequence, group in done[:wanted]:
+            group.park(sequence)
+            with self._wake:
+                self._waiting.append(sequence)
+
+    def _admit(self) -> list[tuple[Prefix, list[Request]]]:
+        """Fill free slots in order of arrival: parked answers go on, new short questions are returned by prefix."""
+        with self._wake:
+            cancelled = [each for each in self._waiting if _request(each).cancelled.is_set()]
+            if cancelled:  # they leave the queue at once, also when all slots are taken
+                self._waiting = deque(each for each in self._waiting if not _request(each).cancelled.is_set())
+            admitted = [self._waiting.popleft() for _ in range(min(self._free(), len(self._waiting)))]
+        for each in cancelled:
+            _drop(each)
+        taken: dict[int, tuple[Prefix, list[Request]]] = {}
+        for each in admitted:
+            prefix = _request(each).prefix
+            if isinstance(each, Answering):
+                self._group(prefix).insert(each, each.suffix)
+            elif len(each.question) > _PIECE:
+                self._reads.append(LongRead(self._answering(each), prefix))
+            else:
+                taken.setdefault(id(prefix), (prefix, []))[1].append(each)
         return list(taken.values())
 
     def _prefill(self, prefix: Prefix, requests: list[Request]) -> None:
         """Read new questions, padded to the longest, and sample their first tokens."""
-        group = self._group(prefix)
         for part in _by_size(requests):
             sequences: list[Answering] = []
             try:
-                sequences = [Answering(request, self.backbone.tokenizer, self._eos) for request in part]
+                sequences = [self._answering(request) for request in part]
                 ids, positions, mask = padded_batch([request.question for request in part], prefix.tokens)
                 cache = prefill_cache(prefix.layers, prefix.tokens, mask)
-                logits = self.backbone.step(ids, positions, cache)[:, -1]
-                self._advance(sequences, logits)
-                for row, sequence in enumerate(sequences):
-                    if not sequence.finished:
-                        group.insert(sequence, cache, row)
+                self._enter(sequences, prefix, cache, self.backbone.step(ids, positions, cache)[:, -1])
             except Exception as error:
                 _fail(sequences, error)
                 for request in part[len(sequences) :]:
                     _tell(request, error)
-                group.prune()
+                self._group(prefix).prune()
+
+    def _read_on(self) -> None:
+        """One piece of one long question; those take turns."""
+        if not self._reads:
+            return
+        read = self._reads.popleft()
+        if read.sequence.request.cancelled.is_set():
+            return read.sequence.cancel()
+        try:
+            logits = read.next(self.backbone)
+            if logits is None:
+                self._reads.append(read)
+            else:
+                self._enter([read.sequence], read.prefix, read.cache, logits)
+        except Exception as error:
+            _fail([read.sequence], error)
+            self._group(read.prefix).prune()
+
+    def _enter(self, sequences: list[Answering], prefix: Prefix, cache: Cache, logits: Tensor) -> None:
+        """Sample the first tokens of questions that were read, and give those that go on a slot each."""
+        self._advance(sequences, logits)
+        group = self._group(prefix)
+        for row, sequence in enumerate(sequences):
+            if not sequence.finished:
+                group.insert(sequence, _read_suffix(cache, row, sequence.length))
+
+    def _answering(self, request: Request) -> Answering:
+        return Answering(request, self.backbone.tokenizer, self._eos)
 
     def _decode(self, group: Group) -> None:
         """One token for every running sequence of a prefix."""
@@ -301,7 +401,10 @@ class Engine:
         greedy = logits.argmax(-1).tolist() if any(s.request.params.is_greedy for s in sequences) else []
         for row, sequence in enumerate(sequences):
             try:
-                sequence.advance(logits[row], greedy[row] if sequence.request.params.is_greedy else None)
+                if sequence.request.params.is_greedy:
+                    sequence.advance(None, greedy[row])
+                else:
+                    sequence.advance(logits[row], 0)
             except Exception as error:  # one caller's trouble is not the others'
                 sequence.fail(error)
 
@@ -314,20 +417,24 @@ class Engine:
 
     def _cancel_all(self) -> None:
         with self._wake:
-            for request in self._waiting:
-                request.cancel()
-        for group in self._groups:
-            for sequence in group.running:
-                sequence.request.cancel()
+            for each in self._waiting:
+                _request(each).cancel()
+        for sequence in self._started():
+            sequence.request.cancel()
 
     def _fail_all(self, error: BaseException) -> None:
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
-        for group in self._groups:
-            _fail(group.running, error)
+        _fail(self._started(), error)
         self._groups = []
-        for request in waiting:
-            _tell(request, error)
+        self._reads.clear()
+        for each in waiting:
+            _tell(_request(each), error)
+
+    def _started(self) -> list[Answering]:
+        """All answers that have a slot."""
+        running = [sequence for group in self._groups for sequence in group.running]
+        return running + [read.sequence for read in self._reads]
 
 
 def _by_size(requests: list[Request]) -> list[list[Request]]:
@@ -341,6 +448,28 @@ def _by_size(requests: list[Request]) -> list[list[Request]]:
     return parts
 
 
+def _request(each: Request | Answering) -> Request:
+    return each.request if isinstance(each, Answering) else each
+
+
+def _drop(each: Request | Answering) -> None:
+    """Tell someone who waits that it was cancelled."""
+    if isinstance(each, Answering):
+        each.cancel()
+    else:
+        _tell(each, Finished("cancelled", 0))
+
+
+def _read_suffix(cache: Cache, row: int, length: int) -> Suffix:
+    """The `length` newest keys and values of a row, padding left out."""
+    suffix: Suffix = []
+    for layer in cache.layers:
+        assert isinstance(layer, PrefixLayer)
+        first, last = layer.length - length, layer.length
+        suffix.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
+    return suffix
+
+
 def _fail(sequences: list[Answering], error: BaseException) -> None:
     for sequence in sequences:
         if not sequence.finished:
@@ -350,9 +479,19 @@ def _fail(sequences: list[Answering], error: BaseException) -> None:
 def _tell(request: Request, event: Event) -> None:
     """Hand over a last event; a sink that fails on it loses it, and nobody else is harmed."""
     try:
-        request.sink(event)
+        request.sink(own_copy(event) if isinstance(event, BaseException) else event)
     except Exception:
         logger.exception("nobody could be told of %r", event)
+
+
+def own_copy(error: BaseException) -> BaseException:
+    """A copy for one caller: raising one object in many threads would mix up their tracebacks."""
+    try:
+        mine = copy.copy(error)
+    except Exception:  # an exception whose constructor takes something else than its `args`
+        return error
+    mine.__cause__, mine.__context__ = error.__cause__, error.__context__
+    return mine.with_traceback(error.__traceback__)
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

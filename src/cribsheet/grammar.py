@@ -23,7 +23,7 @@ from cribsheet.errors import RequestError
 
 _SEPARATORS: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _TRIES = 3  # choices of the model that are weighed before the known way out is taken
-_ORDERS = 8  # orders of tokens tried when looking for a way out; the first one is made for JSON
+_ORDERS = 9  # orders of tokens tried when looking for a way out; the first is made for JSON, the second for text
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,10 @@ class GrammarTokens:
         first[list(eos)] = -1e9
         draw = np.random.default_rng(0)
         lengths = np.array([len(text) for text in texts], dtype=np.float32)
-        self.orders = [first]
-        for number in range(1, _ORDERS):
+        ending = np.array([_ending_rank(text) for text in texts], dtype=np.float32)
+        ending[list(eos)] = -1e9
+        self.orders = [first, ending]
+        for number in range(2, _ORDERS):
             order = draw.random(vocabulary, dtype=np.float32) * 10 - (lengths if number % 2 else 0)
             order[list(eos)] = -1e9
             self.orders.append(order)
@@ -183,3 +185,12 @@ def _closing_rank(text: bytes) -> float:
     opens = any(byte in b"{[" for byte in text)
     blank = text.isspace()
     return 10.0 + 50 * opens + 100 * blank - min(len(text), 9)
+
+
+def _ending_rank(text: bytes) -> float:
+    """How well a token helps to finish text: full stops first, then other signs, then the longest words."""
+    if not text:
+        return 1e6
+    if all(byte in b".!?;)" for byte in text):
+        return 0.0
+    return 20.0 - min(len(text), 9) - 10 * (not any(chr(byte).isalnum() or byte > 127 for byte in text))

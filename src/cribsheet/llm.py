@@ -19,8 +19,8 @@ from cribsheet.answer import Answer, Source, Usage
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.documents import read_documents
-from cribsheet.engine import Engine, Event, Finished, Prefix, Request
-from cribsheet.errors import RequestError
+from cribsheet.engine import Delta, Engine, Event, Finished, Prefix, Request, own_copy
+from cribsheet.errors import EngineError, ModelError, RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar, GrammarTokens
@@ -39,24 +39,62 @@ class LoadedModel:
     """A backbone with its engine; one per model, revision, device and dtype, shared by every sheet on it."""
 
     _alive: ClassVar[weakref.WeakValueDictionary[tuple[str, ...], LoadedModel]] = weakref.WeakValueDictionary()
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.engine = Engine(backbone)
+        self.users: weakref.WeakSet[CompressedKnowledgeLLM] = weakref.WeakSet()
+        backbone.loaded = weakref.ref(self)
 
     @classmethod
     def get(cls, model: str | Path | Backbone | LoadedModel, **options: Any) -> LoadedModel:
-        """The loaded model of that name, loading it at most once while anybody uses it."""
-        if isinstance(model, LoadedModel):
-            return model
-        key = (str(id(model)),) if isinstance(model, Backbone) else (str(model), repr(sorted(options.items())))
+        """The loaded model of that name, loading it at most once while anybody uses it.
+
+        An option of none is an option not given. Raises `ModelError` for options to a model that is loaded already.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if isinstance(model, (LoadedModel, Backbone)):
+            if given:
+                raise ModelError(
+                    f"The model is loaded already, so {', '.join(sorted(given))} can no longer be set; give them to "
+                    "Backbone.load, or pass the model's folder or name."
+                )
+            return model if isinstance(model, LoadedModel) else cls._of(model)
         with cls._lock:
-            loaded = cls._alive.get(key)
+            loaded = cls._alive.get(_key(model, given))
             if loaded is None:
-                loaded = cls(model if isinstance(model, Backbone) else Backbone.load(model, **options))
-                cls._alive[key] = loaded
+                loaded = cls._alive[_key(model, given)] = cls(Backbone.load(model, **given))
+                exact = {**given, "revision": loaded.backbone.revision}  # as a sheet asks for it
+                cls._alive.setdefault(_key(model, exact), loaded)
             return loaded
+
+    @classmethod
+    def _of(cls, backbone: Backbone) -> LoadedModel:
+        with cls._lock:
+            return (backbone.loaded and backbone.loaded()) or cls(backbone)
+
+    def enter(self, user: CompressedKnowledgeLLM) -> None:
+        """Somebody uses the model; an engine that was closed for want of users is made anew."""
+        with self._lock:
+            self.users.add(user)
+            if self.engine.closed:
+                self.engine = Engine(self.backbone)
+
+    def leave(self, user: CompressedKnowledgeLLM) -> None:
+        """Somebody is done; the last one closes the engine."""
+        with self._lock:
+            self.users.discard(user)
+            if not self.users:
+                self.engine.close()
+
+
+def _key(model: str | Path, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What two requests for the same model have in common, however they are written."""
+    place = Path(model).expanduser()
+    name = str(place.resolve()) if place.is_dir() else str(model)
+    said = {name: str(value).removeprefix("torch.") for name, value in options.items() if value is not None}
+    return name, repr(sorted(said.items()))
 
 
 class CompressedKnowledgeLLM:
@@ -70,10 +108,14 @@ class CompressedKnowledgeLLM:
         """Attach `sheet` to a loaded model. Raises `MismatchError` if it was made with another one."""
         self._loaded = LoadedModel.get(model)
         self.sheet = sheet
+        self._prefix: Prefix | None = None
+        self._lock, self._closed = threading.Lock(), False
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
         made = sheet.manifest
         self._layout = ChatLayout(self.backbone.tokenizer, system=made.system, options=made.template_options)
         made.fingerprint.check(fingerprint(self.backbone, self._layout))
         self._task = sheet.task
+        self._loaded.enter(self)
 
     @classmethod
     def build(
@@ -107,11 +149,33 @@ class CompressedKnowledgeLLM:
         if model is None:
             model = made.model
             model_options.setdefault("revision", made.revision)
-        return cls(LoadedModel.get(model, **{k: v for k, v in model_options.items() if v is not None}), sheet)
+        return cls(LoadedModel.get(model, **model_options), sheet)
 
     def save(self, path: str | Path, *, texts: bool = True) -> Path:
         """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
         return storage.save(self.sheet, path, texts=texts)
+
+    def close(self) -> None:
+        """Cancel this sheet's running answers and let go of its keys and values; safe to call twice.
+
+        The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
+        """
+        with self._lock:
+            self._closed, self._prefix = True, None
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+        self._loaded.leave(self)
+
+    def __enter__(self) -> Self:
+        """The model with its sheet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
 
     @property
     def backbone(self) -> Backbone:
@@ -140,7 +204,7 @@ class CompressedKnowledgeLLM:
         Leaving the `with` block, or `close()`, stops the work within one token.
         """
         stream = AnswerStream(self._ask_request(question, sampling))
-        self._loaded.engine.submit(stream.request)
+        self._submit(stream)
         return stream
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
@@ -150,7 +214,7 @@ class CompressedKnowledgeLLM:
         streams = [AnswerStream(self._ask_request(question, sampling)) for _ in range(n)]
         for choice, stream in enumerate(streams):
             stream.request.choice = choice
-        self._loaded.engine.submit(*(stream.request for stream in streams))
+        self._submit(*streams)
         for stream in streams:
             for _ in stream:
                 pass
@@ -172,9 +236,17 @@ class CompressedKnowledgeLLM:
         return stream.answer
 
     def astream(self, question: Question, **sampling: Any) -> AsyncAnswerStream:
-        """`stream` for `async for`; must be called inside a running event loop."""
-        stream = AsyncAnswerStream(self._ask_request(question, sampling), asyncio.get_running_loop())
-        self._loaded.engine.submit(stream.request)
+        """`stream` for `async for` and `async with`; must be called inside a running event loop.
+
+        The first question puts the sheet on the device, which happens in a thread of its own; what goes wrong then is
+        raised by the stream.
+        """
+        loop = asyncio.get_running_loop()
+        stream = AsyncAnswerStream(self._ask_request(question, sampling), loop)
+        if self._prefix is not None:
+            self._submit(stream)
+        else:
+            loop.run_in_executor(None, self._submit_later, stream)
         return stream
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:
@@ -187,12 +259,31 @@ class CompressedKnowledgeLLM:
     @property
     def prefix(self) -> Prefix:
         """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
-        prefix: Prefix | None = self.__dict__.get("_prefix")
-        if prefix is None:
-            device, dtype = self.backbone.device, self.backbone.dtype
-            layers = [layer.restored(device, dtype) for layer in self.sheet.layers]
-            prefix = self.__dict__.setdefault("_prefix", Prefix(layers, self.sheet.tokens))
-        return prefix
+        with self._lock:
+            if self._closed:
+                raise EngineError("This sheet is closed; load it again to ask more questions.")
+            if self._prefix is None:
+                device, dtype = self.backbone.device, self.backbone.dtype
+                layers = [layer.restored(device, dtype) for layer in self.sheet.layers]
+                self._prefix = Prefix(layers, self.sheet.tokens)
+            return self._prefix
+
+    def _submit(self, *streams: _Stream) -> None:
+        """Hand questions to the engine, over the sheet."""
+        prefix = self.prefix
+        for stream in streams:
+            stream.request.prefix = prefix
+        with self._lock:
+            if self._closed:
+                raise EngineError("This sheet is closed; load it again to ask more questions.")
+            self._streams.update(streams)
+        self._loaded.engine.submit(*(stream.request for stream in streams))
+
+    def _submit_later(self, stream: _Stream) -> None:
+        try:
+            self._submit(stream)
+        except Exception as error:
+            stream.request.sink(error)
 
     def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> Request:
         unknown = set(sampling) - _SETTINGS
@@ -200,7 +291,6 @@ class CompressedKnowledgeLLM:
             known = ", ".join(sorted(_SETTINGS))
             raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
         given = {name: value for name, value in with_form(sampling).items() if value is not None}
-        stop = SamplingParams(stop=given.pop("stop", ())).stops + self._layout.stop
         ids = self._question_ids(question)
         left = self.room - len(ids)
         if left < 1:
@@ -208,10 +298,11 @@ class CompressedKnowledgeLLM:
                 f"The question takes {len(ids)} tokens, but the model's window of {self.backbone.window} leaves "
                 f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or raise the rate."
             )
-        params = SamplingParams(**given, stop=stop)
+        params = SamplingParams(**given)
         if params.max_tokens > left:
-            params = SamplingParams(**{**given, "max_tokens": left}, stop=stop)
-        return Request(self.prefix, ids, params, sink=_unset, constraint=self._constraint(params))
+            params = SamplingParams(**{**given, "max_tokens": left})
+        unplaced = Prefix((), self.sheet.tokens)
+        return Request(unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=self._constraint(params))
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:
@@ -265,7 +356,7 @@ class _Stream:
         """The text of an event, or none when the answer is complete; errors are raised here."""
         if isinstance(event, BaseException):
             self._answer = self._finish(Finished("cancelled", 0))
-            raise event
+            raise own_copy(event)
         if isinstance(event, Finished):
             self._answer = self._finish(event)
             return None
@@ -300,9 +391,12 @@ class AnswerStream(_Stream):
         return self
 
     def __next__(self) -> str:
-        """The next piece of text, waiting for it."""
+        """The next piece of text, waiting for it; several readers share the pieces and all see the end."""
         while self._answer is None:
-            text = self._take(self._events.get())
+            event = self._events.get()
+            if not isinstance(event, Delta):
+                self._events.put(event)
+            text = self._take(event)
             if text:
                 return text
         raise StopIteration
@@ -339,10 +433,13 @@ class AsyncAnswerStream(_Stream):
         """The next piece of text."""
         while self._answer is None:
             try:
-                text = self._take(await self._events.get())
+                event = await self._events.get()
             except asyncio.CancelledError:
                 self.cancel()
                 raise
+            if not isinstance(event, Delta):
+                self._events.put_nowait(event)
+            text = self._take(event)
             if text:
                 return text
         raise StopAsyncIteration
@@ -351,6 +448,16 @@ class AsyncAnswerStream(_Stream):
         """Stop the work if it still runs."""
         if self._answer is None:
             self.cancel()
+
+    async def __aenter__(self) -> Self:
+        """The stream itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the work if it still runs."""
+        await self.aclose()
 
 
 class Conversation:

@@ -7,6 +7,7 @@ into memory: pages are read when they are first used.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -25,6 +26,7 @@ from cribsheet.stored import StoredLayer
 
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
+_DIGEST = "sha256"
 _PARTS = ("keys", "values", "key_scales", "value_scales")
 
 
@@ -47,7 +49,7 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         encoded = json.dumps(list(sheet.texts), ensure_ascii=False).encode()
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json()}
+    metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json(), _DIGEST: _digest(contiguous)}
     try:
         with replacing(target) as unfinished:
             save_file(contiguous, unfinished, metadata=metadata)
@@ -71,6 +73,35 @@ def load(path: str | Path) -> Sheet:
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
     _check_shapes(path, manifest, layers, indices, origins)
     return Sheet(tuple(layers), indices, origins, manifest, _texts(tensors, manifest, path))
+
+
+def verify(path: str | Path) -> None:
+    """Read every byte of a sheet and compare with the digest that it was saved with; `load` alone checks no contents.
+
+    Raises `SheetError` if anything differs, or if the file holds no digest.
+    """
+    load(path)
+    with safe_open(Path(path), "pt") as opened:
+        written = (opened.metadata() or {}).get(_DIGEST)
+        found = _digest({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    if written is None:
+        raise SheetError(f"{str(path)!r} holds no digest of its tensors; save it again to get one.")
+    if written != found:
+        raise SheetError(
+            f"{str(path)!r} was changed after it was saved: its tensors have the digest {found[:16]}, but it was "
+            f"saved with {written[:16]}; build the sheet again, or copy it again from where it came."
+        )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -22,6 +22,7 @@ from typing import Any
 from jinja2 import TemplateError as JinjaError
 
 from cribsheet.errors import TemplateError
+from cribsheet.notes import notes_request, self_asked
 from cribsheet.task import Task
 from cribsheet.tokens import Encoder
 
@@ -94,6 +95,21 @@ class ChatLayout:
             return Guide(scored=resident, resident=resident)
         # A bare task line ends where the model would start to plan its answer: the end of the user's turn.
         return Guide(scored=self._cut([_user(_task_line(task))], task.instruction)[1], resident=resident)
+
+    def request(self, task: Task) -> str:
+        """The turn that asks for notes, ready for the answer."""
+        return self._cut([_user(self._request_line(task))], task.instruction)[1]
+
+    def noted(self, task: Task, notes: str) -> str:
+        """Task line, the notes as the model's answer to it, then the examples: the guide of scorers that use notes."""
+        turns = [_user(self._request_line(task)), {"role": "assistant", "content": notes or "None."}]
+        for question, answer in (*task.examples, *self_asked(notes, task.examples)):
+            turns += [_user(question), {"role": "assistant", "content": answer}]
+        return self._cut(turns, task.instruction)[1]
+
+    def _request_line(self, task: Task) -> str:
+        asking = notes_request(self._tokenizer)
+        return _task_line(task) + (_GAP + asking if asking else "")
 
     def question(self, turns: Sequence[Message], task: Task, resident: bool) -> str:
         """The rendered text after the sheet for a conversation of `turns` (role and content), ready for the answer.

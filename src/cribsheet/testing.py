@@ -1,16 +1,19 @@
 """What the tests of cribsheet, and of code that uses it, need: tiny real models that load in milliseconds.
 
-Their weights are random, so they may time and prove equalities but never judge quality; for answers that make sense
-use the pocket model (`model="pocket"`).
+Their weights are random, so they may time and prove equalities but never judge quality. To test code that uses
+answers, `echo_backbone("Oslo.")` always says what it was told; for answers that make sense use the pocket model
+(`model="pocket"`).
 """
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cribsheet.backbone import FAMILIES, Backbone
@@ -71,9 +74,11 @@ def tiny_config(family: str, **settings: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
         "sliding_window": None,
-        "tie_word_embeddings": False,  # or a random model only ever repeats its last token
     }
-    return AutoConfig.for_model(family, **{**sizes, **_OWN_SETTINGS.get(family, {}), **settings})
+    config = AutoConfig.for_model(family, **{**sizes, **_OWN_SETTINGS.get(family, {}), **settings})
+    # Tied, a random model only ever repeats its last token. Set late: transformers 5.4 wants an int from Olmo2.
+    config.tie_word_embeddings = settings.get("tie_word_embeddings", False)
+    return config
 
 
 def tiny_backbone(
@@ -88,7 +93,9 @@ def tiny_backbone(
         raise ValueError(f"There is no tiny model of family {family!r}; use one of {', '.join(FAMILIES)}.")
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **settings))
+    config = tiny_config(family, **settings)
+    own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # as `Backbone.load` chooses
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=own).eval()
     torch.random.set_rng_state(state)
     with torch.no_grad():
         for weight in model.parameters():
@@ -99,6 +106,52 @@ def tiny_backbone(
     for name, frequencies in rotary.items():  # `from_pretrained` leaves them in float32 too
         setattr(model.base_model.rotary_emb, name, frequencies)
     return Backbone(model, tiny_tokenizer(), name=f"tiny-{family}")
+
+
+def echo_backbone(answer: str) -> Backbone:
+    """A real model that answers every question with `answer`, word by word, and then ends.
+
+    It knows only which word follows which: each piece of the answer is a token of its own, and its weights lead from
+    the beginning of the assistant's turn through these pieces to the end token.
+    """
+    pieces = [_spelled(piece) for piece in _pieces(answer)]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    path: list[int] = tokenizer.convert_tokens_to_ids(["<|assistant|>", *pieces, "<|end|>"])
+    states = len(path) - 1  # one dimension for each token that has a successor; ordinary text lies in 64 others
+    backbone = tiny_backbone(vocab_size=len(tokenizer), hidden_size=64 + states + -states % 4)
+    model = backbone.model
+    with torch.no_grad():
+        for layer in model.base_model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.base_model.embed_tokens.weight[:, :states] = 0
+        model.base_model.embed_tokens.weight[path] = 0
+        model.lm_head.weight.zero_()
+        for state, (token, following) in enumerate(pairwise(path)):
+            model.base_model.embed_tokens.weight[token, state] = 1
+            model.lm_head.weight[following, state] = 10
+    return Backbone(model, tokenizer, name="echo")
+
+
+def _pieces(answer: str) -> list[str]:
+    """Words with the blanks before them, no two the same: a word said again is joined to what is before it."""
+    pieces: list[str] = []
+    for word in re.findall(r"\s*\S+|\s+$", answer):
+        pieces.append(word)
+        while pieces.count(pieces[-1]) > 1:
+            last = pieces.pop()
+            pieces[-1] += last
+    if not pieces:
+        raise ValueError("The echo model was given an empty answer; give it something to say.")
+    return pieces
+
+
+def _spelled(piece: str) -> str:
+    """A piece in the alphabet of byte-level tokenizers, so that it decodes to itself and is found in no document."""
+    return "".join(
+        text for text, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(piece)
+    )
 
 
 def save_tiny_model(folder: str | Path, family: str = "llama", **settings: Any) -> Path:

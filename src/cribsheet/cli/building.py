@@ -60,6 +60,10 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="The same with FILE.partial: run a killed build again and it goes on."),
+    ] = False,
     no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: AsJson = False,
@@ -68,6 +72,8 @@ def build(
 ) -> None:
     """Condense documents for a task into one sheet file."""
     check_output(output, force=force)
+    if resume and checkpoint is None:
+        checkpoint = output.with_name(output.name + ".partial")
     if checkpoint is not None:
         check_output(checkpoint, force=True)
     purpose = make_task(task, example or [], task_file)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it and compare with the digest it was saved with.")
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -25,9 +28,11 @@ def inspect(
     Corpus, task, sizes, kept tokens of each document, and fingerprints; no model is loaded.
     """
     quiet_libraries()
-    from cribsheet.storage import load
+    from cribsheet import storage
 
-    sheet = load(file)
+    if verify:
+        storage.verify(file)
+    sheet = storage.load(file)
     if as_json:
         say_json(sheet_data(sheet, file))
         return

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from cribsheet.errors import CribsheetError
 from cribsheet.scoring.finch import Finch
 from cribsheet.scoring.floors import KeyNorm, Random, Recent
+from cribsheet.scoring.notes_attention import NotesAttention, NotesPeak
 from cribsheet.scoring.reconstruction import Reconstruction
 from cribsheet.scoring.task_attention import TaskAttention, TaskPeak
 from cribsheet.scoring.view import LayerView, Scorer
@@ -17,6 +18,8 @@ from cribsheet.scoring.view import LayerView, Scorer
 __all__ = ["SCORERS", "LayerView", "Scorer", "make_scorer"]
 
 SCORERS: dict[str, Callable[[], Scorer]] = {
+    "notes": NotesAttention,
+    "notes-peak": NotesPeak,
     "task": TaskAttention,
     "task-peak": TaskPeak,
     "finch": Finch,

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-Guide = Literal["task", "repeat", "nothing"]
+Guide = Literal["task", "notes", "repeat", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,8 @@ class LayerView:
 class Scorer(Protocol):
     """How much each cached token matters, per key/value head.
 
-    `guide` says what is read after each chunk for this scorer: the task, a repetition of the chunk, or nothing.
+    `guide` says what is read after each chunk for this scorer: the task, the task with notes
+    that the model writes about the chunk, a repetition of the chunk, or nothing.
     `pins_head` says whether the template's head (attention sinks among it) is always kept.
     """
 

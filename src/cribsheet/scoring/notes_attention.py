@@ -1,0 +1,41 @@
+"""The task's score with a better guide: task, notes that the model wrote about the chunk, then the examples.
+
+Notes are about one chunk, so tokens kept earlier hold on to the score of their own chunk; only the task and the
+examples, which stay the same from chunk to chunk, could judge them again.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cribsheet.scoring.task_attention import TaskAttention, TaskPeak
+from cribsheet.scoring.view import Guide, LayerView
+
+
+class NotesAttention(TaskAttention):
+    """`TaskAttention` whose rows are task, notes and examples (CacheNotes, EACL 2026)."""
+
+    guide: ClassVar[Guide] = "notes"
+
+    def score(self, view: LayerView) -> Tensor:
+        """Scores (K, S)."""
+        return carried_on(super().score(view), view)
+
+
+class NotesPeak(TaskPeak):
+    """`TaskPeak` whose rows are task, notes and examples."""
+
+    guide: ClassVar[Guide] = "notes"
+
+    def score(self, view: LayerView) -> Tensor:
+        """Scores (K, S)."""
+        return carried_on(super().score(view), view)
+
+
+def carried_on(scores: Tensor, view: LayerView) -> Tensor:
+    """(K, S) scores in which no token kept earlier falls below the score that it was kept with."""
+    kept = view.carried.shape[1]
+    return torch.cat([torch.maximum(scores[:, :kept], view.carried), scores[:, kept:]], 1)

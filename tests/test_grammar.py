@@ -1,0 +1,117 @@
+"""Answers with a form are complete within their token limit, whatever the model would rather say."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION
+
+from cribsheet import CompressedKnowledgeLLM
+from cribsheet.errors import RequestError
+from cribsheet.grammar import Constraint, Grammar, GrammarTokens
+from cribsheet.testing import tiny_backbone
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+REGEX = r"[A-Z][a-z]{2,40}(, [A-Z][a-z]+)*\."
+CHOICES = ["yes", "no", "maybe so", "maybe not, who knows?"]
+
+
+@pytest.fixture(scope="module")
+def kb():
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3)
+
+
+@pytest.fixture(scope="module")
+def tokens(kb):
+    return GrammarTokens.of(kb.backbone.tokenizer, kb.backbone.eos_ids, kb.backbone.config.vocab_size)
+
+
+def written(constraint, backbone, seed):
+    """What a model that says anything at random would write."""
+    generator, ids = torch.Generator().manual_seed(seed), []
+    while True:
+        noise = torch.randn(backbone.config.vocab_size, generator=generator) * 5
+        token, _ = constraint.choose(noise, lambda logits: (int(logits.argmax()), logits))
+        if token in backbone.eos_ids:
+            return backbone.tokenizer.decode(ids), len(ids)
+        ids.append(token)
+
+
+@pytest.mark.parametrize("limit", [40, 45, 60, 90])
+@pytest.mark.parametrize("seed", range(6))
+def test_json_is_complete_and_fits_its_schema_within_any_limit(kb, tokens, seed, limit):
+    text, count = written(Constraint(Grammar.json_schema(SCHEMA), tokens, limit), kb.backbone, seed)
+    value = json.loads(text)
+    assert count <= limit and list(value) == ["name", "age", "tags"]
+    assert isinstance(value["name"], str) and value["age"] >= 0 and set(value["tags"]) <= {"a", "b"}
+
+
+@pytest.mark.parametrize("limit", [4, 7, 30])
+@pytest.mark.parametrize("seed", range(8))
+def test_text_matches_its_expression_as_a_whole_within_any_limit(kb, tokens, seed, limit):
+    text, count = written(Constraint(Grammar.regex(REGEX), tokens, limit), kb.backbone, seed)
+    assert re.fullmatch(REGEX, text) and count <= limit
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_choice_is_one_of_the_choices(kb, tokens, seed):
+    assert written(Constraint(Grammar.choices(CHOICES), tokens, 30), kb.backbone, seed)[0] in CHOICES
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"json_schema": {"type": "nothing"}}, "The JSON schema cannot be used"),
+        ({"json_schema": "{"}, "The JSON schema cannot be used"),
+        ({"json_schema": {"type": "object", "properties": {"a": False}, "required": ["a"]}}, "JSON schema"),
+        ({"regex": "(unclosed"}, "The regular expression cannot be used"),
+        ({"choices": []}, r"The choices are \[\]; give a list"),
+        ({"choices": "yes"}, "give a list of non-empty texts"),
+        ({"choices": ["yes", ""]}, "give a list of non-empty texts"),
+        ({"json_schema": SCHEMA, "max_tokens": 5}, "was found within max_tokens=5; allow more tokens"),
+        ({"regex": "[a-z]{400}", "max_tokens": 20}, "was found within max_tokens=20"),
+        ({"regex": "a", "choices": ["a"]}, "An answer has one form, but regex and choices were given"),
+    ],
+)
+def test_a_form_that_cannot_be_met_is_refused_before_any_work(kb, settings, message):
+    steps = []
+    hook = kb.backbone.model.register_forward_pre_hook(lambda *_: steps.append(1))
+    try:
+        with pytest.raises(RequestError, match=message):
+            kb.ask(QUESTION, **settings)
+    finally:
+        hook.remove()
+    assert steps == [] and kb.ask(QUESTION, max_tokens=2).text
+
+
+def test_answers_with_and_without_a_form_share_a_batch_and_do_not_touch_each_other(kb):
+    settings = [
+        {"json_schema": SCHEMA, "max_tokens": 60},
+        {"max_tokens": 20},
+        {"regex": REGEX, "temperature": 1.5, "seed": 3, "max_tokens": 30},
+        {"choices": CHOICES},
+        {"max_tokens": 20, "temperature": 1.0, "seed": 1},
+    ]
+    alone = [kb.ask(QUESTION, **each).text for each in settings]
+    streams = [kb.stream(QUESTION, **each) for each in settings]
+    assert ["".join(stream) for stream in streams] == alone
+    assert json.loads(alone[0]) and re.fullmatch(REGEX, alone[2]) and alone[3] in CHOICES
+    assert [streams[n].answer.finish_reason for n in (0, 2, 3)] == ["stop"] * 3
+
+
+def test_an_answer_with_a_form_has_log_probabilities_for_every_token(kb):
+    answer = kb.ask(QUESTION, choices=CHOICES, logprobs=2)
+    assert len(answer.logprobs) == answer.usage.completion_tokens > 0
+    assert kb.backbone.tokenizer.decode([said.token_id for said in answer.logprobs]) == answer.text
