@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test oldest check format lint types docs slow quality memory pocket clean
+.PHONY: demo test oldest check format lint types docs slow quality memory throughput pocket clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -25,6 +25,19 @@ oldest:  ## the core's tests with the oldest transformers that is supported, in 
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' 'pytest>=8' \
 		safetensors pydantic jinja2 typer rich pypdf llguidance
 	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+
+quality: $(READY)  ## what survives compression, by method and rate (half an hour)
+	$(RUN)/python -m cribsheet.bench.quality --worlds 16 --json docs/benchmarks/quality.json
+
+memory: $(READY)  ## peak memory of a build against the length of the corpus
+	$(RUN)/python -m cribsheet.bench.memory
+
+throughput: $(READY)  ## many questions at once against stock generate
+	$(RUN)/python -m cribsheet.bench.throughput
+
+pocket: $(READY)  ## train the pocket model again: make pocket WIKI=wiki.txt.xz (a GPU, or patience)
+	$(RUN)/python -m cribsheet_pocket.train --wiki $(WIKI) --out pocket-run --resume
+	$(RUN)/python -m cribsheet_pocket.quantize pocket-run/weights
 
 slow: $(READY)  ## the long proofs
 	$(RUN)/python -m pytest -m slow

@@ -22,7 +22,7 @@ def family(request):
 
 
 def build(backbone, task=FEW_SHOT, documents=DOCUMENTS, **options):
-    return build_sheet(backbone, documents, task, **{"rate": 3, **options})
+    return build_sheet(backbone, documents, task, **{"rate": 3, "scorer": "task-peak", **options})
 
 
 def test_a_rate_says_how_many_times_shorter_the_sheet_is_the_guide_included(tiny):

@@ -52,7 +52,7 @@ def test_an_answer_says_how_it_came_about(kb):
 
 def test_the_longest_answer_is_what_was_asked_or_what_the_window_leaves():
     small = tiny_backbone(max_position_embeddings=220)
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=small, rate=3, guide="dropped")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=small, rate=3, guide="dropped", scorer="task")
     left = kb.room - len(kb._question_ids(QUESTION))
     assert kb.room == 220 - kb.sheet.tokens
     answer = kb.ask(QUESTION, max_tokens=10_000)

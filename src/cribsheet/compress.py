@@ -66,7 +66,8 @@ class Reading:
                 return self.guide
             case "notes":
                 limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
-                return self.noted(write_notes(backbone, prefix, start, chunk.ids, self.request, limit))
+                notes = write_notes(backbone, prefix, start, chunk.ids, self.request, limit)
+                return self.noted(notes)[: backbone.window - start - len(chunk.ids)]
             case "repeat":
                 return torch.cat([self.repeat, chunk.ids])
             case "nothing":

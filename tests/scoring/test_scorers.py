@@ -93,7 +93,22 @@ def recent(view, weights):
     return view.positions
 
 
+def held(reference):
+    """As the reference, but tokens kept before never fall below what they had."""
+
+    def scores(view, weights):
+        found = reference(view, weights)
+        for head in range(K):
+            for token in range(P):
+                found[head, token] = max(found[head, token], float(view.carried[head, token]))
+        return found
+
+    return scores
+
+
 REFERENCES = {
+    "notes": held(task),
+    "notes-peak": held(task_peak),
     "task": task,
     "task-peak": task_peak,
     "finch": finch,
@@ -189,7 +204,7 @@ def test_a_token_the_task_looks_at_is_kept(scene, name):
 
 
 def test_an_unknown_scorer_is_refused_with_the_names_that_exist():
-    with pytest.raises(CribsheetError, match=r"There is no scorer 'tasks'; use one of task, task-peak, finch,"):
+    with pytest.raises(CribsheetError, match=r"There is no scorer 'tasks'; use one of notes, notes-peak, task,"):
         make_scorer("tasks")
 
 

@@ -161,6 +161,54 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
+def page(result: dict[str, Any]) -> str:
+    """The page of the docs that shows a result of this bench, setup included."""
+    lines, made = result["lines"], result["setup"]
+    rates = sorted({line["rate"] for line in lines if line["rate"] > 1})
+    by_method: dict[str, dict[float, dict[str, Any]]] = {}
+    for line in lines:
+        by_method.setdefault(line["method"], {})[line["rate"]] = line
+    rows = []
+    for method, own in by_method.items():
+        if any(rate in own for rate in rates):
+            cells = [f"{own[r]['retained']:.2f} [{own[r]['ci_low']:.2f}, {own[r]['ci_high']:.2f}]" for r in rates]
+            rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    head = f"| method | {' | '.join(f'{rate:g}×' for rate in rates)} |\n|---|{'---|' * len(rates)}"
+    full, closed = by_method["full context"][1.0], by_method["closed book"][1.0]
+    return _PAGE.format(
+        head=head,
+        rows="\n".join(rows),
+        full=full["em"],
+        closed=closed["em"],
+        n=full["n"],
+        kept=full["retained_n"],
+        setup=", ".join(f"{key} {value}" for key, value in made.items() if key not in ("methods", "threads")),
+        **made,
+    )
+
+
+_PAGE = """# Quality
+
+How much of what full context answers survives compression, on held-out worlds of about {tokens} tokens with the
+pocket model. One sheet for each world and method; the task of a world covers one kind of question, and its three
+examples name other people and things than the questions do. The guide is dropped.
+
+```sh
+make quality
+```
+
+{worlds} worlds, {n} questions; full context answers {full:.0%} of them, no documents {closed:.0%}. Of the {kept}
+questions that full context answers, each method still answers (95 % interval, drawn by world)
+
+{head}
+{rows}
+
+Setup: {setup}.
+
+The page is written from `quality.json`, which holds every answer's judgement.
+"""
+
+
 def print_table(lines: Sequence[dict[str, Any]], console: Console) -> None:
     """Methods down, rates across; share of answerable questions retained, with its 95 % interval."""
     rates = sorted({line["rate"] for line in lines if line["rate"] > 1})
@@ -202,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=[m.name for m in METHODS], default=[m.name for m in METHODS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write setup, lines and every row here")
+    parser.add_argument("--json", type=Path, help="write setup, lines and every row here, and the page beside it")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(arguments.threads)
@@ -216,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         took = {"seconds": round(time.perf_counter() - began, 1)}
         result = {"setup": {**setup(model, arguments), **took}, "lines": lines, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.json.with_suffix(".md").write_text(page(result), encoding="utf-8")
 
 
 def _answers(

@@ -34,7 +34,8 @@ def build(
     scorer: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="task-peak (default), task, finch, reconstruction, key-norm, recent or random."
+            metavar="NAME",
+            help="notes (default), notes-peak, task, finch, task-peak, reconstruction, key-norm, recent or random.",
         ),
     ] = None,
     guide: Annotated[
