@@ -237,6 +237,7 @@ class Engine:
         self._reads: deque[LongRead] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._leaving: threading.Thread | None = None  # idle, but perhaps not quite gone
 
     @property
     def closed(self) -> bool:
@@ -264,10 +265,11 @@ class Engine:
         """Refuse new requests and cancel running ones; returns when the thread is done."""
         with self._wake:
             self._closed = True  # the next step cancels whatever it finds
-            thread = self._thread
+            threads = (self._thread, self._leaving)
             self._wake.notify()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        for thread in threads:
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
 
     def step(self) -> bool:
         """Admit, prefill, decode one token for everybody, emit; returns whether any work is left."""
@@ -297,7 +299,7 @@ class Engine:
                 while not self._waiting and not self._closed and time.monotonic() - idle_since < _IDLE_SECONDS:
                     self._wake.wait(_IDLE_SECONDS)
                 if not self._waiting:
-                    self._thread = None
+                    self._leaving, self._thread = self._thread, None
                     return
 
     def _free(self) -> int:
