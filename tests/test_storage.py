@@ -51,6 +51,12 @@ def rewritten(file, change_manifest=None, **tensors):
     return file
 
 
+def test_a_sheet_is_as_readable_as_any_other_file_of_the_user(tiny, tmp_path):
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, scorer="task")
+    (tmp_path / "plain").write_text("")
+    assert save_sheet(sheet, tmp_path / "a.sheet").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_the_file_holds_what_the_format_says(sheet, file):
     tensors, metadata = parts(file)
     layers = [f"layers.{number}.{half}" for number in range(3) for half in ("keys", "values")]

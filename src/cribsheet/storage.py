@@ -182,7 +182,11 @@ def replacing(target: Path) -> Iterator[str]:
     """A temporary path beside `target` that takes its place on success and vanishes on failure."""
     unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
+        handle = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        usual = os.fstat(handle).st_mode  # what the user's umask allows; safetensors would leave the file private
+        os.close(handle)
         yield str(unfinished)
+        os.chmod(unfinished, usual & 0o777)
         os.replace(unfinished, target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
