@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cribsheet.attention import attend_each, attend_shared, merge
+from cribsheet.attention import attend_each
 from cribsheet.prefix import LayerPrefix, PrefixLayer
 
 _BLOCK = 64  # suffix buffers grow by blocks of so many tokens
@@ -65,24 +65,15 @@ class SlotLayer(PrefixLayer):
         self.values.view(-1, size).index_copy_(0, places, value_states.reshape(-1, size))
         return self.tag(self.keys[:count, :, : rows.longest]), self.values[:count, :, : rows.longest]
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Attention output (B, H, 1, D); each row sees the prefix and its own suffix."""
-        before = self.prefix_keys.shape[2]
-        if self.window is not None and before + key.shape[2] > self.window:
-            return self._attend(query, key, value, self.rows.mask, scale, softcap)[0]
-        suffix = attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
-        if before == 0:
-            return suffix[0]
-        shared = attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale, softcap=softcap)
-        return merge(shared, suffix)[0]
+    def visible(self, mask: Tensor | None) -> Tensor | None:
+        """Each row sees its own suffix."""
+        return self.rows.mask
+
+    def _attend_suffix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """As in `PrefixLayer`, with the bias that all layers of a step share."""
+        return attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions of the newest token (B, 1) and of the suffix (1, n), counted from the end of the prefix."""
@@ -131,17 +122,9 @@ class PaddedLayer(PrefixLayer):
         self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
         return self.tag(key_states), value_states
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Causal attention that ignores the padding; transformers was given no mask."""
-        return self._attend(query, key, value, self.mask, scale, softcap)[0]
+    def visible(self, mask: Tensor | None) -> Tensor | None:
+        """Causal, without the padding; transformers was given no mask."""
+        return self.mask
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions (B or 1, T) of the question's tokens, counted from the end of the prefix; padding is negative."""

@@ -90,7 +90,11 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         softcap: float | None = None,
     ) -> Tensor:
         """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
-        return self._attend(query, key, value, mask, scale, softcap)[0]
+        return self._attend(query, key, value, self.visible(mask), scale, softcap)[0]
+
+    def visible(self, mask: Tensor | None) -> Tensor | None:
+        """The suffix mask to use, given that of transformers."""
+        return mask
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
@@ -98,11 +102,17 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         """Output, and log-sum-exp (B, H, T) over everything that the new tokens see."""
         if self.window is not None and self.prefix_keys.shape[2] + key.shape[2] > self.window:
             return self._attend_window(query, key, value, mask, scale, softcap, self.window)
-        causal = mask is None and query.shape[2] > 1
-        suffix = attend(query, key, value, scale=scale, causal=causal, mask=mask, softcap=softcap)
+        suffix = self._attend_suffix(query, key, value, mask, scale, softcap)
         if self.prefix_keys.shape[2] == 0:
             return suffix
         return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale, softcap=softcap), suffix)
+
+    def _attend_suffix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """The suffix part of `_attend`, where everything is in sight."""
+        causal = mask is None and query.shape[2] > 1
+        return attend(query, key, value, scale=scale, causal=causal, mask=mask, softcap=softcap)
 
     def _attend_window(
         self,
@@ -187,20 +197,14 @@ class ReadingLayer(PrefixLayer):
         self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
         return self.tag(key_states), value_states
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None = None,
-    ) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
         """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        out, lse = self._attend(query, key, value, mask, scale, softcap)
+        out, lse = super()._attend(query, key, value, mask, scale, softcap)
         first = query.shape[2] - self.guide_tokens
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
-        return out
+        return out, lse
 
 
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:

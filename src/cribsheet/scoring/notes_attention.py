@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from cribsheet.scoring.task_attention import TaskAttention, TaskPeak
+from cribsheet.scoring.task_attention import TaskAttention, TaskPeak, carried_on
 from cribsheet.scoring.view import Guide, LayerView
 
 
@@ -33,9 +32,3 @@ class NotesPeak(TaskPeak):
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
         return carried_on(super().score(view), view)
-
-
-def carried_on(scores: Tensor, view: LayerView) -> Tensor:
-    """(K, S) scores in which no token kept earlier falls below the score that it was kept with."""
-    kept = view.carried.shape[1]
-    return torch.cat([torch.maximum(scores[:, :kept], view.carried), scores[:, kept:]], 1)

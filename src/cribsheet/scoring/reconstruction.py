@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from cribsheet.attention import column_peak
-from cribsheet.scoring.task_attention import max_over_group
+from cribsheet.scoring.task_attention import carried_on, max_over_group
 from cribsheet.scoring.view import Guide, LayerView
 
 
@@ -23,9 +22,5 @@ class Reconstruction:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        scores = max_over_group(
-            column_peak(view.queries, view.keys, view.lse, scale=view.scale, softcap=view.softcap), view
-        )
-        kept = view.carried.shape[1]
-        scores[:, :kept] = torch.maximum(scores[:, :kept], view.carried)
-        return scores
+        peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale, softcap=view.softcap)
+        return carried_on(max_over_group(peak, view), view)

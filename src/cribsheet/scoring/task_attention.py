@@ -71,3 +71,9 @@ def value_norm(view: LayerView) -> Tensor:
     """(K, S): L2 norm of each value, in float32."""
     norms: Tensor = torch.linalg.vector_norm(view.values.float(), dim=-1)
     return norms
+
+
+def carried_on(scores: Tensor, view: LayerView) -> Tensor:
+    """(K, S) scores in which no token kept earlier falls below the score that it was kept with."""
+    kept = view.carried.shape[1]
+    return torch.cat([torch.maximum(scores[:, :kept], view.carried), scores[:, kept:]], 1)
