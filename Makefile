@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test oldest check format lint types docs slow quality memory throughput pocket clean
+.PHONY: demo test oldest support check format lint types docs slow quality memory throughput pocket clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -20,11 +20,20 @@ demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sour
 test: $(READY)  ## every test that fits into CI
 	$(RUN)/python -m pytest -m "not slow"
 
-oldest:  ## the core's tests with the oldest transformers that is supported, in an environment of its own
+$(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' 'pytest>=8' \
-		safetensors pydantic jinja2 typer rich pypdf llguidance
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' \
+		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance
+	touch $@
+
+oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
 	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+
+support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
+	rm -f docs/reference/support/*.json
+	CRIBSHEET_SUPPORT=docs/reference/support $(RUN)/python -m pytest tests/test_truths.py
+	CRIBSHEET_SUPPORT=docs/reference/support PYTHONPATH=src $(OLDEST)/bin/python -m pytest tests/test_truths.py
+	$(RUN)/python docs/support_table.py
 
 quality: $(READY)  ## what survives compression, by method and rate (half an hour)
 	$(RUN)/python -m cribsheet.bench.quality --worlds 16 --json docs/benchmarks/quality.json

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
+from support import SupportTable
 
 from cribsheet import compress
 from cribsheet.backbone import FAMILIES, Backbone
@@ -14,6 +17,12 @@ from cribsheet.testing import tiny_backbone
 torch.set_num_threads(1)
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = os.environ.get("CRIBSHEET_SUPPORT")
+    if folder:
+        config.pluginmanager.register(SupportTable(Path(folder)))
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,11 @@ from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
 from reference import full_context_answer, full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.engine import _PREFILL_TOKENS, _QUANTUM, Delta, Engine, Finished, Prefix, Request, _by_size
+from cribsheet.answering import Answering, Delta, Finished, Request
+from cribsheet.engine import _QUANTUM, Engine
 from cribsheet.errors import EngineError
+from cribsheet.prefill import PIECE, LongRead, reads
+from cribsheet.prefix import Prefix
 from cribsheet.sampling import SamplingParams
 from cribsheet.testing import tiny_backbone
 
@@ -324,14 +327,42 @@ def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
         whole = torch.cat([whole, torch.tensor([logprob.token_id])])
 
 
-def test_questions_are_read_in_passes_of_bounded_size(kb):
-    prefix = Prefix([], 0)
-    lengths = [1, 4000, 9000, 4000, 2, 4000, 5000]
-    requests = [Request(prefix, torch.zeros(n, dtype=torch.int64), SamplingParams(), print) for n in lengths]
-    parts = [[len(request.question) for request in part] for part in _by_size(requests)]
-    assert sorted(n for part in parts for n in part) == sorted(lengths)
-    assert all(len(part) == 1 or len(part) * max(part) <= _PREFILL_TOKENS for part in parts)
-    assert parts[0] == [1, 2]
+def test_questions_are_read_in_passes_of_bounded_size_over_one_prefix_each(kb):
+    here, there = Prefix([], 0), Prefix([], 0)
+    lengths = [1, 400, 1100, 400, 2, 400, 1024]
+    asked = [
+        Request(prefix, torch.zeros(n, dtype=torch.int64), SamplingParams(), print)
+        for n in lengths
+        for prefix in (here, there)
+    ]
+    found = reads([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
+    for prefix in (here, there):
+        mine = [read for read in found if read.prefix is prefix]
+        sizes = [[sequence.length for sequence in read.sequences] for read in mine]
+        assert sizes == [[1, 2], [400, 400], [400], [1024], [1100]]
+        assert [isinstance(read, LongRead) for read in mine] == [max(size) > PIECE for size in sizes]
+        assert all(
+            len(size) * max(size) <= PIECE or isinstance(read, LongRead) for read, size in zip(mine, sizes, strict=True)
+        )
+        assert all(sequence.request.prefix is prefix for read in mine for sequence in read.sequences)
+
+
+def test_many_questions_at_once_do_not_hold_up_running_answers(kb, engine, monkeypatch):
+    monkeypatch.setattr("cribsheet.prefill.PIECE", 64)
+    running, running_events = ask(kb, max_tokens=20)
+    queue(engine, running)
+    engine.step()
+    others = [ask(kb, max_tokens=2) for _ in range(40)]
+    queue(engine, *(request for request, _ in others))
+    for _ in range(10):
+        before = sum(bool(events) for _, events in others)
+        said_before = engine._groups[0].running[0].produced
+        engine.step()
+        assert sum(bool(events) for _, events in others) - before <= 64 // len(running.question)
+        assert engine._groups[0].running[0].produced == said_before + 1
+    run(engine)
+    assert all(events[-1] == Finished("length", 2) for _, events in others)
+    assert running_events[-1] == Finished("length", 20)
 
 
 def test_an_idle_engine_gives_its_thread_back_and_wakes_up_again(kb, monkeypatch):
@@ -442,7 +473,7 @@ def test_a_long_question_read_in_pieces_is_read_as_in_one_go(family, monkeypatch
     engine = Engine(kb.backbone)
     queue(engine, whole)
     run(engine)
-    monkeypatch.setattr("cribsheet.engine._PIECE", 37)
+    monkeypatch.setattr("cribsheet.prefill.PIECE", 37)
     queue(engine, pieces)
     assert run(engine) > 10 + len(pieces.question) // 37 - 3  # a piece a step
     assert text(piece_events) == text(whole_events)
@@ -455,7 +486,7 @@ def said(events):
 
 
 def test_a_long_question_does_not_hold_up_running_answers(kb, engine, monkeypatch):
-    monkeypatch.setattr("cribsheet.engine._PIECE", 20)
+    monkeypatch.setattr("cribsheet.prefill.PIECE", 20)
     running, running_events = ask(kb, max_tokens=30)
     queue(engine, running)
     engine.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cribsheet.engine import FinishReason
+from cribsheet.answering import FinishReason
 from cribsheet.sampling import TokenLogprob
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
@@ -27,7 +30,7 @@ from cribsheet.prefix import LayerPrefix, PrefixLayer, ReadingLayer
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = (
+_FAMILIES = (
     "llama",
     "mistral",
     "qwen2",
@@ -45,6 +48,8 @@ FAMILIES = (
     "mixtral",
     "qwen3_moe",
 )
+# transformers 5.4 takes no configuration of OLMo 2: it wants an int where every one of them has a bool.
+FAMILIES = tuple(name for name in _FAMILIES if name != "olmo2" or Version(transformers.__version__) >= Version("5.5"))
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POCKET = "pocket"
 _ATTENTION = "cribsheet"
@@ -107,7 +112,7 @@ class Backbone:
         source = _locate(str(name))
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
-        except (OSError, ValueError, TypeError) as error:  # a config that is no mapping is a TypeError up to 5.4
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:  # no mapping: a TypeError up to 5.4
             raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
         check_supported(config)
         target = _device(device) if device is not None else _best_device()

@@ -10,209 +10,28 @@ Callers hand in a `Request` and read events from a sink; they never touch the mo
 from __future__ import annotations
 
 import atexit
-import copy
 import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cribsheet.answering import Answering, Finished, Request, tell
 from cribsheet.backbone import Backbone
-from cribsheet.batch import Rows, SlotLayer, padded_batch, prefill_cache
 from cribsheet.errors import EngineError
-from cribsheet.grammar import Constraint
-from cribsheet.prefix import LayerPrefix, PrefixLayer, prefix_cache
-from cribsheet.sampling import Sampler, SamplingParams, TokenLogprob, describe
-from cribsheet.textstream import TextStream
+from cribsheet.group import Group
+from cribsheet.prefill import LongRead, Read, reads
+from cribsheet.prefix import Prefix
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length", "cancelled"]
-
 _IDLE_SECONDS = 1.0  # an engine without work gives its thread back after so long
-_PREFILL_TOKENS = 8192  # padded tokens in one prefill pass
-_PIECE = 1024  # tokens of a long question that are read in one step
 _QUANTUM = 64  # tokens of an answer before it makes room for those who wait
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A sheet as it lies on the model's device: layers and their length in tokens."""
-
-    layers: Sequence[LayerPrefix]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New text of an answer, and the log-probabilities of the tokens behind it if they were asked for."""
-
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of an answer: why, and how many tokens it took (the one that ended it not counted)."""
-
-    reason: FinishReason
-    completion_tokens: int
-
-
-Suffix = list[tuple[Tensor, Tensor]]
-Event = Delta | Finished | BaseException
-Sink = Callable[[Event], None]
-
-
-@dataclass(slots=True)
-class Request:
-    """A question in tokens (T,), over a prefix; events go to `sink` from the engine's thread, which must not block."""
-
-    prefix: Prefix
-    question: Tensor
-    params: SamplingParams
-    sink: Sink
-    choice: int = 0
-    ends: tuple[str, ...] = ()  # where the template's turn ends, besides the caller's own stop strings
-    constraint: Constraint | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Stop within one token; the sink gets a last `Finished("cancelled", n)`."""
-        self.cancelled.set()
-
-
-class Answering:
-    """One running answer."""
-
-    def __init__(self, request: Request, tokenizer: Any, eos: frozenset[int]) -> None:
-        self.request = request
-        self.tokenizer, self.eos = tokenizer, eos
-        self.sampler = Sampler(request.params, request.choice)
-        self.text = TextStream(tokenizer, request.params.stops + request.ends)
-        self.length = len(request.question)  # tokens in the suffix whenever it has no slot
-        self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
-        self.produced = 0
-        self.turn = 0  # tokens since it got its slot
-        self.last = 0
-        self.finished = False
-        self._pending: list[TokenLogprob] = []
-
-    def advance(self, logits: Tensor | None, greedy: int) -> None:
-        """Take one step's logits (V,), or without them the greedy choice for the whole batch; emit, maybe finish."""
-        params = self.request.params
-        if self.request.cancelled.is_set():
-            return self._finish("cancelled")
-        if logits is None:
-            self.last = greedy
-        else:
-            form = self.request.constraint
-            self.last, logprobs = form.choose(logits, self.sampler.pick) if form else self.sampler.pick(logits)
-            self.sampler.took(self.last)
-            if params.logprobs is not None and self.last not in self.eos:
-                self._pending.append(describe(self.last, logprobs, params.logprobs, self.tokenizer))
-        if self.last in self.eos:
-            return self._finish("stop")
-        self.produced += 1
-        self.turn += 1
-        self._emit(self.text.push(self.last))
-        if self.text.stopped:
-            self._finish("stop")
-        elif self.produced >= params.max_tokens:
-            self._finish("stop" if self.request.constraint else "length")  # a form is complete by then
-
-    def fail(self, error: BaseException) -> None:
-        """Hand an error to the caller instead of an answer."""
-        self.finished = True
-        _tell(self.request, error)
-
-    def cancel(self) -> None:
-        """End an answer that has no slot."""
-        try:
-            self._finish("cancelled")
-        except Exception:
-            logger.exception("nobody could be told that an answer was cancelled")
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self.request.sink(Delta(text, tuple(self._pending)))
-            self._pending.clear()
-
-    def _finish(self, reason: FinishReason) -> None:
-        rest = self.text.finish()
-        if rest or self._pending:
-            self.request.sink(Delta(rest, tuple(self._pending)))
-        self.finished = True
-        self.request.sink(Finished(reason, self.produced))
-
-
-class Group:
-    """The sequences that run over one prefix, in slots 0..B-1 of one batch."""
-
-    def __init__(self, prefix: Prefix) -> None:
-        self.prefix = prefix
-        self.rows = Rows()
-        self.layers = [SlotLayer(layer, prefix.tokens, self.rows) for layer in prefix.layers]
-        self.running: list[Answering] = []
-
-    def insert(self, sequence: Answering, suffix: Suffix) -> None:
-        """Give a sequence a slot, with the keys and values of all that was read and written so far."""
-        slot = len(self.running)
-        for layer, (keys, values) in zip(self.layers, suffix, strict=True):
-            layer.insert(slot, keys, values)
-        self.running.append(sequence)
-        self.rows.lengths.append(sequence.length)
-        sequence.suffix, sequence.turn = [], 0
-
-    def prune(self) -> None:
-        """Free the slots of finished sequences."""
-        for slot in reversed(range(len(self.running))):
-            if self.running[slot].finished:
-                self._vacate(slot)
-
-    def park(self, sequence: Answering) -> None:
-        """Take a sequence out of its slot, with a copy of its suffix."""
-        slot = self.running.index(sequence)
-        length = sequence.length = self.rows.lengths[slot]
-        sequence.suffix = [
-            (layer.keys[slot, :, :length].clone(), layer.values[slot, :, :length].clone()) for layer in self.layers
-        ]
-        self._vacate(slot)
-
-    def _vacate(self, slot: int) -> None:
-        last = len(self.running) - 1
-        for layer in self.layers:
-            layer.vacate(slot, last)
-        self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
-        self.running.pop()
-        self.rows.lengths.pop()
-
-
-class LongRead:
-    """A long question on its way into the model, piece by piece."""
-
-    def __init__(self, sequence: Answering, prefix: Prefix) -> None:
-        self.sequence, self.prefix = sequence, prefix
-        self.cache = prefix_cache(prefix.layers, prefix.tokens)
-        self._done = 0
-
-    def next(self, backbone: Backbone) -> Tensor | None:
-        """Read the next piece; logits (1, V) after the last one."""
-        question = self.sequence.request.question
-        piece = question[self._done : self._done + _PIECE]
-        first = self.prefix.tokens + self._done
-        positions = torch.arange(first, first + len(piece)).unsqueeze(0)
-        logits = backbone.step(piece.unsqueeze(0), positions, self.cache)[:, -1]
-        self._done += len(piece)
-        return logits if self._done == len(question) else None
 
 
 class Engine:
@@ -234,7 +53,8 @@ class Engine:
         """No work and no thread: at first, and in a forked child, where those of the parent mean nothing."""
         self._waiting: deque[Request | Answering] = deque()  # new questions and parked answers, first come first served
         self._groups: list[Group] = []
-        self._reads: deque[LongRead] = deque()
+        self._short: deque[Read] = deque()
+        self._long: deque[Read] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._leaving: threading.Thread | None = None  # idle, but perhaps not quite gone
@@ -276,13 +96,13 @@ class Engine:
         if self._closed:
             self._cancel_all()
         self._make_room()
-        for prefix, requests in self._admit():
-            self._prefill(prefix, requests)
-        self._read_on()
+        self._admit()
+        self._read_on(self._short)
+        self._read_on(self._long)
         for group in list(self._groups):
             self._decode(group)
         self._groups = [group for group in self._groups if group.running]
-        return bool(self._groups or self._waiting or self._reads)
+        return bool(self._groups or self._waiting or self._short or self._long)
 
     def _run(self) -> None:
         while True:
@@ -304,7 +124,7 @@ class Engine:
 
     def _free(self) -> int:
         """Slots that nobody has."""
-        return self.max_batch - sum(len(group.running) for group in self._groups) - len(self._reads)
+        return self.max_batch - len(self._started())
 
     def _make_room(self) -> None:
         """Park answers that had their turn, the longest turns first, as far as others wait for their slots."""
@@ -319,8 +139,8 @@ class Engine:
             with self._wake:
                 self._waiting.append(sequence)
 
-    def _admit(self) -> list[tuple[Prefix, list[Request]]]:
-        """Fill free slots in order of arrival: parked answers go on, new short questions are returned by prefix."""
+    def _admit(self) -> None:
+        """Fill free slots in order of arrival: parked answers go on, new questions are read."""
         with self._wake:
             cancelled = [each for each in self._waiting if _request(each).cancelled.is_set()]
             if cancelled:  # they leave the queue at once, also when all slots are taken
@@ -328,56 +148,43 @@ class Engine:
             admitted = [self._waiting.popleft() for _ in range(min(self._free(), len(self._waiting)))]
         for each in cancelled:
             _drop(each)
-        taken: dict[int, tuple[Prefix, list[Request]]] = {}
+        new: list[Answering] = []
         for each in admitted:
-            prefix = _request(each).prefix
             if isinstance(each, Answering):
-                self._group(prefix).insert(each, each.suffix)
-            elif len(each.question) > _PIECE:
-                self._reads.append(LongRead(self._answering(each), prefix))
-            else:
-                taken.setdefault(id(prefix), (prefix, []))[1].append(each)
-        return list(taken.values())
-
-    def _prefill(self, prefix: Prefix, requests: list[Request]) -> None:
-        """Read new questions, padded to the longest, and sample their first tokens."""
-        for part in _by_size(requests):
-            sequences: list[Answering] = []
+                self._group(each.request.prefix).insert(each, each.suffix)
+                continue
             try:
-                sequences = [self._answering(request) for request in part]
-                ids, positions, mask = padded_batch([request.question for request in part], prefix.tokens)
-                cache = prefill_cache(prefix.layers, prefix.tokens, mask)
-                self._enter(sequences, prefix, cache, self.backbone.step(ids, positions, cache)[:, -1])
+                new.append(self._answering(each))
             except Exception as error:
-                _fail(sequences, error)
-                for request in part[len(sequences) :]:
-                    _tell(request, error)
-                self._group(prefix).prune()
+                tell(each, error)
+        for read in reads(new):
+            (self._long if isinstance(read, LongRead) else self._short).append(read)
 
-    def _read_on(self) -> None:
-        """One piece of one long question; those take turns."""
-        if not self._reads:
+    def _read_on(self, queue: deque[Read]) -> None:
+        """One pass over short questions, or one piece of a long one; those take turns."""
+        if not queue:
             return
-        read = self._reads.popleft()
-        if read.sequence.request.cancelled.is_set():
-            return read.sequence.cancel()
+        read = queue.popleft()
+        read.drop_cancelled()
+        if not read.sequences:
+            return
         try:
             logits = read.next(self.backbone)
             if logits is None:
-                self._reads.append(read)
+                queue.append(read)
             else:
-                self._enter([read.sequence], read.prefix, read.cache, logits)
+                self._enter(read, logits)
         except Exception as error:
-            _fail([read.sequence], error)
+            _fail(read.sequences, error)
             self._group(read.prefix).prune()
 
-    def _enter(self, sequences: list[Answering], prefix: Prefix, cache: Cache, logits: Tensor) -> None:
+    def _enter(self, read: Read, logits: Tensor) -> None:
         """Sample the first tokens of questions that were read, and give those that go on a slot each."""
-        self._advance(sequences, logits)
-        group = self._group(prefix)
-        for row, sequence in enumerate(sequences):
+        self._advance(read.sequences, logits)
+        group = self._group(read.prefix)
+        for row, sequence in enumerate(read.sequences):
             if not sequence.finished:
-                group.insert(sequence, _read_suffix(cache, row, sequence.length))
+                group.insert(sequence, read.suffix(row))
 
     def _answering(self, request: Request) -> Answering:
         return Answering(request, self.backbone.tokenizer, self._eos)
@@ -429,25 +236,15 @@ class Engine:
             waiting, self._waiting = list(self._waiting), deque()
         _fail(self._started(), error)
         self._groups = []
-        self._reads.clear()
+        self._short.clear()
+        self._long.clear()
         for each in waiting:
-            _tell(_request(each), error)
+            tell(_request(each), error)
 
     def _started(self) -> list[Answering]:
-        """All answers that have a slot."""
+        """All answers that have a slot, or will have it once their question is read."""
         running = [sequence for group in self._groups for sequence in group.running]
-        return running + [read.sequence for read in self._reads]
-
-
-def _by_size(requests: list[Request]) -> list[list[Request]]:
-    """Requests in passes of bounded padded size, shorter questions together."""
-    parts: list[list[Request]] = []
-    for request in sorted(requests, key=lambda r: len(r.question)):
-        if parts and (len(parts[-1]) + 1) * len(request.question) <= _PREFILL_TOKENS:
-            parts[-1].append(request)
-        else:
-            parts.append([request])
-    return parts
+        return running + [sequence for read in (*self._short, *self._long) for sequence in read.sequences]
 
 
 def _request(each: Request | Answering) -> Request:
@@ -459,41 +256,13 @@ def _drop(each: Request | Answering) -> None:
     if isinstance(each, Answering):
         each.cancel()
     else:
-        _tell(each, Finished("cancelled", 0))
-
-
-def _read_suffix(cache: Cache, row: int, length: int) -> Suffix:
-    """The `length` newest keys and values of a row, padding left out."""
-    suffix: Suffix = []
-    for layer in cache.layers:
-        assert isinstance(layer, PrefixLayer)
-        first, last = layer.length - length, layer.length
-        suffix.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
-    return suffix
+        tell(each, Finished("cancelled", 0))
 
 
 def _fail(sequences: list[Answering], error: BaseException) -> None:
     for sequence in sequences:
         if not sequence.finished:
             sequence.fail(error)
-
-
-def _tell(request: Request, event: Event) -> None:
-    """Hand over a last event; a sink that fails on it loses it, and nobody else is harmed."""
-    try:
-        request.sink(own_copy(event) if isinstance(event, BaseException) else event)
-    except Exception:
-        logger.exception("nobody could be told of %r", event)
-
-
-def own_copy(error: BaseException) -> BaseException:
-    """A copy for one caller: raising one object in many threads would mix up their tracebacks."""
-    try:
-        mine = copy.copy(error)
-    except Exception:  # an exception whose constructor takes something else than its `args`
-        return error
-    mine.__cause__, mine.__context__ = error.__cause__, error.__context__
-    return mine.with_traceback(error.__traceback__)
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -12,7 +12,7 @@ from torch import Tensor
 from cribsheet.answer import Source
 from cribsheet.attention import column_mass
 from cribsheet.backbone import Backbone
-from cribsheet.engine import Prefix
+from cribsheet.prefix import Prefix
 from cribsheet.sheet import Sheet
 
 _CONTEXT = 40  # characters shown on each side of the most attended place

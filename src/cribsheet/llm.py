@@ -16,14 +16,16 @@ import torch
 
 from cribsheet import storage
 from cribsheet.answer import Answer, Source, Usage
+from cribsheet.answering import Delta, Event, Finished, Request, own_copy
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.documents import read_documents
-from cribsheet.engine import Delta, Engine, Event, Finished, Prefix, Request, own_copy
+from cribsheet.engine import Engine
 from cribsheet.errors import EngineError, ModelError, RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar, GrammarTokens
+from cribsheet.prefix import Prefix
 from cribsheet.sampling import SamplingParams, TokenLogprob
 from cribsheet.sheet import Sheet
 from cribsheet.task import Task

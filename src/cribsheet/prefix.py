@@ -38,6 +38,14 @@ class LayerPrefix:
     window: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A sheet as it lies on the model's device: layers and their length in tokens."""
+
+    layers: Sequence[LayerPrefix]
+    tokens: int
+
+
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer: a shared prefix and a growing suffix of equal length in every sequence.
 

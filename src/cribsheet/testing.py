@@ -74,11 +74,9 @@ def tiny_config(family: str, **settings: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
         "sliding_window": None,
+        "tie_word_embeddings": False,  # tied, a random model only ever repeats its last token
     }
-    config = AutoConfig.for_model(family, **{**sizes, **_OWN_SETTINGS.get(family, {}), **settings})
-    # Tied, a random model only ever repeats its last token. Set late: transformers 5.4 wants an int from Olmo2.
-    config.tie_word_embeddings = settings.get("tie_word_embeddings", False)
-    return config
+    return AutoConfig.for_model(family, **{**sizes, **_OWN_SETTINGS.get(family, {}), **settings})
 
 
 def tiny_backbone(

@@ -13,6 +13,7 @@ import pytest
 from blocks import Session, Step, run_page
 
 from cribsheet import errors
+from cribsheet.backbone import FAMILIES
 from cribsheet.sheet import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,22 @@ def test_the_command_line_reference_is_fresh(monkeypatch):
     from cli_reference import PAGE, render
 
     assert PAGE.read_text(encoding="utf-8") == render(), "run `python docs/cli_reference.py`"
+
+
+def test_the_table_of_models_is_fresh_and_names_every_family_and_promise(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    from support_table import PAGE, render, runs
+
+    assert PAGE.read_text(encoding="utf-8") == render(), "run `make support`"
+    truths = (ROOT / "tests" / "test_truths.py").read_text(encoding="utf-8")
+    promises = set(re.findall(r"^def (test_\w+)\(family", truths, re.M))
+    (oldest_version, oldest), *_, (newest_version, newest) = runs().items()
+    assert list(newest) == list(FAMILIES) and set(oldest) < set(newest)
+    assert all(
+        row == dict.fromkeys(row, True) and set(row) == promises for run in runs().values() for row in run.values()
+    )
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"transformers=={newest_version}" in constraints and oldest_version.startswith("5.4.")
 
 
 def test_every_error_is_on_the_errors_page():

@@ -1,0 +1,142 @@
+"""One question on its way through the engine: the request, the events that its caller reads, and the running answer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cribsheet.grammar import Constraint
+from cribsheet.prefix import Prefix
+from cribsheet.sampling import Sampler, SamplingParams, TokenLogprob, describe
+from cribsheet.textstream import TextStream
+
+logger = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "cancelled"]
+Suffix = list[tuple[Tensor, Tensor]]  # keys and values (K, n, D) of each layer
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of an answer, and the log-probabilities of the tokens behind it if they were asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer: why, and how many tokens it took (the one that ended it not counted)."""
+
+    reason: FinishReason
+    completion_tokens: int
+
+
+Event = Delta | Finished | BaseException
+Sink = Callable[[Event], None]
+
+
+@dataclass(slots=True)
+class Request:
+    """A question in tokens (T,), over a prefix; events go to `sink` from the engine's thread, which must not block."""
+
+    prefix: Prefix
+    question: Tensor
+    params: SamplingParams
+    sink: Sink
+    choice: int = 0
+    ends: tuple[str, ...] = ()  # where the template's turn ends, besides the caller's own stop strings
+    constraint: Constraint | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Stop within one token; the sink gets a last `Finished("cancelled", n)`."""
+        self.cancelled.set()
+
+
+class Answering:
+    """One running answer."""
+
+    def __init__(self, request: Request, tokenizer: Any, eos: frozenset[int]) -> None:
+        self.request = request
+        self.tokenizer, self.eos = tokenizer, eos
+        self.sampler = Sampler(request.params, request.choice)
+        self.text = TextStream(tokenizer, request.params.stops + request.ends)
+        self.length = len(request.question)  # tokens in the suffix whenever it has no slot
+        self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
+        self.produced = 0
+        self.turn = 0  # tokens since it got its slot
+        self.last = 0
+        self.finished = False
+        self._pending: list[TokenLogprob] = []
+
+    def advance(self, logits: Tensor | None, greedy: int) -> None:
+        """Take one step's logits (V,), or without them the greedy choice for the whole batch; emit, maybe finish."""
+        params = self.request.params
+        if self.request.cancelled.is_set():
+            return self._finish("cancelled")
+        if logits is None:
+            self.last = greedy
+        else:
+            form = self.request.constraint
+            self.last, logprobs = form.choose(logits, self.sampler.pick) if form else self.sampler.pick(logits)
+            self.sampler.took(self.last)
+            if params.logprobs is not None and self.last not in self.eos:
+                self._pending.append(describe(self.last, logprobs, params.logprobs, self.tokenizer))
+        if self.last in self.eos:
+            return self._finish("stop")
+        self.produced += 1
+        self.turn += 1
+        self._emit(self.text.push(self.last))
+        if self.text.stopped:
+            self._finish("stop")
+        elif self.produced >= params.max_tokens:
+            self._finish("stop" if self.request.constraint else "length")  # a form is complete by then
+
+    def fail(self, error: BaseException) -> None:
+        """Hand an error to the caller instead of an answer."""
+        self.finished = True
+        tell(self.request, error)
+
+    def cancel(self) -> None:
+        """End an answer that has no slot."""
+        try:
+            self._finish("cancelled")
+        except Exception:
+            logger.exception("nobody could be told that an answer was cancelled")
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self.request.sink(Delta(text, tuple(self._pending)))
+            self._pending.clear()
+
+    def _finish(self, reason: FinishReason) -> None:
+        rest = self.text.finish()
+        if rest or self._pending:
+            self.request.sink(Delta(rest, tuple(self._pending)))
+        self.finished = True
+        self.request.sink(Finished(reason, self.produced))
+
+
+def tell(request: Request, event: Event) -> None:
+    """Hand over a last event; a sink that fails on it loses it, and nobody else is harmed."""
+    try:
+        request.sink(own_copy(event) if isinstance(event, BaseException) else event)
+    except Exception:
+        logger.exception("nobody could be told of %r", event)
+
+
+def own_copy(error: BaseException) -> BaseException:
+    """A copy for one caller: raising one object in many threads would mix up their tracebacks."""
+    try:
+        mine = copy.copy(error)
+    except Exception:  # an exception whose constructor takes something else than its `args`
+        return error
+    mine.__cause__, mine.__context__ = error.__cause__, error.__context__
+    return mine.with_traceback(error.__traceback__)

@@ -1,0 +1,96 @@
+"""Questions on their way into the model: short ones together in one pass, long ones piece by piece.
+
+Nothing here reads more than `PIECE` tokens at once, so that whoever is being answered gets the next token soon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from cribsheet.answering import Answering, Suffix
+from cribsheet.backbone import Backbone
+from cribsheet.batch import padded_batch, prefill_cache
+from cribsheet.prefix import Prefix, PrefixLayer, prefix_cache
+
+PIECE = 1024  # tokens that are read in one step, padding included
+
+
+class Read:
+    """Questions over one prefix that are read together."""
+
+    def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
+        self.sequences, self.prefix = list(sequences), prefix
+        self.cache = Cache(layers=[])
+
+    def next(self, backbone: Backbone) -> Tensor | None:
+        """Read on; logits (B, V) of the first new tokens once everything is read."""
+        raise NotImplementedError
+
+    def drop_cancelled(self) -> None:
+        """Tell those who were cancelled meanwhile, and leave them out."""
+        for sequence in self.sequences:
+            if sequence.request.cancelled.is_set():
+                sequence.cancel()
+        self.sequences = [sequence for sequence in self.sequences if not sequence.finished]
+
+    def suffix(self, row: int) -> Suffix:
+        """The keys and values of a question that was read, padding left out."""
+        length = self.sequences[row].length
+        found: Suffix = []
+        for layer in self.cache.layers:
+            assert isinstance(layer, PrefixLayer)
+            first, last = layer.length - length, layer.length
+            found.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
+        return found
+
+
+class ShortRead(Read):
+    """Short questions in one pass, padded to the longest."""
+
+    def next(self, backbone: Backbone) -> Tensor:
+        """Read them all: logits (B, V)."""
+        prefix = self.prefix
+        ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
+        self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
+        return backbone.step(ids, positions, self.cache)[:, -1]
+
+
+class LongRead(Read):
+    """One long question, a piece a step."""
+
+    def __init__(self, sequence: Answering, prefix: Prefix) -> None:
+        super().__init__([sequence], prefix)
+        self.cache = prefix_cache(prefix.layers, prefix.tokens)
+        self._done = 0
+
+    def next(self, backbone: Backbone) -> Tensor | None:
+        """Read the next piece; logits (1, V) after the last one."""
+        question = self.sequences[0].request.question
+        piece = question[self._done : self._done + PIECE]
+        first = self.prefix.tokens + self._done
+        positions = torch.arange(first, first + len(piece)).unsqueeze(0)
+        logits = backbone.step(piece.unsqueeze(0), positions, self.cache)[:, -1]
+        self._done += len(piece)
+        return logits if self._done == len(question) else None
+
+
+def reads(sequences: Sequence[Answering]) -> list[Read]:
+    """How to read new questions: shorter ones together, in passes of bounded padded size over one prefix each."""
+    found: list[Read] = []
+    for sequence in sorted(sequences, key=lambda each: (id(each.request.prefix), each.length)):
+        prefix, last = sequence.request.prefix, found[-1] if found else None
+        if sequence.length > PIECE:
+            found.append(LongRead(sequence, prefix))
+        elif (
+            isinstance(last, ShortRead)
+            and last.prefix is prefix
+            and (len(last.sequences) + 1) * sequence.length <= PIECE
+        ):
+            last.sequences.append(sequence)
+        else:
+            found.append(ShortRead([sequence], prefix))
+    return found
