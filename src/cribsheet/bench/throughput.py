@@ -1,4 +1,7 @@
-"""Many questions at once over one sheet: our engine against stock `generate` with the prefix repeated per question.
+"""Many questions at once over one sheet: our engine against stock `generate` of transformers.
+
+Stock comes in two forms: in one batch, with the prefix copied for every question; and one question after the other,
+with a fresh copy of the prefix for each.
 
     python -m cribsheet.bench.throughput --questions 16 --prefix 1024
 
@@ -74,6 +77,11 @@ def stock_generate(kb: CompressedKnowledgeLLM, questions: Sequence[Tensor], new_
     return answers
 
 
+def stock_one_by_one(kb: CompressedKnowledgeLLM, questions: Sequence[Tensor], new_tokens: int) -> list[str]:
+    """The same answers, one question after the other."""
+    return [stock_generate(kb, [question], new_tokens)[0] for question in questions]
+
+
 def engine(kb: CompressedKnowledgeLLM, questions: Sequence[str], new_tokens: int) -> list[str]:
     """The same answers by our engine, as that many callers would get them."""
     streams = [kb.stream(question, max_tokens=new_tokens) for question in questions]
@@ -90,7 +98,8 @@ def compare(prefix: int, count: int, new_tokens: int, rounds: int, dtype: str) -
     asked = [_QUESTION.format(n=n, m=n * n * n) for n in range(count)]
     tokens = [kb._question_ids(question) for question in asked]
     runs: dict[str, Callable[[], list[str]]] = {
-        "stock": lambda: stock_generate(kb, tokens, new_tokens),
+        "batch": lambda: stock_generate(kb, tokens, new_tokens),
+        "one_by_one": lambda: stock_one_by_one(kb, tokens, new_tokens),
         "engine": lambda: engine(kb, asked, new_tokens),
     }
     best = dict.fromkeys(runs, float("inf"))
@@ -100,27 +109,29 @@ def compare(prefix: int, count: int, new_tokens: int, rounds: int, dtype: str) -
             began = time.perf_counter()
             answers[name] = run()
             best[name] = min(best[name], time.perf_counter() - began)
-    same = sum(a.strip() == b.strip() for a, b in zip(answers["stock"], answers["engine"], strict=True))
-    return {"prefix_tokens": kb.prefix.tokens, **best, "gain": best["stock"] / best["engine"], "same": same}
+    same = sum(a.strip() == b.strip() == c.strip() for a, b, c in zip(*answers.values(), strict=True))
+    gains = {f"gain_over_{name}": best[name] / best["engine"] for name in ("batch", "one_by_one")}
+    return {"prefix_tokens": kb.prefix.tokens, **best, **gains, "same": same}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the bench from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--prefix", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--prefix", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    table = Table("prefix tokens", "stock s", "engine s", "gain", "same answers")
+    table = Table("prefix tokens", "one by one s", "batch s", "engine s", "gain", "over batch", "same answers")
     results = []
     for prefix in arguments.prefix:
         result = compare(prefix, arguments.questions, arguments.new_tokens, arguments.rounds, arguments.dtype)
         results.append(result)
-        cells = [f"{result['stock']:.2f}", f"{result['engine']:.2f}", f"{result['gain']:.2f}×"]
+        cells = [f"{result[name]:.2f}" for name in ("one_by_one", "batch", "engine")]
+        cells += [f"{result[f'gain_over_{name}']:.2f}×" for name in ("one_by_one", "batch")]
         table.add_row(str(result["prefix_tokens"]), *cells, f"{result['same']} of {arguments.questions}")
     Console().print(table)
     if arguments.json:
