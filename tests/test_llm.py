@@ -8,6 +8,7 @@ import random
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,7 +271,12 @@ def test_sixty_four_callers_with_random_cancels_each_get_their_own_answer(kb):
     settle(kb)
 
 
-def test_threads_and_held_tensors_are_flat_over_hundreds_of_questions(kb):
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_threads_and_memory_are_flat_over_many_questions(kb, count):
+    def resident():
+        pages = Path("/proc/self/statm").read_text().split()[1] if Path("/proc/self/statm").exists() else 0
+        return int(pages) * 4096
+
     def tensors():
         gc.collect()
         return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
@@ -283,10 +289,11 @@ def test_threads_and_held_tensors_are_flat_over_hundreds_of_questions(kb):
         settle(kb)
 
     ask_all(50)
-    threads, held = threading.active_count(), tensors()
-    ask_all(300)
+    threads, held, bytes_held = threading.active_count(), tensors(), resident()
+    ask_all(count)
     assert threading.active_count() <= threads
     assert tensors() <= held + 5
+    assert resident() <= bytes_held + (16 << 20)
 
 
 def test_stock_generate_gives_its_own_answer_before_during_and_after(kb):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .world import Document, Fact, Question
 
@@ -40,9 +40,13 @@ class Builder:
         """How often each kind of question is asked."""
         raise NotImplementedError
 
-    def questions(self, count: int, kinds: Sequence[str] | None) -> list[Question]:
-        """Up to `count` different questions."""
+    def questions(
+        self, count: int, kinds: Sequence[str] | None, emphasis: Mapping[str, float] | None = None
+    ) -> list[Question]:
+        """Up to `count` different questions; `emphasis` multiplies how often a kind is asked."""
         weights = self.mix()
+        if emphasis is not None:
+            weights = {k: w * emphasis.get(k, 1.0) for k, w in weights.items()}
         if kinds is not None:
             weights = {k: w for k, w in weights.items() if k in kinds}
         if not weights:

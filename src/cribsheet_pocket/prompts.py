@@ -26,6 +26,16 @@ _INSTRUCTIONS = (INSTRUCTION, INSTRUCTION, INSTRUCTION, "Use the documents below
                  "Read the documents and answer the questions.", "Documents:")  # fmt: skip
 Sample = tuple[list[int], list[int]]  # token ids and weight classes
 
+# What the questions of one world dwell on: many joins in a row teach composition better than one now and then.
+_EMPHASES: tuple[dict[str, float], ...] = (
+    {"join2": 1.5, "join3": 3.0, "list": 2.5, "inverse": 1.3, "count": 2.0, "compare": 3.0, "absent": 0.7},
+    {"direct": 0.15, "join2": 3.0, "join3": 9.0, "list": 0.3, "inverse": 0.2, "count": 0.2, "compare": 0.1, "yesno": 0.1, "absent": 0.2, "fill": 0.1},  # noqa: E501
+    {"direct": 0.2, "join2": 0.2, "join3": 0.3, "list": 12.0, "inverse": 1.5, "count": 4.0, "compare": 0.5, "yesno": 0.2, "absent": 0.4, "fill": 0.2},  # noqa: E501
+    {"direct": 0.3, "join2": 0.3, "join3": 0.5, "compare": 20.0, "count": 2.0, "absent": 0.4},
+)  # fmt: skip
+_EMPHASIS_SHARES = (0.42, 0.38, 0.14, 0.06)
+_ASIDES = ("Please tell me: ", "Tell me: ", "Quick question: ", "I would like to know: ", "Do you know? ")
+
 
 class _Sequence:
     """A sample that grows from left to right."""
@@ -183,7 +193,7 @@ class Sampler:
         r = self.r
         if room <= 600:
             return r.uniform(0.35, 0.66)
-        return r.uniform(0.45, 0.8) if room <= 2500 else r.uniform(0.7, 0.92)
+        return r.uniform(0.45, 0.8) if room <= 2500 else r.uniform(0.62, 0.94)
 
     def world(self, room: int) -> Sample | None:
         """A generated world with questions about it."""
@@ -198,6 +208,7 @@ class Sampler:
             self._next(),
             size,
             questions=min(400, wanted * (3 if with_task else 1)),
+            emphasis=r.choices(_EMPHASES, _EMPHASIS_SHARES)[0],
             filler=filler,
             held_out=self.held_out,
         )
@@ -225,13 +236,23 @@ class Sampler:
             opened, lead = False, ""
         for q in questions:
             passages = self._passages(w, q.documents, hidden)
-            text = passages + q.text
+            text = passages + self._asked(q.text)
             if lead:
                 text, lead = f"{lead}\n\n{text}", ""
             if not s.turn(text, q.answer, room, opened=opened):
                 break
             opened = False
         return (s.ids, s.weights) if not opened else None
+
+    def _asked(self, text: str) -> str:
+        """A question, now and then as people type it: in small letters, without its mark, or led up to."""
+        x = self.r.random()
+        if x > 0.06 or self.held_out:
+            return text
+        if x < 0.02:
+            return self.r.choice(_ASIDES) + text
+        text = text[:1].lower() + text[1:] if x < 0.045 else text
+        return text.rstrip("?") if x > 0.035 else text
 
     def _passages(self, w: World, needed: Sequence[str], hidden: set[str]) -> str:
         """Retrieved passages before a question: those that it needs and were not shown, and some that it does not need."""  # noqa: E501
@@ -275,7 +296,7 @@ class Sampler:
             self._needles(documents, pool)
         rule = r.choice([q.rule for q in pool]) if pool else "fact"
         lead = ""
-        easy = {"blank": 0.5, "quote": 0.3, "title": 0.35}
+        easy = {"blank": 0.4, "quote": 0.25, "title": 0.3}
         if r.random() < 0.45:
             if r.random() < 0.6 and rule in reading.TASKS:
                 pool = [q for q in pool if q.rule == rule]
@@ -299,8 +320,8 @@ class Sampler:
             return None
         opened = inside
         for q in pool[:150]:
-            text, answer = q.text, q.answer
-            if absent and r.random() < 0.08:
+            text, answer = self._asked(q.text), q.answer
+            if absent and r.random() < 0.06:
                 text, answer = absent.pop().text, ABSENT
             if hidden:
                 home = next((i for i, g in enumerate(groups) if any(q.answer in p.text for p in g)), None)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import random
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from . import verbs
 
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 _DATE = rf"(?:(?:\d{{1,2}} )?(?:{_MONTH})(?: \d{{1,2}},?)? \d{{3,4}}|\d{{4}})"
@@ -84,6 +87,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "whom": ("Answer questions about who did what.", "By whom things were done.", "Look up people."),
     "what": ("Answer questions about what things are.", "Define the terms.", "Explain terms from the text.", "Look up definitions."),  # noqa: E501
     "where": ("Answer questions about places.", "Where things are.", "Look up locations."),
+    "verb": ("Answer questions about what things do.", "What things do, are made of and are called.", "Look up facts.", "Answer questions about the chapter."),  # noqa: E501
     "blank": ("Fill in the blanks.", "Fill in the blank with words from the documents.", "Complete the sentences from the text."),  # noqa: E501
     "title": ("Say which article a statement is from.", "Find the article.", "Name the article that says something."),
     "quote": ("Quote the documents.", "Continue the sentences.", "Complete the quotations."),
@@ -109,6 +113,8 @@ def questions(passage: Passage, r: random.Random) -> Iterator[ReadingQuestion]:
         if not 30 < len(sentence) < 330:
             continue
         yield from _ask(sentence, topic, passage.title, r)
+        for text, answer in verbs.questions(sentence, topic, passage.text, r):
+            yield ReadingQuestion(text, answer, "verb")
 
 
 def _ask(s: str, topic: str, title: str, r: random.Random) -> Iterator[ReadingQuestion]:  # noqa: C901
@@ -232,9 +238,12 @@ def passages(articles: Iterable[str]) -> Iterator[list[Passage]]:
 
 
 def laid_out(group: list[Passage], r: random.Random) -> str:
-    """Passages of one article as a document: with the title as a line, a heading, or not at all."""
+    """Passages of one article as a document: with the title as a line, a heading, or not at all; some hard-wrapped."""
     title, body = group[0].title, [p.text for p in group]
     x = r.random()
+    if x >= 0.5 and r.random() < 0.2:
+        width, indent = r.randint(64, 79), r.choice(("", "", "    "))
+        body = [textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent) for text in body]
     if x < 0.35:
         return "\n".join([title, *body])
     if x < 0.5:

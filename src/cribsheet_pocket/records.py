@@ -80,6 +80,8 @@ class Records(Written):
 
     def _phrase(self, a: Attribute, entity: str) -> str:
         forms = (*a.phrases, f"the {a.label} of {{e}}")
+        if not self.h:  # wordings that came later; worlds of the evaluation stay as they were
+            forms += (f"{{e}}'s {a.label}",)
         return self.r.choice(forms).replace("{e}", entity)
 
     def _made(

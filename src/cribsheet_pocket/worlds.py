@@ -12,7 +12,7 @@ Lists are in order of appearance; what the documents do not say has the answer `
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .needles import Needles, Variables
 from .records import Records
@@ -32,14 +32,16 @@ def make_world(
     style: str | None = None,
     questions: int = 40,
     kinds_of_question: Sequence[str] | None = None,
+    emphasis: Mapping[str, float] | None = None,
     filler: Callable[[random.Random], str] | None = None,
     held_out: bool = True,
 ) -> World:
     """A world of about `tokens` tokens of documents.
 
     `kind` is a kind of entity ("person", "spec", ...), "needles", "variables", or "mixed" for any of them.  `filler`
-    makes paragraphs that say nothing about the world; they are strewn between its documents.  Training used
-    `held_out=False`, whose seeds and names never meet those of the default.
+    makes paragraphs that say nothing about the world; they are strewn between its documents.  `emphasis` multiplies how
+    often a kind of question is asked.  Training used `held_out=False`, whose seeds and names never meet those of the
+    default.
     """
     r = random.Random(f"{'held-out' if held_out else 'training'}:{seed}")
     if kind == "mixed":
@@ -53,7 +55,7 @@ def make_world(
         builder = Records(r, held_out, tokens, KINDS[kind], style, filler)
     else:
         raise ValueError(f"There is no world of kind {kind!r}; the kinds are {', '.join(KINDS)}, needles, variables.")
-    drawn = builder.questions(questions, kinds_of_question)
+    drawn = builder.questions(questions, kinds_of_question, emphasis)
     return World(seed, kind, tuple(builder.documents), tuple(drawn), tuple(builder.tasks(drawn)))
 
 
