@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cribsheet.answering import FinishReason
 from cribsheet.sampling import TokenLogprob
+from cribsheet.tools import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +37,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer and how it came about; `str()` gives its text.
+    """An answer and how it came about; `str()` gives its text, without the calls of tools that are in `tool_calls`.
 
     `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end.
     """
 
     text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     usage: Usage
     seconds: float
     first_token_seconds: float
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __str__(self) -> str:
         """The text."""

@@ -9,9 +9,10 @@
     ├── SheetError         a sheet file is damaged, foreign, or of an unknown format version
     │   └── MismatchError  a sound sheet that belongs to another model, tokenizer, template or rotary setting
     ├── RequestError       a question or its sampling settings cannot be served
-    └── EngineError        the engine is closed, full, or died
+    ├── EngineError        the engine is closed, full, or died
+    └── IntegrationError   a framework's integration is not installed
 
-Each message gives the value, the limit and the way out. All but `EngineError` are also `ValueError`, so that code which
+Each message gives the value, the limit and the way out. All but the last two are also `ValueError`, so that code which
 does not know cribsheet still catches bad input as bad input.
 """
 
@@ -56,3 +57,7 @@ class RequestError(CribsheetError, ValueError):
 
 class EngineError(CribsheetError, RuntimeError):
     """The engine is closed, its queue is full, or it died."""
+
+
+class IntegrationError(CribsheetError, ImportError):
+    """The distribution that connects cribsheet with a framework is not installed."""

@@ -3,100 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
 from cribsheet import storage
-from cribsheet.answer import Answer, Source, Usage
-from cribsheet.answering import Delta, Event, Finished, Request, own_copy
+from cribsheet.answer import Answer, Source
+from cribsheet.answering import Event, Request
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.documents import read_documents
-from cribsheet.engine import Engine
-from cribsheet.errors import EngineError, ModelError, RequestError
+from cribsheet.errors import EngineError, RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar, GrammarTokens
+from cribsheet.handover import integration
+from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
-from cribsheet.sampling import SamplingParams, TokenLogprob
+from cribsheet.sampling import SamplingParams
 from cribsheet.sheet import Sheet
+from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout, Message
-
-Question = str | Sequence[Message]
+from cribsheet.tools import Toolbox
+from cribsheet.turns import Question, as_turns
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS}
-
-
-class LoadedModel:
-    """A backbone with its engine; one per model, revision, device and dtype, shared by every sheet on it."""
-
-    _alive: ClassVar[weakref.WeakValueDictionary[tuple[str, ...], LoadedModel]] = weakref.WeakValueDictionary()
-    _lock: ClassVar[threading.RLock] = threading.RLock()
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self.engine = Engine(backbone)
-        self.users: weakref.WeakSet[CompressedKnowledgeLLM] = weakref.WeakSet()
-        backbone.loaded = weakref.ref(self)
-
-    @classmethod
-    def get(cls, model: str | Path | Backbone | LoadedModel, **options: Any) -> LoadedModel:
-        """The loaded model of that name, loading it at most once while anybody uses it.
-
-        An option of none is an option not given. Raises `ModelError` for options to a model that is loaded already.
-        """
-        given = {name: value for name, value in options.items() if value is not None}
-        if isinstance(model, (LoadedModel, Backbone)):
-            if given:
-                raise ModelError(
-                    f"The model is loaded already, so {', '.join(sorted(given))} can no longer be set; give them to "
-                    "Backbone.load, or pass the model's folder or name."
-                )
-            return model if isinstance(model, LoadedModel) else cls._of(model)
-        with cls._lock:
-            loaded = cls._alive.get(_key(model, given))
-            if loaded is None:
-                loaded = cls._alive[_key(model, given)] = cls(Backbone.load(model, **given))
-                exact = {**given, "revision": loaded.backbone.revision}  # as a sheet asks for it
-                cls._alive.setdefault(_key(model, exact), loaded)
-            return loaded
-
-    @classmethod
-    def _of(cls, backbone: Backbone) -> LoadedModel:
-        with cls._lock:
-            return (backbone.loaded and backbone.loaded()) or cls(backbone)
-
-    def enter(self, user: CompressedKnowledgeLLM) -> None:
-        """Somebody uses the model; an engine that was closed for want of users is made anew."""
-        with self._lock:
-            self.users.add(user)
-            if self.engine.closed:
-                self.engine = Engine(self.backbone)
-
-    def leave(self, user: CompressedKnowledgeLLM) -> None:
-        """Somebody is done; the last one closes the engine."""
-        with self._lock:
-            self.users.discard(user)
-            if not self.users:
-                self.engine.close()
-
-
-def _key(model: str | Path, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """What two requests for the same model have in common, however they are written."""
-    place = Path(model).expanduser()
-    name = str(place.resolve()) if place.is_dir() else str(model)
-    said = {name: str(value).removeprefix("torch.") for name, value in options.items() if value is not None}
-    return name, repr(sorted(said.items()))
+_TOOLS = ("tools", "tool_choice")
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS}
 
 
 class CompressedKnowledgeLLM:
@@ -112,7 +51,7 @@ class CompressedKnowledgeLLM:
         self.sheet = sheet
         self._prefix: Prefix | None = None
         self._lock, self._closed = threading.Lock(), False
-        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
         self._layout = ChatLayout(self.backbone.tokenizer, system=made.system, options=made.template_options)
         made.fingerprint.check(fingerprint(self.backbone, self._layout))
@@ -192,7 +131,9 @@ class CompressedKnowledgeLLM:
     def ask(self, question: Question, **sampling: Any) -> Answer:
         """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
 
-        `json_schema=`, `regex=` or `choices=` give the answer a form, which it completes within `max_tokens`. Raises
+        A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
+        answer a form, which it completes within `max_tokens`. `tools=` (OpenAI's form) may be called: by the model's
+        own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. Raises
         `RequestError` for a question that does not fit the window, or settings out of range.
         """
         with self.stream(question, **sampling) as stream:
@@ -205,7 +146,7 @@ class CompressedKnowledgeLLM:
 
         Leaving the `with` block, or `close()`, stops the work within one token.
         """
-        stream = AnswerStream(self._ask_request(question, sampling))
+        stream = AnswerStream(*self._ask_request(question, sampling))
         self._submit(stream)
         return stream
 
@@ -213,7 +154,7 @@ class CompressedKnowledgeLLM:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
         if n < 1:
             raise RequestError(f"n is {n}; ask for at least 1 answer.")
-        streams = [AnswerStream(self._ask_request(question, sampling)) for _ in range(n)]
+        streams = [AnswerStream(*self._ask_request(question, sampling)) for _ in range(n)]
         for choice, stream in enumerate(streams):
             stream.request.choice = choice
         self._submit(*streams)
@@ -223,7 +164,7 @@ class CompressedKnowledgeLLM:
         return [stream.answer for stream in streams]
 
     def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
-        """Answer a conversation of `{"role": "user" | "assistant", "content": ...}` turns over the same prefix."""
+        """Answer a conversation of `{"role": "user", "content": ...}` and other turns over the same prefix."""
         return self.ask(messages, **sampling)
 
     def conversation(self) -> Conversation:
@@ -244,7 +185,7 @@ class CompressedKnowledgeLLM:
         raised by the stream.
         """
         loop = asyncio.get_running_loop()
-        stream = AsyncAnswerStream(self._ask_request(question, sampling), loop)
+        stream = AsyncAnswerStream(*self._ask_request(question, sampling), loop)
         if self._prefix is not None:
             self._submit(stream)
         else:
@@ -258,6 +199,18 @@ class CompressedKnowledgeLLM:
         mass = attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
         return find_sources(self.sheet, mass, limit)
 
+    def as_chat_model(self, **settings: Any) -> Any:
+        """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
+        return integration("langchain_cribsheet", "langchain-cribsheet").ChatCribsheet(knowledge=self, **settings)
+
+    def as_retriever(self, **settings: Any) -> Any:
+        """A LangChain retriever of the documents that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`)."""
+        return integration("langchain_cribsheet", "langchain-cribsheet").CribsheetRetriever(knowledge=self, **settings)
+
+    def as_tool(self, name: str, description: str, **settings: Any) -> Any:
+        """A LangChain tool that answers questions from this sheet, for another model's agent."""
+        return self.as_chat_model(**settings).as_tool(name=name, description=description)
+
     @property
     def prefix(self) -> Prefix:
         """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
@@ -270,7 +223,7 @@ class CompressedKnowledgeLLM:
                 self._prefix = Prefix(layers, self.sheet.tokens)
             return self._prefix
 
-    def _submit(self, *streams: _Stream) -> None:
+    def _submit(self, *streams: Stream) -> None:
         """Hand questions to the engine, over the sheet."""
         prefix = self.prefix
         for stream in streams:
@@ -281,19 +234,20 @@ class CompressedKnowledgeLLM:
             self._streams.update(streams)
         self._loaded.engine.submit(*(stream.request for stream in streams))
 
-    def _submit_later(self, stream: _Stream) -> None:
+    def _submit_later(self, stream: Stream) -> None:
         try:
             self._submit(stream)
         except Exception as error:
             stream.request.sink(error)
 
-    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> Request:
+    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> tuple[Request, Toolbox | None]:
         unknown = set(sampling) - _SETTINGS
         if unknown:
             known = ", ".join(sorted(_SETTINGS))
             raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
-        given = {name: value for name, value in with_form(sampling).items() if value is not None}
-        ids = self._question_ids(question)
+        toolbox = Toolbox.of(sampling.get("tools"), sampling.get("tool_choice"))
+        given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
+        ids = self._question_ids(question, toolbox)
         left = self.room - len(ids)
         if left < 1:
             raise RequestError(
@@ -304,7 +258,9 @@ class CompressedKnowledgeLLM:
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left})
         unplaced = Prefix((), self.sheet.tokens)
-        return Request(unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=self._constraint(params))
+        constraint = self._constraint(params)
+        request = Request(unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint)
+        return request, toolbox
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:
@@ -313,153 +269,9 @@ class CompressedKnowledgeLLM:
         tokens = GrammarTokens.of(backbone.tokenizer, backbone.eos_ids, backbone.config.vocab_size)
         return Constraint(params.grammar, tokens, params.max_tokens)
 
-    def _question_ids(self, question: Question) -> torch.Tensor:
-        turns = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        for turn in turns:
-            given = isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
-            if not given or not isinstance(turn.get("content"), str):
-                raise RequestError(f"A turn is {turn!r}; give a mapping with the texts 'role' and 'content'.")
-        if not turns or not turns[-1]["content"].strip():
-            raise RequestError("The question is empty; ask something.")
-        if turns[-1]["role"] == "assistant":
-            raise RequestError("The last turn is the assistant's, so there is nothing to answer; end with a question.")
-        text = self._layout.question(turns, self._task, self.sheet.resident)
+    def _question_ids(self, question: Question, toolbox: Toolbox | None = None) -> torch.Tensor:
+        text = self._layout.question(as_turns(question, toolbox), self._task, self.sheet.resident)
         return self._layout.encoder.after(text)
-
-
-class _Stream:
-    """What a caller holds while an answer is written; shared by the sync and async forms."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self._began = time.perf_counter()
-        self._first = 0.0
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._answer: Answer | None = None
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer, once the stream has ended."""
-        if self._answer is None:
-            raise RequestError("The answer is not finished; read the stream to its end first.")
-        return self._answer
-
-    def cancel(self) -> None:
-        """Stop within one token; the stream then ends with finish reason "cancelled"."""
-        self.request.cancel()
-
-    def __del__(self) -> None:
-        """A stream that nobody holds any more stops the work too."""
-        if self._answer is None:
-            self.cancel()
-
-    def _take(self, event: Event) -> str | None:
-        """The text of an event, or none when the answer is complete; errors are raised here."""
-        if isinstance(event, BaseException):
-            self._answer = self._finish(Finished("cancelled", 0))
-            raise own_copy(event)
-        if isinstance(event, Finished):
-            self._answer = self._finish(event)
-            return None
-        self._first = self._first or time.perf_counter() - self._began
-        self._texts.append(event.text)
-        self._logprobs.extend(event.logprobs)
-        return event.text
-
-    def _finish(self, end: Finished) -> Answer:
-        cached, asked = self.request.prefix.tokens, len(self.request.question)
-        seconds = time.perf_counter() - self._began
-        return Answer(
-            text="".join(self._texts),
-            finish_reason=end.reason,
-            usage=Usage(cached + asked, cached, end.completion_tokens),
-            seconds=seconds,
-            first_token_seconds=self._first or seconds,
-            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
-        )
-
-
-class AnswerStream(_Stream):
-    """Iterate for pieces of text as they are written; `.answer` is complete afterwards."""
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(request)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        request.sink = self._events.put
-
-    def __iter__(self) -> Iterator[str]:
-        """Pieces of text; never empty ones."""
-        return self
-
-    def __next__(self) -> str:
-        """The next piece of text, waiting for it; several readers share the pieces and all see the end."""
-        while self._answer is None:
-            event = self._events.get()
-            if not isinstance(event, Delta):
-                self._events.put(event)
-            text = self._take(event)
-            if text:
-                return text
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop the work if it still runs; safe to call twice and from any thread."""
-        if self._answer is None:
-            self.cancel()
-
-    def __enter__(self) -> Self:
-        """The stream itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the work if it still runs."""
-        self.close()
-
-
-class AsyncAnswerStream(_Stream):
-    """`AnswerStream` for `async for`."""
-
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(request)
-        self._events = events = asyncio.Queue[Event]()
-        request.sink = lambda event: _hand_over(loop, events, event)
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        """Pieces of text; never empty ones."""
-        return self
-
-    async def __anext__(self) -> str:
-        """The next piece of text."""
-        while self._answer is None:
-            try:
-                event = await self._events.get()
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-            if not isinstance(event, Delta):
-                self._events.put_nowait(event)
-            text = self._take(event)
-            if text:
-                return text
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """Stop the work if it still runs."""
-        if self._answer is None:
-            self.cancel()
-
-    async def __aenter__(self) -> Self:
-        """The stream itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the work if it still runs."""
-        await self.aclose()
 
 
 class Conversation:
@@ -477,20 +289,17 @@ class Conversation:
         return answer
 
 
-def with_form(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling settings with `json_schema`, `regex` or `choices` turned into the grammar that they stand for."""
+def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> dict[str, Any]:
+    """Sampling settings with `json_schema`, `regex`, `choices` or a forced call turned into the grammar they mean."""
     wanted = {name: sampling[name] for name in (*_FORMS, "grammar") if sampling.get(name) is not None}
+    if toolbox and toolbox.forced:
+        wanted["tool_choice"] = toolbox.schema
     if len(wanted) > 1:
         raise RequestError(f"An answer has one form, but {' and '.join(wanted)} were given; pass one of them.")
-    rest = {name: value for name, value in sampling.items() if name not in _FORMS}
+    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS)}
     for name, value in wanted.items():
-        rest["grammar"] = value if name == "grammar" else _FORMS[name](value)
+        rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest
-
-
-def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(events.put_nowait, event)
 
 
 def _unset(event: Event) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from cribsheet.answering import Answering, Suffix
 from cribsheet.backbone import Backbone
@@ -24,7 +23,7 @@ class Read:
 
     def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
         self.sequences, self.prefix = list(sequences), prefix
-        self.cache = Cache(layers=[])
+        self.cache = prefix_cache((), prefix.tokens)
 
     def next(self, backbone: Backbone) -> Tensor | None:
         """Read on; logits (B, V) of the first new tokens once everything is read."""

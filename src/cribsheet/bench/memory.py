@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cribsheet.build import build_sheet
 from cribsheet.documents import Document
-from cribsheet.llm import LoadedModel
+from cribsheet.loaded import LoadedModel
 from cribsheet.task import Task
 from cribsheet.testing import tiny_backbone
 

@@ -30,7 +30,8 @@ from cribsheet.bench.metrics import clustered_interval, exact_match, set_f1
 from cribsheet.build import GuideMode
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
-from cribsheet.llm import CompressedKnowledgeLLM, LoadedModel
+from cribsheet.llm import CompressedKnowledgeLLM
+from cribsheet.loaded import LoadedModel
 from cribsheet.task import Task
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,230 @@
+"""Tools that a model may call: how they are told to it, how a call is forced, and how calls are found in its text.
+
+Chat templates put tools in front of everything else, which would change what stands left of the question; so they are
+told as text in the turn after the sheet, and calls come back as text in the form that most open models were trained on:
+
+    <tool_call>
+    {"name": "add", "arguments": {"a": 1, "b": 2}}
+    </tool_call>
+
+A forced call is bound by a grammar and is always complete and valid. One that the model makes of its own accord is
+parsed, in this and a few other usual forms; what names no known tool stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cribsheet.errors import RequestError
+
+_OPEN, _CLOSE, _LIST = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
+_NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
+ANY = ("any", "required", True)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """Something that the model may ask its caller to do; `parameters` is the JSON schema of an object."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: dict(_NOTHING))
+
+    @classmethod
+    def of(cls, spec: Tool | Mapping[str, Any]) -> Tool:
+        """A tool from its OpenAI form, with or without `{"type": "function", "function": ...}` around it.
+
+        Raises `RequestError` for anything else.
+        """
+        if isinstance(spec, Tool):
+            return spec
+        inner = spec.get("function", spec) if isinstance(spec, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
+            raise RequestError(f"A tool is {spec!r}; give a mapping with 'name', 'description' and 'parameters'.")
+        parameters = inner.get("parameters") or _NOTHING
+        if not isinstance(parameters, Mapping):
+            raise RequestError(f"The parameters of tool {inner['name']!r} are {parameters!r}; give a JSON schema.")
+        return cls(inner["name"], str(inner.get("description") or ""), dict(parameters))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call: which tool, with what, and a name for the call that its result refers to."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex}")
+
+    def __str__(self) -> str:
+        """The call as the model writes it."""
+        call = {"name": self.name, "arguments": self.arguments}
+        return f"{_OPEN}\n{json.dumps(call, ensure_ascii=False)}\n{_CLOSE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """The tools of one request, and whether one of them must be called.
+
+    `forced` holds the tools of which one must be called; empty if the model may choose to answer.
+    """
+
+    tools: tuple[Tool, ...]
+    forced: tuple[Tool, ...] = ()
+
+    @classmethod
+    def of(cls, tools: Sequence[Tool | Mapping[str, Any]] | None, choice: Any = None) -> Toolbox | None:
+        """The tools as OpenAI's `tools` and `tool_choice` say; nothing if none may be called.
+
+        `choice` is "auto" or none, "none", "any", "required" or true, a tool's name, or
+        `{"type": "function", "function": {"name": ...}}`. Raises `RequestError` for a choice that does not exist.
+        """
+        known = {tool.name: tool for tool in map(Tool.of, tools or ())}
+        if len(known) < len(tools or ()):
+            raise RequestError(f"Two tools have one name among {', '.join(known)}; rename one.")
+        wanted = choice
+        if isinstance(choice, Mapping):
+            wanted = choice.get("function", choice).get("name")
+        if not known:
+            if choice in (None, False, "auto", "none"):
+                return None
+            raise RequestError(f"tool_choice is {choice!r}, but no tools were given; pass tools=[...].")
+        everything = tuple(known.values())
+        if wanted in (None, False, "auto"):
+            return cls(everything)
+        if wanted == "none":
+            return None
+        if wanted in ANY:
+            return cls(everything, everything)
+        if wanted not in known:
+            raise RequestError(
+                f"tool_choice is {choice!r}; use 'auto', 'none', 'any', or one of the tools {', '.join(known)}."
+            )
+        return cls(everything, (known[wanted],))
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of a forced call."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.name}, "arguments": _closed(tool.parameters)},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in self.forced
+        ]
+        definitions = {name: value for tool in self.forced for name, value in tool.parameters.get("$defs", {}).items()}
+        return {**({"anyOf": calls} if len(calls) > 1 else calls[0]), **({"$defs": definitions} if definitions else {})}
+
+    def __str__(self) -> str:
+        """The tools as they are told to the model."""
+        lines = [
+            json.dumps(
+                {"name": tool.name, "description": tool.description, "parameters": tool.parameters}, ensure_ascii=False
+            )
+            for tool in self.tools
+        ]
+        how = f'{_OPEN}\n{{"name": ..., "arguments": {{...}}}}\n{_CLOSE}'
+        if self.forced:
+            how = 'by answering only with {"name": ..., "arguments": {...}}'
+            return "\n".join(["Tools:", *lines, f"Call one of them {how}."])
+        return "\n".join(["Tools, if you need them:", *lines, f"To call one, write\n{how}"])
+
+
+class CallReader:
+    """Parts an answer, as it is written, into text for the reader and calls.
+
+    `push` returns text that is certain to be no part of a call; `finish` the rest, with `calls` complete.
+    """
+
+    def __init__(self, toolbox: Toolbox) -> None:
+        self._names = {tool.name for tool in toolbox.tools}
+        self._forced = bool(toolbox.forced)
+        self._text = ""
+        self._out = 0
+        self.calls: tuple[ToolCall, ...] = ()
+
+    def push(self, text: str) -> str:
+        """Add text of the answer; returns what can be shown."""
+        self._text += text
+        end = self._certain()
+        shown, self._out = self._text[self._out : end], max(self._out, end)
+        return shown
+
+    def finish(self) -> str:
+        """The rest of the text, without calls."""
+        rest, self.calls = self._parted(self._text[self._out :])
+        return rest
+
+    def _certain(self) -> int:
+        """How much of the text surely belongs to no call."""
+        if self._forced:
+            return 0
+        body = self._text.lstrip()
+        if not body or body[0] in "{[":  # the whole answer may be one call
+            return 0
+        places = [at for mark in (_OPEN, _LIST) if (at := _mark(self._text, mark)) >= 0]
+        return len(self._text[: min(places, default=len(self._text))].rstrip())
+
+    def _parted(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        whole = self._calls(_loaded(text.strip().removeprefix(_LIST)))
+        if whole:
+            return "", whole
+        calls: list[ToolCall] = []
+        kept: list[str] = []
+        after = 0
+        for block in re.finditer(rf"{_OPEN}\s*(.*?)\s*(?:{_CLOSE}|$)", text, re.S):
+            found = self._calls(_loaded(block[1]))
+            if found:
+                calls += found
+                kept.append(text[after : block.start()].rstrip())
+                after = block.end()
+        return "".join([*kept, text[after:] if not calls or text[after:].strip() else ""]), tuple(calls)
+
+    def _calls(self, value: Any) -> tuple[ToolCall, ...]:
+        """The calls that a JSON value stands for; none unless all of it are calls of known tools."""
+        calls: list[ToolCall] = []
+        for each in value if isinstance(value, list) else [value]:
+            name = each.get("name") if isinstance(each, dict) else None
+            arguments = each.get("arguments", each.get("parameters", {})) if isinstance(each, dict) else None
+            if isinstance(arguments, str):
+                arguments = _loaded(arguments)
+            if name not in self._names or not isinstance(arguments, dict):
+                return ()
+            calls.append(ToolCall(name, arguments))
+        return tuple(calls)
+
+
+def result_text(name: str | None, content: str) -> str:
+    """A tool's result as it is told to the model."""
+    return f"<tool_response>\n{f'{name}: ' if name else ''}{content}\n</tool_response>"
+
+
+def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments: nothing beside the properties that are named."""
+    closed = {key: value for key, value in parameters.items() if key != "$defs"}
+    if closed.get("type", "object") == "object":
+        closed.setdefault("type", "object")
+        closed.setdefault("properties", {})
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _mark(text: str, mark: str) -> int:
+    """Where `mark` stands in the text, or where it may have begun at its end; -1 if nowhere."""
+    at = text.find(mark)
+    if at >= 0:
+        return at
+    return next((len(text) - n for n in range(min(len(mark), len(text)), 0, -1) if text.endswith(mark[:n])), -1)

@@ -1,0 +1,156 @@
+"""Tools are told after the sheet; forced calls are always complete, free ones are found in the text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from corpus import DOCUMENTS, FEW_SHOT
+
+from cribsheet import CompressedKnowledgeLLM
+from cribsheet.errors import RequestError
+from cribsheet.testing import echo_backbone, tiny_backbone
+from cribsheet.tools import CallReader, Tool, Toolbox, ToolCall
+
+ADD = Tool(
+    "add",
+    "Add two numbers.",
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]},
+)
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "Tell the time."}}
+NOTE = {
+    "name": "note",
+    "parameters": {
+        "type": "object",
+        "properties": {"who": {"$ref": "#/$defs/Who"}},
+        "required": ["who"],
+        "$defs": {"Who": {"enum": ["Alice", "Bob"]}},
+    },
+}
+
+
+def read(toolbox, text, size=1):
+    reader = CallReader(toolbox)
+    shown = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
+    return "".join(shown) + reader.finish(), [(call.name, call.arguments) for call in reader.calls]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "shown", "calls"),
+    [
+        ("It is late.", "It is late.", []),
+        ('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>', "", [("add", {"a": 1, "b": 2})]),
+        (
+            'Let me see.\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>\n'
+            '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>',
+            "Let me see.",
+            [("clock", {}), ("add", {"a": 1, "b": 2})],
+        ),
+        ('{"name": "clock", "parameters": {}}', "", [("clock", {})]),
+        ('{"name": "add", "arguments": "{\\"a\\": 3}"}', "", [("add", {"a": 3})]),
+        ('[TOOL_CALLS] [{"name": "clock", "arguments": {}}, {"name": "clock"}]', "", [("clock", {}), ("clock", {})]),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1}}', "", [("add", {"a": 1})]),
+        (
+            '<tool_call>{"name": "launch", "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "launch", "arguments": {}}</tool_call>',
+            [],
+        ),
+        ('{"name": "launch", "arguments": {}}', '{"name": "launch", "arguments": {}}', []),
+        ("[1] says so, 2 < 3 and <tool_", "[1] says so, 2 < 3 and <tool_", []),
+        ('<tool_call>{"name": "add", "argu', '<tool_call>{"name": "add", "argu', []),
+        ("", "", []),
+    ],
+)
+def test_calls_are_parted_from_text_however_it_arrives(text, shown, calls, size):
+    assert read(Toolbox.of([ADD, CLOCK]), text, size) == (shown, calls)
+
+
+def test_a_call_written_out_is_read_back():
+    call = ToolCall("add", {"a": 1, "who": "日本 é"})
+    assert "日本 é" in str(call)
+    assert read(Toolbox.of([ADD]), str(call)) == ("", [(call.name, call.arguments)])
+
+
+def test_text_is_shown_as_soon_as_it_can_be_no_call():
+    reader = CallReader(Toolbox.of([ADD]))
+    assert [reader.push(piece) for piece in ["It", " is ", "<", "b> ", "late"]] == ["It", " is", "", " <b>", " late"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [(None, []), ("auto", []), ("any", ["add", "clock"]), ("required", ["add", "clock"]), (True, ["add", "clock"]),
+     ("clock", ["clock"]), ({"type": "function", "function": {"name": "add"}}, ["add"])],
+)  # fmt: skip
+def test_a_choice_says_which_tools_must_be_called(choice, forced):
+    assert [tool.name for tool in Toolbox.of([ADD, CLOCK], choice).forced] == forced
+
+
+def test_none_of_the_tools_and_no_tools_are_no_toolbox():
+    assert Toolbox.of([ADD], "none") is None and Toolbox.of([], "auto") is None and Toolbox.of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "message"),
+    [
+        ([ADD], "divide", "use 'auto', 'none', 'any', or one of the tools add"),
+        ([], "any", "no tools were given"),
+        ([ADD, ADD], None, "Two tools have one name"),
+        ([{"description": "?"}], None, "give a mapping with 'name'"),
+        ([{"name": "x", "parameters": [1]}], None, "give a JSON schema"),
+        (["add"], None, "give a mapping with 'name'"),
+    ],
+)
+def test_tools_that_make_no_sense_are_refused(tools, choice, message):
+    with pytest.raises(RequestError, match=message):
+        Toolbox.of(tools, choice)
+
+
+@pytest.fixture(scope="module")
+def kb():
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="task-peak")
+
+
+@pytest.mark.parametrize("choice", ["any", "add", "clock", "note"])
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_a_forced_call_is_complete_and_valid_whatever_the_model(kb, choice, temperature):
+    answer = kb.ask(
+        "What is one and two?",
+        tools=[ADD, CLOCK, NOTE],
+        tool_choice=choice,
+        max_tokens=60,
+        temperature=temperature,
+        seed=1,
+    )
+    assert answer.finish_reason == "tool_calls" and answer.text == ""
+    (call,) = answer.tool_calls
+    assert call.name == choice or choice == "any"
+    assert set(call.arguments) == {"add": {"a", "b"}, "clock": set(), "note": {"who"}}[call.name]
+
+
+def test_a_free_call_comes_out_of_a_real_model_and_its_result_goes_back_in():
+    call = json.dumps({"name": "clock", "arguments": {}})
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS,
+        FEW_SHOT,
+        model=echo_backbone(f"One moment. <tool_call> {call} </tool_call>"),
+        rate=2,
+        scorer="recent",
+    )
+    stream = kb.stream("What time is it?", tools=[CLOCK])
+    assert "".join(stream) == "One moment."
+    answer = stream.answer
+    assert answer.finish_reason == "tool_calls" and [each.name for each in answer.tool_calls] == ["clock"]
+    history = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": answer.text, "tool_calls": list(answer.tool_calls)},
+        {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "12:30"},
+    ]
+    assert kb.ask(history, tools=[CLOCK]).usage.prompt_tokens > answer.usage.prompt_tokens
+    assert kb.ask("What time is it?").tool_calls == ()
+    assert kb.ask("What time is it?", tools=[CLOCK], tool_choice="none").text.startswith("One moment. <tool_call>")
+
+
+def test_a_forced_call_and_another_form_are_refused(kb):
+    with pytest.raises(RequestError, match="regex and tool_choice were given"):
+        kb.ask("?", tools=[ADD], tool_choice="any", regex="a+")
