@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -20,6 +21,8 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: programs that tests
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # start and interrupt would inherit it
     folder = os.environ.get("CRIBSHEET_SUPPORT")
     if folder:
         config.pluginmanager.register(SupportTable(Path(folder)))

@@ -128,6 +128,10 @@ class CompressedKnowledgeLLM:
         """Tokens of the model's window that the sheet leaves for question and answer."""
         return self.backbone.window - self.sheet.tokens
 
+    def count_tokens(self, question: Question, tools: Sequence[Any] | None = None) -> int:
+        """Tokens that a question or conversation takes of `room`, the template's included."""
+        return len(self._question_ids(question, Toolbox.of(tools)))
+
     def ask(self, question: Question, **sampling: Any) -> Answer:
         """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,6 +56,11 @@ class Manifest(BaseModel):
     chunk_tokens: int
     dtype: StorageDtype
     build: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made."""
+        return hashlib.sha256(self.model_dump_json(exclude={"created", "build"}).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
