@@ -142,6 +142,22 @@ def test_a_question_that_is_cancelled_while_it_waits_leaves_the_queue_though_all
     run(engine)
 
 
+def test_a_question_whose_time_is_up_is_told_so_whether_it_waits_is_read_or_runs(kb):
+    engine = Engine(kb.backbone, max_batch=2)
+    running, running_events = ask(kb, max_tokens=500)
+    long, long_events = ask(kb, "Where does Bob live? " * 400, max_tokens=4)
+    waiting, waiting_events = ask(kb)
+    queue(engine, running, long, waiting)
+    engine.step()
+    assert len(engine._started()) == 2 and any(isinstance(event, Delta) for event in running_events)
+    for request in (running, long, waiting):
+        request.timeout, request.asked = 5.0, request.asked - 10
+    run(engine)
+    for events in (running_events, long_events, waiting_events):
+        assert isinstance(events[-1], EngineError) and "timeout=5.0" in str(events[-1])
+        assert sum(not isinstance(event, Delta) for event in events) == 1
+
+
 def test_no_more_than_max_batch_run_at_once_and_the_rest_follow_in_order(kb):
     engine = Engine(kb.backbone, max_batch=2)
     ended = []

@@ -11,7 +11,8 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import RequestError
-from cribsheet.grammar import Constraint, Grammar, GrammarTokens
+from cribsheet.grammar import Constraint, Grammar
+from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.testing import tiny_backbone
 
 SCHEMA = {
@@ -28,9 +29,10 @@ REGEX = r"[A-Z][a-z]{2,40}(, [A-Z][a-z]+)*\."
 CHOICES = ["yes", "no", "maybe so", "maybe not, who knows?"]
 
 
-@pytest.fixture(scope="module")
-def kb():
-    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3)
+@pytest.fixture(scope="module", params=["tiny", "pocket"])  # a plain tokenizer, and one whose words carry marks
+def kb(request):
+    model = "pocket" if request.param == "pocket" else tiny_backbone()
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, rate=3, scorer="recent")
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,20 @@ def test_bad_settings_are_refused_before_they_are_queued(kb, settings):
     assert kb.ask(QUESTION, max_tokens=2).usage.completion_tokens == 2
 
 
+def test_a_timeout_is_an_error_and_the_next_question_is_answered(kb):
+    with pytest.raises(EngineError, match="timeout=0.0001 seconds"):
+        kb.ask(QUESTION, max_tokens=3000, timeout=0.0001)
+    with pytest.raises(RequestError, match="timeout is 0"):
+        kb.ask(QUESTION, timeout=0)
+    assert kb.ask(QUESTION, max_tokens=3, timeout=600).usage.completion_tokens == 3
+
+
+def test_tokens_are_counted_as_they_are_read(kb):
+    counted = kb.count_tokens(QUESTION)
+    assert kb.ask(QUESTION, max_tokens=1).usage.prompt_tokens == counted + kb.sheet.tokens
+    assert kb.count_tokens(QUESTION, tools=[{"name": "clock"}]) > counted
+
+
 def test_a_setting_of_none_is_a_setting_not_given(kb):
     asked = {"stop": None, "temperature": None, "max_tokens": 9, "seed": None, "logit_bias": None}
     assert kb.ask(QUESTION, **asked).text == kb.ask(QUESTION, max_tokens=9).text

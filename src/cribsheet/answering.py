@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
+from cribsheet.errors import EngineError
 from cribsheet.grammar import Constraint
 from cribsheet.prefix import Prefix
 from cribsheet.sampling import Sampler, SamplingParams, TokenLogprob, describe
@@ -54,6 +56,26 @@ class Request:
     ends: tuple[str, ...] = ()  # where the template's turn ends, besides the caller's own stop strings
     constraint: Constraint | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    timeout: float | None = None  # seconds from now on until the caller gets an error instead
+    asked: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled.is_set() or self.is_late
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is up."""
+        return self.timeout is not None and time.monotonic() - self.asked > self.timeout
+
+    def end(self) -> Event:
+        """The last event of a question that is over before anything was written."""
+        if self.cancelled.is_set():
+            return Finished("cancelled", 0)
+        return EngineError(
+            f"The answer was not complete after timeout={self.timeout} seconds; allow more, or ask less."
+        )
 
     def cancel(self) -> None:
         """Stop within one token; the sink gets a last `Finished("cancelled", n)`."""
@@ -79,8 +101,8 @@ class Answering:
     def advance(self, logits: Tensor | None, greedy: int) -> None:
         """Take one step's logits (V,), or without them the greedy choice for the whole batch; emit, maybe finish."""
         params = self.request.params
-        if self.request.cancelled.is_set():
-            return self._finish("cancelled")
+        if self.request.is_over:
+            return self.stop()
         if logits is None:
             self.last = greedy
         else:
@@ -104,10 +126,18 @@ class Answering:
         self.finished = True
         tell(self.request, error)
 
-    def cancel(self) -> None:
+    def stop(self) -> None:
+        """End an answer that nobody waits for."""
+        end = self.request.end()
+        if isinstance(end, BaseException):
+            self.fail(end)
+        else:
+            self._finish("cancelled")
+
+    def drop(self) -> None:
         """End an answer that has no slot."""
         try:
-            self._finish("cancelled")
+            self.stop()
         except Exception:
             logger.exception("nobody could be told that an answer was cancelled")
 

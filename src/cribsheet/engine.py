@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cribsheet.answering import Answering, Finished, Request, tell
+from cribsheet.answering import Answering, Request, tell
 from cribsheet.backbone import Backbone
 from cribsheet.errors import EngineError
 from cribsheet.group import Group
@@ -142,11 +142,11 @@ class Engine:
     def _admit(self) -> None:
         """Fill free slots in order of arrival: parked answers go on, new questions are read."""
         with self._wake:
-            cancelled = [each for each in self._waiting if _request(each).cancelled.is_set()]
-            if cancelled:  # they leave the queue at once, also when all slots are taken
-                self._waiting = deque(each for each in self._waiting if not _request(each).cancelled.is_set())
+            over = [each for each in self._waiting if _request(each).is_over]
+            for each in over:  # they leave the queue at once, also when all slots are taken
+                self._waiting.remove(each)
             admitted = [self._waiting.popleft() for _ in range(min(self._free(), len(self._waiting)))]
-        for each in cancelled:
+        for each in over:
             _drop(each)
         new: list[Answering] = []
         for each in admitted:
@@ -165,7 +165,7 @@ class Engine:
         if not queue:
             return
         read = queue.popleft()
-        read.drop_cancelled()
+        read.drop_those_over()
         if not read.sequences:
             return
         try:
@@ -252,11 +252,11 @@ def _request(each: Request | Answering) -> Request:
 
 
 def _drop(each: Request | Answering) -> None:
-    """Tell someone who waits that it was cancelled."""
+    """Tell someone who waits that it is over."""
     if isinstance(each, Answering):
-        each.cancel()
+        each.drop()
     else:
-        tell(each, Finished("cancelled", 0))
+        tell(each, each.end())
 
 
 def _fail(sequences: list[Answering], error: BaseException) -> None:

@@ -21,7 +21,8 @@ from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 from cribsheet.fingerprint import fingerprint
-from cribsheet.grammar import Constraint, Grammar, GrammarTokens
+from cribsheet.grammar import Constraint, Grammar
+from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
@@ -35,7 +36,7 @@ from cribsheet.turns import Question, as_turns
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS}
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout"}
 
 
 class CompressedKnowledgeLLM:
@@ -137,8 +138,9 @@ class CompressedKnowledgeLLM:
 
         A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
         answer a form, which it completes within `max_tokens`. `tools=` (OpenAI's form) may be called: by the model's
-        own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. Raises
-        `RequestError` for a question that does not fit the window, or settings out of range.
+        own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. `timeout=` is
+        in seconds. Raises `RequestError` for a question that does not fit the window, or settings out of range, and
+        `EngineError` when time is up.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -250,6 +252,9 @@ class CompressedKnowledgeLLM:
             known = ", ".join(sorted(_SETTINGS))
             raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
         toolbox = Toolbox.of(sampling.get("tools"), sampling.get("tool_choice"))
+        timeout = sampling.get("timeout")
+        if timeout is not None and not timeout > 0:
+            raise RequestError(f"timeout is {timeout}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         ids = self._question_ids(question, toolbox)
         left = self.room - len(ids)
@@ -263,7 +268,9 @@ class CompressedKnowledgeLLM:
             params = SamplingParams(**{**given, "max_tokens": left})
         unplaced = Prefix((), self.sheet.tokens)
         constraint = self._constraint(params)
-        request = Request(unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint)
+        request = Request(
+            unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint, timeout=timeout
+        )
         return request, toolbox
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
@@ -300,7 +307,7 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
         wanted["tool_choice"] = toolbox.schema
     if len(wanted) > 1:
         raise RequestError(f"An answer has one form, but {' and '.join(wanted)} were given; pass one of them.")
-    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS)}
+    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS, "timeout")}
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest

@@ -29,11 +29,11 @@ class Read:
         """Read on; logits (B, V) of the first new tokens once everything is read."""
         raise NotImplementedError
 
-    def drop_cancelled(self) -> None:
-        """Tell those who were cancelled meanwhile, and leave them out."""
+    def drop_those_over(self) -> None:
+        """Tell those whom nobody waits for any more, and leave them out."""
         for sequence in self.sequences:
-            if sequence.request.cancelled.is_set():
-                sequence.cancel()
+            if sequence.request.is_over:
+                sequence.drop()
         self.sequences = [sequence for sequence in self.sequences if not sequence.finished]
 
     def suffix(self, row: int) -> Suffix:

@@ -112,13 +112,15 @@ class Toolbox:
         calls = [
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.name}, "arguments": _closed(tool.parameters)},
+                "properties": {"name": {"const": tool.name}, "arguments": _arguments(tool.parameters)},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
             for tool in self.forced
         ]
-        definitions = {name: value for tool in self.forced for name, value in tool.parameters.get("$defs", {}).items()}
+        definitions = {
+            name: value for tool in self.forced for name, value in closed(tool.parameters).get("$defs", {}).items()
+        }
         return {**({"anyOf": calls} if len(calls) > 1 else calls[0]), **({"$defs": definitions} if definitions else {})}
 
     def __str__(self) -> str:
@@ -205,14 +207,30 @@ def result_text(name: str | None, content: str) -> str:
     return f"<tool_response>\n{f'{name}: ' if name else ''}{content}\n</tool_response>"
 
 
-def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a call's arguments: nothing beside the properties that are named."""
-    closed = {key: value for key, value in parameters.items() if key != "$defs"}
-    if closed.get("type", "object") == "object":
-        closed.setdefault("type", "object")
-        closed.setdefault("properties", {})
-        closed.setdefault("additionalProperties", False)
-    return closed
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON schema whose objects hold nothing beside the properties that they name, unless it says otherwise."""
+    named = ("properties", "$defs", "definitions")
+    made: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in named and isinstance(value, Mapping):
+            made[key] = {name: closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
+        elif key in ("enum", "const", "default", "examples"):
+            made[key] = value
+        elif isinstance(value, Mapping):
+            made[key] = closed(value)
+        elif isinstance(value, list):
+            made[key] = [closed(each) if isinstance(each, Mapping) else each for each in value]
+        else:
+            made[key] = value
+    if "properties" in made and "allOf" not in made:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def _arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments; definitions move to the top, where references look for them."""
+    own = {key: value for key, value in parameters.items() if key != "$defs"}
+    return closed({**_NOTHING, **own})
 
 
 def _loaded(text: str) -> Any:
