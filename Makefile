@@ -8,10 +8,11 @@ CORE := attention backbone batch compress engine grammar llm prefix rope testing
 
 .PHONY: demo test oldest support check format lint types docs slow quality memory throughput pocket clean
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev]' --editable 'integrations/langchain[test]'
 	touch $(READY)
 
 demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sources, sizes and times

@@ -109,7 +109,7 @@ def test_bad_settings_are_refused_before_they_are_queued(kb, settings):
 
 
 def test_a_timeout_is_an_error_and_the_next_question_is_answered(kb):
-    with pytest.raises(EngineError, match="timeout=0.0001 seconds"):
+    with pytest.raises(EngineError, match=r"timeout=0\.0001 seconds"):
         kb.ask(QUESTION, max_tokens=3000, timeout=0.0001)
     with pytest.raises(RequestError, match="timeout is 0"):
         kb.ask(QUESTION, timeout=0)

@@ -1,0 +1,350 @@
+"""`ChatCribsheet`: a LangChain chat model that answers from a sheet.
+
+Everything is taken from `CompressedKnowledgeLLM`; this file only speaks LangChain. Concurrent calls, from threads or
+tasks, meet in the engine and are answered as one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import get_config_list
+from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, SecretStr, model_validator
+
+from cribsheet import Answer, CompressedKnowledgeLLM, __version__
+from cribsheet.errors import RequestError
+from cribsheet.tools import Toolbox
+from langchain_cribsheet.knowledge import Knowledge
+from langchain_cribsheet.messages import as_conversation, as_message, last_chunk
+from langchain_cribsheet.serialisation import register
+from langchain_cribsheet.structured import structured
+
+_BATCH = 64  # answers that the engine writes at once
+_SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
+_TO_OPENAI = ("logprobs", "top_logprobs", "response_format")
+_FOR_LANGCHAIN = ("ls_structured_output_format", "strict", "parallel_tool_calls")  # nothing for the model in them
+
+
+class ChatCribsheet(BaseChatModel):
+    """A chat model that answers from a sheet: `ChatCribsheet(sheet="staff.sheet")`, or `kb.as_chat_model()`.
+
+    sheet
+        path of the sheet; without it, the environment's `CRIBSHEET_SHEET`.
+    model
+        folder or hub id of the model that made the sheet; without it `CRIBSHEET_MODEL`, or where the sheet says.
+    model_options
+        for `Backbone.load`: `device`, `dtype`, `device_map`, `quantization_config`, ...
+    knowledge
+        an open `CompressedKnowledgeLLM` instead of a path.
+
+    All others are settings of an answer as in `SamplingParams`, and can also be given with each call. Weights are
+    loaded with the first question, once per process. `max_retries` and `api_key` are taken because chains pass them;
+    there is nothing to retry and nobody to ask for a key. Unknown arguments are errors.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    sheet: str | None = Field(default_factory=lambda: os.environ.get("CRIBSHEET_SHEET"))
+    model: str | None = Field(default_factory=lambda: os.environ.get("CRIBSHEET_MODEL"))
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    knowledge: Any = Field(default=None, exclude=True, repr=False)
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: list[str] | None = None
+    timeout: float | None = None
+    streaming: bool = False
+    max_retries: int | None = None
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _set_knowledge(self) -> ChatCribsheet:
+        given = self.knowledge
+        if isinstance(given, CompressedKnowledgeLLM):
+            if self.sheet and "sheet" in self.model_fields_set:
+                raise ValueError(f"Both knowledge= and sheet={self.sheet!r} were given; pass one of them.")
+            self.__dict__.update(knowledge=Knowledge.around(given), sheet=None)
+        elif given is not None and not isinstance(given, Knowledge):
+            raise ValueError(f"knowledge is a {type(given).__name__}; give a CompressedKnowledgeLLM, or sheet=.")
+        elif self.sheet:  # when rebuilt from its fields, perhaps with another sheet, what was loaded stays loaded
+            find = given.instead if given else Knowledge.of
+            self.__dict__["knowledge"] = find(self.sheet, self.model, self.model_options)
+        return self
+
+    @model_validator(mode="after")
+    def _set_cribsheet_version(self) -> ChatCribsheet:
+        self._add_version("cribsheet", __version__)
+        return self
+
+    # ---- what it is
+
+    @property
+    def _llm_type(self) -> str:
+        return "chat-cribsheet"
+
+    @property
+    def llm(self) -> CompressedKnowledgeLLM:
+        """The model with its sheet, loaded now if it was not yet."""
+        return self._known().llm
+
+    def _known(self, sheet: str | None = None, model: str | None = None) -> Knowledge:
+        """The knowledge to answer from: this object's, or another sheet or model for one call."""
+        own: Knowledge | None = self.knowledge
+        if own and not sheet and model == own.manifest.fingerprint.model:
+            return own
+        if sheet or model:
+            find = own.instead if own else Knowledge.of
+            return find(sheet or self.sheet, model or self.model, self.model_options)
+        return own or Knowledge.of(self.sheet, self.model, self.model_options)
+
+    def _model_name(self, model: str | None = None) -> str:
+        return model or self.model or self._known().manifest.fingerprint.model
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """What an answer depends on: for tracing, and for the cache key that tells two sheets apart."""
+        sampling = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        known = self.knowledge
+        digest = known.manifest.digest if known else None
+        return {"model": self.model, "sheet": self.sheet, "digest": digest, **sampling}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """LangChain's cache key; its own holds paths only, and another sheet may lie there tomorrow."""
+        said = super()._get_llm_string(stop, **kwargs)
+        known = self._known(kwargs.get("sheet"), kwargs.get("model"))
+        identity = f"{known.manifest.digest} {sorted(self._identifying_params.items(), key=str)}"
+        return f"{said}---{hashlib.sha256(identity.encode()).hexdigest()}"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = "cribsheet"
+        if "ls_model_name" not in params and self.knowledge is not None:
+            params["ls_model_name"] = self._model_name()
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        profile = ModelProfile(
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            tool_calling=True,
+            tool_choice=True,
+            structured_output=True,
+            reasoning_output=False,
+            temperature=True,
+            open_weights=True,
+        )
+        known = self.knowledge
+        llm = known.llm if isinstance(known, Knowledge) and known.is_open else known  # called before `_set_knowledge`
+        if isinstance(llm, CompressedKnowledgeLLM):
+            profile["max_input_tokens"] = profile["max_output_tokens"] = llm.room
+            profile["name"] = llm.backbone.name
+        return profile
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """It is: its fields are paths and settings."""
+        return True
+
+    def to_json(self) -> Any:
+        """LangChain's serialised form; one that was made around an open sheet has none, for it has no path."""
+        return super().to_json() if self.sheet else self.to_json_not_implemented()
+
+    # ---- counting
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text by the model's own tokenizer."""
+        ids: list[int] = self.llm.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Tokens that messages and tools take beside the sheet, as its template renders them."""
+        return self.llm.count_tokens(as_conversation(messages), [convert_to_openai_tool(tool) for tool in tools or ()])
+
+    # ---- answering
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        known, name, settings = self._settings(stop, kwargs)
+        count = settings.pop("n", 1)
+        asked = as_conversation(messages)
+        if count != 1:
+            return _result(known.llm.ask_many(asked, count, **settings), known, name)
+        return _result([known.llm.ask(asked, **settings)], known, name)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        known, name, settings = self._settings(stop, kwargs)
+        count = settings.pop("n", 1)
+        llm, asked = await _opened(known), as_conversation(messages)
+        if count != 1:
+            return _result(await asyncio.to_thread(llm.ask_many, asked, count, **settings), known, name)
+        return _result([await llm.aask(asked, **settings)], known, name)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        known, name, settings = self._settings(stop, kwargs)
+        with known.llm.stream(as_conversation(messages), **settings) as stream:
+            for text in stream:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
+                if run_manager:
+                    run_manager.on_llm_new_token(text, chunk=chunk)
+                yield chunk
+        yield ChatGenerationChunk(message=last_chunk(stream.answer, known.manifest, name))
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        known, name, settings = self._settings(stop, kwargs)
+        llm = await _opened(known)
+        async with llm.astream(as_conversation(messages), **settings) as stream:
+            async for text in stream:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
+                if run_manager:
+                    await run_manager.on_llm_new_token(text, chunk=chunk)
+                yield chunk
+        yield ChatGenerationChunk(message=last_chunk(stream.answer, known.manifest, name))
+
+    def _settings(self, stop: list[str] | None, given: Mapping[str, Any]) -> tuple[Knowledge, str, dict[str, Any]]:
+        """The knowledge, the model's name, and the settings of one answer: the fields', then the call's."""
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
+        settings |= {name: value for name, value in given.items() if name not in _FOR_LANGCHAIN}
+        settings["stop"] = stop if stop is not None else settings["stop"]
+        settings["timeout"] = settings.get("timeout", self.timeout)
+        sheet, model = settings.pop("sheet", None), settings.pop("model", None)
+        form = settings.pop("response_format", None)
+        if form is not None:
+            settings["json_schema"] = _schema_of(form)
+        if settings.pop("logprobs", None):
+            settings["logprobs"] = settings.pop("top_logprobs", None) or 0
+        known = self._known(sheet, model)
+        return known, self._model_name(model), {name: v for name, v in settings.items() if v is not None}
+
+    # ---- composing
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """As in LangChain, with as many calls at once as the engine batches, unless `max_concurrency` says less."""
+        configs = get_config_list(config, len(inputs))
+        for each in configs:
+            if each.get("max_concurrency") is None:
+                each["max_concurrency"] = _BATCH
+        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: Any = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """A model that may call `tools`; `tool_choice` is "auto", "none", "any", "required", true, or a tool's name.
+
+        A forced call is always complete and fits the tool's schema. Raises `RequestError` for a choice that is none.
+        """
+        converted = [convert_to_openai_tool(tool) for tool in tools]
+        Toolbox.of(list({tool["function"]["name"]: tool for tool in converted}.values()), tool_choice)
+        chosen = {} if tool_choice is None else {"tool_choice": tool_choice}
+        return self.bind(tools=converted, **chosen, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: str = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """A model whose answers are instances of `schema` (Pydantic) or dicts (TypedDict, JSON schema).
+
+        `method` is "json_schema" (the answer is bound by the schema), "function_calling" (a forced call) or "json_mode"
+        (any JSON object). Answers are always complete; `strict=False` also allows keys that the schema does not name.
+        """
+        return structured(self, schema, method=method, include_raw=include_raw, strict=strict, **kwargs)
+
+    def as_tool(  # type: ignore[override]
+        self, args_schema: None = None, *, name: str | None = None, description: str | None = None
+    ) -> BaseTool:
+        """A tool that answers a question from the sheet, for another model's agent; its argument is `question`."""
+        if args_schema is not None:
+            raise RequestError("The tool's only argument is the question, so args_schema cannot be given.")
+
+        def ask(question: str) -> str:
+            return self.invoke(question).text
+
+        async def aask(question: str) -> str:
+            return (await self.ainvoke(question)).text
+
+        told = description or f"Answers questions from documents. {self._known().manifest.task['description']}"
+        return StructuredTool.from_function(ask, aask, name=name or "ask_documents", description=told)
+
+
+def _schema_of(form: Any) -> Any:
+    """The JSON schema of OpenAI's `response_format`; any JSON object for its JSON mode."""
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    if kind == "json_schema":
+        return form["json_schema"].get("schema", form["json_schema"])
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind == "text":
+        return None
+    raise RequestError(f"response_format is {form!r}; use the type 'json_schema', 'json_object' or 'text'.")
+
+
+def _result(answers: Sequence[Answer], known: Knowledge, name: str) -> ChatResult:
+    messages = [as_message(answer, known.manifest, name) for answer in answers]
+    made = [ChatGeneration(message=each, generation_info=dict(each.response_metadata)) for each in messages]
+    return ChatResult(generations=made, llm_output={"model_name": name})
+
+
+async def _opened(known: Knowledge) -> CompressedKnowledgeLLM:
+    """The loaded model; loading does not hold up the event loop."""
+    return known.llm if known.is_open else await asyncio.to_thread(lambda: known.llm)
+
+
+register(*ChatCribsheet.lc_id())

@@ -1,0 +1,108 @@
+"""LangChain's messages to conversations in OpenAI's shape, and answers back to messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    convert_to_openai_messages,
+)
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import tool_call, tool_call_chunk
+
+from cribsheet import Answer
+from cribsheet.answer import Usage
+from cribsheet.errors import RequestError
+from cribsheet.sampling import TokenLogprob
+from cribsheet.sheet import Manifest
+
+# What a model wrote for itself, and calls, which stand in the message's `tool_calls` too.
+_LEFT_OUT = ("thinking", "reasoning", "redacted_thinking", "tool_call", "invalid_tool_call")
+
+
+def as_conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Turns for `CompressedKnowledgeLLM.ask`. Raises `RequestError` for messages that a text model cannot be told."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        if isinstance(message, ChatMessage):
+            turns.append({"role": message.role, "content": message.text})
+            continue
+        try:
+            converted = convert_to_openai_messages([_told(message)])
+        except ValueError as error:
+            raise RequestError(f"A message of type {message.type!r} cannot be told to the model: {error}") from error
+        assert isinstance(converted, list)
+        turns += converted
+    return turns
+
+
+def _told(message: BaseMessage) -> BaseMessage:
+    """The message without what need not be told."""
+    if isinstance(message.content, str):
+        return message
+    content = [block for block in message.content if not (isinstance(block, dict) and block.get("type") in _LEFT_OUT)]
+    return message.model_copy(update={"content": content})
+
+
+def as_message(answer: Answer, manifest: Manifest, model: str) -> AIMessage:
+    """The message of a whole answer."""
+    return AIMessage(
+        content=answer.text,
+        tool_calls=[tool_call(name=call.name, args=call.arguments, id=call.id) for call in answer.tool_calls],
+        usage_metadata=_usage(answer.usage),
+        response_metadata=_metadata(answer, manifest, model),
+    )
+
+
+def last_chunk(answer: Answer, manifest: Manifest, model: str) -> AIMessageChunk:
+    """The last chunk of a stream: calls, usage and metadata, which must come only once."""
+    return AIMessageChunk(
+        content="",
+        tool_call_chunks=[
+            tool_call_chunk(
+                name=call.name, args=json.dumps(call.arguments, ensure_ascii=False), id=call.id, index=number
+            )
+            for number, call in enumerate(answer.tool_calls)
+        ],
+        usage_metadata=_usage(answer.usage),
+        response_metadata=_metadata(answer, manifest, model),
+        chunk_position="last",
+    )
+
+
+def _usage(usage: Usage) -> UsageMetadata:
+    return UsageMetadata(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+    )
+
+
+def _metadata(answer: Answer, manifest: Manifest, model: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "model_name": model,
+        "model_provider": "cribsheet",
+        "finish_reason": answer.finish_reason,
+        "sheet": manifest.digest,
+        "kept_tokens": answer.usage.cached_tokens,
+        "corpus_tokens": manifest.corpus_tokens,
+    }
+    if answer.logprobs is not None:
+        metadata["logprobs"] = {"content": [_logprob(each) for each in answer.logprobs]}
+    return metadata
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    top = [_plain(text, logprob) for text, logprob in token.top]
+    return {**_plain(token.token, token.logprob), "top_logprobs": top}
+
+
+def _plain(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

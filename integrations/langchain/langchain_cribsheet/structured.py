@@ -1,0 +1,69 @@
+"""`with_structured_output`: three ways to an answer that fits a schema, all of them bound by a grammar."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+
+from cribsheet.errors import RequestError
+from cribsheet.grammar import Grammar
+from cribsheet.tools import Toolbox, closed
+
+if TYPE_CHECKING:
+    from langchain_cribsheet.chat_model import ChatCribsheet
+
+METHODS = ("json_schema", "function_calling", "json_mode")
+
+
+def structured(
+    model: ChatCribsheet,
+    schema: dict[str, Any] | type,
+    *,
+    method: str,
+    include_raw: bool,
+    strict: bool | None,
+    **kwargs: Any,
+) -> Runnable[Any, Any]:
+    """The model with its parser. Raises `RequestError` for an unknown method and for schemas no grammar can enforce."""
+    if kwargs:
+        raise RequestError(f"Unknown settings {', '.join(sorted(kwargs))}; use method, include_raw and strict.")
+    if method not in METHODS:
+        raise RequestError(f"The method is {method!r}; use one of {', '.join(METHODS)}.")
+    is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+    traced = {"kwargs": {"method": method}, "schema": schema}
+    parser: Runnable[Any, Any]
+    if method == "function_calling":
+        tool = convert_to_openai_tool(schema)
+        name = tool["function"]["name"]
+        Grammar.json_schema(Toolbox.of([tool], name).schema)  # type: ignore[union-attr]
+        bound = model.bind_tools([tool], tool_choice=name, ls_structured_output_format=traced)
+        parser = (
+            PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
+            if is_class
+            else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+        )
+    else:
+        wanted = _json_schema(schema) if method == "json_schema" else {"type": "object"}
+        if method == "json_schema" and strict is not False:
+            wanted = closed(wanted)
+        Grammar.json_schema(wanted)
+        bound = model.bind(json_schema=wanted, ls_structured_output_format=traced)
+        parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()  # type: ignore[arg-type]
+    if not include_raw:
+        return bound | parser
+    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+    failed = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
+    """A JSON schema as it is, for LangChain's conversion leaves keywords out; a class as its schema."""
+    if isinstance(schema, dict) and "parameters" not in schema and "function" not in schema:
+        return schema
+    return convert_to_json_schema(schema)
