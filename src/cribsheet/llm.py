@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -217,6 +217,18 @@ class CompressedKnowledgeLLM:
         """A LangChain tool that answers questions from this sheet, for another model's agent."""
         return self.as_chat_model(**settings).as_tool(name=name, description=description)
 
+    def as_llama_index_llm(self, **settings: Any) -> Any:
+        """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`)."""
+        return _llama_index().CribsheetLLM(knowledge=self, **settings)
+
+    def as_query_engine(self, **settings: Any) -> Any:
+        """A LlamaIndex query engine over this sheet, where `index.as_query_engine()` was."""
+        return _llama_index().CompressedKnowledgeQueryEngine.from_args(knowledge=self, **settings)
+
+    def as_index_retriever(self, **settings: Any) -> Any:
+        """A LlamaIndex retriever of the passages that the sheet looks at, where `index.as_retriever()` was."""
+        return _llama_index().CribsheetRetriever(self, **settings)
+
     @property
     def prefix(self) -> Prefix:
         """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
@@ -311,6 +323,10 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest
+
+
+def _llama_index() -> ModuleType:
+    return integration("llama_index.llms.cribsheet", "llama-index-llms-cribsheet")
 
 
 def _unset(event: Event) -> None:

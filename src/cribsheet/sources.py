@@ -115,6 +115,9 @@ def _from_object(source: object, text: str) -> Iterator[Draft]:
     kind = type(source).__name__
     metadata = getattr(source, "metadata", None)
     metadata = metadata if isinstance(metadata, Mapping) else {}
+    part_of = getattr(getattr(source, "node", source), "ref_doc_id", None)  # a LlamaIndex node is cut from a document
+    if isinstance(part_of, str) and part_of:
+        metadata = {**metadata, "ref_doc_id": part_of}
     ids = (getattr(source, name, None) for name in ("id", "node_id", "id_", "doc_id"))
     origin = metadata.get("source")
     if own := given_id(next(filter(None, ids), None), f"a {kind}"):

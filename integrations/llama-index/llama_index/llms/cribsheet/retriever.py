@@ -1,0 +1,104 @@
+"""`CribsheetRetriever`: where in the documents the sheet looks for a question, as source nodes.
+
+The sheet needs none of this to answer. It is for citations, evaluators and whatever else asks for sources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import cached_property
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
+
+from cribsheet import CompressedKnowledgeLLM
+from cribsheet.answer import Source
+from cribsheet.documents import Document
+from cribsheet.errors import RequestError
+
+
+class SheetNode(TextNode):
+    """A passage that the sheet has read: a source, which our synthesizer does not tell the model once more."""
+
+
+@dataclass
+class AnsweredQuery(QueryBundle):
+    """A query with its answer: what the answer looked at says more than what the question looks at."""
+
+    answer: str = ""
+
+
+class CribsheetRetriever(BaseRetriever):
+    """The documents of a sheet that get the most attention, each with its most attended passage.
+
+    similarity_top_k
+        how many documents. LlamaIndex's name for it; the score is a share of attention, 0 to 1.
+    passage_characters
+        a document that is longer gives a passage of about this many characters around its most attended place.
+
+    Nodes keep their documents' ids and metadata; a passage has the id `<document>:<start>` and its document as source.
+    """
+
+    def __init__(
+        self,
+        knowledge: CompressedKnowledgeLLM,
+        *,
+        similarity_top_k: int = 3,
+        passage_characters: int = 1500,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        if similarity_top_k < 0:
+            raise RequestError(f"similarity_top_k is {similarity_top_k}; ask for 0 documents or more.")
+        if passage_characters < 1:
+            raise RequestError(f"passage_characters is {passage_characters}; give at least 1.")
+        self._knowledge = knowledge
+        self._top_k, self._characters = similarity_top_k, passage_characters
+        super().__init__(callback_manager=callback_manager)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        if not self._top_k:
+            return []
+        answer = query_bundle.answer if isinstance(query_bundle, AnsweredQuery) else ""
+        found = self._knowledge.sources(query_bundle.query_str, answer, limit=self._top_k)
+        return [NodeWithScore(node=self._node(source), score=source.weight) for source in found]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+    def _node(self, source: Source) -> SheetNode:
+        document = self._documents[source.document_id]
+        start, stop = _passage(document.text, source, self._characters)
+        whole = stop - start == len(document.text)
+        metadata = dict(document.metadata)
+        parent = metadata.pop("ref_doc_id", None) if whole else document.id
+        node = SheetNode(
+            id_=document.id if whole else f"{document.id}:{start}",
+            text=document.text[start:stop],
+            metadata=metadata,
+            start_char_idx=start,
+            end_char_idx=stop,
+        )
+        if parent:
+            node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=parent)
+        return node
+
+    @cached_property
+    def _documents(self) -> dict[str, Document]:
+        return {document.id: document for document in self._knowledge.sheet.documents}
+
+
+def _passage(text: str, source: Source, characters: int) -> tuple[int, int]:
+    """Where the passage begins and ends: the source's place, widened on both sides to whole words."""
+    if len(text) <= characters:
+        return 0, len(text)
+    spare = max(0, characters - (source.stop - source.start))
+    start = min(max(0, source.start - spare // 2), len(text) - characters)
+    stop = min(len(text), max(source.stop, start + characters))
+    while 0 < start < source.start and not text[start - 1].isspace():
+        start += 1
+    while source.stop < stop < len(text) and not text[stop].isspace():
+        stop -= 1
+    return start, stop
+
