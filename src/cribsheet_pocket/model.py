@@ -24,7 +24,7 @@ class Shape:
     """Sizes of a model."""
 
     width: int = 512
-    layers: int = 10
+    layers: int = 12
     heads: int = 8
     kv_heads: int = 4
     head: int = 64
@@ -152,6 +152,26 @@ class Reader(nn.Module):
                 nn.init.normal_(parameter, std=0.02 if "embed" in name else 0.5 / math.sqrt(parameter.shape[1]))
                 if "o_proj" in name or "down_proj" in name:
                     parameter.data.mul_(1 / math.sqrt(2 * shape.layers))
+
+    def grow_from(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the weights of a model of the same widths, by their transformers names, which may have fewer layers.
+
+        A layer that is new copies the one before it, and adds nothing to the stream until it has learnt to: the model
+        computes what the smaller one does.
+        """
+        old = {name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()}
+        count = 1 + max(int(name.split(".")[1]) for name in old if name.startswith("layers."))
+        total = self.shape.layers
+        fresh = {round((i + 1.5) * total / (total - count + 2)) for i in range(total - count)}  # spread over the depth
+        source = -1
+        for name in ("embed_tokens.weight", "norm.weight"):
+            self.get_parameter(name).data.copy_(old[name])
+        for index, layer in enumerate(self.layers):
+            source += index not in fresh
+            for name, parameter in layer.named_parameters():
+                parameter.data.copy_(old[f"layers.{source}.{name}"])
+                if index in fresh and ("o_proj" in name or "down_proj" in name):
+                    parameter.data.zero_()
 
     def rotations(self, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines for `rows` sequences of `length` tokens: (rows · length, 1, D)."""

@@ -150,6 +150,8 @@ class Records(Written):
     def _inverse(self, kind: str, key: str, a: Attribute, facts: list[Fact], fact: Fact) -> Question | None:
         r, value, k = self.r, self.r.choice(fact.values), KINDS[key]
         hits = [f for f in facts if value in f.values]
+        if not self.h and kind != "inverse" and len(hits) == 1 and r.random() < 0.8:  # a count of one teaches little
+            return None
         if len(hits) > 12 or (kind == "list" and len(hits) < 2):
             return None
         forms = [s for s in a.statements if s.startswith("{e}") and "{v}" in s]

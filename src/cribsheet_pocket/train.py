@@ -1,25 +1,21 @@
-"""Train the pocket model: `python -m cribsheet_pocket.train --wiki PATH --out DIR --seconds N`.
+"""Train the pocket model: `python -m cribsheet_pocket.train --wiki PATH --out DIR --seconds N [--init FOLDER]`.
 
 A run takes a wall-clock budget; learning rate and context length are functions of the fraction of it that has
-passed.  Worker processes generate text while the accelerator learns.  The run saves a checkpoint every minute or so
-and `--resume` continues from it; weights are written as bf16 shards.  Worlds and articles of the evaluation are never
-drawn (see `worlds.make_world` and `held_out_article`).
+passed (`feeding.PLANS`).  Worker processes generate text while the accelerator learns.  The run saves a checkpoint every
+minute or so and `--resume` continues from it; `--init` begins with the weights of a model folder, which may have fewer
+layers.  Weights are written as bf16 shards.  Worlds and articles of the evaluation are never drawn (see
+`worlds.make_world` and `feeding.held_out_article`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
-import multiprocessing as mp
 import os
-import queue
 import sys
 import time
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +24,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from . import attention, path
 from . import model as models
 from . import tokenizer as tokenizers_
+from .feeding import BLOCK, PLANS, Blocks, Rows, Workers, held_out_article, read_wiki, rows
+from .optimise import Optimiser, rate_at
 from .prompts import ANSWERED, ASKED, COPIED, GENERATED, NONE, PLAIN, PROSE, Sampler
+from .quantize import load_folder
 from .worlds import make_world
 
-BLOCK = 16384  # tokens that a worker hands over at once
-_SHARES = {NONE: 0.0, GENERATED: 0.05, ASKED: 0.08, ANSWERED: 1.0, PROSE: 0.12, PLAIN: 0.4, COPIED: 0.6}
+_SHARES = {NONE: 0.0, GENERATED: 0.03, ASKED: 0.05, ANSWERED: 1.0, PROSE: 0.1, PLAIN: 0.4, COPIED: 0.6}
 WEIGHTS = [_SHARES[i] for i in range(7)]
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """What is read from `start` (a fraction of the run) on: row lengths, one per worker in turn, and copying."""
-
-    start: float
-    lengths: tuple[int, ...]
-    copying: float
-    repetition: float
-
-
-STAGES = (
-    Stage(0.0, (256,), 0.75, 0.9),
-    Stage(0.02, (256,), 0.4, 0.4),
-    Stage(0.04, (256, 512), 0.15, 0.4),
-    Stage(0.09, (512, 512, 1024), 0.05, 0.4),
-    Stage(0.26, (512, 1024, 1024, 2048), 0.03, 0.4),
-    Stage(0.48, (1024, 2048, 2048, 4096), 0.02, 0.4),
-    Stage(0.72, (1024, 2048, 4096, 4096, 8192), 0.015, 0.4),
-    Stage(0.88, (1024, 2048, 4096, 8192, 8192, 8192), 0.01, 0.4),
-)
-
-
-def read_wiki(path: Path) -> list[str]:
-    """Articles (title on the first line) of an xz file in which NUL parts them."""
-    return lzma.open(path, "rt", encoding="utf-8").read().split("\0")
-
-
-def held_out_article(article: str) -> bool:
-    """Whether an article belongs to the evaluation: one in forty, by the checksum of its title."""
-    return zlib.crc32(article.split("\n", 1)[0].encode()) % 40 == 0
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 
 
 def tokenizer_texts(articles: list[str]) -> Iterator[str]:
@@ -82,130 +50,187 @@ def tokenizer_texts(articles: list[str]) -> Iterator[str]:
             yield f"Task: {task.description}"
 
 
-def _work(index: int, out: Any, stage: Any, tokenizer: Path, articles: list[str], seed: int) -> None:
-    """Generate blocks of rows forever: (length, ids, weight classes)."""
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    loaded = Tokenizer.from_file(str(tokenizer))
-    encode = tokenizers_.FastEncoder(loaded)
-    sampler = Sampler(encode, articles, seed * 1000 + index, loaded.get_vocab_size())
-    while True:
-        now = STAGES[stage.value]
-        length = now.lengths[index % len(now.lengths)]
-        sampler.copying, sampler.repetition = now.copying, now.repetition
-        try:
-            rows = [sampler.row(length) for _ in range(BLOCK // length)]
-        except Exception as problem:  # one world that cannot be written must not stop a run that took a machine
-            sys.stderr.write(f"worker {index}: {problem!r}\n")
-            continue
-        ids = np.array([row[0] for row in rows], np.uint16)
-        classes = np.array([row[1] for row in rows], np.uint8)
-        out.put((length, ids, classes))
-
-
-class Blocks:
-    """Batches of equal row length, from the workers' queue; a block is read a second time, later, if they are slow."""
-
-    def __init__(self, out: Any, batch_tokens: int) -> None:
-        self.out = out
-        self.need = batch_tokens // BLOCK
-        self.fresh: dict[int, list[tuple[Any, Any]]] = {}
-        self.seen: dict[int, list[tuple[Any, Any]]] = {}
-        self.repeated = 0
-
-    def next(self, lengths: tuple[int, ...]) -> tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Row length (of those wanted, when anything must be read again), ids (rows, length) and weight classes."""
-        while True:
-            for length, blocks in self.fresh.items():
-                if len(blocks) >= self.need:
-                    taken, self.fresh[length] = blocks[: self.need], blocks[self.need :]
-                    self.seen.setdefault(length, []).extend(taken)
-                    return self._joined(length, taken)
-            length = max(lengths, key=lambda n: len(self.seen.get(n, ())))
-            old = self.seen.get(length, [])
-            try:
-                length, ids, classes = self.out.get(timeout=0.05 if len(old) > 40 * self.need else None)
-            except queue.Empty:
-                taken, self.seen[length] = old[: self.need], old[self.need :]
-                self.repeated += 1
-                return self._joined(length, taken)
-            self.fresh.setdefault(length, []).append((ids, classes))
-
-    @staticmethod
-    def _joined(length: int, taken: list[tuple[Any, Any]]) -> tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        return length, np.concatenate([b[0] for b in taken]), np.concatenate([b[1] for b in taken])
-
-
-class Muon:
-    """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024), with decoupled weight decay."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], momentum: float = 0.95, decay: float = 0.02) -> None:
-        self.momentum, self.decay = momentum, decay
-        self.groups: dict[torch.Size, list[torch.nn.Parameter]] = {}
-        for p in parameters:
-            self.groups.setdefault(p.shape, []).append(p)
-        self.state = {shape: torch.zeros((len(ps), *shape), device=ps[0].device) for shape, ps in self.groups.items()}
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Move every matrix against its gradient."""
-        for shape, group in self.groups.items():
-            parameters: list[Tensor] = list(group)
-            gradient = torch.stack([p.grad for p in group if p.grad is not None]).float()
-            state = self.state[shape]
-            state.lerp_(gradient, 1 - self.momentum)
-            update = _orthogonal(gradient.lerp(state, self.momentum))
-            update *= -rate * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_mul_(parameters, 1 - rate * self.decay)
-            torch._foreach_add_(parameters, list(update.to(parameters[0].dtype).unbind(0)))
-
-
-def _orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices of a stack (N, rows, columns), by Newton-Schulz in bf16."""
-    x = g.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    result: Tensor = x.mT if tall else x
-    return result
-
-
-def rate_at(fraction: float, step: int) -> float:
-    """Learning rate as a share of its peak: a short warm-up, a plateau, and a line down to nothing."""
-    return min(1.0, (step + 1) / 100) * (1.0 if fraction < 0.4 else max(0.0, 1.0 - (fraction - 0.4) / 0.6))
-
-
-def stage_at(fraction: float) -> int:
-    """Index of the stage that a fraction of the run falls into."""
-    return max(i for i, stage in enumerate(STAGES) if stage.start <= fraction)
-
-
 @torch.no_grad()
 def exact_answers(
-    reader: models.Reader, sets: dict[int, Any], dtype: torch.dtype, device: torch.device
+    reader: models.Reader, sets: list[Rows], dtype: torch.dtype, device: torch.device
 ) -> dict[int, float]:
     """Share of answers whose every token is the best guess, by row length (teacher-forced)."""
     found: dict[int, float] = {}
-    for length, (ids, classes) in sets.items():
-        hits = total = 0
-        for start in range(0, len(ids), max(1, BLOCK // length)):
-            x = torch.from_numpy(ids[start : start + max(1, BLOCK // length)].astype(np.int64)).to(device)
-            targets = torch.cat([x[:, 1:], x[:, :1]], 1)
-            _, right = reader(x, targets, dtype)
-            ok = right.view(x.shape).cpu().numpy()
-            c = classes[start : start + len(x)]
-            for row in range(len(x)):
-                answered = np.flatnonzero(c[row] == ANSWERED)
-                if len(answered) == 0:
-                    continue
-                for part in np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1):
-                    hits += bool(ok[row, part - 1].all())
-                    total += 1
-        found[length] = round(hits / max(total, 1), 4)
+    for length, ids, classes in sets:
+        hits: list[bool] = []
+        together = max(1, BLOCK // length)
+        for start in range(0, len(ids), together):
+            x = torch.from_numpy(ids[start : start + together].astype(np.int64)).to(device)
+            _, right = reader(x, torch.cat([x[:, 1:], x[:, :1]], 1), dtype)
+            for ok, c in zip(right.view(x.shape).cpu().numpy(), classes[start : start + together], strict=False):
+                answered = np.flatnonzero(c == ANSWERED)
+                parts = np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1) if len(answered) else []
+                hits += [bool(ok[part - 1].all()) for part in parts]
+        found[length] = round(sum(hits) / max(len(hits), 1), 4)
     return found
+
+
+class Log:
+    """Lines of JSON in a file, and the same in words on standard output."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("a", encoding="utf-8")
+
+    def __call__(self, **values: Any) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        sys.stdout.write(" ".join(f"{k}={v}" for k, v in values.items()) + "\n")
+        sys.stdout.flush()
+
+
+class Run:
+    """One process's part of a training run."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a, self.plan = a, PLANS[a.plan]
+        a.out.mkdir(parents=True, exist_ok=True)
+        articles = read_wiki(a.wiki)[: a.articles]
+        held = [x for x in articles if held_out_article(x)]
+        articles = [x for x in articles if not held_out_article(x)]
+        if not TOKENIZER.exists():
+            tokenizers_.save(tokenizers_.train(tokenizer_texts(articles)), TOKENIZER.parent)
+        self.checkpoint = a.out / "checkpoint.pt"
+        saved = self._saved()
+        self.step, self.tokens, self.before = saved.get("step", 0), saved.get("tokens", 0), saved.get("seconds", 0.0)
+        # A resumed run draws other text.
+        self.workers = Workers(a.workers, self.plan, TOKENIZER, articles, a.seed + self.step)
+        self.workers.stage.value = self.plan.at(min(1.0, self.before / a.seconds))
+        self.workers.start()
+
+        self.device = torch.device(a.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        torch.manual_seed(a.seed)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.reader = models.Reader(models.SHAPES[a.shape], compiled=not a.no_compile)
+        if a.init is not None:
+            self.reader.grow_from(load_folder(path() if str(a.init) == "shipped" else a.init))
+        self.reader.to(self.device)
+        self.optimiser = Optimiser(self.reader, a.muon_rate or self.plan.muon_rate, a.adam_rate or self.plan.adam_rate)
+        if saved:
+            self.reader.load_state_dict(saved["model"])
+            self.optimiser.restore(saved)
+        self.weights = torch.tensor(WEIGHTS, device=self.device)
+        self.blocks = Blocks(self.workers.blocks, a.batch_tokens)
+        self.sets = self._probes(held)
+        self.log = Log(a.out / "log.jsonl")
+        self.log(event="start", parameters=sum(p.numel() for p in self.reader.parameters()), articles=len(articles),
+                 held_out=len(held), arguments={k: str(v) for k, v in vars(a).items()})  # fmt: skip
+
+    def _saved(self) -> dict[str, Any]:
+        """The checkpoint that this run continues, or nothing."""
+        if not (self.a.resume and self.checkpoint.exists()):
+            return {}
+        saved: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        return saved
+
+    def _probes(self, held: list[str]) -> list[Rows]:
+        """Held-out rows that tell how the run goes."""
+        loaded = Tokenizer.from_file(str(TOKENIZER))
+        probe = Sampler(tokenizers_.FastEncoder(loaded), held, 7, loaded.get_vocab_size(), held_out=True)
+        probe.copying = 0.0
+        sizes = {512: 40, 2048: 20, 10240: 4} if self.device.type == "cuda" else {256: 16, 512: 8}
+        return [rows(probe, length, count) for length, count in sizes.items()]
+
+    def passed(self) -> float:
+        """Seconds of the budget that are spent."""
+        return self.before + time.monotonic() - self.began
+
+    def keep(self) -> None:
+        """Save the checkpoint and the weights."""
+        state = {"model": self.reader.state_dict(), **self.optimiser.state()}
+        state |= {"step": self.step, "tokens": self.tokens, "seconds": self.passed()}
+        torch.save(state, self.a.out / "checkpoint.part")
+        os.replace(self.a.out / "checkpoint.part", self.checkpoint)
+        models.save(self.reader, self.a.out / "weights")
+
+    def test(self, event: str) -> None:
+        """Log how many answers of the held-out rows are right."""
+        exact = exact_answers(self.reader, self.sets, self.dtype, self.device)
+        self.log(
+            event=event,
+            step=self.step,
+            seconds=round(self.passed(), 1),
+            tokens_m=round(self.tokens / 1e6, 1),
+            exact=exact,
+        )
+
+    def _batch(self) -> tuple[int, Tensor, Tensor]:
+        """Row length, ids (rows, length) and, of what is to be guessed after each, the weight class (rows · length,)."""
+        length, ids, classes = self.blocks.next(self.plan.stages[self.workers.stage.value].lengths)
+        x, c = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(classes.astype(np.int64))
+        if self.device.type == "cuda":
+            x = x.pin_memory().to(self.device, non_blocking=True)
+            c = c.pin_memory().to(self.device, non_blocking=True)
+        return length, x, torch.cat([c[:, 1:], torch.zeros_like(c[:, :1])], 1).reshape(-1)
+
+    def _learn(self, x: Tensor, c: Tensor, fraction: float) -> Tensor:
+        """One step; sums (answer loss, right, answers, prose loss, prose tokens) of the batch, on the device."""
+        losses, right = self.reader(x, torch.cat([x[:, 1:], x[:, :1]], 1), self.dtype)
+        w = self.weights[c]
+        ((losses * w).sum() / w.sum()).backward()
+        self.optimiser.step(rate_at(fraction, self.step, self.plan.plateau))
+        self.reader.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += x.numel()
+        with torch.no_grad():
+            answered = (c == ANSWERED) | (c == COPIED)
+            read = (c == PROSE) | (c == PLAIN)
+            sums = [
+                (losses * answered).sum(),
+                (right & answered).sum(),
+                answered.sum(),
+                (losses * read).sum(),
+                read.sum(),
+            ]
+            return torch.stack([value.float() for value in sums])
+
+    def train(self) -> None:
+        """Learn until the budget is spent."""
+        attention.choose(self.device, self.reader.shape, self.dtype, self.log)
+        trial = torch.zeros((self.a.batch_tokens // 256, 256), dtype=torch.long, device=self.device)
+        self.reader(trial, trial, self.dtype)[0].mean().backward()  # compile before the clock starts
+        self.reader.zero_grad(set_to_none=True)
+        self.began = time.monotonic()
+        spoken = kept = tested = self.passed()
+        seen, waited = self.tokens, 0.0
+        total = torch.zeros(5, device=self.device)
+        while (fraction := self.passed() / self.a.seconds) < 1:
+            if self.a.stop_after and self.passed() - self.before > self.a.stop_after:
+                break
+            self.workers.stage.value = self.plan.at(fraction)
+            start = time.monotonic()
+            length, x, c = self._batch()
+            waited += time.monotonic() - start
+            total += self._learn(x, c, fraction)
+            now = self.passed()
+            if now - spoken > 10 or self.step == 1:
+                self._speak(total, length, (self.tokens - seen) / (now - spoken + 1e-9), waited)
+                total.zero_()
+                spoken, seen, waited = now, self.tokens, 0.0
+            if now - tested > min(60.0, self.a.seconds / 8):
+                self.test("test")
+                tested = self.passed()
+            if now - kept > min(90.0, self.a.seconds / 4):
+                self.keep()
+                kept = self.passed()
+        self.keep()
+        self.test("end")
+        self.workers.stop()
+
+    def _speak(self, total: Tensor, length: int, speed: float, waited: float) -> None:
+        """Log the means since the last line; a loss that is no number ends the run."""
+        answer, hits, answers, prose, read = total.tolist()
+        self.log(step=self.step, seconds=round(self.passed(), 1), tokens_m=round(self.tokens / 1e6, 1), rate_k=round(speed / 1e3),  # noqa: E501
+                 waited=round(waited, 1), length=length, answer=round(answer / max(answers, 1), 4), accuracy=round(hits / max(answers, 1), 4),  # noqa: E501
+                 prose=round(prose / max(read, 1), 3), queued=self.workers.blocks.qsize(), repeated=self.blocks.repeated)  # fmt: skip  # noqa: E501
+        if not math.isfinite(answer):
+            raise SystemExit("The loss is not finite; resume from the checkpoint with a lower --muon-rate.")
 
 
 def main() -> None:
@@ -215,165 +240,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoint and log")
     parser.add_argument("--seconds", type=float, default=1300, help="wall-clock budget of all runs together")
     parser.add_argument("--stop-after", type=float, help="leave this run after so many seconds, to be resumed")
+    parser.add_argument("--plan", choices=PLANS, default="fresh")
+    parser.add_argument("--init", type=Path, help="a model folder to begin with, or 'shipped' for the package's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=models.SHAPES, default="pocket")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--batch-tokens", type=int, default=6 * BLOCK)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=0.003)
+    parser.add_argument("--batch-tokens", type=int, default=5 * BLOCK)
+    parser.add_argument("--muon-rate", type=float, help="peak, instead of the plan's")
+    parser.add_argument("--adam-rate", type=float, help="peak, instead of the plan's")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--articles", type=int, help="use only the first so many articles (for trials)")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
-    run(parser.parse_args())
-
-
-def run(a: argparse.Namespace) -> None:  # noqa: C901
-    """Train until the budget is spent."""
-    a.out.mkdir(parents=True, exist_ok=True)
-    articles = read_wiki(a.wiki)[: a.articles]
-    held = [x for x in articles if held_out_article(x)]
-    articles = [x for x in articles if not held_out_article(x)]
-    tokenizer = Path(__file__).parent / "data" / "tokenizer.json"
-    if not tokenizer.exists():
-        tokenizers_.save(tokenizers_.train(tokenizer_texts(articles)), tokenizer.parent)
-    vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    out: Any = mp.get_context("fork").Queue(64)
-    stage = mp.get_context("fork").Value("i", 0)
-    checkpoint = a.out / "checkpoint.pt"
-    resumed = (
-        torch.load(checkpoint, map_location="cpu", weights_only=True) if a.resume and checkpoint.exists() else None
-    )
-    seed = a.seed + (resumed["step"] if resumed else 0)  # a resumed run draws other text
-    workers = [
-        mp.get_context("fork").Process(target=_work, args=(i, out, stage, tokenizer, articles, seed), daemon=True)
-        for i in range(a.workers)
-    ]
-    if resumed:
-        stage.value = stage_at(min(1.0, resumed["seconds"] / a.seconds))
-    for worker in workers:
-        worker.start()
-
-    device = torch.device(a.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(a.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    reader = models.Reader(models.SHAPES[a.shape], compiled=not a.no_compile).to(device)
-    matrices = [p for n, p in reader.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in reader.named_parameters() if not (p.dim() == 2 and "embed" not in n)]
-    muon = Muon(matrices)
-    adam = torch.optim.AdamW(others, lr=a.adam_rate, betas=(0.9, 0.97), weight_decay=0.0, fused=device.type == "cuda")
-    step, tokens, before = 0, 0, 0.0
-    if resumed:
-        reader.load_state_dict(resumed["model"])
-        adam.load_state_dict(resumed["adam"])
-        muon.state = {torch.Size(k): v.to(device) for k, v in resumed["muon"]}
-        step, tokens, before = resumed["step"], resumed["tokens"], resumed["seconds"]
-    weights = torch.tensor(WEIGHTS, device=device)
-    log = (a.out / "log.jsonl").open("a", encoding="utf-8")
-
-    def note(**values: Any) -> None:
-        log.write(json.dumps(values) + "\n")
-        log.flush()
-        sys.stdout.write(" ".join(f"{k}={v}" for k, v in values.items()) + "\n")
-        sys.stdout.flush()
-
-    def keep() -> None:
-        state = {"model": reader.state_dict(), "adam": adam.state_dict(), "muon": [(tuple(k), v) for k, v in muon.state.items()],  # noqa: E501
-                 "step": step, "tokens": tokens, "seconds": passed()}  # fmt: skip
-        torch.save(state, a.out / "checkpoint.part")
-        os.replace(a.out / "checkpoint.part", checkpoint)
-        models.save(reader, a.out / "weights")
-
-    encode = tokenizers_.FastEncoder(Tokenizer.from_file(str(tokenizer)))
-    probe = Sampler(encode, held, 7, vocabulary, held_out=True)
-    probe.copying = 0.0
-    sets = {}
-    for length, rows in {512: 32, 2048: 16, 8192: 4}.items() if device.type == "cuda" else {256: 16, 512: 8}.items():
-        drawn = [probe.row(length) for _ in range(rows)]
-        sets[length] = (np.array([r[0] for r in drawn], np.uint16), np.array([r[1] for r in drawn], np.uint8))
-    blocks = Blocks(out, a.batch_tokens)
-    size = sum(p.numel() for p in reader.parameters())
-    note(
-        event="start",
-        parameters=size,
-        articles=len(articles),
-        held_out=len(held),
-        vocabulary=vocabulary,
-        arguments={k: str(v) for k, v in vars(a).items()},
-    )
-
-    trial = torch.zeros((a.batch_tokens // 256, 256), dtype=torch.long, device=device)
-    reader(trial, trial, dtype)[0].mean().backward()  # compile before the clock starts
-    reader.zero_grad(set_to_none=True)
-    began = time.monotonic()
-
-    def passed() -> float:
-        return before + time.monotonic() - began
-
-    spoken, kept, tested = passed(), passed(), passed()
-    waited, seen = 0.0, tokens
-    total = torch.zeros(4, device=device)
-    while True:
-        fraction = passed() / a.seconds
-        if fraction >= 1 or (a.stop_after and passed() - before > a.stop_after):
-            break
-        stage.value = stage_at(fraction)
-        start = time.monotonic()
-        length, ids, classes = blocks.next(STAGES[stage.value].lengths)
-        waited += time.monotonic() - start
-        x = torch.from_numpy(ids.astype(np.int64))
-        c = torch.from_numpy(classes.astype(np.int64))
-        if device.type == "cuda":
-            x, c = x.pin_memory().to(device, non_blocking=True), c.pin_memory().to(device, non_blocking=True)
-        targets = torch.cat([x[:, 1:], x[:, :1]], 1)
-        c = torch.cat([c[:, 1:], torch.zeros_like(c[:, :1])], 1).reshape(-1)  # the class of what is to be guessed
-        w = weights[c]
-        losses, right = reader(x, targets, dtype)
-        loss = (losses * w).sum() / w.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        scale = rate_at(fraction, step)
-        muon.step(a.muon_rate * scale)
-        for group in adam.param_groups:
-            group["lr"] = a.adam_rate * scale
-        adam.step()
-        reader.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            answered = (c == ANSWERED) | (c == COPIED)
-            read = (c == PROSE) | (c == PLAIN)
-            total += torch.stack([(losses * answered).sum(), (right & answered).sum(), answered.sum(), loss])
-            prose = (losses * read).sum() / read.sum().clamp(min=1)
-        step += 1
-        tokens += x.numel()
-        now = passed()
-        if now - spoken > 10 or step == 1:
-            answer_loss, hits, count, _ = total.tolist()
-            note(step=step, seconds=round(now, 1), tokens_m=round(tokens / 1e6, 1), rate_k=round((tokens - seen) / (now - spoken + 1e-9) / 1e3),  # noqa: E501
-                 waited=round(waited, 1), length=length, answer=round(answer_loss / max(count, 1), 4), accuracy=round(hits / max(count, 1), 4),  # noqa: E501
-                 prose=round(prose.item(), 3), queued=out.qsize(), repeated=blocks.repeated)  # fmt: skip
-            total.zero_()
-            spoken, seen, waited = now, tokens, 0.0
-            if not math.isfinite(answer_loss):
-                raise SystemExit("The loss is not finite; resume from the checkpoint with a lower --muon-rate.")
-        if now - tested > min(60.0, a.seconds / 8):
-            note(event="test", step=step, seconds=round(now, 1), exact=exact_answers(reader, sets, dtype, device))
-            tested = passed()
-        if now - kept > min(90.0, a.seconds / 4):
-            keep()
-            kept = passed()
-    keep()
-    note(
-        event="end",
-        step=step,
-        seconds=round(passed(), 1),
-        tokens_m=round(tokens / 1e6, 1),
-        exact=exact_answers(reader, sets, dtype, device),
-    )
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join()
+    Run(parser.parse_args()).train()
 
 
 if __name__ == "__main__":

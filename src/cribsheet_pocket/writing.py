@@ -117,7 +117,10 @@ class Written(Builder):
         entities: dict[str, list[str]] = {}
         taken: set[str] = set()
         for index, key in enumerate(self.schema):
-            kind, size = KINDS[key], count if index == 0 else max(2, int(count / r.choice((1.5, 2, 3, 4))))
+            kind, size = (
+                KINDS[key],
+                count if index == 0 else max(2, int(count / r.choice((1.5, 2, 3, 4) if self.h else (1, 1.5, 2, 3)))),
+            )
             found: list[str] = []
             while len(found) < size:
                 candidate = name_of(
@@ -137,7 +140,7 @@ class Written(Builder):
             few = {
                 a.key: [draw(a.value, r, self.h) for _ in range(r.randint(2, 6))]
                 for a in attributes
-                if a.target is None and r.random() < 0.25
+                if a.target is None and r.random() < (0.25 if self.h else 0.4)
             }  # values that many entities share
             many = {a.key for a in attributes if a.target and several and r.random() < 0.6}
             for entity in entities[key]:

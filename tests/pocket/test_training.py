@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from cribsheet_pocket import prompts, reading, tokenizer
+from cribsheet_pocket import prompts, reading, tokenizer, verbs
 
 TOKENIZER = Tokenizer.from_file(str(Path(tokenizer.__file__).parent / "data" / "tokenizer.json"))
 ARTICLE = (
@@ -67,3 +67,27 @@ def test_every_reading_answer_stands_in_its_passage() -> None:
     for passage in passages:
         for q in reading.questions(passage, random.Random(1)):
             assert q.answer.removeprefix("Because ") in passage.title + "\n" + passage.text
+
+
+def test_sentences_say_what_things_do() -> None:
+    asked = {
+        "Fibroblasts secrete collagen and elastin.": ("What do fibroblasts secrete?", "collagen and elastin"),
+        "The heart pumps blood through the body.": ("What does the heart pump?", "blood"),
+        "Bile is produced by the liver.": ("What produces bile?", "the liver"),
+        "Collagen is found in the skin.": ("Where is collagen found?", "the skin"),
+        "The study of tissues is called histology.": ("What is the study of tissues called?", "histology"),
+        "The human heart has four chambers.": ("How many chambers does the human heart have?", "four"),
+        "The joint allows the arm to turn, and it is strong.": ("What does the joint allow?", "the arm to turn"),
+    }
+    for sentence, (question, answer) in asked.items():
+        found = dict(verbs.questions(sentence, "Tissue", sentence.lower(), random.Random(1)))
+        assert found.get(question) == answer, (sentence, found)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["It is raining.", "Yeast extract is a food.", "This happened, as they say, in vain.", "The war took place there."],
+)
+def test_a_sentence_that_no_rule_is_sure_of_is_not_asked_about(sentence: str) -> None:
+    found = [text for text, _ in verbs.questions(sentence, "Topic", sentence, random.Random(1))]
+    assert not [text for text in found if "extract" in text or "place" in text or "say" in text]
