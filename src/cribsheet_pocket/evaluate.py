@@ -157,7 +157,7 @@ class Evaluation:
 
     def count(self, full: int) -> int:
         """The number of texts, scaled."""
-        return max(1, round(full * self.a.scale))
+        return max(1, round(full * float(self.a.scale)))
 
     def worlds(self) -> None:
         """Held-out worlds by length."""

@@ -154,7 +154,7 @@ class Reader(nn.Module):
                     parameter.data.mul_(1 / math.sqrt(2 * shape.layers))
 
     def grow_from(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the weights of a model of the same widths, by their transformers names, which may have fewer layers.
+        """Take over the weights, by their transformers names, of a model that may have fewer layers but is as wide.
 
         A layer that is new copies the one before it, and adds nothing to the stream until it has learnt to: the model
         computes what the smaller one does.

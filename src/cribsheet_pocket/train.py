@@ -1,9 +1,9 @@
 """Train the pocket model: `python -m cribsheet_pocket.train --wiki PATH --out DIR --seconds N [--init FOLDER]`.
 
 A run takes a wall-clock budget; learning rate and context length are functions of the fraction of it that has
-passed (`feeding.PLANS`).  Worker processes generate text while the accelerator learns.  The run saves a checkpoint every
-minute or so and `--resume` continues from it; `--init` begins with the weights of a model folder, which may have fewer
-layers.  Weights are written as bf16 shards.  Worlds and articles of the evaluation are never drawn (see
+passed (`feeding.PLANS`).  Worker processes generate text while the accelerator learns.  The run saves a checkpoint
+every minute or so and `--resume` continues from it; `--init` begins with the weights of a model folder, which may have
+fewer layers.  Weights are written as bf16 shards.  Worlds and articles of the evaluation are never drawn (see
 `worlds.make_world` and `feeding.held_out_article`).
 """
 
@@ -139,7 +139,7 @@ class Run:
 
     def passed(self) -> float:
         """Seconds of the budget that are spent."""
-        return self.before + time.monotonic() - self.began
+        return float(self.before) + time.monotonic() - self.began
 
     def keep(self) -> None:
         """Save the checkpoint and the weights."""
@@ -161,7 +161,7 @@ class Run:
         )
 
     def _batch(self) -> tuple[int, Tensor, Tensor]:
-        """Row length, ids (rows, length) and, of what is to be guessed after each, the weight class (rows · length,)."""
+        """Row length, ids (rows, length) and, of what follows each, the weight class (rows · length,)."""
         length, ids, classes = self.blocks.next(self.plan.stages[self.workers.stage.value].lengths)
         x, c = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(classes.astype(np.int64))
         if self.device.type == "cuda":
