@@ -66,7 +66,8 @@ class CribsheetRetriever(BaseRetriever):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
         llm: CompressedKnowledgeLLM = self.knowledge.llm
-        found = llm.passages(query, limit=self.k if k is None else k, characters=self.characters)
+        asked = query if query.strip() else llm.sheet.task.description  # agents search for nothing now and then
+        found = llm.passages(asked, limit=self.k if k is None else k, characters=self.characters)
         entries = {entry.id: entry for entry in llm.sheet.manifest.documents}
         made = [self._document(each, entries[each.document_id]) for each in found]
         return made or [
