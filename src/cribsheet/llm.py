@@ -172,6 +172,8 @@ class CompressedKnowledgeLLM:
             return self._ask_request(question, sampling)
         if sampling:
             raise RequestError(f"The question is prepared, so {', '.join(sorted(sampling))} can no longer be set.")
+        if question.request.sink is not _unset:
+            raise RequestError("This prepared question was asked already; prepare it again.")
         return question
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
