@@ -8,6 +8,7 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 from reference import attention_weights
 
 from cribsheet import CompressedKnowledgeLLM
+from cribsheet.errors import RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
 
 
@@ -74,3 +75,18 @@ def test_a_sheet_without_texts_still_names_documents_and_places(kb, tmp_path):
         assert (bare.document_id, bare.text) == (full.document_id, "")
         assert full.start <= bare.start < bare.stop <= full.stop
         assert bare.weight == pytest.approx(full.weight)
+
+
+def test_passages_grow_around_the_places_that_were_looked_at_and_do_not_overlap(kb):
+    text = next(document.text for document in DOCUMENTS if document.id == "hugo")
+    (whole,) = [each for each in kb.passages(QUESTION, ANSWER, limit=9) if each.document_id == "hugo"]
+    assert (whole.start, whole.stop, whole.text) == (0, len(text), text)
+    parts = kb.passages(QUESTION, ANSWER, limit=50, characters=25)
+    assert sum(part.weight for part in parts) == pytest.approx(1, abs=1e-5)
+    assert [part.weight for part in parts] == sorted((part.weight for part in parts), reverse=True)
+    places = sorted((part.document_id, part.start, part.stop) for part in parts)
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(places, places[1:], strict=False)) and len(places) > 5
+    with pytest.raises(RequestError, match="characters is 0"):
+        kb.passages(QUESTION, characters=0)
+    with pytest.raises(RequestError, match="leaves"):
+        kb.passages("x " * 5000)

@@ -117,3 +117,8 @@ def test_an_answer_with_a_form_has_log_probabilities_for_every_token(kb):
     answer = kb.ask(QUESTION, choices=CHOICES, logprobs=2)
     assert len(answer.logprobs) == answer.usage.completion_tokens > 0
     assert kb.backbone.tokenizer.decode([said.token_id for said in answer.logprobs]) == answer.text
+
+
+def test_a_number_above_an_open_bound_finds_its_end(kb):
+    schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    assert 0 < json.loads(kb.ask(QUESTION, json_schema=schema, max_tokens=30).text) < 1

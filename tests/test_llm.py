@@ -39,6 +39,18 @@ def settle(kb, seconds=5.0):
     assert running(kb) == 0
 
 
+def test_a_prepared_question_is_asked_once_by_any_form(kb):
+    expected = kb.ask(QUESTION, max_tokens=7).text
+    assert kb.ask(kb.prepare(QUESTION, max_tokens=7)).text == expected
+    assert asyncio.run(kb.aask(kb.prepare(QUESTION, max_tokens=7))).text == expected
+    prepared = kb.prepare(QUESTION, max_tokens=7)
+    with pytest.raises(RequestError, match="so max_tokens can no longer be set"):
+        kb.ask(prepared, max_tokens=3)
+    assert list(kb.stream(prepared))
+    with pytest.raises(RequestError, match="asked already"):
+        kb.ask(prepared)
+
+
 def test_an_answer_says_how_it_came_about(kb):
     answer = kb.ask(QUESTION, max_tokens=7)
     assert isinstance(answer, Answer) and str(answer) == answer.text != ""

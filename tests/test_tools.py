@@ -9,6 +9,8 @@ from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import RequestError
+from cribsheet.grammar import Constraint, Grammar
+from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.testing import echo_backbone, tiny_backbone
 from cribsheet.tools import CallReader, Tool, Toolbox, ToolCall
 
@@ -154,3 +156,22 @@ def test_a_free_call_comes_out_of_a_real_model_and_its_result_goes_back_in():
 def test_a_forced_call_and_another_form_are_refused(kb):
     with pytest.raises(RequestError, match="regex and tool_choice were given"):
         kb.ask("?", tools=[ADD], tool_choice="any", regex="a+")
+
+
+def test_a_form_beside_tools_takes_an_answer_or_a_call_and_nothing_else(kb):
+    schema = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"]}
+    schema["$defs"] = {"City": {"enum": ["Oslo", "Quito"]}}
+    grammar = Grammar.json_schema(Toolbox.of([ADD, NOTE]).beside(schema))
+    tokenizer = kb.backbone.tokenizer
+    tokens = GrammarTokens.of(tokenizer, kb.backbone.eos_ids, kb.backbone.config.vocab_size)
+
+    def taken(text):
+        form = Constraint(grammar, tokens, 400)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return all(form.accept(token) for token in [*ids, min(kb.backbone.eos_ids)])
+
+    assert taken('{"city": "Oslo"}') and taken('{"name": "add", "arguments": {"a": 1, "b": 2}}')
+    assert taken('{"name": "note", "arguments": {"who": "Bob"}}')
+    assert not taken('{"city": "Rome"}') and not taken('{"name": "sub", "arguments": {}}')
+    with pytest.raises(RequestError, match="Two schemas define 'Who' differently"):
+        Toolbox.of([NOTE]).beside({"$defs": {"Who": {"type": "null"}}, "$ref": "#/$defs/Who"})

@@ -6,6 +6,8 @@ kept token is summed over layers and heads. It shows what the model read, not a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,47 @@ def find_sources(sheet: Sheet, mass: Tensor, limit: int) -> list[Source]:
             start, stop = _widened(text, start, stop)
         found.append(Source(sheet.manifest.documents[document].id, start, stop, weight, text[start:stop]))
     return found
+
+
+def find_passages(sheet: Sheet, mass: Tensor, limit: int, characters: int) -> list[Source]:
+    """The `limit` passages of about `characters` that were looked at most; none overlap.
+
+    Passages grow around the most attended places. One of a sheet without texts has a place, but no text.
+    """
+    number, starts, stops = (sheet.origins[:, column].long() for column in (1, 2, 3))
+    left = mass.where(number >= 0, 0.0)
+    total = float(left.sum())
+    found: list[Source] = []
+    while len(found) < limit and (left > 0).any():
+        token = int(left.argmax())
+        document = int(number[token])
+        entry, text = sheet.manifest.documents[document], sheet.texts[document] if sheet.texts else ""
+        taken = [(each.start, each.stop) for each in found if each.document_id == entry.id]
+        start, stop = _passage(int(starts[token]), int(stops[token]), entry.characters, characters, taken)
+        if text and stop - start < len(text):
+            start, stop = _whole_words(text, start, stop, int(starts[token]), int(stops[token]))
+        inside = (number == document) & (starts < stop) & (stops > start)
+        inside[token] = True
+        found.append(Source(entry.id, start, stop, float(left[inside].sum()) / total, text[start:stop]))
+        left[inside] = 0.0
+    return sorted(found, key=lambda each: -each.weight)
+
+
+def _passage(start: int, stop: int, end: int, characters: int, taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """A place grown to about `characters` on both sides, between 0, `end` and the passages that are taken."""
+    low = max((b for _, b in taken if b <= start), default=0)
+    high = min((a for a, _ in taken if a >= stop), default=end)
+    first = min(start, max(low, min(start - (characters - (stop - start)) // 2, high - characters)))
+    return first, max(stop, min(high, first + characters))
+
+
+def _whole_words(text: str, start: int, stop: int, first: int, last: int) -> tuple[int, int]:
+    """A passage shrunk to whole words, but never past the place from `first` to `last`."""
+    while 0 < start < first and not text[start - 1].isspace():
+        start += 1
+    while last < stop < len(text) and not text[stop].isspace():
+        stop -= 1
+    return start, stop
 
 
 def _widened(text: str, start: int, stop: int) -> tuple[int, int]:

@@ -48,6 +48,8 @@ class GrammarTokens:
         self.orders = [first, ending]
         for number in range(2, _ORDERS):
             order = draw.random(vocabulary, dtype=np.float32) * 10 - (lengths if number % 2 else 0)
+            if number % 3 == 0:  # what the first order cannot finish, such as 0.000..., in other words
+                order = np.where(first <= 0, first - 1e3, order)
             order[list(eos)] = -1e9
             self.orders.append(order)
 

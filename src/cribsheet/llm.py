@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -19,7 +19,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
-from cribsheet.evidence import attention_per_origin, find_sources
+from cribsheet.evidence import attention_per_origin, find_passages, find_sources
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
@@ -37,6 +37,13 @@ from cribsheet.turns import Question, as_turns
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
 _SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout"}
+
+
+class Prepared(NamedTuple):
+    """A question that only needs to be asked; see `CompressedKnowledgeLLM.prepare`."""
+
+    request: Request
+    toolbox: Toolbox | None
 
 
 class CompressedKnowledgeLLM:
@@ -147,14 +154,27 @@ class CompressedKnowledgeLLM:
                 pass
             return stream.answer
 
-    def stream(self, question: Question, **sampling: Any) -> AnswerStream:
+    def stream(self, question: Question | Prepared, **sampling: Any) -> AnswerStream:
         """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.
 
         Leaving the `with` block, or `close()`, stops the work within one token.
         """
-        stream = AnswerStream(*self._ask_request(question, sampling))
+        stream = AnswerStream(*self.prepare(question, **sampling))
         self._submit(stream)
         return stream
+
+    def prepare(self, question: Question | Prepared, **sampling: Any) -> Prepared:
+        """A question checked, in tokens, and with its form compiled, to be asked once by any of the forms of `ask`.
+
+        It is work for the processor: async code does it in a thread, so that its event loop goes on. Raises as `ask`.
+        """
+        if not isinstance(question, Prepared):
+            return self._ask_request(question, sampling)
+        if sampling:
+            raise RequestError(f"The question is prepared, so {', '.join(sorted(sampling))} can no longer be set.")
+        if question.request.sink is not _unset:
+            raise RequestError("This prepared question was asked already; prepare it again.")
+        return question
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
@@ -177,21 +197,21 @@ class CompressedKnowledgeLLM:
         """A conversation that remembers its turns."""
         return Conversation(self)
 
-    async def aask(self, question: Question, **sampling: Any) -> Answer:
+    async def aask(self, question: Question | Prepared, **sampling: Any) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
-        stream = self.astream(question, **sampling)
+        stream = self.astream(await asyncio.to_thread(self.prepare, question, **sampling))
         async for _ in stream:
             pass
         return stream.answer
 
-    def astream(self, question: Question, **sampling: Any) -> AsyncAnswerStream:
+    def astream(self, question: Question | Prepared, **sampling: Any) -> AsyncAnswerStream:
         """`stream` for `async for` and `async with`; must be called inside a running event loop.
 
         The first question puts the sheet on the device, which happens in a thread of its own; what goes wrong then is
         raised by the stream.
         """
         loop = asyncio.get_running_loop()
-        stream = AsyncAnswerStream(*self._ask_request(question, sampling), loop)
+        stream = AsyncAnswerStream(*self.prepare(question, **sampling), loop)
         if self._prefix is not None:
             self._submit(stream)
         else:
@@ -200,10 +220,27 @@ class CompressedKnowledgeLLM:
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:
         """Which documents the answer looked at most, and where in them (see `evidence.py` for what that means)."""
+        return find_sources(self.sheet, self._looked_at(question, answer), limit)
+
+    def passages(
+        self, question: Question, answer: Answer | str = "", *, limit: int = 4, characters: int = 1500
+    ) -> list[Source]:
+        """Which passages of about `characters` the answer looked at most; a short document is one passage.
+
+        Without an answer, what the end of the question looks at. Raises `RequestError` for a question that does not
+        fit the window, and for a `limit` or `characters` below 1.
+        """
+        for name, value in (("limit", limit), ("characters", characters)):
+            if value < 1:
+                raise RequestError(f"{name} is {value}; give at least 1.")
+        return find_passages(self.sheet, self._looked_at(question, answer), limit, characters)
+
+    def _looked_at(self, question: Question, answer: Answer | str) -> torch.Tensor:
+        """Attention (U,) of the answer, or of the question's end, on what the sheet was made from."""
         asked = self._question_ids(question)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
-        mass = attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
-        return find_sources(self.sheet, mass, limit)
+        self._check_room(len(asked) + len(answered) - 1)
+        return attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
 
     def as_chat_model(self, **settings: Any) -> Any:
         """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
@@ -258,7 +295,16 @@ class CompressedKnowledgeLLM:
         except Exception as error:
             stream.request.sink(error)
 
-    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> tuple[Request, Toolbox | None]:
+    def _check_room(self, tokens: int) -> int:
+        """What a question of so many tokens leaves of the window; at least 1, or it is refused."""
+        if tokens >= self.room:
+            raise RequestError(
+                f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
+                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or raise the rate."
+            )
+        return self.room - tokens
+
+    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> Prepared:
         unknown = set(sampling) - _SETTINGS
         if unknown:
             known = ", ".join(sorted(_SETTINGS))
@@ -269,12 +315,7 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"timeout is {timeout}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         ids = self._question_ids(question, toolbox)
-        left = self.room - len(ids)
-        if left < 1:
-            raise RequestError(
-                f"The question takes {len(ids)} tokens, but the model's window of {self.backbone.window} leaves "
-                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or raise the rate."
-            )
+        left = self._check_room(len(ids))
         params = SamplingParams(**given)
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left})
@@ -283,7 +324,7 @@ class CompressedKnowledgeLLM:
         request = Request(
             unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint, timeout=timeout
         )
-        return request, toolbox
+        return Prepared(request, toolbox)
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:
@@ -317,6 +358,9 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
     wanted = {name: sampling[name] for name in (*_FORMS, "grammar") if sampling.get(name) is not None}
     if toolbox and toolbox.forced:
         wanted["tool_choice"] = toolbox.schema
+    elif toolbox and "json_schema" in wanted:
+        Grammar.json_schema(wanted["json_schema"])  # trouble in it should be told of it, not of what it becomes
+        wanted["json_schema"] = toolbox.beside(wanted["json_schema"])
     if len(wanted) > 1:
         raise RequestError(f"An answer has one form, but {' and '.join(wanted)} were given; pass one of them.")
     rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS, "timeout")}

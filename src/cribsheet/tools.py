@@ -88,7 +88,7 @@ class Toolbox:
             raise RequestError(f"Two tools have one name among {', '.join(known)}; rename one.")
         wanted = choice
         if isinstance(choice, Mapping):
-            wanted = choice.get("function", choice).get("name")
+            wanted = choice.get("function", choice).get("name") or choice.get("type")
         if not known:
             if choice in (None, False, "auto", "none"):
                 return None
@@ -109,19 +109,12 @@ class Toolbox:
     @property
     def schema(self) -> dict[str, Any]:
         """JSON schema of a forced call."""
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.name}, "arguments": _arguments(tool.parameters)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in self.forced
-        ]
-        definitions = {
-            name: value for tool in self.forced for name, value in closed(tool.parameters).get("$defs", {}).items()
-        }
-        return {**({"anyOf": calls} if len(calls) > 1 else calls[0]), **({"$defs": definitions} if definitions else {})}
+        return _either([_call_schema(tool) for tool in self.forced])
+
+    def beside(self, schema: Any) -> dict[str, Any]:
+        """JSON schema of an answer that is either a call, or fits a schema."""
+        given = json.loads(schema) if isinstance(schema, str) else dict(schema)
+        return _either([given, *map(_call_schema, self.tools)])
 
     def __str__(self) -> str:
         """The tools as they are told to the model."""
@@ -227,10 +220,29 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a call's arguments; definitions move to the top, where references look for them."""
-    own = {key: value for key, value in parameters.items() if key != "$defs"}
-    return closed({**_NOTHING, **own})
+def _call_schema(tool: Tool) -> dict[str, Any]:
+    """JSON schema of a call, its definitions at the top, where references look for them."""
+    parameters = closed({**_NOTHING, **tool.parameters})
+    definitions = parameters.pop("$defs", {})
+    call = {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "arguments": parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+    return {**call, **({"$defs": definitions} if definitions else {})}
+
+
+def _either(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """JSON schema of a value that fits one of several; two of them may not mean different things by one name."""
+    definitions: dict[str, Any] = {}
+    for schema in schemas:
+        for name, value in schema.get("$defs", {}).items():
+            if definitions.setdefault(name, value) != value:
+                raise RequestError(f"Two schemas define {name!r} differently; rename one.")
+    options = [{key: value for key, value in schema.items() if key != "$defs"} for schema in schemas]
+    made = {"anyOf": options} if len(options) > 1 else options[0]
+    return {**made, **({"$defs": definitions} if definitions else {})}
 
 
 def _loaded(text: str) -> Any:

@@ -16,26 +16,26 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, SecretStr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
-from cribsheet import Answer, CompressedKnowledgeLLM, __version__
+from cribsheet import CompressedKnowledgeLLM, __version__
 from cribsheet.errors import RequestError
-from cribsheet.tools import Toolbox
+from cribsheet.grammar import Grammar
+from cribsheet.tools import Tool, Toolbox
+from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge
-from langchain_cribsheet.messages import as_conversation, as_message, last_chunk
+from langchain_cribsheet.messages import as_conversation
 from langchain_cribsheet.serialisation import register
 from langchain_cribsheet.structured import structured
 
 _BATCH = 64  # answers that the engine writes at once
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
-_TO_OPENAI = ("logprobs", "top_logprobs", "response_format")
-_FOR_LANGCHAIN = ("ls_structured_output_format", "strict", "parallel_tool_calls")  # nothing for the model in them
 
 
 class ChatCribsheet(BaseChatModel):
@@ -75,18 +75,16 @@ class ChatCribsheet(BaseChatModel):
     max_retries: int | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
 
+    _made_profile: Any = PrivateAttr(default=None)
+
     @model_validator(mode="after")
     def _set_knowledge(self) -> ChatCribsheet:
-        given = self.knowledge
-        if isinstance(given, CompressedKnowledgeLLM):
+        if isinstance(self.knowledge, CompressedKnowledgeLLM):
             if self.sheet and "sheet" in self.model_fields_set:
                 raise ValueError(f"Both knowledge= and sheet={self.sheet!r} were given; pass one of them.")
-            self.__dict__.update(knowledge=Knowledge.around(given), sheet=None)
-        elif given is not None and not isinstance(given, Knowledge):
-            raise ValueError(f"knowledge is a {type(given).__name__}; give a CompressedKnowledgeLLM, or sheet=.")
-        elif self.sheet:  # when rebuilt from its fields, perhaps with another sheet, what was loaded stays loaded
-            find = given.instead if given else Knowledge.of
-            self.__dict__["knowledge"] = find(self.sheet, self.model, self.model_options)
+            self.__dict__["sheet"] = None
+        known = Knowledge.given(self.knowledge, self.sheet, self.model, self.model_options)
+        self.__dict__["knowledge"] = known
         return self
 
     @model_validator(mode="after")
@@ -103,17 +101,27 @@ class ChatCribsheet(BaseChatModel):
     @property
     def llm(self) -> CompressedKnowledgeLLM:
         """The model with its sheet, loaded now if it was not yet."""
-        return self._known().llm
+        return self._open(self._known())
+
+    def _open(self, known: Knowledge) -> CompressedKnowledgeLLM:
+        llm = known.llm
+        if known is self.knowledge and self._made_profile is not None:
+            self._made_profile.update(_sizes(llm))
+        return llm
+
+    async def _aopen(self, known: Knowledge) -> CompressedKnowledgeLLM:
+        """`_open`, where loading does not hold up the event loop."""
+        return self._open(known) if known.is_open else await asyncio.to_thread(self._open, known)
 
     def _known(self, sheet: str | None = None, model: str | None = None) -> Knowledge:
         """The knowledge to answer from: this object's, or another sheet or model for one call."""
         own: Knowledge | None = self.knowledge
+        if own and not sheet and not self.sheet and not model:
+            return own  # around an open one
         if own and not sheet and model == own.manifest.fingerprint.model:
             return own
-        if sheet or model:
-            find = own.instead if own else Knowledge.of
-            return find(sheet or self.sheet, model or self.model, self.model_options)
-        return own or Knowledge.of(self.sheet, self.model, self.model_options)
+        find = own.instead if own else Knowledge.of
+        return find(sheet or self.sheet, model or self.model, self.model_options)
 
     def _model_name(self, model: str | None = None) -> str:
         return model or self.model or self._known().manifest.fingerprint.model
@@ -156,8 +164,8 @@ class ChatCribsheet(BaseChatModel):
         known = self.knowledge
         llm = known.llm if isinstance(known, Knowledge) and known.is_open else known  # called before `_set_knowledge`
         if isinstance(llm, CompressedKnowledgeLLM):
-            profile["max_input_tokens"] = profile["max_output_tokens"] = llm.room
-            profile["name"] = llm.backbone.name
+            profile.update(_sizes(llm))
+        self._made_profile = profile  # its sizes are known once the model is loaded
         return profile
 
     @classmethod
@@ -177,8 +185,16 @@ class ChatCribsheet(BaseChatModel):
         return ids
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens that messages and tools take beside the sheet, as its template renders them."""
-        return self.llm.count_tokens(as_conversation(messages), [convert_to_openai_tool(tool) for tool in tools or ()])
+        """Tokens that messages and tools take beside the sheet, as its template renders them; 0 for no messages.
+
+        Messages that end with the model's own count as they do when another question follows.
+        """
+        count, told = self.llm.count_tokens, [convert_to_openai_tool(tool) for tool in tools or ()]
+        if not messages:
+            return 0
+        if isinstance(messages[-1], AIMessage):
+            return count(as_conversation([*messages, HumanMessage("?")]), told) - count("?")
+        return count(as_conversation(messages), told)
 
     # ---- answering
 
@@ -189,12 +205,8 @@ class ChatCribsheet(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        known, name, settings = self._settings(stop, kwargs)
-        count = settings.pop("n", 1)
-        asked = as_conversation(messages)
-        if count != 1:
-            return _result(known.llm.ask_many(asked, count, **settings), known, name)
-        return _result([known.llm.ask(asked, **settings)], known, name)
+        call = self._call(messages, stop, kwargs)
+        return call.result(call.ask(self._open(call.known)))
 
     async def _agenerate(
         self,
@@ -203,12 +215,8 @@ class ChatCribsheet(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        known, name, settings = self._settings(stop, kwargs)
-        count = settings.pop("n", 1)
-        llm, asked = await _opened(known), as_conversation(messages)
-        if count != 1:
-            return _result(await asyncio.to_thread(llm.ask_many, asked, count, **settings), known, name)
-        return _result([await llm.aask(asked, **settings)], known, name)
+        call = self._call(messages, stop, kwargs)
+        return call.result(await call.aask(await self._aopen(call.known)))
 
     def _stream(
         self,
@@ -217,14 +225,14 @@ class ChatCribsheet(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        known, name, settings = self._settings(stop, kwargs)
-        with known.llm.stream(as_conversation(messages), **settings) as stream:
+        call = self._call(messages, stop, kwargs).streamed()
+        with self._open(call.known).stream(call.asked, **call.settings) as stream:
             for text in stream:
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
                 if run_manager:
                     run_manager.on_llm_new_token(text, chunk=chunk)
                 yield chunk
-        yield ChatGenerationChunk(message=last_chunk(stream.answer, known.manifest, name))
+        yield call.last_chunk(stream.answer)
 
     async def _astream(
         self,
@@ -233,47 +241,41 @@ class ChatCribsheet(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        known, name, settings = self._settings(stop, kwargs)
-        llm = await _opened(known)
-        async with llm.astream(as_conversation(messages), **settings) as stream:
+        call = self._call(messages, stop, kwargs).streamed()
+        llm = await self._aopen(call.known)
+        async with llm.astream(await call.prepared(llm)) as stream:
             async for text in stream:
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
                 if run_manager:
                     await run_manager.on_llm_new_token(text, chunk=chunk)
                 yield chunk
-        yield ChatGenerationChunk(message=last_chunk(stream.answer, known.manifest, name))
+        yield call.last_chunk(stream.answer)
 
-    def _settings(self, stop: list[str] | None, given: Mapping[str, Any]) -> tuple[Knowledge, str, dict[str, Any]]:
-        """The knowledge, the model's name, and the settings of one answer: the fields', then the call's."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
-        settings |= {name: value for name, value in given.items() if name not in _FOR_LANGCHAIN}
+    def _call(self, messages: list[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]) -> Call:
+        """One call: the fields' settings, then the call's own."""
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING} | dict(given)
         settings["stop"] = stop if stop is not None else settings["stop"]
         settings["timeout"] = settings.get("timeout", self.timeout)
         sheet, model = settings.pop("sheet", None), settings.pop("model", None)
-        form = settings.pop("response_format", None)
-        if form is not None:
-            settings["json_schema"] = _schema_of(form)
-        if settings.pop("logprobs", None):
-            settings["logprobs"] = settings.pop("top_logprobs", None) or 0
-        known = self._known(sheet, model)
-        return known, self._model_name(model), {name: v for name, v in settings.items() if v is not None}
+        return Call.of(messages, self._known(sheet, model), model or self.model, settings)
 
     # ---- composing
 
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
+    def batch(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
         """As in LangChain, with as many calls at once as the engine batches, unless `max_concurrency` says less."""
-        configs = get_config_list(config, len(inputs))
-        for each in configs:
-            if each.get("max_concurrency") is None:
-                each["max_concurrency"] = _BATCH
-        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+        return super().batch(inputs, _wide(config, inputs), **kwargs)
+
+    async def abatch(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `batch`."""
+        return await super().abatch(inputs, _wide(config, inputs), **kwargs)
+
+    def batch_as_completed(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `batch`, each answer with its number as soon as it is there."""
+        return super().batch_as_completed(inputs, _wide(config, inputs), **kwargs)
+
+    def abatch_as_completed(self, inputs: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As `batch_as_completed`."""
+        return super().abatch_as_completed(inputs, _wide(config, inputs), **kwargs)
 
     def bind_tools(
         self,
@@ -284,10 +286,13 @@ class ChatCribsheet(BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """A model that may call `tools`; `tool_choice` is "auto", "none", "any", "required", true, or a tool's name.
 
-        A forced call is always complete and fits the tool's schema. Raises `RequestError` for a choice that is none.
+        A forced call is always complete and fits the tool's schema; `parallel_tool_calls=False` keeps only the first.
+        Raises `RequestError` for a choice that is none, and for a forced tool whose schema no grammar can enforce.
         """
         converted = [convert_to_openai_tool(tool) for tool in tools]
-        Toolbox.of(list({tool["function"]["name"]: tool for tool in converted}.values()), tool_choice)
+        toolbox = Toolbox.of(list({Tool.of(tool).name: tool for tool in converted}.values()), tool_choice)
+        if toolbox and toolbox.forced:
+            Grammar.json_schema(toolbox.schema)
         chosen = {} if tool_choice is None else {"tool_choice": tool_choice}
         return self.bind(tools=converted, **chosen, **kwargs)
 
@@ -324,27 +329,15 @@ class ChatCribsheet(BaseChatModel):
         return StructuredTool.from_function(ask, aask, name=name or "ask_documents", description=told)
 
 
-def _schema_of(form: Any) -> Any:
-    """The JSON schema of OpenAI's `response_format`; any JSON object for its JSON mode."""
-    kind = form.get("type") if isinstance(form, Mapping) else None
-    if kind == "json_schema":
-        return form["json_schema"].get("schema", form["json_schema"])
-    if kind == "json_object":
-        return {"type": "object"}
-    if kind == "text":
-        return None
-    raise RequestError(f"response_format is {form!r}; use the type 'json_schema', 'json_object' or 'text'.")
+def _sizes(llm: CompressedKnowledgeLLM) -> ModelProfile:
+    """The parts of a profile that are only known with the model: the sheet's share of the window is taken."""
+    return ModelProfile(max_input_tokens=llm.room, max_output_tokens=llm.room, name=llm.backbone.name)
 
 
-def _result(answers: Sequence[Answer], known: Knowledge, name: str) -> ChatResult:
-    messages = [as_message(answer, known.manifest, name) for answer in answers]
-    made = [ChatGeneration(message=each, generation_info=dict(each.response_metadata)) for each in messages]
-    return ChatResult(generations=made, llm_output={"model_name": name})
-
-
-async def _opened(known: Knowledge) -> CompressedKnowledgeLLM:
-    """The loaded model; loading does not hold up the event loop."""
-    return known.llm if known.is_open else await asyncio.to_thread(lambda: known.llm)
+def _wide(config: Any, inputs: Sequence[Any]) -> list[RunnableConfig]:
+    """A config for each input, with the engine's width as the default of `max_concurrency`."""
+    configs = get_config_list(config, len(inputs))
+    return [{**each, "max_concurrency": each.get("max_concurrency") or _BATCH} for each in configs]
 
 
 register(*ChatCribsheet.lc_id())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from cribsheet import CompressedKnowledgeLLM
@@ -33,10 +34,13 @@ class Knowledge:
 
     @classmethod
     def of(cls, sheet: str | None, model: str | None, options: Mapping[str, Any]) -> Knowledge:
-        """The knowledge of a sheet file with a model; the same object for the same values while anybody holds it."""
+        """The knowledge of a sheet file with a model; the same object for the same values while anybody holds it.
+
+        A file that was written anew since is another sheet.
+        """
         if not sheet:
             raise SheetError("No sheet was given; pass sheet=, or set CRIBSHEET_SHEET to the path of one.")
-        spec = (sheet, str(model), repr(sorted(options.items())))
+        spec = (*_identity(sheet), str(model), repr(sorted(options.items())))
         with cls._lock:
             found = cls._alive.get(spec)
             if found is None:
@@ -50,8 +54,26 @@ class Knowledge:
         made._opened, made._manifest = llm, llm.sheet.manifest
         return made
 
+    @classmethod
+    def given(cls, value: Any, sheet: str | None, model: str | None, options: Mapping[str, Any]) -> Knowledge | None:
+        """What the fields of one of LangChain's objects stand for; nothing if they name no sheet.
+
+        Raises `ValueError` for a `value` that is neither a `CompressedKnowledgeLLM` nor one of these.
+        """
+        if isinstance(value, CompressedKnowledgeLLM):
+            return cls.around(value)
+        if value is not None and not isinstance(value, Knowledge):
+            raise ValueError(f"knowledge is a {type(value).__name__}; give a CompressedKnowledgeLLM, or sheet=.")
+        if not sheet:
+            return value
+        if value is None:
+            return cls.of(sheet, model, options)
+        return value.instead(sheet, model, options)  # a rebuilt object keeps what it had loaded
+
     def instead(self, sheet: str | None, model: str | None, options: Mapping[str, Any]) -> Knowledge:
-        """Another one, which stays loaded as long as this one does."""
+        """Another one, which stays loaded as long as this one does; this one, if it is the same path and model."""
+        if self._sheet and (sheet, model, dict(options)) == (self._sheet, self._model, self._options):
+            return self
         other = Knowledge.of(sheet, model, options)
         with self._lock:
             if other is not self and other not in self._beside:
@@ -69,11 +91,39 @@ class Knowledge:
         with self._opening:
             if self._opened is None:
                 self._opened = CompressedKnowledgeLLM.load(self._sheet, model=self._model, **self._options)
+                self._manifest = self._opened.sheet.manifest
             return self._opened
 
     @property
     def manifest(self) -> Manifest:
         """What the sheet was made with; read from the file without loading anything else."""
         if self._manifest is None:
-            self._manifest = self._opened.sheet.manifest if self._opened else read_manifest(self._sheet)
+            self._manifest = read_manifest(self._sheet)
         return self._manifest
+
+    def __copy__(self) -> Knowledge:
+        """Itself: copies of LangChain's objects share what is loaded."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Knowledge:
+        """Itself."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes, which open the file themselves."""
+        if not self._sheet:
+            raise TypeError(
+                "A model around an open CompressedKnowledgeLLM cannot go to another process; save the sheet, and give "
+                "its path as sheet=."
+            )
+        return Knowledge.of, (self._sheet, self._model, self._options)
+
+
+def _identity(sheet: str) -> tuple[str, ...]:
+    """Which file a path means now, and which version of it."""
+    path = Path(sheet).expanduser().absolute()
+    try:
+        found = path.stat()
+    except OSError:  # it may come later; whoever opens it will hear of it
+        return str(path), "", ""
+    return str(path), str(found.st_mtime_ns), str(found.st_ino)

@@ -1,4 +1,4 @@
-"""`CribsheetRetriever`: the documents that the sheet looks at for a question, most attended first.
+"""`CribsheetRetriever`: the passages that the sheet looks at for a question, most attended first.
 
 It takes the place of a retriever in chains that need documents: for citations, evaluators, and prompts with a
 `{context}`. The sheet itself needs none of this to answer.
@@ -15,18 +15,28 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field, model_validator
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.errors import RequestError
+from cribsheet.answer import Source
+from cribsheet.errors import SheetError
+from cribsheet.sheet import DocumentEntry
 from langchain_cribsheet.knowledge import Knowledge
 
 
 class CribsheetRetriever(BaseRetriever):
-    """Documents of a sheet by how much attention a question gives them.
+    """Passages of a sheet's documents by how much attention a question gives them.
 
+    sheet, model, model_options, knowledge
+        as for `ChatCribsheet`.
     k
-        how many documents.
+        how many documents, also per call. At least one always comes, so that no prompt has an empty context.
+    characters
+        length of a passage, about; a shorter document is one passage.
     content
-        "text": the documents' texts. "marker": a short note in place of each text, for chains whose model answers from
-        the sheet anyway and would only read the texts again; ids, metadata and scores are the same.
+        "text": the passages. "marker": a short note in place of each, for chains whose model answers from the sheet
+        anyway and would only read the texts again; ids, metadata and order are the same. Passages of a sheet that was
+        saved without texts are markers.
+
+    Metadata are the document's own and `document_id`, `start_index`, `end_index` (characters in the document) and
+    `score` (share of the attention, 0 to 1); `source` is the document's id unless it has a source of its own.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -35,30 +45,45 @@ class CribsheetRetriever(BaseRetriever):
     model: str | None = Field(default_factory=lambda: os.environ.get("CRIBSHEET_MODEL"))
     model_options: dict[str, Any] = Field(default_factory=dict)
     knowledge: Any = Field(default=None, exclude=True, repr=False)
-    k: int = 4
+    k: int = Field(default=4, ge=1)
+    characters: int = Field(default=1500, ge=1)
     content: Literal["text", "marker"] = "text"
-    marker: str = "(The model has read this document.)"
+    marker: str = Field(default="(The model has read this document.)", min_length=1)
 
     @model_validator(mode="after")
     def _set_knowledge(self) -> CribsheetRetriever:
         if isinstance(self.knowledge, CompressedKnowledgeLLM):
-            self.knowledge = Knowledge.around(self.knowledge)
-        if self.knowledge is None:
-            self.knowledge = Knowledge.of(self.sheet, self.model, self.model_options)
+            if self.sheet and "sheet" in self.model_fields_set:
+                raise ValueError(f"Both knowledge= and sheet={self.sheet!r} were given; pass one of them.")
+            self.__dict__["sheet"] = None
+        known = Knowledge.given(self.knowledge, self.sheet, self.model, self.model_options)
+        if known is None:
+            raise SheetError("No sheet was given; pass sheet=, or set CRIBSHEET_SHEET to the path of one.")
+        self.__dict__["knowledge"] = known
         return self
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
-        wanted = self.k if k is None else k
-        if wanted < 1:
-            raise RequestError(f"k is {wanted}; ask for at least 1 document.")
         llm: CompressedKnowledgeLLM = self.knowledge.llm
-        known = {document.id: document for document in llm.sheet.documents}
-        found: list[Document] = []
-        for source in llm.sources(query, "", limit=wanted):
-            document = known[source.document_id]
-            place = {"score": source.weight, "start": source.start, "stop": source.stop, "document_id": document.id}
-            text = self.marker if self.content == "marker" or not document.text else document.text
-            found.append(Document(page_content=text, id=document.id, metadata={**document.metadata, **place}))
-        return found
+        asked = query if query.strip() else llm.sheet.task.description  # agents search for nothing now and then
+        found = llm.passages(asked, limit=self.k if k is None else k, characters=self.characters)
+        entries = {entry.id: entry for entry in llm.sheet.manifest.documents}
+        made = [self._document(each, entries[each.document_id]) for each in found]
+        return made or [
+            Document(page_content=self.marker, metadata={"source": llm.sheet.manifest.digest, "score": 0.0})
+        ]
+
+    def _document(self, passage: Source, entry: DocumentEntry) -> Document:
+        whole = passage.stop - passage.start >= entry.characters
+        place = {
+            "document_id": entry.id,
+            "start_index": passage.start,
+            "end_index": passage.stop,
+            "score": passage.weight,
+        }
+        return Document(
+            page_content=(passage.text if self.content == "text" else "") or self.marker,
+            id=entry.id if whole else f"{entry.id}:{passage.start}",
+            metadata={"source": entry.id, **entry.metadata, **place},
+        )

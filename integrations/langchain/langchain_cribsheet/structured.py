@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from langchain_cribsheet.chat_model import ChatCribsheet
 
 METHODS = ("json_schema", "function_calling", "json_mode")
+_SAYS = {"type", "properties", "anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
 
 
 def structured(
@@ -63,7 +64,11 @@ def structured(
 
 
 def _json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
-    """A JSON schema as it is, for LangChain's conversion leaves keywords out; a class as its schema."""
-    if isinstance(schema, dict) and "parameters" not in schema and "function" not in schema:
-        return schema
-    return convert_to_json_schema(schema)
+    """A JSON schema as it is, for LangChain's conversion leaves keywords out; a class or OpenAI's forms as theirs."""
+    if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+        schema = schema["schema"]  # as in OpenAI's `response_format`
+    if not isinstance(schema, dict) or "parameters" in schema or "function" in schema:
+        return convert_to_json_schema(schema)
+    if not schema.keys() & _SAYS:
+        raise RequestError(f"The JSON schema {schema!r} says nothing about the answer; use {', '.join(sorted(_SAYS))}.")
+    return schema

@@ -12,6 +12,7 @@ from fitted.fit import DOCUMENTS, MODEL, TASK
 from no_network import no_network  # noqa: F401
 
 from cribsheet import CompressedKnowledgeLLM
+from cribsheet.testing import echo_backbone, tiny_backbone
 
 torch.set_num_threads(1)
 
@@ -44,6 +45,20 @@ def kb() -> CompressedKnowledgeLLM:
     }
     corpus = [{"id": name, "text": text, "metadata": {"page": n}} for n, (name, text) in enumerate(documents.items())]
     return CompressedKnowledgeLLM.build(corpus, "Answer questions about people.", rate=1, scorer="recent")
+
+
+@pytest.fixture(scope="session")
+def writer() -> CompressedKnowledgeLLM:
+    """A small random model: what it writes means nothing, and grammars must hold all the same."""
+    return CompressedKnowledgeLLM.build(["Alice lives in Lisbon. " * 10], "Answer.", model=tiny_backbone(), rate=1)
+
+
+@pytest.fixture(scope="session")
+def echo() -> CompressedKnowledgeLLM:
+    """A sheet whose model says the same whatever it is asked."""
+    texts = {"moreno": "Alice Moreno lives in Lisbon. " * 3, "smith": "Bob Smith lives in Oslo. " * 3}
+    corpus = [{"id": name, "text": text, "metadata": {"page": 7}} for name, text in texts.items()]
+    return CompressedKnowledgeLLM.build(corpus, "Where?", model=echo_backbone("In Lisbon."), rate=1)
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
