@@ -270,7 +270,7 @@ _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for engine in list(_ENGINES):
-        engine.backbone.release()
+        engine.backbone.attached().release()
         engine._begin()
 
 
