@@ -214,7 +214,9 @@ def test_a_stock_forward_is_not_disturbed_by_attaching_in_its_middle(name, own):
 
     def flip(*_):
         leave = backbone.config._attn_implementation == "cribsheet"
-        commands.put((lambda: backbone.attached().__exit__(None, None, None)) if leave else backbone.attached().__enter__)
+        commands.put(
+            (lambda: backbone.attached().__exit__(None, None, None)) if leave else backbone.attached().__enter__
+        )
         done.get()
 
     thread = threading.Thread(target=elsewhere)

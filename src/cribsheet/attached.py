@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,19 +26,23 @@ from cribsheet.prefix import PrefixLayer
 _NAME = "cribsheet"
 _EAGER = "eager"
 _inside = threading.local()
+_Function = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Attachment:
     """Evaluates a model with our attention while inside; nests, and across threads. One per model: `of` finds it."""
 
-    _known: dict[int, Attachment] = {}  # by the identity of the configuration, which is what attention functions see
-    _making = threading.Lock()
+    _known: ClassVar[
+        dict[int, Attachment]
+    ] = {}  # by the identity of the configuration, which is what attention functions see
+    _making: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._config: Any = model.config
+        config: Any = model.config
+        self._config = config
         self._lock, self._depth = threading.Lock(), 0
-        self.own: str = self._config._attn_implementation  # the attention that the model has otherwise
+        self.own: str = config._attn_implementation  # the attention that the model has otherwise
         self._in_training: list[nn.Module] = []  # what was in training mode before
 
     @classmethod
@@ -125,11 +129,10 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _stock(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _stock(module: nn.Module) -> _Function:
     own = _own(getattr(module, "config", None))
     if own == _EAGER:  # it is no registered function: each model has its own
-        eager: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[
-            type(module).__module__
-        ].eager_attention_forward  # type: ignore[attr-defined]
-        return eager
-    return sdpa_attention_forward if _is_inside() else AttentionInterface()[own]
+        found: _Function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    else:
+        found = sdpa_attention_forward if _is_inside() else AttentionInterface()[own]
+    return found

@@ -106,14 +106,14 @@ class Backbone:
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:  # no mapping: a TypeError up to 5.4
             raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
         check_supported(config)
-        target = _device(device) if device is not None else _best_device()
+        target, kind = resolved(device, dtype)
         own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # stock SDPA ignores softcaps
         options: dict[str, Any] = {"attn_implementation": own, "revision": revision, **model_options}
-        options["dtype"] = _resolve_dtype(dtype, target)
+        options["dtype"] = kind
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # an ImportError: what quantisation or device_map needs
             raise ModelError(f"The model at {str(name)!r} cannot be loaded: {_first_line(error)}") from error
         if "device_map" not in model_options and "quantization_config" not in model_options:
             model = model.to(target)
@@ -252,6 +252,14 @@ def _locate(name: str) -> str:
     if looks_local:
         raise ModelError(f"There is no model folder {name!r}; give an existing folder, a hub id, or {POCKET!r}.")
     return name
+
+
+def resolved(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype | str]:
+    """The device and dtype that `Backbone.load` takes for what was given, or for nothing."""
+    target = _device(device) if device is not None else _best_device()
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", torch.cuda.current_device())
+    return target, _resolve_dtype(dtype, target)
 
 
 def _device(wanted: str | torch.device) -> torch.device:

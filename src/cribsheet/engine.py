@@ -269,9 +269,15 @@ _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    """In the child: the parent answers what was asked there, and the child whatever is asked from now on."""
     for engine in list(_ENGINES):
         engine.backbone.attached().release()
+        abandoned = [*map(_request, engine._waiting), *(sequence.request for sequence in engine._started())]
         engine._begin()
+        for request in abandoned:
+            tell(
+                request, EngineError("This question was asked before the process forked; its parent reads the answer.")
+            )
 
 
 @atexit.register
