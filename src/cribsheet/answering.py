@@ -44,7 +44,7 @@ Event = Delta | Finished | BaseException
 Sink = Callable[[Event], None]
 
 
-@dataclass(slots=True, eq=False)  # two questions are never the same one, whatever they ask
+@dataclass(slots=True, weakref_slot=True, eq=False)  # two questions are never the same one, whatever they ask
 class Request:
     """A question in tokens (T,), over a prefix; events go to `sink` from the engine's thread, which must not block."""
 

@@ -257,7 +257,7 @@ def _locate(name: str) -> str:
 def resolved(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype | str]:
     """The device and dtype that `Backbone.load` takes for what was given, or for nothing."""
     target = _device(device) if device is not None else _best_device()
-    if target.type == "cuda" and target.index is None:
+    if str(target) == "cuda":
         target = torch.device("cuda", torch.cuda.current_device())
     return target, _resolve_dtype(dtype, target)
 
