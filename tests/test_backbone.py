@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from reference import full_context_logits
 from test_prefix import LEFT
 from transformers import AttentionInterface
 
-from cribsheet.backbone import ROPE_TYPES, Backbone, check_supported
+from cribsheet.backbone import FAMILIES, ROPE_TYPES, Backbone, check_supported
 from cribsheet.errors import ModelError
 from cribsheet.prefix import empty_prefix
 from cribsheet.testing import save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
@@ -178,12 +180,68 @@ def test_the_stock_attention_is_back_after_use_however_deeply_nested(tiny):
     assert tiny.config._attn_implementation == stock
 
 
-def test_the_stock_forward_gives_its_own_logits_also_while_attached(family):
-    before = full_context_logits(family, LEFT)
-    with family.attached():
-        during = full_context_logits(family, LEFT)
-    assert torch.equal(during, before)
-    assert torch.equal(full_context_logits(family, LEFT), before)
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_stock_forward_gives_its_own_logits_also_while_attached(name, own):
+    """In the thread that attached it and in others: with its own attention, mask and soft cap."""
+    backbone = tiny_backbone(name)
+    if own == "eager":
+        backbone.model.set_attn_implementation("eager")
+    before = full_context_logits(backbone, LEFT)
+    during = []
+    with backbone.attached():
+        during.append(full_context_logits(backbone, LEFT))
+        other = threading.Thread(target=lambda: during.append(full_context_logits(backbone, LEFT)))
+        other.start()
+        other.join()
+    assert [torch.equal(each, before) for each in during] == [True, True]
+    assert torch.equal(full_context_logits(backbone, LEFT), before)
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
+def test_a_stock_forward_is_not_disturbed_by_attaching_in_its_middle(name, own):
+    """Another thread attaches, or lets go, between the mask and the layers, and between two layers."""
+    backbone = tiny_backbone(name)
+    backbone.model.set_attn_implementation("eager" if name == "gemma2" else own)
+    before = full_context_logits(backbone, LEFT)
+    commands, done = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def elsewhere():
+        while command := commands.get():
+            command()
+            done.put(True)
+
+    def flip(*_):
+        leave = backbone.config._attn_implementation == "cribsheet"
+        commands.put(
+            (lambda: backbone.attached().__exit__(None, None, None)) if leave else backbone.attached().__enter__
+        )
+        done.get()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    hooks = [layer.register_forward_pre_hook(flip) for layer in backbone.model.base_model.layers]
+    hooks += [backbone.model.base_model.rotary_emb.register_forward_pre_hook(flip)]
+    try:
+        assert torch.equal(full_context_logits(backbone, LEFT), before)
+        assert torch.equal(full_context_logits(backbone, LEFT), before)  # begins as the last one ended, and so on
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if backbone.config._attn_implementation == "cribsheet":
+            flip()
+        commands.put(None)
+        thread.join()
+
+
+def test_two_backbones_of_one_model_give_it_back_as_it_was(tiny):
+    first, second = (Backbone(tiny.model, tiny.tokenizer) for _ in range(2))
+    first.attached().__enter__()
+    with second.attached():
+        first.attached().__exit__(None, None, None)
+        assert tiny.config._attn_implementation == "cribsheet"
+    assert tiny.config._attn_implementation == "sdpa"
 
 
 def test_the_stock_forward_keeps_its_padding_mask_while_attached(tiny):

@@ -142,6 +142,20 @@ def test_a_question_that_is_cancelled_while_it_waits_leaves_the_queue_though_all
     run(engine)
 
 
+def test_a_question_cancelled_in_the_middle_of_the_queue_leaves_the_others_waiting(kb):
+    engine = Engine(kb.backbone, max_batch=1)
+    running, running_events = ask(kb, max_tokens=10)
+    waiting = [ask(kb, f"Who is {'x' * n}?", max_tokens=2) for n in range(5)]
+    queue(engine, running, *(request for request, _ in waiting))
+    engine.step()
+    waiting[3][0].cancel()
+    engine.step()
+    assert waiting[3][1] == [Finished("cancelled", 0)]
+    run(engine)
+    assert running_events[-1] == Finished("length", 10)
+    assert [events[-1].reason for _, events in waiting] == ["length"] * 3 + ["cancelled", "length"]
+
+
 def test_a_question_whose_time_is_up_is_told_so_whether_it_waits_is_read_or_runs(kb):
     engine = Engine(kb.backbone, max_batch=2)
     running, running_events = ask(kb, max_tokens=500)
@@ -412,6 +426,38 @@ def test_a_forked_child_answers_for_itself_while_its_parent_is_answering(kb):
         child.join(30)
         assert child.exitcode == 0
         assert next(stream)
+
+
+def _read_in_child(stream, results):
+    try:
+        results.put(sum(1 for _ in stream))
+    except EngineError as error:
+        results.put(str(error))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_that_reads_its_parent_s_answer_is_told_so_and_the_parent_goes_on(kb):
+    context = multiprocessing.get_context("fork")
+    with kb.stream("Hugo?", max_tokens=3000) as stream:
+        next(stream)
+        results = context.Queue()
+        child = context.Process(target=_read_in_child, args=(stream, results))
+        child.start()
+        assert "before the process forked" in results.get(timeout=60)
+        child.join(30)
+        assert child.exitcode == 0
+        assert next(stream)
+
+
+def test_a_special_token_is_a_stop_string_too(kb, engine):
+    """It is never written, so it cannot be found in the text."""
+    (user,) = kb.backbone.tokenizer.convert_tokens_to_ids(["<|user|>"])
+    for stop, end in (((), Finished("length", 6)), (("never this", "<|user|>"), Finished("stop", 0))):
+        request, events = ask(kb, max_tokens=6, stop=stop, logit_bias={user: 100})
+        queue(engine, request)
+        run(engine)
+        assert events[-1] == end and text(events) == ""
 
 
 @pytest.mark.parametrize("slots", [1, 2])

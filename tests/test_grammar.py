@@ -26,6 +26,10 @@ SCHEMA = {
     "additionalProperties": False,
 }
 REGEX = r"[A-Z][a-z]{2,40}(, [A-Z][a-z]+)*\."
+ENDLESS = {
+    "$defs": {"a": {"type": "object", "properties": {"b": {"$ref": "#/$defs/a"}}, "required": ["b"]}},
+    "$ref": "#/$defs/a",
+}
 CHOICES = ["yes", "no", "maybe so", "maybe not, who knows?"]
 
 
@@ -73,6 +77,53 @@ def test_a_choice_is_one_of_the_choices(kb, tokens, seed):
 
 
 @pytest.mark.parametrize(
+    "choices",
+    [
+        ["a", "ab", "abc"],
+        [" yes", "no "],
+        ["a\n\nb"],
+        ["\x00\x01\x7f\x85", '\\ " / { } [ ] | ( ) . *'],
+        ["Zoë", "漢字", "👩‍👩‍👧"],
+        [f"option number {n} of very many, all of them long" for n in range(2000)] + ["zz"],
+    ],
+)
+def test_whatever_the_choices_hold_the_answer_is_one_of_them(kb, choices):
+    bias = {number: -50.0 for number in kb.backbone.eos_ids}
+    for seed in range(2):
+        answer = kb.ask(QUESTION, choices=choices, max_tokens=60, temperature=2.0, seed=seed, logit_bias=bias)
+        assert answer.text in choices and answer.finish_reason == "stop"
+
+
+def test_a_form_is_not_cut_where_a_model_without_a_template_would_stop():
+    backbone = tiny_backbone()
+    backbone.tokenizer.chat_template = None
+    plain = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=backbone, rate=3, scorer="recent")
+    assert plain.ask(QUESTION, choices=["one\n\ntwo"]).text == "one\n\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "limit"),
+    [
+        (Grammar.choices([f"a long option {n}" for n in range(500)] + ["zz"]), 2),
+        (Grammar.json_schema({"type": "string", "format": "email"}), 20),
+        (Grammar.regex(r"[^@]*@{3}[^#]*#"), 8),
+        (Grammar.regex(r"[a-z]+@[a-z]+\.com"), 12),
+    ],
+)
+def test_a_way_out_is_found_that_no_fixed_order_of_tokens_would_find(kb, tokens, grammar, limit):
+    for seed in range(3):
+        assert written(Constraint(grammar, tokens, limit), kb.backbone, seed)[1] <= limit
+
+
+def test_a_form_needs_an_end_token_within_the_vocabulary(kb):
+    backbone = kb.backbone
+    vocabulary = backbone.config.vocab_size
+    assert GrammarTokens(backbone.tokenizer, backbone.eos_ids | {vocabulary + 7}, vocabulary).eos == backbone.eos_ids
+    with pytest.raises(RequestError, match="The model has no end token"):
+        GrammarTokens(backbone.tokenizer, frozenset({vocabulary + 7}), vocabulary)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"json_schema": {"type": "nothing"}}, "The JSON schema cannot be used"),
@@ -84,6 +135,12 @@ def test_a_choice_is_one_of_the_choices(kb, tokens, seed):
         ({"choices": ["yes", ""]}, "give a list of non-empty texts"),
         ({"json_schema": SCHEMA, "max_tokens": 5}, "was found within max_tokens=5; allow more tokens"),
         ({"regex": "[a-z]{400}", "max_tokens": 20}, "was found within max_tokens=20"),
+        ({"regex": r"[^\s\S]"}, "No answer that fits the regular expression was found"),
+        ({"regex": 5}, "The regular expression is 5; give a text"),
+        ({"regex": "\ud800"}, "The regular expression cannot be used"),
+        ({"choices": ["\ud800"]}, "The list of choices cannot be used"),
+        ({"choices": 5}, "give a list of non-empty texts"),
+        ({"json_schema": ENDLESS, "max_tokens": 60}, "No answer that fits the JSON schema was found"),
         ({"regex": "a", "choices": ["a"]}, "An answer has one form, but regex and choices were given"),
     ],
 )

@@ -78,8 +78,8 @@ def test_a_question_longer_than_the_window_left_is_refused_with_all_its_numbers(
         kb.ask("Where? " * 4000)
     asked = len(kb._question_ids("Where? " * 4000))
     assert str(refused.value) == (
-        f"The question takes {asked} tokens, but the model's window of 4096 leaves {kb.room} beside the sheet of "
-        f"{kb.sheet.tokens}; ask a shorter question or raise the rate."
+        f"The question takes {asked} tokens, but the model's window of 4096 leaves {kb.room} for question and answer "
+        f"beside the sheet of {kb.sheet.tokens}; ask a shorter question or raise the rate."
     )
 
 
@@ -123,8 +123,9 @@ def test_bad_settings_are_refused_before_they_are_queued(kb, settings):
 def test_a_timeout_is_an_error_and_the_next_question_is_answered(kb):
     with pytest.raises(EngineError, match=r"timeout=0\.0001 seconds"):
         kb.ask(QUESTION, max_tokens=3000, timeout=0.0001)
-    with pytest.raises(RequestError, match="timeout is 0"):
-        kb.ask(QUESTION, timeout=0)
+    for timeout in (0, -1, "soon", float("nan")):
+        with pytest.raises(RequestError, match=f"timeout is {timeout!r}"):
+            kb.ask(QUESTION, timeout=timeout)
     assert kb.ask(QUESTION, max_tokens=3, timeout=600).usage.completion_tokens == 3
 
 
@@ -245,6 +246,48 @@ def test_a_conversation_remembers_its_turns(kb):
     assert conversation.messages == [*turns, {"role": "assistant", "content": second.text}]
     assert kb.chat(turns, max_tokens=8).text == second.text == kb.ask(turns, max_tokens=8).text
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_a_conversation_goes_on_after_an_answer_of_nothing_and_after_a_call(kb):
+    conversation, (end,) = kb.conversation(), kb.backbone.eos_ids
+    assert conversation.ask("Anything?", logit_bias={end: 100}).text == ""
+    called = conversation.ask("What time is it?", tools=[{"name": "clock"}], tool_choice="any", max_tokens=60)
+    assert conversation.ask("And now?", max_tokens=3).usage.completion_tokens == 3
+    assert conversation.messages[3]["tool_calls"] == called.tool_calls != ()
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None])
+def test_a_number_of_answers_that_makes_no_sense_is_refused(kb, n):
+    with pytest.raises(RequestError, match=f"n is {n!r}; ask for at least 1 answer"):
+        kb.ask_many(QUESTION, n)
+    with pytest.raises(RequestError, match=f"n is {n!r}; ask for at least 1 answer"):
+        asyncio.run(kb.aask_many(QUESTION, n))
+
+
+def test_answers_side_by_side_are_the_same_in_both_forms_and_end_together(kb):
+    settings = {"max_tokens": 12, "temperature": 1.0, "seed": 3}
+    answers = [answer.text for answer in kb.ask_many(QUESTION, 3, **settings)]
+    assert [answer.text for answer in asyncio.run(kb.aask_many(QUESTION, 3, **settings))] == answers
+    assert len(set(answers)) == 3 and answers[0] == kb.ask(QUESTION, **settings).text
+    with pytest.raises(EngineError, match=r"timeout=0\.05") as kept:  # keeps what hangs on its traceback
+        kb.ask_many(QUESTION, 3, max_tokens=3500, timeout=0.05)
+    assert kept.value is not None
+    settle(kb)
+
+
+def test_chatting_in_a_task_is_chatting(kb):
+    turns = [{"role": "user", "content": QUESTION}]
+    assert asyncio.run(kb.achat(turns, max_tokens=5)).text == kb.chat(turns, max_tokens=5).text
+
+
+def test_a_question_of_all_but_one_token_of_the_room_is_answered_and_one_more_is_refused():
+    small = tiny_backbone(max_position_embeddings=220)
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=small, rate=3, guide="dropped", scorer="task")
+    digits = "7" * (kb.room - kb.count_tokens("7"))
+    assert kb.count_tokens(digits) == kb.room - 1
+    assert kb.ask(digits).usage.total_tokens == 220
+    with pytest.raises(RequestError, match=f"The question takes {kb.room} tokens"):
+        kb.ask(digits + "7")
 
 
 def test_a_conversation_forgets_a_question_that_failed(kb):
@@ -439,9 +482,12 @@ def test_a_float32_sheet_on_the_cpu_is_used_where_it_lies(kb):
     assert kb.prefix.layers[0].keys.data_ptr() == kb.sheet.layers[0].keys.data_ptr()
 
 
-def test_a_model_is_loaded_once_however_its_options_are_written(tmp_path):
+def test_a_model_is_loaded_once_however_its_options_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("cribsheet.backbone._best_device", lambda: torch.device("cpu"))
     folder = save_tiny_model(tmp_path / "model")
     first = LoadedModel.get(folder)
+    assert LoadedModel.get(folder, device="cpu") is LoadedModel.get(folder, dtype="float32") is first
+    assert LoadedModel.get(folder, device=torch.device("cpu"), dtype=torch.float32) is first
     assert LoadedModel.get(str(folder), dtype=None, revision=None) is first
     half = LoadedModel.get(folder, dtype="bfloat16")
     assert LoadedModel.get(folder, dtype=torch.bfloat16) is half is not first

@@ -49,7 +49,8 @@ REFUSED = {
     "logprobs": [-1, 21, 1.5, True],
     "seed": [1.5, "lucky", True],
     "logit_bias": [[1, 2], {1: 101}, {1: math.nan}, {"x": 1}, {-1: 1}, {1.5: 1}, {1: "up"}],
-    "stop": ["", ["a", ""], [1], [None]],
+    "stop": ["", ["a", ""], [1], [None], 5, b"a", {"a": 1}],
+    "grammar": ["[a-z]+", {"type": "object"}],
 }
 ACCEPTED = {
     "max_tokens": [1, 10**9],
@@ -107,6 +108,25 @@ def test_top_k_leaves_the_k_best():
     assert set(draw(top_k=2)) == {1, 2}
     assert set(draw(top_k=1)) == {1}
     assert set(draw(top_k=50)) == set(range(5))
+
+
+def test_of_equally_probable_tokens_the_first_ones_are_left_as_a_greedy_choice_takes_them():
+    """Half-precision logits are often equal."""
+    equal = torch.tensor([1.0, 3.0, 3.0, 3.0, 0.0] * 40)
+    assert set(draw(60, logits=equal, top_k=1)) == {1} == {int(equal.argmax())}
+    assert set(draw(60, logits=equal, top_p=1e-9)) == {1}
+    assert set(draw(200, logits=equal, top_k=3)) == {1, 2, 3}
+
+
+def test_stop_strings_that_can_be_read_only_once_are_kept():
+    params = SamplingParams(stop=(text for text in ("a", "b")))
+    assert params.stops == params.stops == ("a", "b")
+
+
+def test_alternatives_that_are_forbidden_are_none():
+    logprobs = torch.tensor([0.0, -math.inf, -math.inf])
+    said = describe(0, logprobs, 2, tiny_tokenizer())
+    assert len(said.top) == 1 and said.top[0][1] == 0.0
 
 
 def test_top_p_leaves_the_smallest_set_that_reaches_p():

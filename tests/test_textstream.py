@@ -91,6 +91,7 @@ def test_the_space_that_a_first_word_brings_is_not_written(tokenizer):
         ("ababac and on", ["abac"], "ab"),
         ("aaaaab and on", ["aab"], "aaa"),
         ("abc and on", ["abcd", "bc"], "a"),
+        ("Alice lives in Lisbon.", ["lives", "live"], "Alice "),
         ("abc and on", ["bcx", "c a"], "ab"),
     ],
 )
@@ -104,6 +105,28 @@ def test_a_stop_string_is_found_as_soon_as_it_is_complete(tokenizer):
     _, stopped, pushed = stream(tokenizer, "Alice lives in Lisbon. Bob lives in Oslo.", ["Lisbon"])
     assert stopped and pushed < len(ids)
     assert "Lisbon" in tokenizer.decode(ids[:pushed]) and "Lisbon" not in tokenizer.decode(ids[: pushed - 1])
+
+
+class OneToken:
+    """A tokenizer whose only token is a whole text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode(self, ids, **_):
+        return self.text * len(ids)
+
+
+def test_of_two_stop_strings_the_one_that_is_complete_first_ends_the_text_also_within_one_token():
+    here = TextStream(OneToken("xabcdy"), ("abcd", "bc"))
+    assert here.push(0) == "xa" and here.stopped
+
+
+def test_a_text_that_must_be_exact_keeps_the_space_it_begins_with(tokenizer):
+    ids = tokenizer(" yes", add_special_tokens=False)["input_ids"]
+    for exact, expected in ((True, " yes"), (False, "yes")):
+        here = TextStream(tokenizer, exact=exact)
+        assert "".join([*map(here.push, ids), here.finish()]) == expected
 
 
 def test_what_only_looked_like_a_stop_string_is_written_after_all(tokenizer):

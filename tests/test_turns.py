@@ -34,13 +34,22 @@ def test_system_texts_tools_calls_and_results_are_told_in_order():
     assert turns[4]["content"] == "<tool_response>\nclock: 12:30\n</tool_response>"
 
 
+def test_a_model_may_have_had_nothing_to_say():
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "!"}]
+    assert as_turns(turns) == turns
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
         ([], "question is empty"),
         ("  ", "question is empty"),
         ([{"role": "user", "content": ""}], "question is empty"),
-        ([{"role": "assistant", "content": ""}, {"role": "user", "content": "?"}], "assistant's turn is empty"),
+        ([{"role": "system", "content": ""}, {"role": "user", "content": "?"}], "system's turn is empty"),
+        (7, "The question is 7; give a text, or a list of turns"),
+        (None, "The question is None"),
+        (b"?", "give a text"),
+        ("half a character: \ud83d", "half a character, which is no text"),
         ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "nothing to answer"),
         ([{"role": "robot", "content": "?"}], "'robot'; use one of system"),
         ([{"content": "?"}], "give a mapping with the texts"),

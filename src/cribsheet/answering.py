@@ -44,7 +44,7 @@ Event = Delta | Finished | BaseException
 Sink = Callable[[Event], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)  # two questions are never the same one, whatever they ask
 class Request:
     """A question in tokens (T,), over a prefix; events go to `sink` from the engine's thread, which must not block."""
 
@@ -87,9 +87,11 @@ class Answering:
 
     def __init__(self, request: Request, tokenizer: Any, eos: frozenset[int]) -> None:
         self.request = request
-        self.tokenizer, self.eos = tokenizer, eos
+        self.tokenizer = tokenizer
+        self.eos = eos | _special_tokens(tokenizer, request.params.stops)
         self.sampler = Sampler(request.params, request.choice)
-        self.text = TextStream(tokenizer, request.params.stops + request.ends)
+        form = request.constraint is not None
+        self.text = TextStream(tokenizer, request.params.stops + request.ends, exact=form)
         self.length = len(request.question)  # tokens in the suffix whenever it has no slot
         self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
         self.produced = 0
@@ -152,6 +154,12 @@ class Answering:
             self.request.sink(Delta(rest, tuple(self._pending)))
         self.finished = True
         self.request.sink(Finished(reason, self.produced))
+
+
+def _special_tokens(tokenizer: Any, stops: tuple[str, ...]) -> set[int]:
+    """Stop strings that are special tokens, which are never written and so are never found in the text."""
+    known = tokenizer.added_tokens_decoder.items() if stops else ()
+    return {number for number, token in known if token.special and str(token) in stops}
 
 
 def tell(request: Request, event: Event) -> None:

@@ -1,17 +1,12 @@
-"""The model underneath: the only file that knows the insides of transformers.
+"""The model underneath: which families and settings are supported, loading, and forward passes.
 
-Supported families and settings are listed here and everything else is refused by name. Attention is *registered*
-under our own name, never patched: a cache layer of ours tags the keys that it returns, and the registered function
-hands tagged keys back to their layer and all others to stock SDPA. The mask function must be registered too, or
-transformers drops masks without a word. The name is active on a model only inside `Backbone.attached()`.
+Everything that is not listed here is refused by name. How our attention gets into the model is in `attached.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +14,13 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from cribsheet.attached import Attachment
 from cribsheet.errors import ModelError
-from cribsheet.prefix import LayerPrefix, PrefixLayer, ReadingLayer
+from cribsheet.prefix import LayerPrefix, ReadingLayer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +46,6 @@ _FAMILIES = (
 FAMILIES = tuple(name for name in _FAMILIES if name != "olmo2" or Version(transformers.__version__) >= Version("5.5"))
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POCKET = "pocket"
-_ATTENTION = "cribsheet"
 
 
 class Backbone:
@@ -88,10 +81,8 @@ class Backbone:
         self.full = [number for number, window in enumerate(self.windows) if window is None]
         self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
-        self._attach_lock, self._attach_depth, self._stock_attention = threading.Lock(), 0, ""
+        self._attachment = Attachment.of(model)
         self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
-        self._in_training: list[nn.Module] = []  # what was in training mode before we attached
-        _register_attention()
 
     @classmethod
     def load(
@@ -115,14 +106,14 @@ class Backbone:
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:  # no mapping: a TypeError up to 5.4
             raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
         check_supported(config)
-        target = _device(device) if device is not None else _best_device()
+        target, kind = resolved(device, dtype)
         own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # stock SDPA ignores softcaps
         options: dict[str, Any] = {"attn_implementation": own, "revision": revision, **model_options}
-        options["dtype"] = _resolve_dtype(dtype, target)
+        options["dtype"] = kind
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # an ImportError: what quantisation or device_map needs
             raise ModelError(f"The model at {str(name)!r} cannot be loaded: {_first_line(error)}") from error
         if "device_map" not in model_options and "quantization_config" not in model_options:
             model = model.to(target)
@@ -155,37 +146,9 @@ class Backbone:
             ids.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
         return frozenset(ids)
 
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Evaluate with our attention function while inside; nests, and across threads."""
-        with self._attach_lock:
-            if self._attach_depth == 0:
-                self._stock_attention = self.config._attn_implementation
-                self.config._attn_implementation = _ATTENTION
-                self._in_training = [module for module in self.model.modules() if module.training]
-                for module in self._in_training:
-                    module.training = False
-            self._attach_depth += 1
-        try:
-            yield
-        finally:
-            with self._attach_lock:
-                self._attach_depth -= 1
-                if self._attach_depth == 0:
-                    self._hand_back()
-
-    def release(self) -> None:
-        """In a forked child: no thread of the parent is inside `attached` any more."""
-        self._attach_lock = threading.Lock()
-        if self._attach_depth:
-            self._attach_depth = 0
-            self._hand_back()
-
-    def _hand_back(self) -> None:
-        self.config._attn_implementation = self._stock_attention
-        for module in self._in_training:
-            module.training = True
-        self._in_training = []
+    def attached(self) -> Attachment:
+        """A context: evaluate with our attention function while inside; nests, and across threads."""
+        return self._attachment
 
     @torch.no_grad()
     def read(self, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, guide: Tensor) -> list[ReadingLayer]:
@@ -274,34 +237,6 @@ def _inv_freq(model: Any, number: int) -> Tensor:
     return frequencies.detach().float()[: None if rotates is None or rotates[number] else 0]
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The registered attention function: tagged keys go to their cache layer, all others to stock SDPA."""
-    tag: Callable[[], PrefixLayer | None] | None = getattr(key, "_cribsheet", None)
-    layer = tag() if tag else None
-    if layer is None:
-        stock: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return stock
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = layer.attend(query, key, value, attention_mask, scale, kwargs.get("softcap"))
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _register_attention() -> None:
-    AttentionInterface.register(_ATTENTION, _attention)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-
-
 def _locate(name: str) -> str:
     """The folder or id that `from_pretrained` takes."""
     if name == POCKET:
@@ -317,6 +252,14 @@ def _locate(name: str) -> str:
     if looks_local:
         raise ModelError(f"There is no model folder {name!r}; give an existing folder, a hub id, or {POCKET!r}.")
     return name
+
+
+def resolved(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype | str]:
+    """The device and dtype that `Backbone.load` takes for what was given, or for nothing."""
+    target = _device(device) if device is not None else _best_device()
+    if str(target) == "cuda":
+        target = torch.device("cuda", torch.cuda.current_device())
+    return target, _resolve_dtype(dtype, target)
 
 
 def _device(wanted: str | torch.device) -> torch.device:

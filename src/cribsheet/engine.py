@@ -55,6 +55,7 @@ class Engine:
         self._groups: list[Group] = []
         self._short: deque[Read] = deque()
         self._long: deque[Read] = deque()
+        self._asked: weakref.WeakSet[Request] = weakref.WeakSet()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._leaving: threading.Thread | None = None  # idle, but perhaps not quite gone
@@ -76,6 +77,7 @@ class Engine:
                     "or make the engine with a larger max_queue."
                 )
             self._waiting.extend(requests)
+            self._asked.update(requests)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="cribsheet-engine", daemon=True)
                 self._thread.start()
@@ -269,9 +271,16 @@ _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    """In the child: the parent answers what was asked there, and the child whatever is asked from now on."""
     for engine in list(_ENGINES):
-        engine.backbone.release()
+        engine.backbone.attached().release()
+        asked = list(engine._asked)
         engine._begin()
+        for request in asked:
+            tell(
+                request,
+                EngineError("This question was asked before the process forked: only the parent has its answer."),
+            )
 
 
 @atexit.register

@@ -105,7 +105,10 @@ def _weight_samples(backbone: Backbone) -> Iterator[Tensor]:
     for _, weight in sorted(backbone.model.named_parameters()):
         if weight.device.type == "meta" or not weight.is_floating_point():
             continue
-        flat = weight.detach().reshape(-1)
+        plain = weight.detach()
+        if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
+            plain = plain.dequantize()
+        flat = plain.reshape(-1)
         places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
         yield flat[places.to(flat.device)].float().cpu()
 

@@ -8,7 +8,7 @@ model's own choice would lead to where none is known. Grammars are compiled and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,15 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from cribsheet.errors import RequestError
-from cribsheet.grammar_tokens import GrammarTokens
+from cribsheet.grammar_tokens import GrammarTokens, Numbers
 
+_Bits = np.ndarray[Any, np.dtype[np.uint8]]
 _SEPARATORS: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_BLOCK = 4096  # tokens that are looked at together
+_EXPLORED = 100  # tokens within which a way out is looked for character by character
+_LOOKS = 2000  # characters that are tried for it
+_SKIPPED = 4  # tokens of a known way out that may have been taken in another form
+_HINTS = 4  # known answers that are tried as ways out
 _TRIES = 3  # choices of the model that are weighed before the known way out is taken
 
 
@@ -30,6 +36,7 @@ class Grammar:
 
     source: str
     what: str
+    hints: tuple[str, ...] = ()  # short texts that fit it, if some are known
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
@@ -46,19 +53,29 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         """Text that matches a regular expression from its first to its last character."""
-        made = json.loads(LLMatcher.grammar_from_regex(pattern))
+        if not isinstance(pattern, str):
+            raise RequestError(f"The regular expression is {pattern!r}; give a text.")
+        try:
+            made = json.loads(LLMatcher.grammar_from_regex(pattern))
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The regular expression cannot be used: {error}") from error
         return cls(made["grammars"][0]["lark_grammar"], "regular expression")._checked()
 
     @classmethod
     def choices(cls, options: Sequence[str]) -> Grammar:
         """Exactly one of several texts."""
-        if isinstance(options, str) or not options or any(not isinstance(o, str) or not o for o in options):
+        listed = isinstance(options, Sequence) and not isinstance(options, (str, bytes)) and bool(options)
+        if not listed or any(not isinstance(option, str) or not option for option in options):
             raise RequestError(f"The choices are {options!r}; give a list of non-empty texts.")
-        either = " | ".join(json.dumps(option, ensure_ascii=False) for option in options)
-        return cls(f"start: {either}", "list of choices")._checked()
+        either = "|".join(map(_quoted, options))
+        shortest = tuple(sorted(set(options), key=len)[:_HINTS])
+        return cls(f"start: /{either}/", "list of choices", shortest)._checked()
 
     def _checked(self) -> Grammar:
-        trouble = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(self.source))
+        try:
+            trouble = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(self.source))
+        except UnicodeEncodeError as error:
+            trouble = str(error)
         if trouble:
             raise RequestError(f"The {self.what} cannot be used: {trouble.strip().splitlines()[0]}")
         return self
@@ -68,13 +85,12 @@ class Constraint:
     """The state of one answer in its grammar. Raises `RequestError` if no answer of `limit` tokens is found."""
 
     def __init__(self, grammar: Grammar, tokens: GrammarTokens, limit: int) -> None:
-        self._tokens = tokens
-        self._matcher = LLMatcher(tokens.tokens, LLMatcher.grammar_from_lark(tokens.options + grammar.source))
-        if self._matcher.is_error():
-            raise RequestError(f"The {grammar.what} cannot be used: {self._matcher.get_error()}")
-        self._left = limit
+        self._tokens, self._grammar = tokens, grammar
         self._taken: list[int] = []
-        way_out = self._way_out(limit)
+        self._matcher = self._made()
+        self._gave_up = False  # whether the grammar turned out to be too much for the matcher
+        self._left = limit
+        way_out = self._way_out(limit) or self._hinted(limit) or self._explored(limit)
         if way_out is None:
             raise RequestError(
                 f"No answer that fits the {grammar.what} was found within max_tokens={limit}; allow more tokens or "
@@ -94,7 +110,7 @@ class Constraint:
             return True
         if not self._push(token):
             return False
-        way_out = self._way_out(self._left - 1)
+        way_out = self._kept(self._left - 1) or self._way_out(self._left - 1)
         if way_out is None:
             self._pop(1)
             return False
@@ -117,7 +133,7 @@ class Constraint:
             if torch.isneginf(logits).all():
                 break
         token = self._plan[0]
-        self.accept(token)
+        self._consume(token, self._plan[1:])
         return token, logprobs
 
     def _consume(self, token: int, plan: list[int]) -> None:
@@ -128,34 +144,121 @@ class Constraint:
     def _push(self, token: int) -> bool:
         """Take a token if the grammar allows it."""
         if not self._matcher.consume_token(int(self._tokens.meaning(self._taken)[token])):
+            self._pop(0)
             return False
         self._taken.append(token)
         return True
 
     def _pop(self, count: int) -> None:
-        """Take back the newest tokens."""
-        self._matcher.rollback(count)
+        """Take back the newest tokens; a matcher that gave up, as some do where too much is possible, is made anew."""
         del self._taken[len(self._taken) - count :]
+        if not self._matcher.is_error():
+            self._matcher.rollback(count)
+            return
+        self._matcher, self._gave_up = self._made(), True
+        for at, token in enumerate(self._taken):
+            self._matcher.consume_token(int(self._tokens.meaning(self._taken[:at])[token]))
+
+    def _made(self) -> LLMatcher:
+        source = self._tokens.options + self._grammar.source
+        matcher = LLMatcher(self._tokens.tokens, LLMatcher.grammar_from_lark(source), log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"The {self._grammar.what} cannot be used: {matcher.get_error().splitlines()[0]}")
+        return matcher
+
+    def _bits(self) -> _Bits:
+        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
 
     def _allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        bits = np.unpackbits(packed, bitorder="little")
+        bits = np.unpackbits(self._bits(), bitorder="little")
         return bits[self._tokens.meaning(self._taken)].astype(bool)
+
+    def _kept(self, limit: int) -> list[int] | None:
+        """The way out that was known before the newest token, as far as it still is one: within a text it mostly is."""
+        for skipped in range(min(_SKIPPED, len(self._plan))):
+            path = self._plan[skipped:]
+            if len(path) - 1 <= limit and self._fits(path):
+                return path
+        return None
+
+    def _fits(self, path: list[int]) -> bool:
+        """Whether tokens, the end token last, complete the answer from here."""
+        meant, taken = [], list(self._taken)
+        for token in path:
+            meant.append(int(self._tokens.meaning(taken)[token]))
+            taken.append(token)
+        return self._matcher.validate_tokens(meant) == len(meant)
 
     def _way_out(self, limit: int) -> list[int] | None:
         """Tokens, the end token last, that complete the answer from here in at most `limit` of them before the end."""
         for order in self._tokens.orders:
-            path: list[int] = []
-            while len(path) <= limit:
-                ranks = np.where(self._allowed(), order, np.inf)
-                token = int(ranks.argmin())
-                if ranks[token] == np.inf:
-                    break
-                if token in self._tokens.eos:
-                    self._pop(len(path))
-                    return [*path, token]
-                if not self._push(token):
-                    break
-                path.append(token)
-            self._pop(len(path))
+            path = self._walked(limit, lambda order=order: self._first(order))  # type: ignore[misc]
+            if path or self._gave_up:
+                return path
         return None
+
+    def _walked(self, limit: int, choose: Callable[[], int | None]) -> list[int] | None:
+        """The tokens that `choose` names one after the other, if they end the answer within the limit."""
+        path: list[int] = []
+        while len(path) <= limit:
+            token = choose()
+            if token in self._tokens.eos and self._matcher.is_accepting():
+                self._pop(len(path))
+                return [*path, token]
+            if token is None or token in self._tokens.eos or not self._push(token):
+                break
+            path.append(token)
+        self._pop(len(path))
+        return None
+
+    def _first(self, order: Numbers) -> int | None:
+        """The first token of an order that the grammar allows."""
+        bits, meaning = self._bits(), self._tokens.meaning(self._taken)
+        for start in range(0, len(order), _BLOCK):
+            places = meaning[order[start : start + _BLOCK]]
+            allowed = bits[places >> 3] >> (places & 7) & 1
+            at = int(allowed.argmax())
+            if allowed[at]:
+                return int(order[start + at])
+        return None
+
+    def _hinted(self, limit: int) -> list[int] | None:
+        """The way out that spells a text which is known to fit."""
+        for text in self._grammar.hints:
+            path = [*self._tokens.spelled(text), min(self._tokens.eos)]
+            if len(path) - 1 <= limit and self._fits(path):
+                return path
+        return None
+
+    def _explored(self, limit: int) -> list[int] | None:
+        """A way out that takes, wherever one is known, a single character that leads to something new.
+
+        The way out of what a fixed order would write for ever: the part of an address before its "@", for one.
+        """
+        seen: set[bytes] = set()
+        looks = 0
+
+        def choose() -> int | None:
+            nonlocal looks
+            usual = self._first(self._tokens.orders[0])
+            seen.add(self._bits().tobytes())
+            if usual in self._tokens.eos:
+                return usual
+            allowed = self._allowed()
+            for token in self._tokens.characters:
+                if allowed[token] and looks < _LOOKS and self._push(token):
+                    looks += 1
+                    state = self._bits().tobytes()
+                    self._pop(1)
+                    if state not in seen:
+                        return token
+                if self._gave_up:
+                    return None
+            return usual
+
+        return self._walked(min(limit, _EXPLORED), choose)
+
+
+def _quoted(text: str) -> str:
+    """A text as a regular expression that matches nothing else."""
+    return "".join(c if c.isalnum() or ord(c) > 0xFFFF else f"\\x{{{ord(c):x}}}" for c in text)

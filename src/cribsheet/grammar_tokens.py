@@ -16,8 +16,10 @@ import numpy as np
 from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
 
+from cribsheet.errors import RequestError
+
 _ORDERS = 9  # orders of tokens tried when looking for a way out; the first is made for JSON, the second for text
-_Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _SAMPLE = '{"name": "Ada Byron", "age": 36}'
 
 
@@ -27,9 +29,12 @@ class GrammarTokens:
     _known: ClassVar[weakref.WeakKeyDictionary[Any, GrammarTokens]] = weakref.WeakKeyDictionary()
 
     def __init__(self, tokenizer: Any, eos: frozenset[int], vocabulary: int) -> None:
-        self.eos = eos
+        self.ends = eos  # as given; those beyond the vocabulary never come
+        self.eos = eos = frozenset(token for token in eos if token < vocabulary)
+        if not eos:
+            raise RequestError("The model has no end token, so an answer with a form could not end; ask without one.")
         self.vocabulary = vocabulary
-        self.tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(eos) or None)
+        self.tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(eos))
         self._same = np.arange(vocabulary)
         self._places: _Places | None = None
         self.options = ""  # what grammars for these tokens begin with
@@ -45,15 +50,24 @@ class GrammarTokens:
         lengths = np.array([len(text) for text in texts], dtype=np.float32)
         ending = np.array([_ending_rank(text) for text in texts], dtype=np.float32)
         ending[list(eos)] = -1e9
-        self.orders = [first, ending]
+        ranks = [first, ending]
         for number in range(2, _ORDERS):
-            order = draw.random(vocabulary, dtype=np.float32) * 10 - (lengths if number % 2 else 0)
+            rank = draw.random(vocabulary, dtype=np.float32) * 10 - (lengths if number % 2 else 0)
             if number % 3 == 0:  # what the first order cannot finish, such as 0.000..., in other words
-                order = np.where(first <= 0, first - 1e3, order)
-            order[list(eos)] = -1e9
-            self.orders.append(order)
+                rank = np.where(first <= 0, first - 1e3, rank)
+            rank[list(eos)] = -1e9
+            ranks.append(rank)
+        self.orders: list[Numbers] = [rank.argsort(kind="stable") for rank in ranks]
+        single = [int(token) for token in self.orders[0] if len(texts[token]) == 1 and token not in eos]
+        self.characters = sorted(single, key=lambda token: texts[token] == b"\\")  # an escape leads far astray
 
-    def meaning(self, taken: Sequence[int]) -> _Numbers:
+    def spelled(self, text: str) -> list[int]:
+        """The tokens that a text is usually written in."""
+        if self._places is None:
+            return list(self.tokens.tokenize_str(text))
+        return self._places.spelled(text)
+
+    def meaning(self, taken: Sequence[int]) -> Numbers:
         """(V,) which of the grammar's tokens each token stands for after those taken."""
         return self._places.meaning(taken) if self._places else self._same
 
@@ -61,7 +75,7 @@ class GrammarTokens:
     def of(cls, tokenizer: Any, eos: frozenset[int], vocabulary: int) -> GrammarTokens:
         """The view of a tokenizer, made at most once."""
         found = cls._known.get(tokenizer)
-        if found is None or found.vocabulary != vocabulary:
+        if found is None or found.vocabulary != vocabulary or found.ends != eos:
             found = cls._known[tokenizer] = cls(tokenizer, eos, vocabulary)
         return found
 
@@ -85,15 +99,19 @@ class _Places:
         self.eos_token_id = int(self.after_word[min(eos)])
         self.bos_token_id = None
 
-    def meaning(self, taken: Sequence[int]) -> _Numbers:
+    def meaning(self, taken: Sequence[int]) -> Numbers:
         """As in `GrammarTokens`; an answer begins where no space can be."""
         return self.elsewhere if not taken or self._glues[taken[-1]] else self.after_word
 
     def __call__(self, text: bytes | str) -> list[int]:
         """A text in the grammar's tokens; llguidance takes hints from it, nothing depends on it."""
         plain = text.decode(errors="replace") if isinstance(text, bytes) else text
-        ids: list[int] = self._tokenizer(plain, add_special_tokens=False)["input_ids"]
-        return [int(self.after_word[token]) for token in ids]
+        return [int(self.after_word[token]) for token in self.spelled(plain)]
+
+    def spelled(self, text: str) -> list[int]:
+        """A text in tokens of the tokenizer."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def _adds_up(tokenizer: Any, tokens: LLTokenizer) -> bool:

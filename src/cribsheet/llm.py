@@ -178,20 +178,24 @@ class CompressedKnowledgeLLM:
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
-        if n < 1:
-            raise RequestError(f"n is {n}; ask for at least 1 answer.")
-        streams = [AnswerStream(*self._ask_request(question, sampling)) for _ in range(n)]
-        for choice, stream in enumerate(streams):
-            stream.request.choice = choice
+        streams = [AnswerStream(*asked) for asked in self._ask_requests(question, n, sampling)]
         self._submit(*streams)
-        for stream in streams:
-            for _ in stream:
-                pass
+        try:
+            for stream in streams:
+                for _ in stream:
+                    pass
+        finally:  # one that fails, or an interrupt, ends the others too
+            for stream in streams:
+                stream.close()
         return [stream.answer for stream in streams]
 
     def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
         """Answer a conversation of `{"role": "user", "content": ...}` and other turns over the same prefix."""
         return self.ask(messages, **sampling)
+
+    async def achat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
+        """`chat` without blocking the event loop, as `aask`."""
+        return await self.aask(messages, **sampling)
 
     def conversation(self) -> Conversation:
         """A conversation that remembers its turns."""
@@ -203,6 +207,20 @@ class CompressedKnowledgeLLM:
         async for _ in stream:
             pass
         return stream.answer
+
+    async def aask_many(self, question: Question | Prepared, n: int, **sampling: Any) -> list[Answer]:
+        """`ask_many` without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        streams = [AsyncAnswerStream(*asked, loop) for asked in self._ask_requests(question, n, sampling)]
+        await loop.run_in_executor(None, lambda: self._submit(*streams))
+        try:
+            for stream in streams:
+                async for _ in stream:
+                    pass
+        finally:
+            for stream in streams:
+                await stream.aclose()
+        return [stream.answer for stream in streams]
 
     def astream(self, question: Question | Prepared, **sampling: Any) -> AsyncAnswerStream:
         """`stream` for `async for` and `async with`; must be called inside a running event loop.
@@ -300,7 +318,8 @@ class CompressedKnowledgeLLM:
         if tokens >= self.room:
             raise RequestError(
                 f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
-                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or raise the rate."
+                f"{self.room} for question and answer beside the sheet of {self.sheet.tokens}; ask a shorter question "
+                "or raise the rate."
             )
         return self.room - tokens
 
@@ -311,8 +330,8 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"Unknown sampling settings {', '.join(sorted(unknown))}; use {known}.")
         toolbox = Toolbox.of(sampling.get("tools"), sampling.get("tool_choice"))
         timeout = sampling.get("timeout")
-        if timeout is not None and not timeout > 0:
-            raise RequestError(f"timeout is {timeout}; give seconds above 0, or none.")
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+            raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         ids = self._question_ids(question, toolbox)
         left = self._check_room(len(ids))
@@ -321,10 +340,17 @@ class CompressedKnowledgeLLM:
             params = SamplingParams(**{**given, "max_tokens": left})
         unplaced = Prefix((), self.sheet.tokens)
         constraint = self._constraint(params)
-        request = Request(
-            unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint, timeout=timeout
-        )
+        ends = () if constraint else self._layout.stop  # a form knows its own end
+        request = Request(unplaced, ids, params, sink=_unset, ends=ends, constraint=constraint, timeout=timeout)
         return Prepared(request, toolbox)
+
+    def _ask_requests(self, question: Question, n: int, sampling: Mapping[str, Any]) -> list[Prepared]:
+        if not isinstance(n, int) or n < 1:
+            raise RequestError(f"n is {n!r}; ask for at least 1 answer.")
+        asked = [self._ask_request(question, sampling) for _ in range(n)]
+        for choice, (request, _) in enumerate(asked):
+            request.choice = choice
+        return asked
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:
@@ -349,7 +375,8 @@ class Conversation:
         """Ask the next question; it and its answer are remembered once the answer is complete."""
         asked: Message = {"role": "user", "content": question}
         answer = self._llm.chat([*self.messages, asked], **sampling)
-        self.messages += [asked, {"role": "assistant", "content": answer.text}]
+        said: Message = {"role": "assistant", "content": answer.text}
+        self.messages += [asked, {**said, "tool_calls": answer.tool_calls} if answer.tool_calls else said]
         return answer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cribsheet.backbone import Backbone
+from cribsheet.backbone import Backbone, resolved
 from cribsheet.engine import Engine
 from cribsheet.errors import ModelError
 
@@ -72,4 +72,6 @@ def _key(model: str | Path, options: Mapping[str, Any]) -> tuple[str, ...]:
     place = Path(model).expanduser()
     name = str(place.resolve()) if place.is_dir() else str(model)
     said = {name: str(value).removeprefix("torch.") for name, value in options.items() if value is not None}
+    device, dtype = resolved(options.get("device"), options.get("dtype"))
+    said |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return name, repr(sorted(said.items()))

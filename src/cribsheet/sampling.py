@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cribsheet.errors import RequestError
-
-if TYPE_CHECKING:
-    from cribsheet.grammar import Grammar
+from cribsheet.grammar import Grammar
 
 MAX_STOPS = 1000
 MAX_TOP_LOGPROBS = 20
@@ -50,6 +48,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Refuse values out of range with `RequestError`."""
+        if not isinstance(self.stop, Iterable) or isinstance(self.stop, (bytes, Mapping)):
+            raise RequestError(f"stop is {self.stop!r}; give a string or a list of strings.")
+        object.__setattr__(self, "stop", self.stops)  # whatever can be read only once is read here
         stop = self.stops
         _within("max_tokens", self.max_tokens, 1, math.inf, whole=True)
         _within("temperature", self.temperature, 0, 100)
@@ -68,6 +69,8 @@ class SamplingParams:
             if not str(token).isdecimal():
                 raise RequestError(f"logit_bias names token {token!r}; use token ids.")
             _within(f"logit_bias of token {token}", bias, -100, 100)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar is {self.grammar!r}; make one with Grammar.json_schema, .regex or .choices.")
         if any(not isinstance(text, str) or not text for text in stop):
             raise RequestError(f"stop holds an empty or non-text entry: {stop!r}; give non-empty strings.")
 
@@ -135,24 +138,23 @@ class Sampler:
         params = self.params
         # from the maximum and with a floor, or a temperature near 0 would divide into infinities
         probabilities = ((logits - logits.max()) / max(params.temperature, 1e-6)).softmax(-1)
-        if params.top_k:
-            floor = probabilities.topk(min(params.top_k, len(probabilities))).values[-1]
-            probabilities = probabilities.where(probabilities >= floor, 0.0)
+        if 0 < params.top_k < len(probabilities):
+            floor = probabilities.topk(params.top_k).values[-1]
+            above, equal = probabilities > floor, probabilities == floor
+            first = equal & (equal.cumsum(0) <= params.top_k - above.sum())  # of equals the first, as `argmax` does
+            probabilities = probabilities.where(above | first, 0.0)
         if params.top_p < 1:
-            ordered, places = probabilities.sort(descending=True)
-            beyond = ordered.cumsum(0) - ordered >= params.top_p * probabilities.sum()
+            ordered, places = probabilities.sort(descending=True, stable=True)
+            beyond = ordered.cumsum(0) - ordered >= params.top_p * ordered.sum()
             probabilities[places[beyond]] = 0.0
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def describe(token: int, logprobs: Tensor, wanted: int, tokenizer: Any) -> TokenLogprob:
-    """The reportable form of a choice."""
-    best = logprobs.topk(wanted) if wanted else None
-    top = (
-        tuple((tokenizer.decode([i]), v) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        if best is not None
-        else ()
-    )
+    """The reportable form of a choice; alternatives that a grammar forbids are none."""
+    best = logprobs.topk(min(wanted, len(logprobs)))
+    ranked = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    top = tuple((tokenizer.decode([number]), value) for value, number in ranked if value > -math.inf)
     return TokenLogprob(token, tokenizer.decode([token]), float(logprobs[token]), top)
 
 

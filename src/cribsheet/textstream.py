@@ -11,11 +11,13 @@ class TextStream:
     """The growing text of one answer.
 
     `push` returns the text that is certain: never half a character, never the beginning of what may become a stop
-    string. `stopped` turns true when a stop string is complete; it and everything after it are cut off.
+    string. `stopped` turns true when a stop string is complete; it and everything after it are cut off. Unless the
+    text must be `exact`, it begins without spaces.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), *, exact: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._exact = exact
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._by_first: dict[str, list[str]] = {}
@@ -50,13 +52,13 @@ class TextStream:
         return text
 
     def _append(self, new: str) -> None:
-        if not self.text:  # some tokenizers give the first word a space that no one wrote
+        if not self.text and not self._exact:  # some tokenizers give the first word a space that no one wrote
             new = new.lstrip(" ")
         searched = max(0, len(self.text) - self._longest + 1)
         self.text += new
-        places = [at for stop in self._stop if (at := self.text.find(stop, searched)) >= 0]
-        if places:
-            self.text, self.stopped = self.text[: min(places)], True
+        found = [(at + len(stop), at) for stop in self._stop if (at := self.text.find(stop, searched)) >= 0]
+        if found:  # the one that is complete first, as if its characters had come one by one
+            self.text, self.stopped = self.text[: min(found)[1]], True
 
     def _held(self) -> int:
         """Length of the longest end of the text that begins some stop string."""

@@ -24,8 +24,11 @@ def as_turns(question: Question, toolbox: Toolbox | None = None) -> list[Message
 
     A turn is `{"role", "content"}`; the assistant's may have `tool_calls`, a tool's has `content` and perhaps `name`.
     Contents are texts or lists of `{"type": "text", "text": ...}`. Raises `RequestError` for anything else, for empty
-    turns, and for a conversation that ends with the assistant.
+    turns of others than the assistant, and for a conversation that ends with the assistant.
     """
+    given: Any = question
+    if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray)):
+        raise RequestError(f"The question is {given!r}; give a text, or a list of turns.")
     asked = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
     turns: list[Message] = [{"role": "system", "content": str(toolbox)}] if toolbox else []
     names: dict[str, str] = {}  # which tool a call's id belongs to
@@ -42,8 +45,10 @@ def as_turns(question: Question, toolbox: Toolbox | None = None) -> list[Message
         if turn["role"] == "tool":
             text = result_text(turn.get("name") or names.get(str(turn.get("tool_call_id"))), text)
         text = "\n".join([text.strip(), *map(str, calls)]).strip()
-        if not text:
+        if not text and role != "assistant":  # a model may have had nothing to say
             raise RequestError(_EMPTY if turn is asked[-1] else f"The {turn['role']}'s turn is empty; leave it out.")
+        if not _is_text(text):
+            raise RequestError(f"A turn holds half a character, which is no text: {text!r}; leave it out.")
         turns.append({"role": role, "content": text})
     if not asked:
         raise RequestError(_EMPTY)
@@ -70,6 +75,15 @@ def _text(content: Any) -> str:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise RequestError(f"A turn holds content of type {kind!r}, but the model reads text only; leave it out.")
     return "".join(parts)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written down; half a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _call(call: Any) -> ToolCall:
