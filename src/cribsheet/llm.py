@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from cribsheet import storage
+from cribsheet import living, storage
 from cribsheet.answer import Answer, Source
 from cribsheet.answering import Event, Request
 from cribsheet.backbone import Backbone
@@ -27,6 +27,7 @@ from cribsheet.handover import integration
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
 from cribsheet.sampling import SamplingParams
+from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
@@ -96,6 +97,29 @@ class CompressedKnowledgeLLM:
     def save(self, path: str | Path, *, texts: bool = True) -> Path:
         """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
         return storage.save(self.sheet, path, texts=texts)
+
+    def extend(self, documents: Any, **options: Any) -> Self:
+        """Add documents to an independent sheet (`living.py`); later questions are answered from them too."""
+        return self._become(living.extend(self.backbone, self.sheet, documents, **options))
+
+    def replace(self, document_id: str, document: Any, **options: Any) -> Self:
+        """Put another text in the place of a document of an independent sheet."""
+        return self._become(living.replace(self.backbone, self.sheet, document_id, document, **options))
+
+    def remove(self, *document_ids: str) -> Self:
+        """Take documents out of an independent sheet, without a trace."""
+        return self._become(living.remove(self.backbone, self.sheet, *document_ids))
+
+    def merge(self, other: Sheet | CompressedKnowledgeLLM) -> Self:
+        """Take over the documents of another independent sheet of the same model and task."""
+        theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
+        return self._become(living.merge(self.backbone, self.sheet, theirs))
+
+    def _become(self, sheet: Sheet) -> Self:
+        """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
+        with self._lock:
+            self.sheet, self._prefix = sheet, None
+        return self
 
     def close(self) -> None:
         """Cancel this sheet's running answers and let go of its keys and values; safe to call twice.
@@ -236,9 +260,7 @@ class CompressedKnowledgeLLM:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
             if self._prefix is None:
-                device, dtype = self.backbone.device, self.backbone.dtype
-                layers = [layer.restored(device, dtype) for layer in self.sheet.layers]
-                self._prefix = Prefix(layers, self.sheet.tokens)
+                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.tokens)
             return self._prefix
 
     def _submit(self, *streams: Stream) -> None:
