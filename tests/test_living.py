@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused_and_nothing_changes(tiny):
         lambda: living.replace(tiny, sequential, "bob", "Bob has left."),
         lambda: living.merge(tiny, sequential, sequential),
     ):
-        with pytest.raises(SheetError, match="sequential.*mode='independent'"):
+        with pytest.raises(SheetError, match=r"sequential.*mode='independent'"):
             change()
     sheet = build(tiny)
     with pytest.raises(DocumentError, match="'bob'"):

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -19,7 +20,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
-from cribsheet.evidence import attention_per_origin, find_sources
+from cribsheet.evidence import LIMIT, find_sources, looked_at
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
@@ -37,7 +38,7 @@ from cribsheet.turns import Question, as_turns
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout"}
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout", "evidence"}
 
 
 class CompressedKnowledgeLLM:
@@ -163,8 +164,8 @@ class CompressedKnowledgeLLM:
         A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
         answer a form, which it completes within `max_tokens`. `tools=` (OpenAI's form) may be called: by the model's
         own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. `timeout=` is
-        in seconds. Raises `RequestError` for a question that does not fit the window, or settings out of range, and
-        `EngineError` when time is up.
+        in seconds. The answer's `sources` say what it looked at, unless `evidence=False`. Raises `RequestError` for a
+        question that does not fit the window, or settings out of range, and `EngineError` when time is up.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -222,12 +223,15 @@ class CompressedKnowledgeLLM:
             loop.run_in_executor(None, self._submit_later, stream)
         return stream
 
-    def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:
-        """Which documents the answer looked at most, and where in them (see `evidence.py` for what that means)."""
+    def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:
+        """Which documents the answer looks at most, and where in them (see `evidence.py` for what that means).
+
+        Reads question and answer again: for answers from elsewhere, and for more sources than an answer carries.
+        """
         asked = self._question_ids(question)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
-        mass = attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
-        return find_sources(self.sheet, mass, limit)
+        sheet, prefix = self._placed()
+        return list(find_sources(sheet, looked_at(self.backbone, prefix, asked, answered), limit))
 
     def as_chat_model(self, **settings: Any) -> Any:
         """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
@@ -256,18 +260,22 @@ class CompressedKnowledgeLLM:
     @property
     def prefix(self) -> Prefix:
         """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
+        return self._placed()[1]
+
+    def _placed(self) -> tuple[Sheet, Prefix]:
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
             if self._prefix is None:
                 self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.tokens)
-            return self._prefix
+            return self.sheet, self._prefix
 
     def _submit(self, *streams: Stream) -> None:
         """Hand questions to the engine, over the sheet."""
-        prefix = self.prefix
+        sheet, prefix = self._placed()
         for stream in streams:
             stream.request.prefix = prefix
+            stream.trace = partial(find_sources, sheet)
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
@@ -303,7 +311,14 @@ class CompressedKnowledgeLLM:
         unplaced = Prefix((), self.sheet.tokens)
         constraint = self._constraint(params)
         request = Request(
-            unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint, timeout=timeout
+            unplaced,
+            ids,
+            params,
+            sink=_unset,
+            ends=self._layout.stop,
+            constraint=constraint,
+            timeout=timeout,
+            evidence=bool(sampling.get("evidence", True)),
         )
         return request, toolbox
 
@@ -341,7 +356,7 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
         wanted["tool_choice"] = toolbox.schema
     if len(wanted) > 1:
         raise RequestError(f"An answer has one form, but {' and '.join(wanted)} were given; pass one of them.")
-    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS, "timeout")}
+    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS, "timeout", "evidence")}
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
-from cribsheet.compress import State, compress, nothing_kept
+from cribsheet.compress import compress, nothing_kept
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.prefix import LayerPrefix, empty_prefix
 from cribsheet.rope import rotate
@@ -82,16 +81,16 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
 
 def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment:
     """Condense the documents of a plan, alone behind their head, which is left out of the result."""
-    state = State(0, nothing_kept(backbone))
+    kept = nothing_kept(backbone)
     for state in compress(backbone, plan.corpus, replace(plan.reading, pins_head=True)):
-        pass
+        kept = state.kept
     head = plan.corpus.head_tokens
     size = plan.reading.budget - head
     layers = [
         LayerPrefix(layer.keys[:, -size:], layer.values[:, -size:], window)
-        for layer, window in zip(state.kept, backbone.windows, strict=True)
+        for layer, window in zip(kept, backbone.windows, strict=True)
     ]
-    indices = torch.stack([state.kept[number].indices[:, head:] for number in backbone.full]).cpu().to(torch.int32)
+    indices = torch.stack([kept[number].indices[:, head:] for number in backbone.full]).cpu().to(torch.int32)
     origins = kept_origins(plan.corpus, indices)
     origins[:, 0] -= head
     documents = plan.corpus.documents
@@ -145,15 +144,16 @@ def assemble(
     if len(resident):
         parts.append(read_guide(backbone, parts, resident, manifest.dtype))
     documents = [entry for segment in segments for entry in segment.documents]
-    starts = list(accumulate((part.read for part in parts), initial=0))
-    numbers = list(accumulate((len(part.documents) for part in parts), initial=0))
-    origins = [_shifted(part.origins, start, number) for part, start, number in zip(parts, starts, numbers)]
-    indices = [torch.where(part.indices < 0, -1, part.indices + start) for part, start in zip(parts, starts)]
+    origins, indices, read, number = [], [], 0, 0
+    for part in parts:
+        origins.append(_shifted(part.origins, read, number))
+        indices.append(torch.where(part.indices < 0, -1, part.indices + read))
+        read, number = read + part.read, number + len(part.documents)
     made = {
         "guide": "resident" if len(resident) else "dropped",
         "guide_tokens": len(resident),
         "corpus_digest": corpus_digest(documents),
-        "corpus_tokens": sum(part.read for part in parts),
+        "corpus_tokens": read,
         "head_tokens": head.tokens,
         "documents": documents,
         "budget": tokens,
@@ -193,12 +193,12 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     kept = read = number = 0
     sizes = [0] * len(layers)  # tokens of each layer so far
     for entry in (head, *entries):
-        last = [size + held(entry.kept, layer.window) for size, layer in zip(sizes, layers)]
+        last = [size + held(entry.kept, layer.window) for size, layer in zip(sizes, layers, strict=True)]
         rows = torch.searchsorted(sheet.origins[:, 0].contiguous(), torch.tensor([read, read + entry.read]).int())
         texts = sheet.texts[number : number + entry.documents] if sheet.texts else [""] * entry.documents
         found.append(
             Segment(
-                [layer.part(a, b) for layer, a, b in zip(layers, sizes, last)],
+                [layer.part(a, b) for layer, a, b in zip(layers, sizes, last, strict=True)],
                 sheet.indices[:, :, kept : kept + entry.kept] - read,
                 _shifted(sheet.origins[int(rows[0]) : int(rows[1])], -read, -number),
                 entry.read,
@@ -226,7 +226,7 @@ def _cuttable(backbone: Backbone, sheet: Sheet) -> list[StoredLayer]:
     made = sheet.manifest
     if any(window is not None for window in made.fingerprint.windows):
         raise SheetError(
-            "Layers with a sliding window hold the end of a sequential sheet only, so it cannot be joined with another; "
+            "Layers with a sliding window hold only the end of a sequential sheet, so it cannot be joined to another; "
             "build both with mode='independent'."
         )
     if (sheet.indices[:, :, : made.head_tokens] != torch.arange(made.head_tokens)).any():

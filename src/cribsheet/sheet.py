@@ -173,25 +173,25 @@ class Sheet:
         return torch.bincount(kept, minlength=len(self.origins)).float() / heads
 
     def extend(self, documents: Any, *, model: Any = None, **options: Any) -> Sheet:
-        """This independent sheet with more documents (`living.py`); `model` is by default the one that made it."""
+        """An independent sheet with more documents (`living.py`); by default its own `model` is loaded."""
         from cribsheet import living  # it is made of what is here
 
         return living.extend(living.backbone_of(self, model), self, documents, **options)
 
     def replace(self, document_id: str, document: Any, *, model: Any = None, **options: Any) -> Sheet:
-        """This independent sheet with another text in the place of a document."""
+        """An independent sheet with another text in the place of a document."""
         from cribsheet import living
 
         return living.replace(living.backbone_of(self, model), self, document_id, document, **options)
 
     def remove(self, *document_ids: str, model: Any = None) -> Sheet:
-        """This independent sheet without these documents; nothing of them is left in it."""
+        """An independent sheet without these documents; nothing of them is left in it."""
         from cribsheet import living
 
         return living.remove(living.backbone_of(self, model), self, *document_ids)
 
     def merge(self, other: Sheet, *, model: Any = None) -> Sheet:
-        """This independent sheet with the documents of another one behind its own."""
+        """An independent sheet with the documents of another one behind its own."""
         from cribsheet import living
 
         return living.merge(living.backbone_of(self, model), self, other)
