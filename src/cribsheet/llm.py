@@ -18,6 +18,7 @@ from cribsheet.answer import Answer, Source
 from cribsheet.answering import Event, Request
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
+from cribsheet.combine import combine
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.evidence import LIMIT, find_sources, looked_at
@@ -115,6 +116,17 @@ class CompressedKnowledgeLLM:
         """Take over the documents of another independent sheet of the same model and task."""
         theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
         return self._become(living.merge(self.backbone, self.sheet, theirs))
+
+    def combine(
+        self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None
+    ) -> CompressedKnowledgeLLM:
+        """A new model that answers from this and other sheets at once (`combine.py`); all stay as they are."""
+        sheets = [each.sheet if isinstance(each, CompressedKnowledgeLLM) else each for each in (self, *others)]
+        return CompressedKnowledgeLLM(self._loaded, combine(self.backbone, sheets, task))
+
+    def question_tokens(self, question: Question) -> torch.Tensor:
+        """Token ids (T,) of a question as they follow the sheet, the template's included."""
+        return self._question_ids(question)
 
     def _become(self, sheet: Sheet) -> Self:
         """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
