@@ -115,10 +115,11 @@ def test_sources_are_documents_in_order_of_weight_with_the_text_around_the_place
 
 def test_the_place_is_the_most_attended_token_of_its_document(kb):
     looked = torch.full((1, *kb.sheet.indices.shape[1:]), 1e-3)
-    hugo = [row for row, origin in enumerate(kb.sheet.origins.tolist()) if origin[1] == 3]
-    looked[(kb.sheet.places[-1:] == hugo[4]) & (kb.sheet.indices[-1:] >= 0)] = 1.0
+    kept = kb.sheet.places[-1][kb.sheet.indices[-1] >= 0]
+    row = int(kept[kb.sheet.origins[kept, 1] == 3][4])
+    looked[(kb.sheet.places[-1:] == row) & (kb.sheet.indices[-1:] >= 0)] = 1.0
     (source,) = find_sources(kb.sheet, looked, 1)
-    start, stop = kb.sheet.origins[hugo[4], 2:].tolist()
+    start, stop = kb.sheet.origins[row, 2:].tolist()
     assert source.document_id == "hugo" and source.start <= start < stop <= source.stop
     assert source.weight > 0.8
 
