@@ -9,8 +9,10 @@ from reference import full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task, living
 from cribsheet.build import build_sheet
+from cribsheet.chunks import TokenizedCorpus
 from cribsheet.combine import Router, combine, likelihood
 from cribsheet.errors import DocumentError, RequestError, SheetError
+from cribsheet.rope import move
 from cribsheet.segments import sheet_layers
 from cribsheet.testing import tiny_backbone
 
@@ -37,8 +39,6 @@ def test_combined_sheets_keep_every_key_and_value_at_positions_of_their_own(tiny
 
 def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(tiny):
     first, second = build(tiny, [ALICE, BOB]), build(tiny, [CLARA, HUGO])
-    from cribsheet.rope import move
-
     both, head = combine(tiny, [first, second]), first.manifest.head_tokens
     old = torch.arange(head, second.tokens)
     for mine, theirs, inv_freq in zip(
@@ -58,7 +58,7 @@ def test_combining_independent_sheets_of_one_task_is_merging_them(family):
 
 def test_a_combined_model_answers_under_the_tasks_of_both_and_leaves_them_alone(tiny):
     other = Task("Answer questions about hobbies.", examples=(("What does Eve like?", "Chess"),))
-    one = CompressedKnowledgeLLM(tiny, build(tiny, [ALICE, BOB], guide="resident"))
+    one = CompressedKnowledgeLLM(tiny, build(tiny, [ALICE, BOB], guide="resident", rate=1))
     two = CompressedKnowledgeLLM(tiny, build(tiny, [CLARA, HUGO], other, **INDEPENDENT))
     before = one.ask(QUESTION, max_tokens=8, logprobs=0)
     both = one.combine(two)
@@ -99,13 +99,11 @@ def test_sheets_that_do_not_belong_together_are_refused_by_name(tiny):
 
 def test_a_likelihood_is_that_of_the_question_s_own_tokens_after_everything_before_them(tiny):
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=tiny, rate=1, scorer="recent")
-    from cribsheet.chunks import TokenizedCorpus
-
     corpus = TokenizedCorpus.build(DOCUMENTS, kb.sheet.manifest.head, kb._layout.encoder).ids
     ids, question = kb.question_tokens(QUESTION), kb._layout.encoder.plain(QUESTION)
     logprobs = full_context_logits(tiny, torch.cat([corpus, ids])).log_softmax(-1)
     at = next(n for n in range(len(ids)) if ids[n : n + len(question) - 1].tolist() == question[:-1].tolist())
-    own = range(at, at + len(question) - 1)  # the question mark is shared with every question
+    own = range(max(1, at), at + len(question) - 1)  # the question mark is shared with every question
     expected = sum(float(logprobs[len(corpus) + n - 1, ids[n]]) for n in own) / len(own)
     assert likelihood(kb, QUESTION) == pytest.approx(expected, abs=2e-3)
 

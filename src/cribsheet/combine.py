@@ -91,7 +91,10 @@ class Router:
 
 
 def likelihood(knowledge: CompressedKnowledgeLLM, question: str) -> float:
-    """Mean log-likelihood of a question's tokens after a sheet, in nats; the template around it does not count."""
+    """Mean log-likelihood of a question's tokens after a sheet, in nats; the template around it does not count.
+
+    Nor does a token with which all that is new begins: its likelihood is known only where the sheet ends.
+    """
     ids, prefix = knowledge.question_tokens(question), knowledge.prefix
     around = knowledge.question_tokens("?")
     positions = torch.arange(prefix.tokens, prefix.tokens + len(ids)).unsqueeze(0)
