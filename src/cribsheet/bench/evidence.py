@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     model = LoadedModel.get(arguments.model)
     rows: list[Row] = []
-    for case in [*held_out_cases(arguments.worlds, arguments.seed), demo_case()]:
+    for case in [demo_case(), *held_out_cases(arguments.worlds, arguments.seed)]:
         rows += by_bm25(case)
         for mode in arguments.modes:
             for rate in arguments.rates:
