@@ -3,6 +3,8 @@
 Each function returns a new sheet and leaves the one given as it was. What stays is not touched: its keys and values
 are the same bits. The guide, if it is resident, is read anew, as it has seen all documents. So the result is the sheet
 that a build with these documents would have made, and nothing of a removed document is left in it.
+
+`check=False` is for callers who know that the sheet fits the model: the fingerprint can take longer than a change.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ def extend(
     scorer: str | Scorer | None = None,
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
+    check: bool = True,
 ) -> Sheet:
     """A sheet with more documents behind its own; reads these only.
 
     `documents` is whatever `read_documents` takes. A sheet that was built with a scorer of your own needs it again.
     Raises `SheetError` for a sequential sheet, `DocumentError` for ids that it has already, before any work.
     """
-    edit = _Edit(backbone, sheet, scorer)
+    edit = _Edit(backbone, sheet, scorer, check=check)
     new = read_documents(documents)
     refuse_twice([*edit.ids, *(document.id for document in new)])
     return edit.done([*edit.segments, *edit.read(new, progress, checkpoint)], "extended", len(new))
@@ -54,12 +57,13 @@ def replace(
     *,
     scorer: str | Scorer | None = None,
     progress: Progress | None = None,
+    check: bool = True,
 ) -> Sheet:
     """A sheet with another text in the place, and under the id, of a document; reads the new one only.
 
     Raises as `extend`, and `DocumentError` for an unknown id or anything but one document.
     """
-    edit = _Edit(backbone, sheet, scorer)
+    edit = _Edit(backbone, sheet, scorer, check=check)
     place = edit.find(document_id)
     new = read_documents(document)
     if len(new) != 1:
@@ -69,12 +73,12 @@ def replace(
     return edit.done([*edit.segments[:place], segment, *edit.segments[place + 1 :]], "replaced", 1)
 
 
-def remove(backbone: Backbone, sheet: Sheet, *document_ids: str) -> Sheet:
+def remove(backbone: Backbone, sheet: Sheet, *document_ids: str, check: bool = True) -> Sheet:
     """A sheet without these documents; nothing is read but a resident guide.
 
     Raises `DocumentError` for an unknown id, and if no document would be left.
     """
-    edit = _Edit(backbone, sheet)
+    edit = _Edit(backbone, sheet, check=check)
     leaving = {edit.find(id_) for id_ in document_ids}
     staying = [segment for number, segment in enumerate(edit.segments) if number not in leaving]
     if not staying:
@@ -82,12 +86,13 @@ def remove(backbone: Backbone, sheet: Sheet, *document_ids: str) -> Sheet:
     return edit.done(staying, "removed", len(leaving)) if leaving else sheet
 
 
-def merge(backbone: Backbone, first: Sheet, second: Sheet) -> Sheet:
+def merge(backbone: Backbone, first: Sheet, second: Sheet, *, check: bool = True) -> Sheet:
     """One sheet with the documents of two, which have the same model, task and terms; reads only a resident guide.
 
     Raises `SheetError` naming what differs, and `DocumentError` for ids that both have.
     """
-    mine, theirs = _Edit(backbone, first), _Edit(backbone, second)
+    mine, theirs = _Edit(backbone, first, check=check), _Edit(backbone, second, check=False)
+    second.manifest.fingerprint.check(first.manifest.fingerprint)
     for field, what in _SAME.items():
         ours, other = getattr(first.manifest, field), getattr(second.manifest, field)
         if ours != other:
@@ -112,7 +117,9 @@ def backbone_of(sheet: Sheet, model: Any = None) -> Backbone:
 class _Edit:
     """An independent sheet taken apart, and put together again."""
 
-    def __init__(self, backbone: Backbone, sheet: Sheet, scorer: str | Scorer | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, sheet: Sheet, scorer: str | Scorer | None = None, *, check: bool = True
+    ) -> None:
         self.backbone, self.manifest = backbone, sheet.manifest
         if self.manifest.mode != "independent":
             raise SheetError(
@@ -122,7 +129,8 @@ class _Edit:
         self.began = time.perf_counter()
         self._scorer = scorer
         self.terms = Terms.of(backbone, self.manifest)
-        self.manifest.fingerprint.check(fingerprint(backbone, self.terms.layout))
+        if check:
+            self.manifest.fingerprint.check(fingerprint(backbone, self.terms.layout))
         self.head, self.segments = cut(backbone, sheet)
         self.ids = [entry.id for entry in self.manifest.documents]
         self.with_texts = bool(sheet.texts)

@@ -102,20 +102,20 @@ class CompressedKnowledgeLLM:
 
     def extend(self, documents: Any, **options: Any) -> Self:
         """Add documents to an independent sheet (`living.py`); later questions are answered from them too."""
-        return self._become(living.extend(self.backbone, self.sheet, documents, **options))
+        return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **options))
 
     def replace(self, document_id: str, document: Any, **options: Any) -> Self:
         """Put another text in the place of a document of an independent sheet."""
-        return self._become(living.replace(self.backbone, self.sheet, document_id, document, **options))
+        return self._become(living.replace(self.backbone, self.sheet, document_id, document, check=False, **options))
 
     def remove(self, *document_ids: str) -> Self:
         """Take documents out of an independent sheet, without a trace."""
-        return self._become(living.remove(self.backbone, self.sheet, *document_ids))
+        return self._become(living.remove(self.backbone, self.sheet, *document_ids, check=False))
 
     def merge(self, other: Sheet | CompressedKnowledgeLLM) -> Self:
         """Take over the documents of another independent sheet of the same model and task."""
         theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
-        return self._become(living.merge(self.backbone, self.sheet, theirs))
+        return self._become(living.merge(self.backbone, self.sheet, theirs, check=False))
 
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None
