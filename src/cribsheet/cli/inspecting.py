@@ -96,8 +96,6 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "texts": "in the sheet" if sheet.texts else "left out",
         "kept": f"{sheet.tokens:,} tokens per layer and head, of which {made.guide_tokens} are the {made.guide} guide",
         "rate": f"{sheet.rate:.2f}",
-        "mode": made.mode if made.document_rate is None else f"{made.mode}, each document at {made.document_rate:g}",
-        "history": ", ".join(f"{x.operation} {x.documents} ({x.at})" for x in made.history) or "none",
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
         "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}",
         "model": f"{print_.model}{f'@{print_.revision}' if print_.revision else ''}, {print_.family}, "
