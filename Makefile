@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test oldest support check format lint types docs slow quality memory throughput pocket clean
+.PHONY: demo test oldest support check format lint types docs slow quality memory throughput living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -44,6 +44,15 @@ memory: $(READY)  ## peak memory of a build against the length of the corpus
 
 throughput: $(READY)  ## many questions at once against stock generate
 	$(RUN)/python -m cribsheet.bench.throughput
+
+living: $(READY)  ## what changing one of a hundred documents costs, and what independent sheets lose (half an hour)
+	$(RUN)/python -m cribsheet.bench.living --json docs/benchmarks/living.json
+
+evidence: $(READY)  ## whether an answer's sources are the documents that hold it, against BM25 (half an hour)
+	$(RUN)/python -m cribsheet.bench.evidence --json docs/benchmarks/evidence.json
+
+routing: $(READY)  ## whether questions find their sheet, and what two sheets behind one question lose
+	$(RUN)/python -m cribsheet.bench.routing
 
 pocket: $(READY)  ## train the pocket model again: make pocket WIKI=wiki.txt.xz (a GPU, or patience)
 	$(RUN)/python -m cribsheet_pocket.train --wiki $(WIKI) --out pocket-run --resume

@@ -421,3 +421,31 @@ def test_inspect_verifies_the_bytes_if_asked(sheet, tmp_path, cli):
     copy.write_bytes(damaged)
     result = cli("inspect", copy, "--verify")
     assert result.code == 1 and "was changed after it was saved" in result.err
+
+
+def ids(file):
+    return [entry.id for entry in load_sheet(file).manifest.documents]
+
+
+def test_a_sheet_file_is_extended_changed_and_merged_in_place(cli, model, staff, tmp_path):
+    file, other, out = (tmp_path / name for name in ("a.sheet", "b.sheet", "c.sheet"))
+    options = ["--model", str(model), "--scorer", "task", "--mode", "independent", *RATE]
+    assert run(["build", str(staff / "alice.txt"), str(staff / "bob.txt"), "-o", str(file), *options]) == 0
+    assert run(["build", str(staff / "hugo.txt"), "-o", str(other), *options]) == 0
+    assert run(["extend", str(file), str(staff / "clara.txt")]) == 0
+    assert run(["replace", str(file), "alice.txt", str(staff / "hugo.txt")]) == 0
+    assert load_sheet(file).texts[0].startswith("Hugo Ali")
+    assert run(["remove", str(file), "bob.txt", "--output", str(out)]) == 0
+    assert ids(file) == ["alice.txt", "bob.txt", "clara.txt"] and ids(out) == ["alice.txt", "clara.txt"]
+    result = cli("merge", file, other, "--json")
+    assert result.code == 0 and result.data["documents"] == 4 and result.data["change"] == "merged"
+    assert ids(file) == ["alice.txt", "bob.txt", "clara.txt", "hugo.txt"]
+
+
+def test_a_change_that_fails_leaves_the_file_as_it_was(cli, staff, sheet, tmp_path):
+    before = sheet.read_bytes()
+    for arguments in (["remove", sheet, "bob.txt"], ["extend", sheet, staff / "bob.txt"], ["merge", sheet, sheet]):
+        result = cli(*arguments)
+        assert result.code == 1 and "mode='independent'" in result.err and result.err.count("\n") == 1
+    assert sheet.read_bytes() == before
+    assert sorted(path.name for path in sheet.parent.iterdir()) == [sheet.name]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
+
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 from reference import attention_weights
 
-from cribsheet import CompressedKnowledgeLLM
+from cribsheet import CompressedKnowledgeLLM, prefill
+from cribsheet.answering import Finished, Request
 from cribsheet.errors import RequestError
-from cribsheet.evidence import attention_per_origin, find_sources
+from cribsheet.evidence import find_sources, looked_at
+from cribsheet.sampling import SamplingParams
+from cribsheet.testing import tiny_backbone
 
 
 @pytest.fixture(scope="module", params=["resident", "dropped"])
@@ -24,22 +30,76 @@ def ids(kb):
     return kb._question_ids(QUESTION), kb._layout.encoder.plain(ANSWER)
 
 
-def test_mass_is_the_attention_of_the_answer_s_rows_summed_over_layers_and_heads(kb):
-    backbone, (asked, answered) = kb.backbone, ids(kb)
-    found = attention_per_origin(backbone, kb.prefix, kb.sheet, asked, answered)
-    expected = torch.zeros(len(kb.sheet.origins), dtype=torch.float64)
-    place = {index: row for row, index in enumerate(kb.sheet.origins[:, 0].tolist())}
-    read = backbone.read(kb.prefix.layers, kb.prefix.tokens, asked, answered)
-    for number, (layer, prefix) in enumerate(zip(read, kb.prefix.layers, strict=True)):
-        keys = torch.cat([prefix.keys, layer.chunk_keys, layer.guide_keys], 1)
-        seen = kb.prefix.tokens + len(asked) + 1
-        weights = attention_weights(layer.guide_queries, keys, backbone.scale, seen).sum(1)
-        for head in range(backbone.num_heads):
-            kv_head = head * backbone.kv_heads // backbone.num_heads
-            for token, index in enumerate(kb.sheet.indices[number, kv_head].tolist()):
-                if index >= 0:
-                    expected[place[index]] += weights[head, token]
-    torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-3)
+def by_the_formula(kb, asked, answered):
+    """Attention weights of the rows that count, layer by layer, from `reference.attention_weights`."""
+    backbone, size = kb.backbone, kb.prefix.tokens
+    rows = torch.cat([asked, answered[:-1]])
+    read = backbone.read(kb.prefix.layers, size, rows[:0], rows)
+    found = []
+    for number in backbone.full[len(backbone.full) // 2 :]:
+        layer, prefix = read[number], kb.prefix.layers[number]
+        keys = torch.cat([prefix.keys, layer.guide_keys], 1)
+        weights = attention_weights(layer.guide_queries, keys, backbone.scale, size + 1)[..., :size]
+        question, answer = weights[:, : len(asked)].mean(1), weights[:, len(asked) - 1 :].sum(1)
+        found.append((3 * question + answer).reshape(backbone.kv_heads, -1, size).sum(1))
+    return torch.stack(found).float()
+
+
+def test_what_is_looked_at_is_the_attention_of_question_and_answer_in_the_upper_layers(kb):
+    asked, answered = ids(kb)
+    found = looked_at(kb.backbone, kb.prefix, asked, answered)
+    torch.testing.assert_close(found, by_the_formula(kb, asked, answered), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("piece", [1024, 16], ids=["in one piece", "in pieces"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, piece, monkeypatch):
+    monkeypatch.setattr(prefill, "PIECE", piece)
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer="task")
+    asked = kb._question_ids(QUESTION)
+    tokens, looked = answered(kb, asked)
+    torch.testing.assert_close(looked, looked_at(kb.backbone, kb.prefix, asked, tokens), atol=2e-3, rtol=2e-3)
+
+
+def answered(kb, asked):
+    """Tokens of an answer and what the engine saw it look at, others asking at the same time."""
+    streams = [
+        kb.stream(text, max_tokens=9, evidence=number != 1) for number, text in enumerate(("Alice?", "Hugo? Oslo?"))
+    ]
+    events = queue.SimpleQueue()
+    params = SamplingParams(max_tokens=6, logprobs=0)
+    kb._loaded.engine.submit(Request(kb.prefix, asked, params, events.put, evidence=True))
+    tokens = []
+    while not isinstance(event := events.get(timeout=60), Finished):
+        tokens += [each.token_id for each in event.logprobs]
+    for stream in streams:
+        list(stream)
+    return torch.tensor(tokens), event.looked
+
+
+def test_an_answer_carries_its_sources_whoever_else_asks_and_however_it_is_asked(kb):
+    alone = kb.ask(QUESTION, max_tokens=8, logprobs=0)
+    assert len(alone.sources) == 3 and sum(each.weight for each in alone.sources) <= 1 + 1e-6
+    bare = kb.ask(QUESTION, max_tokens=8, logprobs=0, evidence=False)
+    assert bare.sources == () and bare.text == alone.text and bare.logprobs == alone.logprobs
+    streams = [
+        kb.stream(text, max_tokens=8, evidence=text != "Bob?") for text in (QUESTION, "Bob?", "Clara Berg?", QUESTION)
+    ]
+    answers = [("".join(stream), stream.answer)[1] for stream in streams]
+    assert answers[1].sources == ()
+    for answer in (answers[0], answers[3], asyncio.run(kb.aask(QUESTION, max_tokens=8))):
+        assert [each.document_id for each in answer.sources] == [each.document_id for each in alone.sources]
+        assert [each.weight for each in answer.sources] == pytest.approx(
+            [each.weight for each in alone.sources], abs=1e-3
+        )
+
+
+def test_a_document_counts_by_its_most_attended_token_of_each_head_not_by_its_length(kb):
+    looked = torch.zeros(2, *kb.sheet.indices.shape[1:])
+    number = kb.sheet.origins[:, 1][kb.sheet.places[-2:]].where(kb.sheet.indices[-2:] >= 0, torch.tensor(-1))
+    looked[number == 0] = 0.1  # every token of one document a little
+    looked.view(-1)[(number == 3).flatten().nonzero()[0]] = 5.0
+    assert [source.document_id for source in find_sources(kb.sheet, looked, 2)] == ["hugo", "alice"]
 
 
 def test_sources_are_documents_in_order_of_weight_with_the_text_around_the_place(kb):
@@ -55,11 +115,12 @@ def test_sources_are_documents_in_order_of_weight_with_the_text_around_the_place
 
 
 def test_the_place_is_the_most_attended_token_of_its_document(kb):
-    mass = torch.full((len(kb.sheet.origins),), 1e-3)
-    hugo = [row for row, origin in enumerate(kb.sheet.origins.tolist()) if origin[1] == 3]
-    mass[hugo[4]] = 1.0
-    (source,) = find_sources(kb.sheet, mass, 1)
-    start, stop = kb.sheet.origins[hugo[4], 2:].tolist()
+    looked = torch.full((1, *kb.sheet.indices.shape[1:]), 1e-3)
+    kept = kb.sheet.places[-1][kb.sheet.indices[-1] >= 0]
+    row = int(kept[kb.sheet.origins[kept, 1] == 3][4])
+    looked[(kb.sheet.places[-1:] == row) & (kb.sheet.indices[-1:] >= 0)] = 1.0
+    (source,) = find_sources(kb.sheet, looked, 1)
+    start, stop = kb.sheet.origins[row, 2:].tolist()
     assert source.document_id == "hugo" and source.start <= start < stop <= source.stop
     assert source.weight > 0.8
 

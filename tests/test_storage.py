@@ -69,7 +69,7 @@ def test_the_file_holds_what_the_format_says(sheet, file):
     assert set(manifest) == {
         "format", "cribsheet", "created", "fingerprint", "system", "template_options", "head", "task", "guide",
         "guide_tokens", "corpus_digest", "corpus_tokens", "head_tokens", "documents", "scorer", "seed", "budget",
-        "chunk_tokens", "dtype", "build",
+        "chunk_tokens", "dtype", "build", "mode", "document_rate", "segments", "history",
     }  # fmt: skip
     assert manifest["format"] == 1
     assert set(manifest["fingerprint"]) == {
@@ -78,6 +78,7 @@ def test_the_file_holds_what_the_format_says(sheet, file):
     }  # fmt: skip
     assert manifest["documents"][0] == {
         "id": "alice", "characters": 80, "tokens": sheet.manifest.documents[0].tokens, "metadata": {},
+        "digest": sheet.manifest.documents[0].digest,
     }  # fmt: skip
 
 
@@ -327,3 +328,25 @@ def test_verify_needs_a_digest_to_compare_with(file):
 def test_verify_reads_every_storage_type(tmp_path, dtype):
     built = build_sheet(tiny_backbone(), DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype)
     verify(save_sheet(built, tmp_path / "a.sheet", texts=False))
+
+
+def test_a_sheet_made_before_there_were_segments_still_opens(sheet, file):
+    tensors, metadata = parts(file)
+    manifest = json.loads(metadata["cribsheet"])
+    for later in ("mode", "document_rate", "segments", "history"):
+        del manifest[later]
+    for document in manifest["documents"]:
+        del document["digest"]
+    save_file(tensors, file, metadata={**metadata, "cribsheet": json.dumps(manifest)})
+    assert load_sheet(file).manifest.mode == "sequential" and load_sheet(file).manifest.segments == []
+
+
+@pytest.mark.parametrize("change", [("kept", 1), ("read", 1), ("documents", 1), ("kept", -(10**6))])
+def test_segments_that_do_not_add_up_are_refused(tiny, tmp_path, change):
+    made = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, scorer="task", mode="independent")
+    tensors, metadata = parts(save_sheet(made, tmp_path / "a.sheet"))
+    manifest = json.loads(metadata["cribsheet"])
+    manifest["segments"][0][change[0]] += change[1]
+    save_file(tensors, tmp_path / "b.sheet", metadata={**metadata, "cribsheet": json.dumps(manifest)})
+    with pytest.raises(SheetError, match="do not fit its manifest"):
+        load_sheet(tmp_path / "b.sheet")

@@ -39,7 +39,8 @@ class Source:
 class Answer:
     """An answer and how it came about; `str()` gives its text, without the calls of tools that are in `tool_calls`.
 
-    `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end.
+    `sources` are the documents that question and answer looked at most. `first_token_seconds` and `seconds` run from
+    the moment of asking to the first text and to the end.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Answer:
     first_token_seconds: float
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    sources: tuple[Source, ...] = ()
 
     def __str__(self) -> str:
         """The text."""

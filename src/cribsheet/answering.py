@@ -34,10 +34,14 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer: why, and how many tokens it took (the one that ended it not counted)."""
+    """The end of an answer: why, and how many tokens it took (the one that ended it not counted).
+
+    `looked` (M, K, P) is what question and answer looked at (`glance.py`), if the request wanted evidence.
+    """
 
     reason: FinishReason
     completion_tokens: int
+    looked: Tensor | None = field(default=None, compare=False)
 
 
 Event = Delta | Finished | BaseException
@@ -58,6 +62,7 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
     timeout: float | None = None  # seconds from now on until the caller gets an error instead
     asked: float = field(default_factory=time.monotonic)
+    evidence: bool = False  # whether the end tells what was looked at
 
     @property
     def is_over(self) -> bool:
@@ -98,6 +103,7 @@ class Answering:
         self.turn = 0  # tokens since it got its slot
         self.last = 0
         self.finished = False
+        self.looked: Tensor | None = None  # (M, K, P) so far, if evidence is wanted
         self._pending: list[TokenLogprob] = []
 
     def advance(self, logits: Tensor | None, greedy: int) -> None:
@@ -122,6 +128,11 @@ class Answering:
             self._finish("stop")
         elif self.produced >= params.max_tokens:
             self._finish("stop" if self.request.constraint else "length")  # a form is complete by then
+
+    def look(self, mass: Tensor) -> None:
+        """Add what new rows looked at (M, K, P)."""
+        if self.request.evidence:
+            self.looked = mass.clone() if self.looked is None else self.looked.add_(mass)
 
     def fail(self, error: BaseException) -> None:
         """Hand an error to the caller instead of an answer."""
@@ -153,7 +164,7 @@ class Answering:
         if rest or self._pending:
             self.request.sink(Delta(rest, tuple(self._pending)))
         self.finished = True
-        self.request.sink(Finished(reason, self.produced))
+        self.request.sink(Finished(reason, self.produced, self.looked))
 
 
 def _special_tokens(tokenizer: Any, stops: tuple[str, ...]) -> set[int]:

@@ -26,7 +26,7 @@ from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
-from cribsheet.sheet import DocumentEntry, Manifest, Sheet
+from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
@@ -67,6 +67,7 @@ class Plan:
     def manifest(self, backbone: Backbone, dtype: StorageDtype, seconds: float) -> Manifest:
         """What the finished sheet says of itself."""
         corpus = self.corpus
+        documents = list_documents(corpus)
         return Manifest(
             cribsheet=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,22 +78,16 @@ class Plan:
             task=self.task.to_dict(),
             guide="resident" if len(self.resident) else "dropped",
             guide_tokens=len(self.resident),
-            corpus_digest=_corpus_digest(corpus.documents),
+            corpus_digest=corpus_digest(documents),
             corpus_tokens=len(corpus),
             head_tokens=corpus.head_tokens,
-            documents=_entries(corpus),
+            documents=documents,
             scorer=self.scorer_name,
             seed=self.reading.seed,
             budget=self.budget,
             chunk_tokens=self.reading.chunk_tokens,
             dtype=dtype,
-            build={
-                "seconds": round(seconds, 3),
-                "device": str(backbone.device),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            build=circumstances(backbone, seconds),
         )
 
     def identity(self, backbone: Backbone) -> dict[str, Any]:
@@ -117,6 +112,7 @@ def build_sheet(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
+    mode: Mode = "sequential",
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
@@ -136,11 +132,31 @@ def build_sheet(
         called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint
         a file that remembers each finished chunk; if it exists, the build goes on from there.
+    mode
+        `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
+        each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     budgets = Budgets(rate, budget, guide, chunk_tokens)
+    if mode == "independent":
+        from cribsheet.independent import build_independent  # it is made of what is here
+
+        return build_independent(
+            backbone,
+            layout,
+            documents,
+            task,
+            budgets,
+            scorer=scorer,
+            dtype=_storage_dtype(dtype, backbone),
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+    if mode != "sequential":
+        raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
     stored_as = _storage_dtype(dtype, backbone)
     began = time.perf_counter()
@@ -159,7 +175,7 @@ def build_sheet(
     manifest = planned.manifest(backbone, stored_as, time.perf_counter() - began)
     manifest.build.update(_storage_loss(stored, layers))
     texts = [document.text for document in planned.corpus.documents]
-    return Sheet(stored, indices, _origins(planned.corpus, indices), manifest, texts)
+    return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +186,10 @@ class Budgets:
     budget: int | None = None
     guide: GuideMode = "auto"
     chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide not in get_args(GuideMode):
+            raise BudgetError(f"guide is {self.guide!r}; use {', '.join(get_args(GuideMode))}.")
 
     def tokens(self, corpus_tokens: int) -> int:
         """The budget in tokens. Raises `BudgetError` if it does not fit the corpus."""
@@ -209,8 +229,6 @@ def plan(
     seed: int = 0,
 ) -> Plan:
     """Everything that can be refused is refused here, before any work starts."""
-    if budgets.guide not in get_args(GuideMode):
-        raise BudgetError(f"guide is {budgets.guide!r}; use {', '.join(get_args(GuideMode))}.")
     name, chosen = make_scorer(scorer)
     head, guide = layout.head(task.instruction), layout.guide(task)
     corpus = TokenizedCorpus.build(documents, head, layout.encoder)
@@ -240,6 +258,7 @@ def plan(
         noted=lambda notes: encode(layout.noted(task, notes)),
         budget=keep,
         chunk_tokens=chunk,
+        pins_head=chosen.pins_head,
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
@@ -277,8 +296,7 @@ def _chunk_tokens(
             f"window of {backbone.window}; lower the budget or shorten the task."
         )
     if wanted is None:
-        usual = _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
-        return min(_CHUNK_NOTES if guide == "notes" else usual, room, corpus_tokens)
+        return min(usual_chunk(backbone, guide), room, corpus_tokens)
     chunk = corpus_tokens if wanted == 0 else min(wanted, corpus_tokens)
     if not 0 < chunk <= room:
         raise BudgetError(
@@ -286,6 +304,13 @@ def _chunk_tokens(
             f"takes {keep} and the guide {guide_tokens}; pass chunk_tokens between 1 and {room}."
         )
     return chunk
+
+
+def usual_chunk(backbone: Backbone, guide: Guide) -> int:
+    """How many tokens are read at once where they fit."""
+    if guide == "notes":
+        return _CHUNK_NOTES
+    return _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
 
 
 def _storage_dtype(dtype: str | None, backbone: Backbone) -> StorageDtype:
@@ -302,18 +327,35 @@ def _storage_loss(stored: Sequence[StoredLayer], layers: Sequence[LayerPrefix]) 
     return {"key_loss": round(max(k for k, _ in losses), 6), "value_loss": round(max(v for _, v in losses), 6)}
 
 
-def _origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
+def circumstances(backbone: Backbone, seconds: float) -> dict[str, Any]:
+    """How a sheet came about, for people."""
+    return {
+        "seconds": round(seconds, 3),
+        "device": str(backbone.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
+    """`Sheet.origins` for these kept indices: rows (U, 4) of index, document, first and last-plus-one character."""
     used = torch.unique(indices)
     used = used[used >= 0].long()
     return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
 
 
-def _entries(corpus: TokenizedCorpus) -> list[DocumentEntry]:
+def list_documents(corpus: TokenizedCorpus) -> list[DocumentEntry]:
+    """The documents as a manifest lists them."""
     inside = corpus.origins[:, 0]
     tokens = torch.bincount(inside[inside >= 0].long(), minlength=len(corpus.documents)).tolist()
     return [
         DocumentEntry(
-            id=document.id, characters=len(document.text), tokens=count, metadata=_jsonable(document.metadata)
+            id=document.id,
+            characters=len(document.text),
+            tokens=count,
+            metadata=_jsonable(document.metadata),
+            digest=_digest(document),
         )
         for document, count in zip(corpus.documents, tokens, strict=True)
     ]
@@ -334,10 +376,14 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return str(value)
 
 
-def _corpus_digest(documents: Sequence[Document]) -> str:
+def corpus_digest(documents: Sequence[DocumentEntry]) -> str:
+    """What tells two corpora apart: a digest of the digests of all documents."""
+    return hashlib.sha256("".join(entry.digest for entry in documents).encode()).hexdigest()[:16]
+
+
+def _digest(document: Document) -> str:
     digest = hashlib.sha256()
-    for document in documents:
-        for part in (document.id, document.text):
-            encoded = part.encode()
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    for part in (document.id, document.text):
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()[:16]

@@ -47,7 +47,7 @@ class Reading:
 
     After a chunk, scorers that ask for the task read `guide` (T,); those that ask for notes let the model answer
     `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,) and the chunk again.
-    `budget` is kept per layer and head when everything was read.
+    `budget` is kept per layer and head when everything was read; `pins_head` says whether the head is sure to be.
     """
 
     scorer: Scorer
@@ -57,6 +57,7 @@ class Reading:
     noted: Callable[[str], Tensor]
     budget: int
     chunk_tokens: int
+    pins_head: bool
     seed: int = 0
 
     def after(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
@@ -85,7 +86,7 @@ class State:
 def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: State | None = None) -> Iterator[State]:
     """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped."""
     done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
-    pinned = corpus.head_tokens if how.scorer.pins_head else 0
+    pinned = corpus.head_tokens if how.pins_head else 0
     for chunk in corpus.split(how.chunk_tokens):
         if chunk.start < done:
             continue

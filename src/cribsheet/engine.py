@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from cribsheet.answering import Answering, Request, tell
 from cribsheet.backbone import Backbone
 from cribsheet.errors import EngineError
+from cribsheet.glance import Glance
 from cribsheet.group import Group
 from cribsheet.prefill import LongRead, Read, reads
 from cribsheet.prefix import Prefix
@@ -200,7 +201,12 @@ class Engine:
             group.rows.prepare(device)
             ids = torch.tensor([[sequence.last] for sequence in group.running])
             positions = torch.tensor([[group.prefix.tokens + n] for n in group.rows.lengths])
+            wanted = group.prefix.tokens and any(sequence.request.evidence for sequence in group.running)
+            glance = Glance(group.layers, self.backbone.full) if wanted else None
             logits = self.backbone.step(ids, positions, Cache(layers=list(group.layers)))[:, -1]
+            if glance is not None:
+                for sequence, mass in zip(group.running, glance.masses.unbind(1), strict=True):
+                    sequence.look(mass)
             group.rows.lengths = [n + 1 for n in group.rows.lengths]
             self._advance(group.running, logits)
             group.prune()

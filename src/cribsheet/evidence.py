@@ -1,7 +1,8 @@
-"""Where an answer looked: the attention of its tokens on the sheet, traced back to the documents.
+"""Where an answer comes from: the attention of question and answer on the sheet, traced back to the documents.
 
-The question and its answer are read once more on top of the prefix, and the attention of the answer's rows on each
-kept token is summed over layers and heads. It shows what the model read, not a proof that the answer follows.
+A document counts by its most attended token of each head, not by the sum over its tokens: sums favour long documents
+and those whose every comma attracts a little attention. It shows what the model looked at, not a proof that the
+answer follows. How it was chosen, and what it finds: `bench/evidence.py`.
 """
 
 from __future__ import annotations
@@ -12,56 +13,65 @@ import torch
 from torch import Tensor
 
 from cribsheet.answer import Source
-from cribsheet.attention import column_mass
 from cribsheet.backbone import Backbone
-from cribsheet.prefix import Prefix
+from cribsheet.glance import Glance, question_weights
+from cribsheet.prefix import Prefix, prefix_cache
 from cribsheet.sheet import Sheet
 
+LIMIT = 3  # sources of an answer
 _CONTEXT = 40  # characters shown on each side of the most attended place
 
 
-def attention_per_origin(backbone: Backbone, prefix: Prefix, sheet: Sheet, asked: Tensor, answered: Tensor) -> Tensor:
-    """Attention mass (U,) of the answer's tokens (A,) on each token of `sheet.origins`, after question tokens (T,)."""
-    layers = backbone.read(prefix.layers, prefix.tokens, asked, answered)
-    mass = torch.zeros(len(sheet.origins))
-    places = sheet.places
-    for number, read, layer in ((n, layers[at], prefix.layers[at]) for n, at in enumerate(backbone.full)):
-        on_prefix = column_mass(
-            read.guide_queries, layer.keys, read.guide_lse, scale=backbone.scale, softcap=backbone.softcap
-        )
-        per_head = on_prefix.reshape(backbone.kv_heads, -1, on_prefix.shape[1]).sum(1).cpu()  # (K, P)
-        from_corpus = sheet.indices[number] >= 0
-        mass.index_add_(0, places[number][from_corpus], per_head[from_corpus])
-    return mass
+def looked_at(backbone: Backbone, prefix: Prefix, asked: Tensor, answered: Tensor) -> Tensor:
+    """What an answer of tokens (A,) to a question (T,) looks at, as the engine notes it while it writes: (M, K, P)."""
+    ids = torch.cat([asked, answered[:-1]])  # the row of the last token would write the next one
+    weights = torch.cat([question_weights(len(asked)), torch.ones(len(ids) - len(asked))])
+    cache = prefix_cache(prefix.layers, prefix.tokens)
+    glance = Glance(cache.layers, backbone.full, [weights])
+    positions = torch.arange(prefix.tokens, prefix.tokens + len(ids))
+    backbone.step(ids.unsqueeze(0), positions.unsqueeze(0), cache)
+    return glance.masses[:, 0]
 
 
-def find_sources(sheet: Sheet, mass: Tensor, limit: int) -> list[Source]:
-    """The `limit` documents that were looked at most, each with its most attended stretch."""
-    number, inside = sheet.origins[:, 1].long(), sheet.origins[:, 1] >= 0
-    if not inside.any():
-        return []
-    per_document = torch.zeros(len(sheet.manifest.documents)).index_add_(0, number[inside], mass[inside])
-    best = per_document.topk(min(limit, len(per_document)))
+def find_sources(sheet: Sheet, looked: Tensor, limit: int = LIMIT) -> tuple[Source, ...]:
+    """The `limit` documents that were looked at most (M, K, P), each with its most attended stretch."""
+    looked = looked.float().cpu()
+    documents = len(sheet.manifest.documents)
+    places = sheet.places[-len(looked) :]
+    number = sheet.origins[:, 1].long()[places].where(sheet.indices[-len(looked) :] >= 0, torch.tensor(-1))
+    outside = torch.where(number < 0, documents, number)  # the head, the guide and what is between documents
+    peaks = torch.zeros(*looked.shape[:2], documents + 1).scatter_reduce_(2, outside, looked, "amax")
+    per_document = peaks.sum((0, 1))[:documents]
+    mass = mass_per_origin(sheet, looked)
+    best = per_document.topk(min(limit, documents))
     found = []
-    for weight, document in zip((best.values / mass[inside].sum()).tolist(), best.indices.tolist(), strict=True):
+    for weight, document in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         if weight <= 0:
             continue
-        token = int(mass.where(number == document, -1.0).argmax())
+        token = int(mass.where(sheet.origins[:, 1] == document, -1.0).argmax())
         start, stop = sheet.origins[token, 2:].tolist()
         text = sheet.texts[document] if sheet.texts else ""
         if text:
             start, stop = _widened(text, start, stop)
-        found.append(Source(sheet.manifest.documents[document].id, start, stop, weight, text[start:stop]))
-    return found
+        share = weight / float(per_document.sum())
+        found.append(Source(sheet.manifest.documents[document].id, start, stop, share, text[start:stop]))
+    return tuple(found)
 
 
-def find_passages(sheet: Sheet, mass: Tensor, limit: int, characters: int) -> list[Source]:
-    """The `limit` passages of about `characters` that were looked at most; none overlap.
+def mass_per_origin(sheet: Sheet, looked: Tensor) -> Tensor:
+    """Attention (U,) on each token of `sheet.origins`, of what was looked at (M, K, P)."""
+    from_corpus = sheet.indices[-len(looked) :] >= 0
+    places = sheet.places[-len(looked) :][from_corpus]
+    return torch.zeros(len(sheet.origins)).index_add_(0, places, looked.float().cpu()[from_corpus])
+
+
+def find_passages(sheet: Sheet, looked: Tensor, limit: int, characters: int) -> list[Source]:
+    """The `limit` passages of about `characters` that were looked at most (M, K, P); none overlap.
 
     Passages grow around the most attended places. One of a sheet without texts has a place, but no text.
     """
     number, starts, stops = (sheet.origins[:, column].long() for column in (1, 2, 3))
-    left = mass.where(number >= 0, 0.0)
+    left = mass_per_origin(sheet, looked).where(number >= 0, 0.0)
     total = float(left.sum())
     found: list[Source] = []
     while len(found) < limit and (left > 0).any():

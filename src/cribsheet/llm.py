@@ -6,20 +6,22 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 
-from cribsheet import storage
+from cribsheet import living, storage
 from cribsheet.answer import Answer, Source
 from cribsheet.answering import Event, Request
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
+from cribsheet.combine import combine
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
-from cribsheet.evidence import attention_per_origin, find_passages, find_sources
+from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
@@ -27,6 +29,7 @@ from cribsheet.handover import integration
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
 from cribsheet.sampling import SamplingParams
+from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
@@ -36,7 +39,7 @@ from cribsheet.turns import Question, as_turns
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout"}
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout", "evidence"}
 
 
 class Prepared(NamedTuple):
@@ -104,6 +107,40 @@ class CompressedKnowledgeLLM:
         """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
         return storage.save(self.sheet, path, texts=texts)
 
+    def extend(self, documents: Any, **options: Any) -> Self:
+        """Add documents to an independent sheet (`living.py`); later questions are answered from them too."""
+        return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **options))
+
+    def replace(self, document_id: str, document: Any, **options: Any) -> Self:
+        """Put another text in the place of a document of an independent sheet."""
+        return self._become(living.replace(self.backbone, self.sheet, document_id, document, check=False, **options))
+
+    def remove(self, *document_ids: str) -> Self:
+        """Take documents out of an independent sheet, without a trace."""
+        return self._become(living.remove(self.backbone, self.sheet, *document_ids, check=False))
+
+    def merge(self, other: Sheet | CompressedKnowledgeLLM) -> Self:
+        """Take over the documents of another independent sheet of the same model and task."""
+        theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
+        return self._become(living.merge(self.backbone, self.sheet, theirs, check=False))
+
+    def combine(
+        self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None
+    ) -> CompressedKnowledgeLLM:
+        """A new model that answers from this and other sheets at once (`combine.py`); all stay as they are."""
+        sheets = [each.sheet if isinstance(each, CompressedKnowledgeLLM) else each for each in (self, *others)]
+        return CompressedKnowledgeLLM(self._loaded, combine(self.backbone, sheets, task))
+
+    def question_tokens(self, question: Question) -> torch.Tensor:
+        """Token ids (T,) of a question as they follow the sheet, the template's included."""
+        return self._question_ids(question)
+
+    def _become(self, sheet: Sheet) -> Self:
+        """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
+        with self._lock:
+            self.sheet, self._prefix = sheet, None
+        return self
+
     def close(self) -> None:
         """Cancel this sheet's running answers and let go of its keys and values; safe to call twice.
 
@@ -146,8 +183,8 @@ class CompressedKnowledgeLLM:
         A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
         answer a form, which it completes within `max_tokens`. `tools=` (OpenAI's form) may be called: by the model's
         own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. `timeout=` is
-        in seconds. Raises `RequestError` for a question that does not fit the window, or settings out of range, and
-        `EngineError` when time is up.
+        in seconds. The answer's `sources` say what it looked at, unless `evidence=False`. Raises `RequestError` for a
+        question that does not fit the window, or settings out of range, and `EngineError` when time is up.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -208,7 +245,7 @@ class CompressedKnowledgeLLM:
             pass
         return stream.answer
 
-    async def aask_many(self, question: Question | Prepared, n: int, **sampling: Any) -> list[Answer]:
+    async def aask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
         loop = asyncio.get_running_loop()
         streams = [AsyncAnswerStream(*asked, loop) for asked in self._ask_requests(question, n, sampling)]
@@ -236,29 +273,33 @@ class CompressedKnowledgeLLM:
             loop.run_in_executor(None, self._submit_later, stream)
         return stream
 
-    def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:
-        """Which documents the answer looked at most, and where in them (see `evidence.py` for what that means)."""
-        return find_sources(self.sheet, self._looked_at(question, answer), limit)
+    def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:
+        """Which documents the answer looks at most, and where in them (see `evidence.py` for what that means).
+
+        Reads question and answer again: for answers from elsewhere, and for more sources than an answer carries.
+        """
+        return list(find_sources(*self._looked_at(question, answer), limit))
 
     def passages(
         self, question: Question, answer: Answer | str = "", *, limit: int = 4, characters: int = 1500
     ) -> list[Source]:
-        """Which passages of about `characters` the answer looked at most; a short document is one passage.
+        """Which passages of about `characters` the answer looks at most; a short document is one passage.
 
-        Without an answer, what the end of the question looks at. Raises `RequestError` for a question that does not
-        fit the window, and for a `limit` or `characters` below 1.
+        Without an answer, what the question looks at. Raises `RequestError` for a question that does not fit the
+        window, and for a `limit` or `characters` below 1.
         """
         for name, value in (("limit", limit), ("characters", characters)):
             if value < 1:
                 raise RequestError(f"{name} is {value}; give at least 1.")
-        return find_passages(self.sheet, self._looked_at(question, answer), limit, characters)
+        return find_passages(*self._looked_at(question, answer), limit, characters)
 
-    def _looked_at(self, question: Question, answer: Answer | str) -> torch.Tensor:
-        """Attention (U,) of the answer, or of the question's end, on what the sheet was made from."""
+    def _looked_at(self, question: Question, answer: Answer | str) -> tuple[Sheet, torch.Tensor]:
+        """The sheet, and what question and answer look at in it (M, K, P)."""
         asked = self._question_ids(question)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
         self._check_room(len(asked) + len(answered) - 1)
-        return attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
+        sheet, prefix = self._placed()
+        return sheet, looked_at(self.backbone, prefix, asked, answered)
 
     def as_chat_model(self, **settings: Any) -> Any:
         """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
@@ -287,20 +328,22 @@ class CompressedKnowledgeLLM:
     @property
     def prefix(self) -> Prefix:
         """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
+        return self._placed()[1]
+
+    def _placed(self) -> tuple[Sheet, Prefix]:
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
             if self._prefix is None:
-                device, dtype = self.backbone.device, self.backbone.dtype
-                layers = [layer.restored(device, dtype) for layer in self.sheet.layers]
-                self._prefix = Prefix(layers, self.sheet.tokens)
-            return self._prefix
+                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.tokens)
+            return self.sheet, self._prefix
 
     def _submit(self, *streams: Stream) -> None:
         """Hand questions to the engine, over the sheet."""
-        prefix = self.prefix
+        sheet, prefix = self._placed()
         for stream in streams:
             stream.request.prefix = prefix
+            stream.trace = partial(find_sources, sheet)
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
@@ -341,7 +384,16 @@ class CompressedKnowledgeLLM:
         unplaced = Prefix((), self.sheet.tokens)
         constraint = self._constraint(params)
         ends = () if constraint else self._layout.stop  # a form knows its own end
-        request = Request(unplaced, ids, params, sink=_unset, ends=ends, constraint=constraint, timeout=timeout)
+        request = Request(
+            unplaced,
+            ids,
+            params,
+            sink=_unset,
+            ends=ends,
+            constraint=constraint,
+            timeout=timeout,
+            evidence=bool(sampling.get("evidence", True)),
+        )
         return Prepared(request, toolbox)
 
     def _ask_requests(self, question: Question, n: int, sampling: Mapping[str, Any]) -> list[Prepared]:
@@ -390,7 +442,7 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
         wanted["json_schema"] = toolbox.beside(wanted["json_schema"])
     if len(wanted) > 1:
         raise RequestError(f"An answer has one form, but {' and '.join(wanted)} were given; pass one of them.")
-    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS, "timeout")}
+    rest = {name: value for name, value in sampling.items() if name not in (*_FORMS, *_TOOLS, "timeout", "evidence")}
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest

@@ -13,6 +13,7 @@ from torch import Tensor
 from cribsheet.answering import Answering, Suffix
 from cribsheet.backbone import Backbone
 from cribsheet.batch import padded_batch, prefill_cache
+from cribsheet.glance import Glance, question_weights
 from cribsheet.prefix import Prefix, PrefixLayer, prefix_cache
 
 PIECE = 1024  # tokens that are read in one step, padding included
@@ -36,6 +37,17 @@ class Read:
                 sequence.drop()
         self.sequences = [sequence for sequence in self.sequences if not sequence.finished]
 
+    def step(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Logits (B, V) after new tokens, noting what they look at; `weights` (n,) are of each one's last rows."""
+        glance = None
+        if any(each.request.evidence for each in self.sequences) and self.prefix.tokens:
+            glance = Glance(self.cache.layers, backbone.full, weights)
+        logits = backbone.step(ids, positions, self.cache)[:, -1]
+        if glance is not None:
+            for sequence, mass in zip(self.sequences, glance.masses.unbind(1), strict=True):
+                sequence.look(mass)
+        return logits
+
     def suffix(self, row: int) -> Suffix:
         """The keys and values of a question that was read, padding left out."""
         length = self.sequences[row].length
@@ -55,7 +67,8 @@ class ShortRead(Read):
         prefix = self.prefix
         ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
         self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
-        return backbone.step(ids, positions, self.cache)[:, -1]
+        weights = [question_weights(len(each.request.question)) for each in self.sequences]
+        return self.step(backbone, ids, positions, weights)
 
 
 class LongRead(Read):
@@ -72,7 +85,8 @@ class LongRead(Read):
         piece = question[self._done : self._done + PIECE]
         first = self.prefix.tokens + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
-        logits = backbone.step(piece.unsqueeze(0), positions, self.cache)[:, -1]
+        weights = question_weights(len(question))[self._done : self._done + PIECE]
+        logits = self.step(backbone, piece.unsqueeze(0), positions, [weights])
         self._done += len(piece)
         return logits if self._done == len(question) else None
 

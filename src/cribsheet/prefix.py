@@ -11,7 +11,7 @@ Letters as in `attention.py`: `B` sequences, `H` query heads, `K` key/value head
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,10 @@ class Prefix:
     tokens: int
 
 
+# Called after attention with the layer, queries (B, H, T, D), log-sum-exps (B, H, T), scale and softcap (`glance.py`).
+Watch = Callable[["PrefixLayer", Tensor, Tensor, float, float | None], None]
+
+
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer: a shared prefix and a growing suffix of equal length in every sequence.
 
@@ -62,6 +66,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         self.prefix_keys, self.prefix_values = prefix.keys.unsqueeze(0), prefix.values.unsqueeze(0)
         self.start, self.window = start, prefix.window
         self.length = 0
+        self.watch: Watch | None = None
         self.is_initialized = True
         self.keys = self.prefix_keys[:, :, :0]  # suffix buffers (B, K, capacity, D), filled up to `length`
         self.values = self.prefix_values[:, :, :0]
@@ -98,7 +103,10 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         softcap: float | None = None,
     ) -> Tensor:
         """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
-        return self._attend(query, key, value, self.visible(mask), scale, softcap)[0]
+        out, lse = self._attend(query, key, value, self.visible(mask), scale, softcap)
+        if self.watch is not None:
+            self.watch(self, query, lse, scale, softcap)
+        return out
 
     def visible(self, mask: Tensor | None) -> Tensor | None:
         """The suffix mask to use, given that of transformers."""

@@ -19,9 +19,12 @@ from cribsheet.task import Task
 
 FORMAT_VERSION = 1
 
+Mode = Literal["sequential", "independent"]
+Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
+
 
 class DocumentEntry(BaseModel):
-    """One document as the manifest lists it; `tokens` is its length in the corpus."""
+    """One document as the manifest lists it; `tokens` is its length in the corpus, `digest` that of id and text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,6 +32,27 @@ class DocumentEntry(BaseModel):
     characters: int
     tokens: int
     metadata: dict[str, Any] = {}
+    digest: str = ""
+
+
+class SegmentEntry(BaseModel):
+    """A stretch of the corpus that was read alone: so many documents, tokens `read`, and tokens `kept` of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int
+    read: int
+    kept: int
+
+
+class Change(BaseModel):
+    """One entry of a sheet's history; of what was removed, nothing but the number of documents."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    operation: Operation
+    at: str
+    documents: int
 
 
 class Manifest(BaseModel):
@@ -56,11 +80,15 @@ class Manifest(BaseModel):
     chunk_tokens: int
     dtype: StorageDtype
     build: dict[str, Any]
+    mode: Mode = "sequential"
+    document_rate: float | None = None
+    segments: list[SegmentEntry] = []
+    history: list[Change] = []
 
     @property
     def digest(self) -> str:
         """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made."""
-        return hashlib.sha256(self.model_dump_json(exclude={"created", "build"}).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json(exclude={"created", "build", "history"}).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +107,8 @@ class Sheet:
 
     layers
         keys and values (K, P, D) of each layer, keys rotated for positions 0..P-1; layers with sliding-window
-        attention hold the last tokens before the question instead, fewer than their window.
+        attention hold the last tokens before the question instead, fewer than their window. In an independent sheet
+        keys are not rotated yet, so that documents can come and go (`segments.py`).
     indices
         (F, K, P) int32, for the F layers that see everything: index in the corpus of each kept token, -1 for tokens
         of the guide.
@@ -142,6 +171,30 @@ class Sheet:
         heads = self.indices.shape[0] * self.indices.shape[1]
         kept = self.places[self.indices >= 0]
         return torch.bincount(kept, minlength=len(self.origins)).float() / heads
+
+    def extend(self, documents: Any, *, model: Any = None, **options: Any) -> Sheet:
+        """An independent sheet with more documents (`living.py`); by default its own `model` is loaded."""
+        from cribsheet import living  # it is made of what is here
+
+        return living.extend(living.backbone_of(self, model), self, documents, **options)
+
+    def replace(self, document_id: str, document: Any, *, model: Any = None, **options: Any) -> Sheet:
+        """An independent sheet with another text in the place of a document."""
+        from cribsheet import living
+
+        return living.replace(living.backbone_of(self, model), self, document_id, document, **options)
+
+    def remove(self, *document_ids: str, model: Any = None) -> Sheet:
+        """An independent sheet without these documents; nothing of them is left in it."""
+        from cribsheet import living
+
+        return living.remove(living.backbone_of(self, model), self, *document_ids)
+
+    def merge(self, other: Sheet, *, model: Any = None) -> Sheet:
+        """An independent sheet with the documents of another one behind its own."""
+        from cribsheet import living
+
+        return living.merge(living.backbone_of(self, model), self, other)
 
     def kept_per_document(self) -> dict[str, float]:
         """Tokens kept of each document, averaged over layers and heads."""

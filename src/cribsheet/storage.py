@@ -158,9 +158,9 @@ def _check_shapes(
     sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0 and made.layers == len(layers)
     sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
     sound = sound and indices.dtype == origins.dtype == torch.int32
+    sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices.shape[-1]))
     for layer in layers if sound else ():
-        tokens = layer.keys.shape[1] if layer.window and layer.keys.dim() == 3 else indices.shape[-1]
-        sound = sound and (layer.window is None or tokens < layer.window)
+        tokens = _held(manifest, layer, indices.shape[-1])
         for kept in (layer.keys, layer.values):
             sound = sound and kept.shape == (made.kv_heads, tokens, made.head_size)
             sound = sound and kept.dtype == getattr(torch, manifest.dtype)
@@ -169,6 +169,28 @@ def _check_shapes(
     sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
     if not sound:
         raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")
+
+
+def _held(manifest: Manifest, layer: StoredLayer, tokens: int) -> int:
+    """How many tokens a layer of a sheet of `tokens` tokens must hold; -1 if what it holds is wrong."""
+    if layer.window is None:
+        return tokens
+    if manifest.mode == "independent":
+        kept = [manifest.head_tokens, *(segment.kept for segment in manifest.segments), manifest.guide_tokens]
+        return sum(min(size, layer.window - 1) for size in kept)
+    found = layer.keys.shape[1] if layer.keys.dim() == 3 else -1
+    return found if found < layer.window else -1
+
+
+def _segments_are_sound(manifest: Manifest, tokens: int) -> bool:
+    """Whether the segments add up to the sheet."""
+    segments, fixed = manifest.segments, manifest.head_tokens + manifest.guide_tokens
+    return (
+        sum(segment.kept for segment in segments) + fixed == tokens
+        and sum(segment.read for segment in segments) + manifest.head_tokens == manifest.corpus_tokens
+        and sum(segment.documents for segment in segments) == len(manifest.documents)
+        and all(segment.kept > 0 for segment in segments)
+    )
 
 
 def _damaged(path: str | Path, error: Exception) -> SheetError:

@@ -7,8 +7,9 @@ device, never during decoding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class StoredLayer:
         keys, values = (_restore(*half, device, dtype) for half in self._halves())
         return LayerPrefix(keys, values, self.window)
 
+    def part(self, first: int, last: int) -> Self:
+        """Tokens `first` to `last` of the layer."""
+        halves = [None if half is None else half[:, first:last] for half in self._tensors()]
+        return self._of(halves)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Stretches of tokens of one layer, one behind the other."""
+        halves = [
+            None if half[0] is None else torch.cat(half, 1) for half in zip(*(p._tensors() for p in parts), strict=True)
+        ]
+        return parts[0]._of(halves)
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and scales."""
@@ -51,6 +65,13 @@ class StoredLayer:
         """Relative L2 error of keys and of values against the layer that was stored."""
         back = self.restored(torch.device("cpu"), torch.float32)
         return _error(back.keys, layer.keys), _error(back.values, layer.values)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    def _of(self, tensors: Sequence[Any]) -> Self:
+        keys, values, key_scales, value_scales = tensors
+        return type(self)(keys, values, self.window, key_scales, value_scales)
 
     def _halves(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         return (self.keys, self.key_scales), (self.values, self.value_scales)

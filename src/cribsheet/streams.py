@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from cribsheet.answer import Answer, Usage
+from torch import Tensor
+
+from cribsheet.answer import Answer, Source, Usage
 from cribsheet.answering import Delta, Event, Finished, Request, own_copy
 from cribsheet.errors import RequestError
 from cribsheet.sampling import TokenLogprob
@@ -27,6 +29,7 @@ class Stream:
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._answer: Answer | None = None
+        self.trace: Callable[[Tensor], tuple[Source, ...]] | None = None
 
     @property
     def answer(self) -> Answer:
@@ -68,6 +71,7 @@ class Stream:
             text="".join(self._texts),
             finish_reason="tool_calls" if calls and end.reason == "stop" else end.reason,
             tool_calls=calls,
+            sources=() if end.looked is None or self.trace is None else self.trace(end.looked),
             usage=Usage(cached + asked, cached, end.completion_tokens),
             seconds=seconds,
             first_token_seconds=self._first or seconds,

@@ -61,6 +61,10 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
     ] = None,
+    mode: Annotated[
+        Literal["sequential", "independent"],
+        typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
+    ] = "sequential",
     resume: Annotated[
         bool,
         typer.Option("--resume", help="The same with FILE.partial: run a killed build again and it goes on."),
@@ -87,7 +91,7 @@ def build(
     from cribsheet.llm import CompressedKnowledgeLLM
 
     options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
-    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint} | (
+    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint, "mode": mode} | (
         {"scorer": scorer} if scorer else {}
     )
     model_options = {"device": device, "dtype": dtype, "revision": revision}

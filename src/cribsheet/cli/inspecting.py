@@ -87,6 +87,10 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         facts[f"example {number}"] = f"{pair['question']} => {pair['answer']}"
     if made.system:
         facts["system"] = made.system
+    if made.mode == "independent":
+        rate = f", each document at rate {made.document_rate:g}" if made.document_rate else ""
+        facts["mode"] = f"independent, {len(made.segments)} segments{rate}"
+        facts["history"] = "; ".join(f"{x.operation} {x.documents} at {x.at}" for x in made.history)
     return facts | {
         "corpus": f"{len(made.documents)} documents, {made.corpus_tokens:,} tokens, digest {made.corpus_digest}",
         "texts": "in the sheet" if sheet.texts else "left out",

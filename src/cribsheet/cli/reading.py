@@ -58,8 +58,9 @@ def ask(
         misuse("--json prints one object at the end, so it cannot be combined with --stream")
     settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
     kb = _load(file, model, device, dtype, revision)
+    settings["evidence"] = sources
     answer = _streamed(kb, question, settings) if stream else kb.ask(question, **settings)
-    looked_at = kb.sources(question, answer) if sources else []
+    looked_at = list(answer.sources)
     if as_json:
         say_json(_answer_data(question, answer) | ({"sources": [asdict(x) for x in looked_at]} if sources else {}))
         return

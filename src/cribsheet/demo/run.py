@@ -71,8 +71,9 @@ class Demo:
         """Ask the sheet and the full context."""
         settings = {"max_tokens": self.script.max_tokens}
         answer = self.kb.ask(question.text, **settings)
-        sources = self.kb.sources(question.text, answer)
-        return Exchange(question, answer, sources, self.full.ask(question.text, **settings) if self.full else None)
+        return Exchange(
+            question, answer, list(answer.sources), self.full.ask(question.text, **settings) if self.full else None
+        )
 
     def figures(self, exchanges: list[Exchange]) -> dict[str, Any]:
         """What a person compares: sizes, times and right answers of the sheet and of the full context."""

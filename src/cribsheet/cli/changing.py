@@ -1,0 +1,145 @@
+"""`cribsheet extend`, `replace`, `remove` and `merge`: sheet files whose documents change.
+
+The file is replaced whole when everything is done; until then, and if anything fails, the old one stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cribsheet.cli.building import check_output
+from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, quiet_libraries, say, say_json
+from cribsheet.cli.progress import build_progress
+from cribsheet.cli.reading import Dtype, Model, SheetFile
+
+if TYPE_CHECKING:
+    from cribsheet.build import Progress
+    from cribsheet.llm import CompressedKnowledgeLLM
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there and leave the sheet as it is.")
+]
+
+
+def extend(
+    file: SheetFile,
+    paths: Annotated[list[str], typer.Argument(metavar="PATHS...", help="Files, folders or glob patterns.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Add documents to an independent sheet; only these are read."""
+    from cribsheet.documents import read_documents
+
+    documents = read_documents([Path(path) for path in paths])
+    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.extend(documents, progress=p))
+
+
+def replace(
+    file: SheetFile,
+    document_id: Annotated[str, typer.Argument(metavar="ID", help="The document, as `inspect` lists it.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file with its new text.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Put a new text in the place of one document of an independent sheet; only that is read."""
+    from cribsheet.documents import read_documents
+
+    document = read_documents(path)
+    _change(
+        file,
+        output,
+        (model, device, dtype, revision),
+        as_json,
+        lambda kb, p: kb.replace(document_id, document, progress=p),
+    )
+
+
+def remove(
+    file: SheetFile,
+    document_ids: Annotated[list[str], typer.Argument(metavar="IDS...", help="Documents, as `inspect` lists them.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Take documents out of an independent sheet; nothing of them is left in the file."""
+    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.remove(*document_ids))
+
+
+def merge(
+    file: SheetFile,
+    others: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Sheets of the same model and task.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Add the documents of other independent sheets; none is read again."""
+
+    def take_over(kb: CompressedKnowledgeLLM, progress: Progress | None) -> None:
+        from cribsheet import storage
+
+        for other in others:
+            kb.merge(storage.load(other))
+
+    _change(file, output, (model, device, dtype, revision), as_json, take_over)
+
+
+def _change(
+    file: Path,
+    output: Path | None,
+    model: tuple[str | None, str | None, str | None, str | None],
+    as_json: bool,
+    change: Callable[[CompressedKnowledgeLLM, Progress | None], object],
+) -> None:
+    target = output or file
+    check_output(target, force=output is None)
+    quiet_libraries()
+    from cribsheet.llm import CompressedKnowledgeLLM
+
+    began = time.perf_counter()
+    options: dict[str, Any] = dict(zip(("model", "device", "dtype", "revision"), model, strict=True))
+    with build_progress(hidden=as_json) as progress:
+        kb = CompressedKnowledgeLLM.load(file, **{name: value for name, value in options.items() if value is not None})
+        change(kb, progress)
+    kb.save(target)
+    done = {
+        "sheet": str(target),
+        "documents": len(kb.sheet.documents),
+        "corpus_tokens": kb.sheet.manifest.corpus_tokens,
+        "tokens": kb.sheet.tokens,
+        "change": kb.sheet.manifest.history[-1].operation,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    if as_json:
+        say_json(done)
+        return
+    say(
+        f"{target}: {done['change']}, now {done['documents']} documents, {done['corpus_tokens']:,} tokens in "
+        f"{done['tokens']:,}, in {done['seconds']:.1f} s"
+    )

@@ -1,0 +1,118 @@
+"""Two sheets behind one question, and the one sheet of several that fits it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
+from reference import full_context_logits
+
+from cribsheet import CompressedKnowledgeLLM, Document, Task, living
+from cribsheet.build import build_sheet
+from cribsheet.chunks import TokenizedCorpus
+from cribsheet.combine import Router, combine, likelihood
+from cribsheet.errors import DocumentError, RequestError, SheetError
+from cribsheet.rope import move
+from cribsheet.segments import sheet_layers
+from cribsheet.testing import tiny_backbone
+
+ALICE, BOB, CLARA, HUGO = DOCUMENTS
+SEQUENTIAL, INDEPENDENT = {"mode": "sequential"}, {"mode": "independent"}
+
+
+def build(backbone, documents, task=FEW_SHOT, **options):
+    return build_sheet(backbone, documents, task, **{"rate": 2, "guide": "dropped", "scorer": "task", **options})
+
+
+@pytest.mark.parametrize("mode", [SEQUENTIAL, INDEPENDENT], ids=["sequential", "independent"])
+def test_combined_sheets_keep_every_key_and_value_at_positions_of_their_own(tiny, mode):
+    first, second = build(tiny, [ALICE, BOB], **mode), build(tiny, [CLARA, HUGO], **mode)
+    both = combine(tiny, [first, second])
+    head = first.manifest.head_tokens
+    assert both.tokens == first.tokens + second.tokens - head
+    for mine, one, two in zip(*(sheet_layers(tiny, sheet) for sheet in (both, first, second)), strict=True):
+        assert torch.equal(mine.values, torch.cat([one.values, two.values[:, head:]], 1))
+        torch.testing.assert_close(mine.keys[:, : first.tokens], one.keys, atol=1e-4, rtol=1e-4)
+    assert [document.id for document in both.documents] == ["alice", "bob", "clara", "hugo"]
+    assert both.kept_per_document() == {**first.kept_per_document(), **second.kept_per_document()}
+
+
+def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(tiny):
+    first, second = build(tiny, [ALICE, BOB]), build(tiny, [CLARA, HUGO])
+    both, head = combine(tiny, [first, second]), first.manifest.head_tokens
+    old = torch.arange(head, second.tokens)
+    for mine, theirs, inv_freq in zip(
+        sheet_layers(tiny, both), sheet_layers(tiny, second), tiny.inv_freqs, strict=True
+    ):
+        moved = move(theirs.keys[:, head:], old, old + first.tokens - head, inv_freq)
+        torch.testing.assert_close(mine.keys[:, first.tokens :], moved, atol=5e-4, rtol=1e-3)
+
+
+def test_combining_independent_sheets_of_one_task_is_merging_them(family):
+    sheets = [build(family, part, guide="resident", **INDEPENDENT) for part in ([ALICE, BOB], [CLARA, HUGO])]
+    combined, merged = combine(family, sheets), living.merge(family, *sheets)
+    for mine, theirs in zip(combined.layers, merged.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    assert combined.manifest.digest == merged.manifest.digest
+
+
+def test_a_combined_model_answers_under_the_tasks_of_both_and_leaves_them_alone(tiny):
+    other = Task("Answer questions about hobbies.", examples=(("What does Eve like?", "Chess"),))
+    one = CompressedKnowledgeLLM(tiny, build(tiny, [ALICE, BOB], guide="resident", rate=1))
+    two = CompressedKnowledgeLLM(tiny, build(tiny, [CLARA, HUGO], other, **INDEPENDENT))
+    before = one.ask(QUESTION, max_tokens=8, logprobs=0)
+    both = one.combine(two)
+    task = both.sheet.task
+    assert task.description == f"{FEW_SHOT.description} {other.description}"
+    assert task.examples == (*FEW_SHOT.examples, *other.examples) and both.sheet.resident
+    answer = both.ask(QUESTION, max_tokens=8)
+    assert {source.document_id for source in answer.sources} <= {"alice", "bob", "clara", "hugo"}
+    assert one.ask(QUESTION, max_tokens=8, logprobs=0).logprobs == before.logprobs
+    assert both.combine(task="Say who lives where.").sheet.task.description == "Say who lives where."
+
+
+def test_what_came_from_a_sequential_sheet_leaves_as_a_whole(tiny):
+    both = combine(tiny, [build(tiny, [ALICE, BOB]), build(tiny, [CLARA], **INDEPENDENT)])
+    with pytest.raises(SheetError, match="together with 1 others"):
+        living.remove(tiny, both, "alice")
+    assert [document.id for document in living.remove(tiny, both, "clara").documents] == ["alice", "bob"]
+
+
+def test_sheets_that_do_not_belong_together_are_refused_by_name(tiny):
+    sheet = build(tiny, [ALICE])
+    with pytest.raises(SheetError, match="instruction"):
+        combine(tiny, [sheet, build(tiny, [BOB], Task("Cities.", instruction="Be brief."))])
+    with pytest.raises(SheetError, match="storage type"):
+        combine(tiny, [sheet, build(tiny, [BOB], dtype="int8")])
+    with pytest.raises(DocumentError, match="'alice'"):
+        combine(tiny, [sheet, build(tiny, [Document(text=BOB.text, id="alice")])])
+    with pytest.raises(SheetError, match="weights"):
+        combine(tiny, [sheet, build(tiny_backbone(seed=1), [BOB])])
+    gemma = tiny_backbone("gemma2")
+    with pytest.raises(SheetError, match="sliding window"):
+        combine(gemma, [build(gemma, [ALICE]), build(gemma, [BOB])])
+    with pytest.raises(RequestError, match="several models"):
+        Router([CompressedKnowledgeLLM(b, build(b, [ALICE])) for b in (tiny, gemma)])
+    with pytest.raises(RequestError, match="at least one"):
+        Router([])
+
+
+def test_a_likelihood_is_that_of_the_question_s_own_tokens_after_everything_before_them(tiny):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=tiny, rate=1, scorer="recent")
+    corpus = TokenizedCorpus.build(DOCUMENTS, kb.sheet.manifest.head, kb._layout.encoder).ids
+    ids, question = kb.question_tokens(QUESTION), kb._layout.encoder.plain(QUESTION)
+    logprobs = full_context_logits(tiny, torch.cat([corpus, ids])).log_softmax(-1)
+    at = next(n for n in range(len(ids)) if ids[n : n + len(question) - 1].tolist() == question[:-1].tolist())
+    own = range(max(1, at), at + len(question) - 1)  # the question mark is shared with every question
+    expected = sum(float(logprobs[len(corpus) + n - 1, ids[n]]) for n in own) / len(own)
+    assert likelihood(kb, QUESTION) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_router_asks_the_sheet_after_which_the_question_is_likeliest(tiny):
+    kbs = [CompressedKnowledgeLLM(tiny, build(tiny, [document])) for document in (ALICE, HUGO)]
+    router = Router(kbs)
+    scores = router.scores(QUESTION)
+    assert len(set(scores)) == 2
+    best = kbs[scores.index(max(scores))]
+    assert router.route(QUESTION) is best
+    assert router.ask(QUESTION, max_tokens=6).text == best.ask(QUESTION, max_tokens=6).text

@@ -1,0 +1,238 @@
+"""Documents come into an independent sheet, are replaced and leave it, as if it had been built so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
+
+from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, living, load_sheet, save_sheet
+from cribsheet.chunks import TokenizedCorpus
+from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
+from cribsheet.independent import LEAST, share
+from cribsheet.prefix import prefix_cache
+from cribsheet.scoring import SCORERS
+from cribsheet.segments import cut, sheet_layers
+from cribsheet.storage import read_manifest
+from cribsheet.template import ChatLayout
+from cribsheet.testing import tiny_backbone
+
+ALICE, BOB, CLARA, HUGO = DOCUMENTS
+SECRET = Document(
+    text="Zelda Quorn keeps the passphrase heliotrope-9917 in Ulaanbaatar.",
+    id="zelda-file",
+    metadata={"owner": "Quorn"},
+)
+
+
+def build(backbone, documents=DOCUMENTS, task=FEW_SHOT, **options):
+    settings = {"rate": 2, "guide": "resident", "scorer": "task", "mode": "independent", **options}
+    return build_sheet(backbone, documents, task, **settings)
+
+
+def assert_same(first, second):
+    """Two sheets with the same bits, apart from when and how they were made."""
+    for mine, theirs in zip(first.layers, second.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+        assert (mine.key_scales is None) == (theirs.key_scales is None)
+        assert mine.key_scales is None or torch.equal(mine.key_scales, theirs.key_scales)
+    assert torch.equal(first.indices, second.indices) and torch.equal(first.origins, second.origins)
+    assert list(first.texts) == list(second.texts)
+    assert first.manifest.digest == second.manifest.digest
+
+
+@pytest.mark.parametrize("guide", ["resident", "dropped"])
+def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide):
+    sheet, never = build(family, guide=guide), build(family, [ALICE, CLARA, HUGO], guide=guide)
+    assert_same(living.remove(family, sheet, "bob"), never)
+    assert len(sheet.documents) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype, tmp_path):
+    def stored(sheet):
+        return load_sheet(save_sheet(sheet, tmp_path / "living.sheet"))
+
+    grown = living.extend(tiny, stored(build(tiny, [ALICE, BOB], dtype=dtype)), [CLARA, HUGO])
+    assert_same(grown, build(tiny, dtype=dtype))
+    moved = Document(text="Bob Smith has moved to Riga, where he sells amber.", id="bob")
+    replaced = living.replace(tiny, stored(grown), "bob", moved)
+    assert_same(replaced, build(tiny, [ALICE, moved, CLARA, HUGO], dtype=dtype))
+    merged = living.merge(tiny, build(tiny, [ALICE], dtype=dtype), build(tiny, [moved, CLARA, HUGO], dtype=dtype))
+    assert_same(merged, replaced)
+
+
+def test_removing_leaves_no_trace_in_the_file(tiny, tmp_path):
+    kb = CompressedKnowledgeLLM(tiny, build(tiny, [ALICE, SECRET, HUGO]))
+    before = kb.save(tmp_path / "before.sheet").read_bytes()
+    after = kb.remove("zelda-file").save(tmp_path / "after.sheet").read_bytes()
+    digest = next(entry.digest for entry in read_manifest(tmp_path / "before.sheet").documents if "zelda" in entry.id)
+    for trace in ("Zelda", "heliotrope", "9917", "Ulaanbaatar", "zelda-file", "Quorn", digest):
+        assert trace.encode() in before and trace.encode() not in after
+    assert {source.document_id for source in kb.sources(QUESTION, "in Quito", limit=9)} == {"alice", "hugo"}
+    assert "Zelda" not in "".join(kb.sheet.texts)
+
+
+def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
+    (_, segments), gone = cut(tiny, build(tiny, [ALICE, SECRET, HUGO])), living.remove
+    left = gone(tiny, build(tiny, [ALICE, SECRET, HUGO]), "zelda-file")
+    for number, layer in enumerate(left.layers[1:], 1):  # keys before rotation tell the first layer only the word
+        secret = segments[1].layers[number]
+        for held, removed in ((layer.keys, secret.keys), (layer.values, secret.values)):
+            nearest = torch.cdist(removed, held).amin(-1) / removed.norm(dim=-1)
+            assert nearest.min() > 1e-4
+    assert_same(left, build(tiny, [ALICE, HUGO]))
+
+
+def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it(family):
+    alone = build(family, [BOB], guide="dropped")
+    usual = build_sheet(family, [BOB], FEW_SHOT, budget=alone.tokens, guide="dropped", scorer="task")
+    assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)
+    for mine, theirs in zip(sheet_layers(family, alone), sheet_layers(family, usual), strict=True):
+        first = max(0, theirs.keys.shape[1] - mine.keys.shape[1])  # a window may reach into the head
+        assert mine.window is not None or first == 0
+        size = min(mine.keys.shape[1], theirs.keys.shape[1])
+        torch.testing.assert_close(mine.keys[:, -size:], theirs.keys[:, -size:], atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(mine.values[:, -size:], theirs.values[:, -size:], atol=5e-4, rtol=1e-3)
+
+
+def test_an_independent_sheet_of_rate_1_is_every_document_read_behind_the_head(family):
+    """Block-diagonal attention, written out: each document alone at its own place, the guide over all of them."""
+    sheet = build(family, rate=1)
+    layers = sheet_layers(family, sheet)
+    start = sheet.manifest.head_tokens
+    layout = ChatLayout(family.tokenizer)
+    for document, segment in zip(DOCUMENTS, sheet.manifest.segments, strict=True):
+        corpus = TokenizedCorpus.build([document], layout.head(FEW_SHOT.instruction), layout.encoder)
+        before = [type(layer)(layer.keys[:, :0], layer.values[:, :0], layer.window) for layer in layers]
+        read = family.read(before, 0, corpus.ids, corpus.ids[:0])
+        for number in family.full:
+            stop = start + segment.kept
+            expected = read[number].chunk_values[:, corpus.head_tokens :]
+            torch.testing.assert_close(layers[number].values[:, start:stop], expected, atol=5e-4, rtol=1e-3)
+        start += segment.kept
+    assert start + sheet.manifest.guide_tokens == sheet.tokens
+
+
+def test_a_changed_sheet_answers_at_once_and_running_answers_end_on_the_old_one(tiny):
+    kb = CompressedKnowledgeLLM(tiny, build(tiny))
+    never = CompressedKnowledgeLLM(tiny, build(tiny, [ALICE, CLARA, HUGO]))
+    before = kb.ask(QUESTION, max_tokens=16, logprobs=0)
+    with kb.stream(QUESTION, max_tokens=16) as stream:
+        pieces = [next(stream)]
+        kb.remove("bob")
+        pieces += list(stream)
+    assert "".join(pieces) == before.text
+    after, wanted = (each.ask(QUESTION, max_tokens=16, logprobs=0) for each in (kb, never))
+    assert after.text == wanted.text and after.logprobs == wanted.logprobs
+    assert after.logprobs[0].logprob != before.logprobs[0].logprob
+
+
+def test_history_tells_what_was_done_and_nothing_of_what_is_gone(tiny):
+    sheet = build(tiny, [ALICE, SECRET])
+    sheet = sheet.extend([HUGO], model=tiny).remove("zelda-file", model=tiny).replace("hugo", BOB.text, model=tiny)
+    sheet = sheet.merge(build(tiny, [CLARA]), model=tiny)
+    entries = [(entry.operation, entry.documents) for entry in sheet.manifest.history]
+    assert entries == [("built", 2), ("extended", 1), ("removed", 1), ("replaced", 1), ("built", 1), ("merged", 1)]
+    assert [entry.id for entry in sheet.manifest.documents] == ["alice", "hugo", "clara"]
+    assert "zelda" not in sheet.manifest.model_dump_json()
+
+
+def test_every_document_keeps_its_share_and_none_vanishes(tiny):
+    short = Document(text="Oslo.", id="short")
+    sheet = build(tiny, [ALICE, short, BOB], rate=16)
+    for entry in sheet.manifest.segments:
+        assert entry.kept == share(entry.read, 16) == min(entry.read, max(LEAST, entry.read // 16))
+    assert all(kept > 0 for kept in sheet.kept_per_document().values())
+
+
+def test_a_budget_is_the_most_that_the_whole_sheet_may_have(tiny):
+    whole = build(tiny, rate=1, guide="dropped").tokens
+    sheet = build(tiny, rate=None, budget=whole // 2, guide="dropped")
+    assert whole // 2 - len(DOCUMENTS) <= sheet.tokens <= whole // 2
+    with pytest.raises(BudgetError, match="at least"):
+        build(tiny, rate=None, budget=sheet.manifest.head_tokens + 3, guide="dropped")
+
+
+def test_texts_that_were_left_out_stay_out(tiny, tmp_path):
+    bare = load_sheet(save_sheet(build(tiny), tmp_path / "bare.sheet", texts=False))
+    grown = living.extend(tiny, living.remove(tiny, bare, "bob"), SECRET)
+    assert not grown.texts and "heliotrope" not in str(save_sheet(grown, tmp_path / "b.sheet").read_bytes())
+
+
+def test_what_cannot_be_is_refused_and_nothing_changes(tiny):
+    sequential = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, scorer="task")
+    for change in (
+        lambda: living.extend(tiny, sequential, [SECRET]),
+        lambda: living.remove(tiny, sequential, "bob"),
+        lambda: living.replace(tiny, sequential, "bob", "Bob has left."),
+        lambda: living.merge(tiny, sequential, sequential),
+    ):
+        with pytest.raises(SheetError, match=r"sequential.*mode='independent'"):
+            change()
+    sheet = build(tiny)
+    with pytest.raises(DocumentError, match="'bob'"):
+        living.extend(tiny, sheet, [BOB])
+    with pytest.raises(DocumentError, match="'nobody'"):
+        living.remove(tiny, sheet, "alice", "nobody")
+    with pytest.raises(DocumentError, match="at least one"):
+        living.remove(tiny, sheet, *(document.id for document in DOCUMENTS))
+    with pytest.raises(DocumentError, match="2 documents"):
+        living.replace(tiny, sheet, "bob", [ALICE, SECRET])
+    with pytest.raises(SheetError, match="task"):
+        living.merge(tiny, sheet, build(tiny, [SECRET], ZERO_SHOT))
+    with pytest.raises(SheetError, match="rate"):
+        living.merge(tiny, sheet, build(tiny, [SECRET], rate=3))
+    with pytest.raises(MismatchError):
+        living.remove(tiny_backbone(seed=1), sheet, "bob")
+    with pytest.raises(BudgetError, match="window"):
+        small = tiny_backbone(max_position_embeddings=200)
+        living.extend(small, build(small, [ALICE], rate=1), [BOB, CLARA, HUGO])
+
+
+def test_an_interrupted_build_goes_on_and_ends_with_the_same_sheet(tiny, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop_at(tokens):
+        def progress(done, total):
+            if done >= tokens:
+                raise Stop
+
+        return progress
+
+    monkeypatch.setattr("cribsheet.independent.usual_chunk", lambda backbone, guide: 1)
+    file, whole = tmp_path / "half.partial", build(tiny)
+    reading = whole.manifest.segments
+    with pytest.raises(Stop):
+        build(tiny, checkpoint=file, progress=stop_at(reading[0].read + reading[1].read))
+    assert [entry.id for entry in load_sheet(file).manifest.documents] == ["alice", "bob"]
+    steps = []
+    resumed = build(tiny, checkpoint=file, progress=lambda done, total: steps.append(done))
+    assert steps[0] == reading[0].read + reading[1].read and len(steps) == 3
+    assert_same(resumed, whole)
+    with pytest.raises(SheetError, match="another build"):
+        build(tiny, rate=3, checkpoint=file)
+
+
+def test_a_scorer_of_your_own_is_asked_for_again(tiny):
+    class Mine(SCORERS["recent"]):
+        pass
+
+    sheet = build(tiny, [ALICE], scorer=Mine())
+    with pytest.raises(ValueError, match="Mine"):
+        living.extend(tiny, sheet, [BOB])
+    assert_same(living.extend(tiny, sheet, [BOB], scorer=Mine()), build(tiny, [ALICE, BOB], scorer=Mine()))
+    with pytest.raises(SheetError, match="'Mine'"):
+        living.extend(tiny, sheet, [BOB], scorer="recent")
+
+
+def test_long_documents_are_read_in_chunks_and_windows_hold_what_they_can_see(family):
+    long = Document(text=" ".join(f"Room {n} belongs to {d.id}. {d.text}" for n, d in enumerate(DOCUMENTS)), id="long")
+    sheet = build(family, [ALICE, long, BOB], chunk_tokens=50)
+    assert_same(living.remove(family, sheet, "alice", "bob"), build(family, [long], chunk_tokens=50))
+    for layer, window in zip(sheet_layers(family, sheet), family.windows, strict=True):
+        assert layer.keys.shape[1] == (sheet.tokens if window is None else min(sheet.tokens, window - 1))
+    ids = torch.arange(10, 18).unsqueeze(0)
+    positions = torch.arange(sheet.tokens, sheet.tokens + 8).unsqueeze(0)
+    assert family.step(ids, positions, prefix_cache(sheet_layers(family, sheet), sheet.tokens)).isfinite().all()
