@@ -24,7 +24,7 @@ test: $(READY)  ## every test that fits into CI
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' \
-		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance
+		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance bm25s
 	touch $@
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cribsheet.answering import FinishReason
+from cribsheet.retrieval import Passage
 from cribsheet.sampling import TokenLogprob
 from cribsheet.tools import ToolCall
 
@@ -39,7 +40,8 @@ class Source:
 class Answer:
     """An answer and how it came about; `str()` gives its text, without the calls of tools that are in `tool_calls`.
 
-    `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end.
+    `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `mode` is how
+    it was found: from the sheet, from `passages` that were retrieved, or from both.
     """
 
     text: str
@@ -49,6 +51,8 @@ class Answer:
     first_token_seconds: float
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
+    passages: tuple[Passage, ...] = ()
 
     def __str__(self) -> str:
         """The text."""

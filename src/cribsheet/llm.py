@@ -17,6 +17,7 @@ from cribsheet.answer import Answer, Source
 from cribsheet.answering import Event, Request
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
+from cribsheet.compress import as_prefix, nothing_kept
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.evidence import attention_per_origin, find_sources
@@ -24,8 +25,10 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
+from cribsheet.hybrid import SETTINGS, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
+from cribsheet.retrieval import BM25Retriever
 from cribsheet.sampling import SamplingParams
 from cribsheet.sheet import Sheet
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
@@ -36,7 +39,7 @@ from cribsheet.turns import Question, as_turns
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout"}
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, *SETTINGS, "timeout"}
 
 
 class CompressedKnowledgeLLM:
@@ -51,6 +54,8 @@ class CompressedKnowledgeLLM:
         self._loaded = LoadedModel.get(model)
         self.sheet = sheet
         self._prefix: Prefix | None = None
+        self._bare: Prefix | None = None
+        self._bm25: BM25Retriever | None = None
         self._lock, self._closed = threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
@@ -103,7 +108,7 @@ class CompressedKnowledgeLLM:
         The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
         """
         with self._lock:
-            self._closed, self._prefix = True, None
+            self._closed, self._prefix, self._bare, self._bm25 = True, None, None, None
             streams = list(self._streams)
         for stream in streams:
             stream.cancel()
@@ -141,6 +146,10 @@ class CompressedKnowledgeLLM:
         own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. `timeout=` is
         in seconds. Raises `RequestError` for a question that does not fit the window, or settings out of range, and
         `EngineError` when time is up.
+
+        `retriever=` tells passages after the sheet: `"bm25"` for the sheet's own documents, or what `as_retriever`
+        takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and `top_k=` bound
+        the passages, and `sure=` is what `auto` asks of a draft. The answer's `mode` and `passages` say what was used.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -152,18 +161,20 @@ class CompressedKnowledgeLLM:
 
         Leaving the `with` block, or `close()`, stops the work within one token.
         """
-        stream = AnswerStream(*self._ask_request(question, sampling))
-        self._submit(stream)
+        retrieval, rest = Retrieval.taken_from(sampling)
+        stream = AnswerStream(*self._ask_request(question, rest))
+        self._begin([stream], question, retrieval, rest)
         return stream
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
         if n < 1:
             raise RequestError(f"n is {n}; ask for at least 1 answer.")
-        streams = [AnswerStream(*self._ask_request(question, sampling)) for _ in range(n)]
+        retrieval, rest = Retrieval.taken_from(sampling)
+        streams = [AnswerStream(*self._ask_request(question, rest)) for _ in range(n)]
         for choice, stream in enumerate(streams):
             stream.request.choice = choice
-        self._submit(*streams)
+        self._begin(streams, question, retrieval, rest)
         for stream in streams:
             for _ in stream:
                 pass
@@ -191,8 +202,11 @@ class CompressedKnowledgeLLM:
         raised by the stream.
         """
         loop = asyncio.get_running_loop()
-        stream = AsyncAnswerStream(*self._ask_request(question, sampling), loop)
-        if self._prefix is not None:
+        retrieval, rest = Retrieval.taken_from(sampling)
+        stream = AsyncAnswerStream(*self._ask_request(question, rest), loop)
+        if retrieval is not None:
+            stream.work = loop.create_task(begin_later(self, stream, question, retrieval, rest))
+        elif self._prefix is not None:
             self._submit(stream)
         else:
             loop.run_in_executor(None, self._submit_later, stream)
@@ -241,11 +255,28 @@ class CompressedKnowledgeLLM:
                 self._prefix = Prefix(layers, self.sheet.tokens)
             return self._prefix
 
+    @property
+    def bm25(self) -> BM25Retriever:
+        """The built-in retriever over the sheet's own documents; indexed on first use."""
+        with self._lock:
+            if self._bm25 is None:
+                self._bm25 = BM25Retriever(self.sheet.documents)
+            return self._bm25
+
+    def _begin(
+        self, streams: Sequence[Stream], question: Question, retrieval: Retrieval | None, sampling: Mapping[str, Any]
+    ) -> None:
+        if retrieval is None:
+            self._submit(*streams)
+        else:
+            begin(self, streams, question, retrieval, sampling)
+
     def _submit(self, *streams: Stream) -> None:
-        """Hand questions to the engine, over the sheet."""
+        """Hand questions to the engine, over the sheet unless they bring a prefix of their own."""
         prefix = self.prefix
         for stream in streams:
-            stream.request.prefix = prefix
+            if not stream.request.prefix.layers:
+                stream.request.prefix = prefix
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
@@ -258,7 +289,17 @@ class CompressedKnowledgeLLM:
         except Exception as error:
             stream.request.sink(error)
 
-    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> tuple[Request, Toolbox | None]:
+    def _nothing(self) -> Prefix:
+        """A prefix of no tokens, for questions that bring their own documents; one for all of them, to be a batch."""
+        with self._lock:
+            if self._bare is None:
+                self._bare = Prefix(as_prefix(self.backbone, nothing_kept(self.backbone)), 0)
+            return self._bare
+
+    def _ask_request(
+        self, question: Question, sampling: Mapping[str, Any], opening: torch.Tensor | None = None
+    ) -> tuple[Request, Toolbox | None]:
+        """A request over the sheet, on which `_submit` places it, or over the tokens (T,) of an `opening` instead."""
         unknown = set(sampling) - _SETTINGS
         if unknown:
             known = ", ".join(sorted(_SETTINGS))
@@ -269,7 +310,10 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"timeout is {timeout}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         ids = self._question_ids(question, toolbox)
-        left = self.room - len(ids)
+        prefix = Prefix((), self.sheet.tokens)
+        if opening is not None:
+            ids, prefix = torch.cat([opening, ids]), self._nothing()
+        left = self.backbone.window - prefix.tokens - len(ids)
         if left < 1:
             raise RequestError(
                 f"The question takes {len(ids)} tokens, but the model's window of {self.backbone.window} leaves "
@@ -278,10 +322,9 @@ class CompressedKnowledgeLLM:
         params = SamplingParams(**given)
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left})
-        unplaced = Prefix((), self.sheet.tokens)
         constraint = self._constraint(params)
         request = Request(
-            unplaced, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint, timeout=timeout
+            prefix, ids, params, sink=_unset, ends=self._layout.stop, constraint=constraint, timeout=timeout
         )
         return request, toolbox
 

@@ -7,11 +7,12 @@ import queue
 import time
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from cribsheet.answer import Answer, Usage
 from cribsheet.answering import Delta, Event, Finished, Request, own_copy
 from cribsheet.errors import RequestError
+from cribsheet.retrieval import Passage
 from cribsheet.sampling import TokenLogprob
 from cribsheet.tools import CallReader, Toolbox
 
@@ -21,6 +22,8 @@ class Stream:
 
     def __init__(self, request: Request, toolbox: Toolbox | None) -> None:
         self.request = request
+        self.mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
+        self.passages: tuple[Passage, ...] = ()
         self._reader = CallReader(toolbox) if toolbox else None
         self._began = time.perf_counter()
         self._first = 0.0
@@ -71,6 +74,8 @@ class Stream:
             usage=Usage(cached + asked, cached, end.completion_tokens),
             seconds=seconds,
             first_token_seconds=self._first or seconds,
+            mode=self.mode,
+            passages=self.passages,
             logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
         )
 
@@ -119,6 +124,7 @@ class AsyncAnswerStream(Stream):
 
     def __init__(self, request: Request, toolbox: Toolbox | None, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(request, toolbox)
+        self.work: asyncio.Task[None] | None = None  # what is done before the question can be asked
         self._events = events = asyncio.Queue[Event]()
         request.sink = lambda event: _hand_over(loop, events, event)
 
