@@ -1,4 +1,4 @@
-"""The command line: `cribsheet build`, `ask`, `chat`, `inspect` and `demo`.
+"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `compare` and `demo`.
 
 Answers and results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 misuse (wrong arguments or
 unusable input), 130 and 143 interrupted. torch is imported inside commands only, so that `--help` is instant.
@@ -14,6 +14,7 @@ import typer
 
 from cribsheet import __version__
 from cribsheet.cli.building import build
+from cribsheet.cli.comparing import compare
 from cribsheet.cli.console import Debug, Verbose, guarded
 from cribsheet.cli.demonstrating import demo
 from cribsheet.cli.inspecting import inspect
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (build, ask, chat, inspect, demo):
+for _command in (build, ask, chat, inspect, compare, demo):
     app.command()(_command)
 
 
