@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 
@@ -12,7 +13,6 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
 from cribsheet.errors import EngineError, RequestError
-from cribsheet.hybrid import confidence
 from cribsheet.passages import with_passages
 from cribsheet.retrieval import Passage
 from cribsheet.testing import echo_backbone, tiny_backbone
@@ -96,24 +96,30 @@ def test_mode_sheet_never_retrieves(kb):
     assert retriever.queries == []
 
 
-def test_auto_takes_a_sure_draft_and_retrieves_for_an_unsure_one(kb):
-    sure = CompressedKnowledgeLLM.build(DOCUMENTS, "Who?", model=echo_backbone("In Oslo."), rate=2, scorer="task")
+def test_auto_takes_a_certain_draft_and_retrieves_for_any_other(kb):
     retriever = Retriever()
-    answer = sure.ask(QUESTION, mode="auto", retriever=retriever, sure=0.5)
-    assert (answer.text, answer.mode, answer.passages, retriever.queries) == ("In Oslo.", "sheet", (), [])
-    assert answer.logprobs is None and answer.finish_reason == "stop" and answer.usage.completion_tokens == 2
-    answer = kb.ask(QUESTION, max_tokens=12, mode="auto", retriever=retriever, sure=1.0)
+    answer = kb.ask(QUESTION, max_tokens=6, mode="auto", retriever=retriever, sure=1.0)
     assert (answer.mode, len(retriever.queries)) == ("hybrid", 1)
-    assert answer.text == kb.ask(QUESTION, max_tokens=12, retriever=retriever).text
-
-
-def test_how_sure_a_draft_is_decides(kb):
-    draft = kb.ask(QUESTION, max_tokens=6, logprobs=0)
-    seen = confidence(draft)
-    assert 0 < seen < 1
+    assert answer.text == kb.ask(QUESTION, max_tokens=6, retriever=Retriever()).text
+    seen = answer.certainty
+    assert 0 < seen < 1  # what it was of the draft
+    plain = kb.ask(QUESTION, max_tokens=6, logprobs=1)
+    assert seen == pytest.approx(math.exp(min(each.logprob for each in plain.logprobs)))
     for sure, mode in ((seen * 0.99, "sheet"), (seen * 1.01, "hybrid")):
-        answer = kb.ask(QUESTION, max_tokens=6, mode="auto", sure=sure, logprobs=1)
-        assert answer.mode == mode and len(answer.logprobs) == 6
+        answer = kb.ask(QUESTION, max_tokens=6, mode="auto", retriever=retriever, sure=sure)
+        assert (answer.mode, answer.certainty, answer.logprobs) == (mode, seen, None)
+        if mode == "sheet":
+            assert (answer.text, answer.finish_reason, answer.usage) == (plain.text, "length", plain.usage)
+    assert len(retriever.queries) == 2
+    assert kb.ask(QUESTION, max_tokens=6, mode="auto", sure=seen * 0.99, logprobs=1).logprobs == plain.logprobs
+    assert plain.certainty is None
+
+
+def test_an_answer_that_needs_no_documents_is_never_certain():
+    parrot = CompressedKnowledgeLLM.build(DOCUMENTS, "Who?", model=echo_backbone("No idea."), rate=2, scorer="task")
+    answer = parrot.ask(QUESTION, mode="auto", retriever=Retriever(), sure=0.01)
+    assert (answer.text, answer.mode, answer.certainty) == ("No idea.", "hybrid", 0)
+    assert parrot.ask(QUESTION, mode="auto", sure=0.0).mode == "sheet"
 
 
 def test_passages_in_the_question_are_not_fetched_again_and_the_user_is_told(kb, caplog):

@@ -69,7 +69,9 @@ def test_top_k_bounds_how_many_are_told():
 
 
 def test_a_question_that_holds_passages_is_recognised():
-    document = "Name: Bob\nBob Smith lives in Oslo and has lived there ever since he left the village in which he was born."
+    document = (
+        "Name: Bob\nBob Smith lives in Oslo and has lived there ever since he left the village in which he was born."
+    )
     asked = {"role": "user", "content": "Where does Bob live?"}
     context = {"role": "system", "content": f"Use this context:\n{document.splitlines()[1]}"}
     assert is_told_already([context, asked], [document])

@@ -41,7 +41,8 @@ class Answer:
     """An answer and how it came about; `str()` gives its text, without the calls of tools that are in `tool_calls`.
 
     `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `mode` is how
-    it was found: from the sheet, from `passages` that were retrieved, or from both.
+    it was found: from the sheet, from `passages` that were retrieved, or from both; `certainty`, 0 to 1, is what mode
+    "auto" measured of the sheet's own answer.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
     passages: tuple[Passage, ...] = ()
+    certainty: float | None = None
 
     def __str__(self) -> str:
         """The text."""

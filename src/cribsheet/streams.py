@@ -24,6 +24,7 @@ class Stream:
         self.request = request
         self.mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
         self.passages: tuple[Passage, ...] = ()
+        self.certainty: float | None = None
         self._reader = CallReader(toolbox) if toolbox else None
         self._began = time.perf_counter()
         self._first = 0.0
@@ -76,6 +77,7 @@ class Stream:
             first_token_seconds=self._first or seconds,
             mode=self.mode,
             passages=self.passages,
+            certainty=self.certainty,
             logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
         )
 
