@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from corpus import DOCUMENTS, FEW_SHOT
 
-from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Settings, compare, summary
+from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Record, Settings, compare, summary
 from cribsheet.bench.connectivity import DIRECT, JOIN, make_corpus, rows_of
 from cribsheet.bench.questions import Asked, draw_examples, read_questions, write_questions
 from cribsheet.bench.report import page, setup_of
@@ -25,7 +25,8 @@ QUESTIONS = [
     Asked("What does Clara speak?", ("Hindi, Greek, Zulu",), "list", ("clara",)),
 ]
 SETTINGS = Settings(max_tokens=4, guide="dropped", scorer="task")
-ROW = "method rate budget type n em f1 set_f1 ci_low ci_high tokens bytes seconds retrieved".split()
+ROW = {"method", "rate", "budget", "type", "n", "em", "f1", "set_f1", "ci_low", "ci_high", "tokens", "bytes", "seconds",
+       "retrieved"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_comparison_is_the_same_every_time_and_goes_on_where_it_was(records, m
 
 def test_rows_hold_what_was_counted_by_type_and_for_all(records):
     rows = summary(records)
-    assert all(list(row) == ROW for row in rows)
+    assert all(row.keys() == ROW for row in rows)
     assert {row["type"] for row in rows} == {ALL, "list", "place"}
     counts = {row["type"]: row["n"] for row in rows if row["method"] == "hybrid" and row["rate"] == 2}
     assert counts == {ALL: 3, "list": 1, "place": 2}
@@ -79,11 +80,8 @@ def test_rows_hold_what_was_counted_by_type_and_for_all(records):
 
 
 def test_intervals_are_drawn_by_document():
-    base = dict(corpus="c", method="few-shot", rate=8, budget=9, type="t", answer="", f1=0, set_f1=0, tokens=1, nbytes=1,
-                seconds=0, mode="sheet")  # fmt: skip
-    from cribsheet.bench.compare import Record
-
-    apart = [Record(number=n, cluster=f"d{n}", em=n % 2, **base) for n in range(40)]
+    one = Record("c", "few-shot", 8, 9, 0, "t", "d", "", 0, 0, 0, 1, 1, 0, "sheet")
+    apart = [replace(one, number=n, cluster=f"d{n}", em=n % 2) for n in range(40)]
     together = [replace(each, cluster=f"d{n % 2}") for n, each in enumerate(apart)]
     (narrow,), (wide,) = ([r for r in summary(each) if r["type"] == ALL] for each in (apart, together))
     assert (wide["ci_low"], wide["ci_high"]) == (0, 1) and 0.2 < narrow["ci_low"] < narrow["ci_high"] < 0.8
@@ -210,7 +208,7 @@ def test_the_command_line_writes_table_json_and_page_and_goes_on_after_it_was_ki
     result = json.loads(out.read_text())
     assert "hybrid" in shown and "retrieved" in shown
     assert (files / "out.html").read_text().startswith("<!doctype html>")
-    assert list(result) == ["setup", "rows", "answers"] and all(list(row) == ROW for row in result["rows"])
+    assert list(result) == ["setup", "rows", "answers"] and all(row.keys() == ROW for row in result["rows"])
     assert len(result["answers"]) == 3 * 2 * 3
     assert run(command) == 2 and "exists; pass --force" in capsys.readouterr().err
     partial = files / "out.json.partial"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_passages_are_exact_stretches_in_order_and_lose_nothing_but_blanks():
         assert all(len(each.text) <= size for each in passages)
         assert all(each.text == document.text[each.start : each.stop] for each in passages)
         assert "".join("".join(each.text for each in passages).split()) == "".join(document.text.split())
-        assert all(a.stop <= b.start for a, b in zip(passages, passages[1:], strict=False))
+        assert all(a.stop <= b.start for a, b in pairwise(passages))
 
 
 def test_a_text_is_cut_at_paragraphs_first_then_lines_then_sentences_then_words():
@@ -56,7 +57,7 @@ def test_what_shares_rare_words_with_the_query_is_found_first_and_what_shares_no
 
 def test_a_document_is_found_by_its_name_in_each_of_its_passages():
     found = BM25Retriever(STAFF, characters=60).retrieve("alice office")
-    assert [each.text for each in found][0] == "She sits in office B12."
+    assert found[0].text == "She sits in office B12."
     assert {each.document_id for each in found} == {"alice"}
 
 
@@ -71,7 +72,7 @@ def test_equals_come_in_the_order_of_the_documents():
 
 
 def test_a_corpus_without_text_cannot_be_searched():
-    with pytest.raises(RequestError, match="no text to search.*pass a retriever of your own"):
+    with pytest.raises(RequestError, match=r"no text to search.*pass a retriever of your own"):
         BM25Retriever([Document("", "empty")])
     with pytest.raises(RequestError, match="Passages of 0 characters"):
         cut_into_passages(STAFF, 0)
@@ -156,7 +157,7 @@ def test_async_retrievers_serve_both_worlds_but_never_block_a_running_loop():
     async def inside():
         search.fetch("q")
 
-    with pytest.raises(RequestError, match="async only.*use `aask`"):
+    with pytest.raises(RequestError, match=r"async only.*use `aask`"):
         asyncio.run(inside())
 
 
@@ -176,7 +177,7 @@ def test_what_cannot_retrieve_is_refused(thing):
 
 @pytest.mark.parametrize("found", ["one text", {"text": "x"}, 5])
 def test_what_is_no_list_of_texts_is_refused_by_the_retriever_s_name(found):
-    with pytest.raises(RequestError, match="The retriever Invoked gave .* must give a list"):
+    with pytest.raises(RequestError, match=r"The retriever Invoked gave .* must give a list"):
         as_retriever(Invoked(found)).fetch("q")
-    with pytest.raises(RequestError, match="The retriever Invoked gave .* has no text"):
+    with pytest.raises(RequestError, match=r"The retriever Invoked gave .* has no text"):
         as_retriever(Invoked([object()])).fetch("q")

@@ -42,7 +42,7 @@ Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
 
 BUILT_IN = "bm25"
 PASSAGE_TOKENS = 512
-SURE = 0.7  # decisions/0012 has the measurements behind this and the next
+SURE = 0.5  # decisions/0012 has the measurements behind this and the next
 _GAIN = 0.1  # nats a token by which a sheet that knows the answer makes it more probable
 SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
@@ -154,17 +154,20 @@ def certainty(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> floa
     The least probability of a token; but 0 if the answer is as probable without any documents, as "I do not know" is
     when the sheet has lost what was asked for.
     """
-    said = draft.logprobs
-    if not said:
+    if not draft.logprobs or gain(llm, asked, draft) < _GAIN:
         return 0.0
-    ids = torch.tensor([each.token_id for each in said])
-    bare = llm._nothing()
+    return math.exp(min(each.logprob for each in draft.logprobs))
+
+
+def gain(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:
+    """Nats a token by which the sheet makes an answer with log-probabilities more probable than no documents do."""
+    said = draft.logprobs or ()
+    ids, bare = torch.tensor([each.token_id for each in said], dtype=torch.int64), llm._nothing()
     prompt = torch.cat([_opening(llm, []), asked, ids]).unsqueeze(0)
     cache = prefix_cache(bare.layers, 0)
     logits = llm.backbone.step(prompt, torch.arange(prompt.shape[1]).unsqueeze(0), cache, keep=len(ids) + 1)
     without = logits[0, :-1].float().log_softmax(-1).cpu()[torch.arange(len(ids)), ids]
-    gain = sum(each.logprob for each in said) / len(said) - float(without.mean())
-    return math.exp(min(each.logprob for each in said)) if gain >= _GAIN else 0.0
+    return (sum(each.logprob for each in said) - float(without.sum())) / max(1, len(said))
 
 
 def _judge(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Stream) -> float:
