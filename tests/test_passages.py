@@ -73,9 +73,11 @@ def test_a_question_that_holds_passages_is_recognised():
         "Name: Bob\nBob Smith lives in Oslo and has lived there ever since he left the village in which he was born."
     )
     asked = {"role": "user", "content": "Where does Bob live?"}
-    context = {"role": "system", "content": f"Use this context:\n{document.splitlines()[1]}"}
-    assert is_told_already([context, asked], [document])
-    assert is_told_already([{"role": "user", "content": f"{document}\n\nWhere?"}], ["other", document])
+    context = {"role": "system", "content": f"Use this context: {document.splitlines()[1]} That is all."}
+    assert is_told_already([context, asked], ["other", document])
+    assert is_told_already([{"role": "user", "content": f"{document}\n\nWhere?"}], [document])
+    assert is_told_already([{"role": "user", "content": f"Tell me. {document[20:75]}, where?"}], [document])
     assert is_told_already([{"role": "user", "content": f"{HEADING}\n\nx\n\nWhere?"}], [])
     assert not is_told_already([asked], [document, ""])
-    assert not is_told_already([{"role": "user", "content": "Bob Smith lives in Oslo?"}], [document])
+    assert not is_told_already([{"role": "user", "content": f"Is it true that {document[10:50]}?"}], [document])
+    assert not is_told_already([context, {"role": "assistant", "content": "?"}, asked], ["Another text. " * 50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ HEADING = "Passages:"
 _GAP = "\n\n"
 _OVERLAP = 20  # characters that the end of a passage and the beginning of the next share when they were cut so
 _SHORTEST_CUT = 8  # tokens; less of a passage says nothing
-_RECOGNISED = 60  # characters of a document in a question that show that somebody has retrieved already
+_RECOGNISED = 50  # characters in a row of a document that show that somebody has retrieved already
 
 
 def query_of(turns: Sequence[Message]) -> str:
@@ -67,8 +68,24 @@ def is_told_already(turns: Sequence[Message], texts: Sequence[str]) -> bool:
     asked = [str(turn["content"]) for turn in turns if turn["role"] == "system"] + [query_of(turns)]
     if asked[-1].startswith(HEADING + _GAP):
         return True
-    lines = [line.strip()[:_RECOGNISED] for text in asked for line in text.splitlines()]
-    return any(line in text for line in lines if len(line) == _RECOGNISED for text in texts)
+    return any(_quotes(part, text) for part in asked if len(part) >= _RECOGNISED for text in texts)
+
+
+def _quotes(asked: str, text: str) -> bool:
+    """Whether a question holds a long stretch of a text, wherever; found by a part of it, then grown."""
+    part = _RECOGNISED // 2
+    for at in range(0, len(asked) - part + 1, part):
+        found = text.find(asked[at : at + part])
+        if found >= 0:
+            before, after = _alike(asked[:at][::-1], text[:found][::-1]), _alike(asked[at:], text[found:])
+            if before + after >= _RECOGNISED:
+                return True
+    return False
+
+
+def _alike(first: str, second: str) -> int:
+    """Characters that two texts begin with alike."""
+    return len(os.path.commonprefix([first, second]))
 
 
 def _told(passages: Sequence[Passage]) -> str:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FULL, CLOSED = "full context", "closed book"
 RATES = (8.0, 16.0, 32.0)
 ALL = "all"  # the type that stands for every type
-_SHARE = 0.5  # of a hybrid's budget that is the sheet's
+_PASSAGES = 128  # tokens that a hybrid gives to passages before it shares evenly: two or three of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
         budget = sheets.head_tokens
         asking |= {"mode": "retrieval", "retriever": _nothing}
     elif method.mode != "sheet":
-        passages = 1 if method.mode == "retrieval" else budget - int(budget * _SHARE)
+        passages = 1 if method.mode == "retrieval" else passage_share(budget)
         asking |= {"mode": method.mode, "passage_tokens": passages, "sure": settings.sure, "top_k": settings.top_k}
     kb = sheets.get(method, budget - passages if method.name != CLOSED else min(2 * budget, sheets.corpus_tokens))
     for number in left:
@@ -209,6 +209,11 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
             corpus.name, method.name, rate, budget, number, question.type, _cluster(corpus, number), answer.text,
             em, f1, items, tokens, round(tokens * per_token), round(answer.seconds, 4), answer.mode,
         )  # fmt: skip
+
+
+def passage_share(budget: int) -> int:
+    """Tokens of a hybrid's budget that are for passages: half, but room for a few of them, and never all."""
+    return min(max(budget // 2, _PASSAGES), budget * 3 // 4)
 
 
 def _nothing(query: str) -> list[str]:

@@ -68,6 +68,19 @@ _AIM = (
     "find new markets",
     "save energy",
 )
+# As published, and as chains of relations: the form of join that the pocket model was trained on.
+_WORDINGS = {
+    "published": (
+        "What are {name}'s project domains?",
+        "In which years did {name}'s projects begin?",
+        "Who sponsors {name}'s projects?",
+    ),
+    "chain": (
+        "What is the domain of the project that {name} works on?",
+        "In which year did the project that {name} works on begin?",
+        "Who sponsors the project that {name} works on?",
+    ),
+}
 _FILLER = (
     "The meeting room was booked for the whole afternoon.",
     "Minutes are kept in the usual place.",
@@ -97,13 +110,14 @@ def make_corpus(
     questions: int = 25,
     characters: int = 0,
     near_names: bool = False,
+    wording: str = "published",
     examples: int = 4,
 ) -> Corpus:
     """A corpus whose people work on `connectivity` projects each, with up to `questions` of each kind.
 
     Documents are padded with neutral sentences, each in turn, until the corpus has so many `characters`. `projects` is
-    how many there are to choose from, by default two more than the connectivity. The first two people serve as
-    `examples` and are not asked about.
+    how many there are to choose from, by default two more than the connectivity. `wording` of join
+    questions is "published" or "chain". The first two people serve as `examples` and are not asked about.
     """
     if not 1 <= connectivity <= 8:
         raise ValueError(f"The connectivity is {connectivity}; use 1 to 8.")
@@ -121,7 +135,7 @@ def make_corpus(
         for title, role in roles.items():
             texts[f"membership/{name}/{title}"] = _membership(name, title, role, department)
         asked[DIRECT].append(_direct(name, own, roles, department))
-        asked[JOIN].append(_join(name, own))
+        asked[JOIN].append(_join(name, own, wording))
     documents = _padded(texts, characters, r)
     r.shuffle(documents)
     shown = [asked[(DIRECT, JOIN)[n % 2]][n % 2][n // 2] for n in range(min(examples, 6))]
@@ -177,13 +191,11 @@ def _direct(name: str, own: Sequence[_Project], roles: dict[str, str], departmen
     ]  # fmt: skip
 
 
-def _join(name: str, own: Sequence[_Project]) -> list[Asked]:
+def _join(name: str, own: Sequence[_Project], wording: str) -> list[Asked]:
     needed = tuple(f"membership/{name}/{p.title}" for p in own) + tuple(f"project/{p.title}" for p in own)
-    return [
-        Asked(f"What are {name}'s project domains?", (_listed(p.domain for p in own),), JOIN, needed),
-        Asked(f"In which years did {name}'s projects begin?", (_listed(str(p.year) for p in own),), JOIN, needed),
-        Asked(f"Who sponsors {name}'s projects?", (_listed(p.sponsor for p in own),), JOIN, needed),
-    ]
+    golds = (_listed(p.domain for p in own), _listed(str(p.year) for p in own), _listed(p.sponsor for p in own))
+    texts = (text.format(name=name) for text in _WORDINGS[wording])
+    return [Asked(text, (gold,), JOIN, needed) for text, gold in zip(texts, golds, strict=True)]
 
 
 def _listed(values: Iterable[str]) -> str:
@@ -214,13 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=25, help="of each kind at each level")
     parser.add_argument("--characters", type=int, default=6000, help="size of each corpus, padded with filler")
     parser.add_argument("--near-names", action="store_true", help="Person_01, Person_02, ...")
+    parser.add_argument("--wording", choices=list(_WORDINGS), default="published", help="of join questions")
+    parser.add_argument("--scorer", default="notes", help="what makes the sheets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write setup, rows and answers here, and a page beside it")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(arguments.threads)
-    model, settings = LoadedModel.get(arguments.model), Settings(seed=arguments.seed)
+    model, settings = LoadedModel.get(arguments.model), Settings(scorer=arguments.scorer, seed=arguments.seed)
     given = {key: value for key, value in vars(arguments).items() if key not in ("json", "levels")}
     records = _before(arguments.json, given)
     for level in arguments.levels:
@@ -231,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             questions=arguments.questions,
             characters=arguments.characters,
             near_names=arguments.near_names,
+            wording=arguments.wording,
         )
         logger.info("connectivity %d: %d questions", level, len(corpus.questions))
         records += list(
