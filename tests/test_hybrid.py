@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import threading
@@ -12,10 +13,11 @@ import pytest
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
+from cribsheet.cli import run
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.passages import with_passages
 from cribsheet.retrieval import Passage
-from cribsheet.testing import echo_backbone, tiny_backbone
+from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone
 
 NEWS = [
     Passage("Bob moved to Bergen in May, and nobody was told of it.", "news"),
@@ -237,3 +239,19 @@ def test_retrieval_finds_what_the_sheet_has_lost():
     for mode in ("retrieval", "hybrid"):
         answer = kb.ask("What does Di keep?", max_tokens=8, mode=mode, passage_tokens=40)
         assert "turtle" in answer.text and "doc3" in {each.document_id for each in answer.passages}
+
+
+def test_the_command_line_retrieves_and_says_what_was_told(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, rate=3, guide="dropped", scorer="task")
+    sheet = str(kb.save(tmp_path / "staff.sheet"))
+    asking = ["ask", sheet, QUESTION, "--max-tokens", "3"]
+    assert run([*asking, "--retriever", "bm25", "--top-k", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["mode"] == "hybrid" and [each["document_id"] for each in data["passages"]] == ["hugo"]
+    assert run([*asking, "--mode", "retrieval", "--passage-tokens", "9", "--sources"]) == 0
+    assert "told  hugo [0:" in capsys.readouterr().out
+    assert run([*asking, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mode"] == "sheet"
+    assert run([*asking, "--passage-tokens", "9"]) == 2
+    assert "pass a retriever or a mode" in capsys.readouterr().err

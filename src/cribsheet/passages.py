@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -77,7 +76,8 @@ def _quotes(asked: str, text: str) -> bool:
     for at in range(0, len(asked) - part + 1, part):
         found = text.find(asked[at : at + part])
         if found >= 0:
-            before, after = _alike(asked[:at][::-1], text[:found][::-1]), _alike(asked[at:], text[found:])
+            before = _alike(asked[:at][-_RECOGNISED:][::-1], text[:found][-_RECOGNISED:][::-1])
+            after = _alike(asked[at:][:_RECOGNISED], text[found : found + _RECOGNISED])
             if before + after >= _RECOGNISED:
                 return True
     return False
@@ -85,7 +85,8 @@ def _quotes(asked: str, text: str) -> bool:
 
 def _alike(first: str, second: str) -> int:
     """Characters that two texts begin with alike."""
-    return len(os.path.commonprefix([first, second]))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _told(passages: Sequence[Passage]) -> str:
