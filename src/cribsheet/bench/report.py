@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cribsheet import __version__
 from cribsheet.bench.chart import chart, legend
@@ -45,7 +45,19 @@ def setup_of(
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """One line for each method, rate and type: exact match with its interval, F1s, and what an answer takes."""
-    table = Table("method", "rate", "type", "n", "exact match", "F1", "set F1", "tokens", "KiB", "s", "retrieved")
+    table = Table(
+        "method",
+        "rate",
+        "type",
+        "n",
+        "exact match",
+        "F1",
+        "set F1",
+        "tokens",
+        "KiB",
+        Column("s", min_width=6),
+        "retrieved",
+    )
     for row in rows:
         table.add_row(
             row["method"],
