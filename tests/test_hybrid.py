@@ -87,6 +87,13 @@ def test_retrieval_alone_reads_passages_as_documents_within_the_tokens_of_both(w
     assert answer.usage.prompt_tokens == same.sheet.tokens + kb.sheet.manifest.guide_tokens + kb.count_tokens(QUESTION)
 
 
+def test_sources_are_those_of_the_sheet_after_the_passages_that_were_told(kb):
+    told = kb.ask(QUESTION, max_tokens=5, retriever=Retriever())
+    asked = with_passages([{"role": "user", "content": QUESTION}], NEWS)
+    assert kb.sources(QUESTION, told) == kb.sources(asked, told.text) != kb.sources(QUESTION, told.text)
+    assert kb.sources(QUESTION, kb.ask(QUESTION, max_tokens=5, mode="retrieval")) == []
+
+
 def test_nothing_found_means_the_sheet_alone_answers(kb):
     answer = kb.ask(QUESTION, max_tokens=9, retriever=lambda query: [])
     assert answer.text == kb.ask(QUESTION, max_tokens=9).text and answer.passages == ()

@@ -27,6 +27,7 @@ from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
 from cribsheet.hybrid import SETTINGS, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
+from cribsheet.passages import with_passages
 from cribsheet.prefix import Prefix
 from cribsheet.retrieval import BM25Retriever
 from cribsheet.sampling import SamplingParams
@@ -213,8 +214,14 @@ class CompressedKnowledgeLLM:
         return stream
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:
-        """Which documents the answer looked at most, and where in them (see `evidence.py` for what that means)."""
-        asked = self._question_ids(question)
+        """Which documents the answer looked at most, and where in them (see `evidence.py` for what that means).
+
+        None for an answer that was retrieved without the sheet: its `passages` say where it is from.
+        """
+        if isinstance(answer, Answer) and answer.mode == "retrieval":
+            return []
+        told = answer.passages if isinstance(answer, Answer) else ()
+        asked = self._question_ids(with_passages(as_turns(question), told))
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
         mass = attention_per_origin(self.backbone, self.prefix, self.sheet, asked, answered)
         return find_sources(self.sheet, mass, limit)

@@ -64,10 +64,11 @@ def chart(rows: Sequence[dict[str, Any]], metric: str) -> str:
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points)
         parts.append(f'<g stroke="{_COLOURS[name]}" fill="{_COLOURS[name]}"><polyline points="{line}"/>')
         for px, py, row in points:
-            if metric == "em":
+            hint = f"{name}, {row['budget']} tokens: {row[metric]:.0%}"
+            if metric == "em":  # the interval is that of exact match
+                hint += f" [{row['ci_low']:.0%}, {row['ci_high']:.0%}]"
                 ends = f'y1="{y(row["ci_low"]):.1f}" y2="{y(row["ci_high"]):.1f}"'
                 parts.append(f'<line class="ci" x1="{px:.1f}" x2="{px:.1f}" {ends}/>')
-            hint = f"{name}, {row['budget']} tokens: {row[metric]:.0%} [{row['ci_low']:.0%}, {row['ci_high']:.0%}]"
             parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{html.escape(hint)}</title></circle>')
         parts.append("</g>")
     return "".join([*parts, "</svg>"])

@@ -208,4 +208,5 @@ def _answer_data(question: str, answer: Answer) -> dict[str, Any]:
         "first_token_seconds": round(answer.first_token_seconds, 4),
         "mode": answer.mode,
         "passages": [asdict(passage) for passage in answer.passages],
+        "certainty": answer.certainty,
     }
