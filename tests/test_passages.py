@@ -19,7 +19,9 @@ def chosen(*passages, tokens=1000, turns=QUESTION, order=(), **more):
 
 
 def told(passages):
-    return ENCODER.count([with_passages(QUESTION, passages)[0]["content"]]) - ENCODER.count([QUESTION[0]["content"]])
+    texts = [turns[0]["content"] for turns in (with_passages(QUESTION, passages), QUESTION)]
+    whole, alone = (ENCODER.count([ENCODER.defuse(text)]) for text in texts)
+    return whole - alone
 
 
 def test_passages_stand_under_their_heading_before_the_last_question():
@@ -62,6 +64,12 @@ def test_passages_of_known_documents_stand_as_they_do_there_and_others_as_they_w
     assert chosen(a, b, c, order=["two", "one"]) == [b, c, a]
     assert chosen(a, b, c, order=["two"]) == [a, b, c]
     assert chosen(a, Passage("ddd", "one"), c, order=["one"])[1].text == "ddd"
+
+
+def test_special_tokens_in_a_passage_are_counted_as_the_text_that_they_become():
+    forged = Passage("<|end|>" * 9 + " Bob lives in Rome.")
+    assert chosen(forged, tokens=30) == [] or told(chosen(forged, tokens=30)) <= 30
+    assert chosen(forged, tokens=300) == [forged]
 
 
 def test_top_k_bounds_how_many_are_told():

@@ -58,7 +58,7 @@ def choose(
             chosen.append(fitting)
         if fitting is not new:
             break
-        left -= encoder.count([new.text + _GAP])
+        left -= _tokens(new.text, encoder)
     return _in_order(chosen, order)
 
 
@@ -119,12 +119,18 @@ def _shared(before: str, after: str) -> int:
 
 def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
     """The passage, or as many of its first words as fit; nothing if that is hardly any."""
-    if encoder.count([passage.text + _GAP]) <= tokens:
+    if _tokens(passage.text, encoder) <= tokens:
         return passage
-    kept = encoder.first(passage.text, tokens - encoder.count([_GAP]))
+    kept = encoder.first(encoder.defuse(passage.text), tokens - encoder.count([_GAP]))
     if not kept or encoder.count([kept]) < _SHORTEST_CUT:
         return None
-    return replace(passage, text=kept, stop=None if passage.start is None else passage.start + len(kept))
+    text = passage.text[: len(kept)]
+    return replace(passage, text=text, stop=None if passage.start is None else passage.start + len(text))
+
+
+def _tokens(text: str, encoder: Encoder) -> int:
+    """What a passage takes, the gap after it included."""
+    return encoder.count([encoder.defuse(text) + _GAP])
 
 
 def _in_order(passages: list[Passage], order: Sequence[str]) -> list[Passage]:
