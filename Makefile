@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test oldest support check format lint types docs slow quality memory throughput living evidence routing pocket clean
+.PHONY: demo test oldest support check format lint types docs slow quality connectivity certainty memory throughput \
+	living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -24,7 +25,7 @@ test: $(READY)  ## every test that fits into CI
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' \
-		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance
+		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance bm25s
 	touch $@
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
@@ -38,6 +39,12 @@ support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a tes
 
 quality: $(READY)  ## what survives compression, by method and rate (half an hour)
 	$(RUN)/python -m cribsheet.bench.quality --worlds 16 --json docs/benchmarks/quality.json
+
+connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (an hour)
+	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json
+
+certainty: $(READY)  ## what tells right answers of a sheet from wrong ones (ten minutes)
+	$(RUN)/python -m cribsheet.bench.certainty --json docs/benchmarks/certainty.json
 
 memory: $(READY)  ## peak memory of a build against the length of the corpus
 	$(RUN)/python -m cribsheet.bench.memory

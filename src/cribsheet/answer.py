@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cribsheet.answering import FinishReason
+from cribsheet.retrieval import Passage
 from cribsheet.sampling import TokenLogprob
 from cribsheet.tools import ToolCall
 
@@ -39,8 +40,10 @@ class Source:
 class Answer:
     """An answer and how it came about; `str()` gives its text, without the calls of tools that are in `tool_calls`.
 
-    `sources` are the documents that question and answer looked at most. `first_token_seconds` and `seconds` run from
-    the moment of asking to the first text and to the end.
+    `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `sources` are
+    the documents that question and answer looked at most in the sheet. `mode` is how it was found: from the sheet, from
+    `passages` that were retrieved, or from both; `certainty`, 0 to 1, is what mode "auto" measured of the sheet's own
+    answer.
     """
 
     text: str
@@ -51,6 +54,9 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     sources: tuple[Source, ...] = ()
+    mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
+    passages: tuple[Passage, ...] = ()
+    certainty: float | None = None
 
     def __str__(self) -> str:
         """The text."""

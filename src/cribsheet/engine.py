@@ -123,6 +123,7 @@ class Engine:
                     self._wake.wait(_IDLE_SECONDS)
                 if not self._waiting:
                     self._leaving, self._thread = self._thread, None
+                    _LEAVING[:] = [*filter(threading.Thread.is_alive, _LEAVING), threading.current_thread()]
                     return
 
     def _free(self) -> int:
@@ -274,6 +275,7 @@ def _fail(sequences: list[Answering], error: BaseException) -> None:
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_LEAVING: list[threading.Thread] = []  # idle threads that may not be quite gone, even if their engine is
 
 
 def _after_fork() -> None:
@@ -294,6 +296,8 @@ def _close_all() -> None:
     """A thread that is inside torch while the interpreter goes would take the whole process down with an abort."""
     for engine in list(_ENGINES):
         engine.close()
+    for thread in list(_LEAVING):
+        thread.join()
 
 
 if hasattr(os, "register_at_fork"):

@@ -19,6 +19,7 @@ from cribsheet.answering import Event, Request
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.combine import combine
+from cribsheet.compress import as_prefix, nothing_kept
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at
@@ -26,8 +27,11 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
+from cribsheet.hybrid import SETTINGS, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
+from cribsheet.passages import with_passages
 from cribsheet.prefix import Prefix
+from cribsheet.retrieval import BM25Retriever
 from cribsheet.sampling import SamplingParams
 from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
@@ -39,7 +43,7 @@ from cribsheet.turns import Question, as_turns
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, "timeout", "evidence"}
+_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, *SETTINGS, "timeout", "evidence"}
 
 
 class Prepared(NamedTuple):
@@ -61,6 +65,8 @@ class CompressedKnowledgeLLM:
         self._loaded = LoadedModel.get(model)
         self.sheet = sheet
         self._prefix: Prefix | None = None
+        self._bare: Prefix | None = None
+        self._bm25: BM25Retriever | None = None
         self._lock, self._closed = threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
@@ -147,7 +153,7 @@ class CompressedKnowledgeLLM:
         The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
         """
         with self._lock:
-            self._closed, self._prefix = True, None
+            self._closed, self._prefix, self._bare, self._bm25 = True, None, None, None
             streams = list(self._streams)
         for stream in streams:
             stream.cancel()
@@ -185,6 +191,10 @@ class CompressedKnowledgeLLM:
         own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. `timeout=` is
         in seconds. The answer's `sources` say what it looked at, unless `evidence=False`. Raises `RequestError` for a
         question that does not fit the window, or settings out of range, and `EngineError` when time is up.
+
+        `retriever=` tells passages after the sheet: `"bm25"` for the sheet's own documents, or what `as_retriever`
+        takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and `top_k=` bound
+        the passages, and `sure=` is what `auto` asks of a draft. The answer's `mode` and `passages` say what was used.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -196,8 +206,9 @@ class CompressedKnowledgeLLM:
 
         Leaving the `with` block, or `close()`, stops the work within one token.
         """
-        stream = AnswerStream(*self.prepare(question, **sampling))
-        self._submit(stream)
+        retrieval, rest = Retrieval.taken_from(sampling)
+        stream = AnswerStream(*self.prepare(question, **rest))
+        self._begin([stream], question, retrieval, rest)
         return stream
 
     def prepare(self, question: Question | Prepared, **sampling: Any) -> Prepared:
@@ -215,8 +226,9 @@ class CompressedKnowledgeLLM:
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
-        streams = [AnswerStream(*asked) for asked in self._ask_requests(question, n, sampling)]
-        self._submit(*streams)
+        retrieval, rest = Retrieval.taken_from(sampling)
+        streams = [AnswerStream(*asked) for asked in self._ask_requests(question, n, rest)]
+        self._begin(streams, question, retrieval, rest)
         try:
             for stream in streams:
                 for _ in stream:
@@ -248,8 +260,9 @@ class CompressedKnowledgeLLM:
     async def aask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
         loop = asyncio.get_running_loop()
-        streams = [AsyncAnswerStream(*asked, loop) for asked in self._ask_requests(question, n, sampling)]
-        await loop.run_in_executor(None, lambda: self._submit(*streams))
+        retrieval, rest = Retrieval.taken_from(sampling)
+        streams = [AsyncAnswerStream(*asked, loop) for asked in self._ask_requests(question, n, rest)]
+        await loop.run_in_executor(None, lambda: self._begin(streams, question, retrieval, rest))
         try:
             for stream in streams:
                 async for _ in stream:
@@ -266,8 +279,11 @@ class CompressedKnowledgeLLM:
         raised by the stream.
         """
         loop = asyncio.get_running_loop()
-        stream = AsyncAnswerStream(*self.prepare(question, **sampling), loop)
-        if self._prefix is not None:
+        retrieval, rest = Retrieval.taken_from(sampling)
+        stream = AsyncAnswerStream(*self.prepare(question, **rest), loop)
+        if retrieval is not None:
+            stream.work = loop.create_task(begin_later(self, stream, _unprepared(question), retrieval, rest))
+        elif self._prefix is not None:
             self._submit(stream)
         else:
             loop.run_in_executor(None, self._submit_later, stream)
@@ -276,8 +292,11 @@ class CompressedKnowledgeLLM:
     def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:
         """Which documents the answer looks at most, and where in them (see `evidence.py` for what that means).
 
-        Reads question and answer again: for answers from elsewhere, and for more sources than an answer carries.
+        Reads question and answer again: for answers from elsewhere, and for more sources than an answer carries. None
+        for an answer that was retrieved without the sheet: its `passages` say where it is from.
         """
+        if isinstance(answer, Answer) and answer.mode == "retrieval":
+            return []
         return list(find_sources(*self._looked_at(question, answer), limit))
 
     def passages(
@@ -295,7 +314,8 @@ class CompressedKnowledgeLLM:
 
     def _looked_at(self, question: Question, answer: Answer | str) -> tuple[Sheet, torch.Tensor]:
         """The sheet, and what question and answer look at in it (M, K, P)."""
-        asked = self._question_ids(question)
+        told = answer.passages if isinstance(answer, Answer) else ()
+        asked = self._question_ids(with_passages(as_turns(question), told))
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
         self._check_room(len(asked) + len(answered) - 1)
         sheet, prefix = self._placed()
@@ -338,12 +358,33 @@ class CompressedKnowledgeLLM:
                 self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.tokens)
             return self.sheet, self._prefix
 
+    @property
+    def bm25(self) -> BM25Retriever:
+        """The built-in retriever over the sheet's own documents; indexed on first use."""
+        with self._lock:
+            if self._bm25 is None:
+                self._bm25 = BM25Retriever(self.sheet.documents)
+            return self._bm25
+
+    def _begin(
+        self,
+        streams: Sequence[Stream],
+        question: Question | Prepared,
+        retrieval: Retrieval | None,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        if retrieval is None:
+            self._submit(*streams)
+        else:
+            begin(self, streams, _unprepared(question), retrieval, sampling)
+
     def _submit(self, *streams: Stream) -> None:
-        """Hand questions to the engine, over the sheet."""
+        """Hand questions to the engine, over the sheet unless they bring a prefix of their own."""
         sheet, prefix = self._placed()
         for stream in streams:
-            stream.request.prefix = prefix
-            stream.trace = partial(find_sources, sheet)
+            if not stream.request.prefix.layers:
+                stream.request.prefix = prefix
+                stream.trace = partial(find_sources, sheet)
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
@@ -356,17 +397,31 @@ class CompressedKnowledgeLLM:
         except Exception as error:
             stream.request.sink(error)
 
-    def _check_room(self, tokens: int) -> int:
-        """What a question of so many tokens leaves of the window; at least 1, or it is refused."""
-        if tokens >= self.room:
+    def _check_room(self, tokens: int, before: int | None = None) -> int:
+        """What a question of so many tokens, after the sheet or what else stands `before` it, leaves of the window.
+
+        At least 1, or it is refused.
+        """
+        left = self.backbone.window - (self.sheet.tokens if before is None else before) - tokens
+        if left < 1:
             raise RequestError(
                 f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
                 f"{self.room} for question and answer beside the sheet of {self.sheet.tokens}; ask a shorter question "
                 "or raise the rate."
             )
-        return self.room - tokens
+        return left
 
-    def _ask_request(self, question: Question, sampling: Mapping[str, Any]) -> Prepared:
+    def _nothing(self) -> Prefix:
+        """A prefix of no tokens, for questions that bring their own documents; one for all of them, to be a batch."""
+        with self._lock:
+            if self._bare is None:
+                self._bare = Prefix(as_prefix(self.backbone, nothing_kept(self.backbone)), 0)
+            return self._bare
+
+    def _ask_request(
+        self, question: Question, sampling: Mapping[str, Any], opening: torch.Tensor | None = None
+    ) -> Prepared:
+        """A request over the sheet, on which `_submit` places it, or over the tokens (T,) of an `opening` instead."""
         unknown = set(sampling) - _SETTINGS
         if unknown:
             known = ", ".join(sorted(_SETTINGS))
@@ -377,15 +432,17 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         ids = self._question_ids(question, toolbox)
-        left = self._check_room(len(ids))
+        prefix = Prefix((), self.sheet.tokens)
+        if opening is not None:
+            ids, prefix = torch.cat([opening, ids]), self._nothing()
+        left = self._check_room(len(ids), prefix.tokens)
         params = SamplingParams(**given)
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left})
-        unplaced = Prefix((), self.sheet.tokens)
         constraint = self._constraint(params)
         ends = () if constraint else self._layout.stop  # a form knows its own end
         request = Request(
-            unplaced,
+            prefix,
             ids,
             params,
             sink=_unset,
@@ -446,6 +503,12 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest
+
+
+def _unprepared(question: Question | Prepared) -> Question:
+    if isinstance(question, Prepared):
+        raise RequestError("The question is prepared, so no passages can be told with it; give the question itself.")
+    return question
 
 
 def _llama_index() -> ModuleType:

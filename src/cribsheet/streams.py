@@ -7,13 +7,14 @@ import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from torch import Tensor
 
 from cribsheet.answer import Answer, Source, Usage
 from cribsheet.answering import Delta, Event, Finished, Request, own_copy
 from cribsheet.errors import RequestError
+from cribsheet.retrieval import Passage
 from cribsheet.sampling import TokenLogprob
 from cribsheet.tools import CallReader, Toolbox
 
@@ -23,12 +24,16 @@ class Stream:
 
     def __init__(self, request: Request, toolbox: Toolbox | None) -> None:
         self.request = request
+        self.mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
+        self.passages: tuple[Passage, ...] = ()
+        self.certainty: float | None = None
         self._reader = CallReader(toolbox) if toolbox else None
         self._began = time.perf_counter()
         self._first = 0.0
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._answer: Answer | None = None
+        self.sources: tuple[Source, ...] = ()  # of an answer that is taken over
         self.trace: Callable[[Tensor], tuple[Source, ...]] | None = None
 
     @property
@@ -71,10 +76,13 @@ class Stream:
             text="".join(self._texts),
             finish_reason="tool_calls" if calls and end.reason == "stop" else end.reason,
             tool_calls=calls,
-            sources=() if end.looked is None or self.trace is None else self.trace(end.looked),
+            sources=self.sources if end.looked is None or self.trace is None else self.trace(end.looked),
             usage=Usage(cached + asked, cached, end.completion_tokens),
             seconds=seconds,
             first_token_seconds=self._first or seconds,
+            mode=self.mode,
+            passages=self.passages,
+            certainty=self.certainty,
             logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
         )
 
@@ -123,6 +131,7 @@ class AsyncAnswerStream(Stream):
 
     def __init__(self, request: Request, toolbox: Toolbox | None, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(request, toolbox)
+        self.work: asyncio.Task[None] | None = None  # what is done before the question can be asked
         self._events = events = asyncio.Queue[Event]()
         request.sink = lambda event: _hand_over(loop, events, event)
 

@@ -61,6 +61,16 @@ class Encoder:
         """Number of tokens of the texts, each alone."""
         return sum(len(self._encode(text)[0]) for text in texts)
 
+    def first(self, text: str, tokens: int) -> str:
+        """The longest beginning of a text, in whole words, that takes at most so many tokens alone."""
+        _, spans = self._encode(text)
+        if len(spans) <= tokens:
+            return text
+        stop = int(spans[tokens - 1, 1]) if tokens > 0 else 0
+        while stop > 0 and not text[stop].isspace():
+            stop -= 1
+        return text[:stop].rstrip()
+
     def _piece(self, text: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Ids and spans of `text[start:stop]` as the tokens of the whole: encoded with some text before it."""
         context = max(0, start - _CONTEXT)

@@ -1,4 +1,4 @@
-"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `demo`, and four verbs that change a sheet.
+"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `compare`, `demo`, and four verbs that change a sheet.
 
 Answers and results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 misuse (wrong arguments or
 unusable input), 130 and 143 interrupted. torch is imported inside commands only, so that `--help` is instant.
@@ -15,6 +15,7 @@ import typer
 from cribsheet import __version__
 from cribsheet.cli.building import build
 from cribsheet.cli.changing import extend, merge, remove, replace
+from cribsheet.cli.comparing import compare
 from cribsheet.cli.console import Debug, Verbose, guarded
 from cribsheet.cli.demonstrating import demo
 from cribsheet.cli.inspecting import inspect
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (build, ask, chat, inspect, extend, replace, remove, merge, demo):
+for _command in (build, ask, chat, inspect, extend, replace, remove, merge, compare, demo):
     app.command()(_command)
 
 

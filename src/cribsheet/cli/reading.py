@@ -16,6 +16,7 @@ from cribsheet.errors import RequestError
 if TYPE_CHECKING:
     from cribsheet.answer import Answer, Source
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.retrieval import Passage
 
 SheetFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")]
 Model = Annotated[
@@ -29,8 +30,19 @@ Temperature = Annotated[
 TopP = Annotated[
     float | None, typer.Option(metavar="X", help="Draw from the most probable tokens that sum up to this.")
 ]
-TopK = Annotated[int | None, typer.Option(metavar="N", help="Draw from this many most probable tokens.")]
+TopK = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Draw from this many most probable tokens; with --retriever, passages at most."),
+]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")]
+Retriever = Annotated[
+    Literal["bm25"] | None, typer.Option(help="Search the documents and tell passages after the sheet.")
+]
+Mode = Annotated[
+    Literal["sheet", "retrieval", "hybrid", "auto"] | None,
+    typer.Option(help="What answers; auto retrieves if the sheet is not certain.  [default: hybrid with --retriever]"),
+]
+PassageTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens of passages.  [default: 512]")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 
 
@@ -47,6 +59,9 @@ def ask(
     top_k: TopK = None,
     seed: Seed = None,
     stop: Stop = None,
+    retriever: Retriever = None,
+    mode: Mode = None,
+    passage_tokens: PassageTokens = None,
     sources: Annotated[bool, typer.Option("--sources", help="Show where in the documents the answer looked.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the answer while it is written.")] = False,
     as_json: AsJson = False,
@@ -57,6 +72,7 @@ def ask(
     if stream and as_json:
         misuse("--json prints one object at the end, so it cannot be combined with --stream")
     settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
+    settings |= _passages(retriever, mode, passage_tokens)
     kb = _load(file, model, device, dtype, revision)
     settings["evidence"] = sources
     answer = _streamed(kb, question, settings) if stream else kb.ask(question, **settings)
@@ -67,7 +83,7 @@ def ask(
     if not stream:
         say(answer.text)
     if sources:
-        say("\n" + "\n".join(source_lines(looked_at)))
+        say("\n" + "\n".join([*map(_passage_line, answer.passages), *source_lines(looked_at)]))
 
 
 def chat(
@@ -82,6 +98,9 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     stop: Stop = None,
+    retriever: Retriever = None,
+    mode: Mode = None,
+    passage_tokens: PassageTokens = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -91,6 +110,7 @@ def chat(
     Later questions may refer to earlier ones. It ends with the input (Ctrl-D).
     """
     settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
+    settings |= _passages(retriever, mode, passage_tokens)
     kb = _load(file, model, device, dtype, revision)
     by_hand = sys.stdin.isatty() and not as_json
     messages: list[dict[str, str]] = []
@@ -108,6 +128,12 @@ def chat(
         turns.append(_answer_data(question, answer))
     if as_json:
         say_json({"turns": turns})
+
+
+def _passage_line(passage: Passage) -> str:
+    """A passage that was told: document, place, and text."""
+    place = "" if passage.start is None else f" [{passage.start}:{passage.stop}]"
+    return f"told  {passage.document_id}{place}  {' '.join(passage.text.split())}"
 
 
 def source_lines(sources: list[Source]) -> list[str]:
@@ -140,6 +166,12 @@ def _sampling(
     """The settings that were given."""
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     return {name: value for name, value in (settings | {"stop": stop or None}).items() if value is not None}
+
+
+def _passages(retriever: str | None, mode: str | None, passage_tokens: int | None) -> dict[str, Any]:
+    """The settings of retrieval that were given."""
+    given = {"retriever": retriever, "mode": mode, "passage_tokens": passage_tokens}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _streamed(kb: CompressedKnowledgeLLM, question: Any, settings: dict[str, Any]) -> Answer:
@@ -175,4 +207,7 @@ def _answer_data(question: str, answer: Answer) -> dict[str, Any]:
         "usage": asdict(answer.usage),
         "seconds": round(answer.seconds, 4),
         "first_token_seconds": round(answer.first_token_seconds, 4),
+        "mode": answer.mode,
+        "passages": [asdict(passage) for passage in answer.passages],
+        "certainty": answer.certainty,
     }

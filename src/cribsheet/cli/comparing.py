@@ -1,0 +1,173 @@
+"""`cribsheet compare`: ways to answer questions about a corpus, side by side at equal budgets."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cribsheet.cli.building import check_output, make_task
+from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say
+
+if TYPE_CHECKING:
+    from cribsheet.bench.compare import Corpus, Record
+    from cribsheet.task import Task
+
+
+def compare(
+    corpus: Annotated[list[str], typer.Argument(metavar="CORPUS", help="Files, folders or glob patterns.")],
+    questions: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help='JSON lines {"question", "answers", "type", "documents"}.', show_default=False
+        ),
+    ],
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these, comma-separated.  [default: all]")
+    ] = None,
+    rates: Annotated[str, typer.Option(metavar="N,N", help="How many times shorter than the corpus.")] = "8,16,32",
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many passages.  [default: as the budget allows]")
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
+    example: Annotated[
+        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
+    ] = None,
+    task_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(metavar="N", help="Without examples of yours, take so many questions away as examples.")
+    ] = 3,
+    scorer: Annotated[str, typer.Option(metavar="NAME", help="What makes the task-aware sheets.")] = "notes",
+    guide: Annotated[
+        Literal["auto", "resident", "dropped"], typer.Option(help="Whether task and examples stay in the prompt.")
+    ] = "auto",
+    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
+    device: Device = None,
+    revision: Revision = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 64,
+    seed: Annotated[int, typer.Option(metavar="N", help="Draws examples and intervals.")] = 0,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Compare ways to answer at equal budgets: accuracy, tokens, bytes and seconds.
+
+    Killed, it goes on where it was when run again with the same --json FILE.
+    """
+    for file in (as_json, html):
+        if file is not None:
+            check_output(file, force=force)
+    named, wanted = _names(methods), _rates(rates)
+    purpose = make_task(task, example or [], task_file)
+    quiet_libraries()
+    from cribsheet.bench.compare import NAMES, Settings, summary
+    from cribsheet.bench.compare import compare as run
+    from cribsheet.bench.report import page, print_table, setup_of
+    from cribsheet.loaded import LoadedModel
+
+    chosen = named or list(NAMES)
+    if unknown := [name for name in chosen if name not in NAMES]:
+        misuse(f"there is no method {unknown[0]!r}; use {', '.join(NAMES)}")
+    settings = Settings(guide, scorer, top_k, max_tokens=max_tokens, seed=seed)
+    asked = _corpus(corpus, questions, purpose, examples, seed)
+    loaded = LoadedModel.get(model, device=device, revision=revision)
+    setup = setup_of(loaded, asked, chosen, wanted, settings)
+    journal = Journal(as_json, setup)
+    records = list(journal.records)
+
+    def progress(name: str, rate: float) -> None:
+        note(f"{name}, rate {rate:g}")
+
+    for record in run(loaded, asked, methods=chosen, rates=wanted, settings=settings, done=records, progress=progress):
+        journal.add(record)
+        records.append(record)
+    if not records:
+        misuse("nothing could be compared: every method was left out (--verbose says why)")
+    result: dict[str, Any] = {"setup": setup, "rows": summary(records, seed=seed)}
+    print_table(result["rows"])
+    if as_json is not None:
+        _write(as_json, json.dumps({**result, "answers": [asdict(each) for each in records]}, indent=1) + "\n")
+    if html is not None:
+        _write(html, page(result))
+        say(f"\n{html}")
+    journal.remove()
+
+
+class Journal:
+    """Answers that were given, as lines beside the JSON file, so that a killed comparison can go on."""
+
+    def __init__(self, output: Path | None, setup: dict[str, Any]) -> None:
+        from cribsheet.bench.compare import Record
+
+        self.records: list[Record] = []
+        self._path = output.with_name(output.name + ".partial") if output else None
+        if self._path is None:
+            return
+        head = json.dumps(setup, sort_keys=True)
+        if self._path.exists():
+            first, *rest = self._path.read_text(encoding="utf-8").split("\n")
+            if first != head:
+                misuse(f"{str(self._path)!r} is of another comparison; finish that one, or remove the file")
+            for line in rest[:-1]:  # what follows the last line end was cut off
+                self.records.append(Record(**json.loads(line)))
+            note(f"going on after {len(self.records)} answers")
+        lines = [head, *(json.dumps(asdict(record)) for record in self.records)]
+        _write(self._path, "".join(line + "\n" for line in lines))
+
+    def add(self, record: Record) -> None:
+        """Remember an answer, at once."""
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+
+    def remove(self) -> None:
+        """Forget them all; the result is written."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _corpus(paths: list[str], questions: Path, task: Task, examples: int, seed: int) -> Corpus:
+    from cribsheet.bench.compare import Corpus
+    from cribsheet.bench.questions import draw_examples, read_questions
+    from cribsheet.documents import read_documents
+    from cribsheet.task import Task
+
+    documents, asked = read_documents([Path(path) for path in paths]), read_questions(questions)
+    known = {document.id for document in documents}
+    missing = {name for question in asked for name in question.documents} - known
+    if missing:
+        note(f"cribsheet: {len(missing)} documents that questions name are not in the corpus, {min(missing)!r} for one")
+    if not task.few_shot:
+        drawn, asked = draw_examples(asked, examples, seed)
+        task = Task(task.description, tuple((each.text, each.golds[0]) for each in drawn), task.instruction)
+        note(f"{len(drawn)} questions serve as examples, {len(asked)} are asked")
+    return Corpus(paths[0], documents, task, asked)
+
+
+def _names(methods: str | None) -> list[str] | None:
+    return [name.strip() for name in methods.split(",")] if methods else None
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        misuse(f"--rates {text!r} are no numbers; write 8,16,32")
+    if not all(1 <= rate < float("inf") for rate in rates):
+        misuse(f"--rates {text!r}: each must be at least 1")
+    return rates
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

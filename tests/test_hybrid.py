@@ -1,0 +1,264 @@
+"""Sheet and retrieval together, as users ask for them: modes, budgets, streams, async, and who retrieves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import threading
+import time
+
+import pytest
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION
+
+from cribsheet import CompressedKnowledgeLLM, Document, Task
+from cribsheet.cli import run
+from cribsheet.errors import EngineError, RequestError
+from cribsheet.passages import with_passages
+from cribsheet.retrieval import Passage
+from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone
+
+NEWS = [
+    Passage("Bob moved to Bergen in May, and nobody was told of it.", "news"),
+    Passage("Clara stayed where she was.", "news"),
+]
+
+
+@pytest.fixture(scope="module")
+def kb():
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, guide="dropped")
+
+
+@pytest.fixture(scope="module")
+def resident(kb):
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1.5, guide="resident")
+
+
+class Retriever:
+    def __init__(self, found=NEWS, wait=0.0):
+        self.found, self.wait, self.queries, self.threads = found, wait, [], set()
+
+    def retrieve(self, query):
+        time.sleep(self.wait)
+        self.queries.append(query)
+        self.threads.add(threading.current_thread())
+        return self.found
+
+
+def test_a_retriever_puts_its_passages_before_the_question(kb):
+    retriever = Retriever()
+    answer = kb.ask(QUESTION, max_tokens=12, retriever=retriever)
+    told = kb.ask(with_passages([{"role": "user", "content": QUESTION}], NEWS), max_tokens=12)
+    assert answer.text == told.text != kb.ask(QUESTION, max_tokens=12).text
+    assert (answer.mode, answer.passages) == ("hybrid", tuple(NEWS))
+    assert retriever.queries == [QUESTION]
+    assert answer.usage == told.usage and told.mode == "sheet" and told.passages == ()
+
+
+def test_the_built_in_retriever_searches_the_sheet_s_own_documents_and_is_made_once(kb):
+    answer = kb.ask(QUESTION, max_tokens=3, retriever="bm25", top_k=2)
+    assert 0 < len(answer.passages) <= 2
+    texts = {document.id: document.text for document in kb.sheet.documents}
+    assert all(texts[each.document_id][each.start : each.stop] == each.text for each in answer.passages)
+    assert kb.bm25 is kb.bm25
+    assert kb.ask(QUESTION, max_tokens=3, mode="hybrid", top_k=2).passages == answer.passages
+
+
+@pytest.mark.parametrize("tokens", [12, 30, 60])
+def test_passages_keep_within_their_tokens(kb, tokens):
+    alone = kb.count_tokens(QUESTION)
+    answer = kb.ask(QUESTION, max_tokens=1, retriever="bm25", passage_tokens=tokens)
+    assert answer.usage.prompt_tokens - kb.sheet.tokens - alone <= tokens
+    assert answer.usage.cached_tokens == kb.sheet.tokens
+
+
+@pytest.mark.parametrize("which", ["kb", "resident"])
+def test_retrieval_alone_reads_passages_as_documents_within_the_tokens_of_both(which, request):
+    kb = request.getfixturevalue(which)
+    answer = kb.ask(QUESTION, max_tokens=8, mode="retrieval", passage_tokens=20)
+    assert answer.mode == "retrieval" and answer.passages and answer.usage.cached_tokens == 0
+    assert answer.usage.prompt_tokens <= kb.sheet.tokens + 20 + kb.count_tokens(QUESTION)
+    documents = [Document(each.text, f"p{n}") for n, each in enumerate(answer.passages)]
+    guide = kb.sheet.manifest.guide
+    same = CompressedKnowledgeLLM.build(documents, FEW_SHOT, model=kb.backbone, rate=1, guide="dropped")
+    if guide == "dropped":  # a sheet that keeps everything of these passages answers the same
+        assert same.ask(QUESTION, max_tokens=8).text == answer.text
+    assert answer.usage.prompt_tokens == same.sheet.tokens + kb.sheet.manifest.guide_tokens + kb.count_tokens(QUESTION)
+
+
+def test_sources_are_those_of_the_sheet_after_the_passages_that_were_told(kb):
+    told = kb.ask(QUESTION, max_tokens=5, retriever=Retriever())
+    asked = with_passages([{"role": "user", "content": QUESTION}], NEWS)
+    assert kb.sources(QUESTION, told) == kb.sources(asked, told.text) != kb.sources(QUESTION, told.text)
+    assert kb.sources(QUESTION, kb.ask(QUESTION, max_tokens=5, mode="retrieval")) == []
+
+
+def test_nothing_found_means_the_sheet_alone_answers(kb):
+    answer = kb.ask(QUESTION, max_tokens=9, retriever=lambda query: [])
+    assert answer.text == kb.ask(QUESTION, max_tokens=9).text and answer.passages == ()
+
+
+def test_mode_sheet_never_retrieves(kb):
+    retriever = Retriever()
+    assert kb.ask(QUESTION, max_tokens=5, retriever=retriever, mode="sheet", top_k=4).mode == "sheet"
+    assert retriever.queries == []
+
+
+def test_auto_takes_a_certain_draft_and_retrieves_for_any_other(kb):
+    retriever = Retriever()
+    answer = kb.ask(QUESTION, max_tokens=6, mode="auto", retriever=retriever, sure=1.0)
+    assert (answer.mode, len(retriever.queries)) == ("hybrid", 1)
+    assert answer.text == kb.ask(QUESTION, max_tokens=6, retriever=Retriever()).text
+    seen = answer.certainty
+    assert 0 < seen < 1  # what it was of the draft
+    plain = kb.ask(QUESTION, max_tokens=6, logprobs=1)
+    assert seen == pytest.approx(math.exp(min(each.logprob for each in plain.logprobs)))
+    for sure, mode in ((seen * 0.99, "sheet"), (seen * 1.01, "hybrid")):
+        answer = kb.ask(QUESTION, max_tokens=6, mode="auto", retriever=retriever, sure=sure)
+        assert (answer.mode, answer.certainty, answer.logprobs) == (mode, seen, None)
+        if mode == "sheet":
+            assert (answer.text, answer.finish_reason, answer.usage) == (plain.text, "length", plain.usage)
+    assert len(retriever.queries) == 2
+    assert kb.ask(QUESTION, max_tokens=6, mode="auto", sure=seen * 0.99, logprobs=1).logprobs == plain.logprobs
+    assert plain.certainty is None
+
+
+def test_an_answer_that_needs_no_documents_is_never_certain():
+    parrot = CompressedKnowledgeLLM.build(DOCUMENTS, "Who?", model=echo_backbone("No idea."), rate=2, scorer="task")
+    answer = parrot.ask(QUESTION, mode="auto", retriever=Retriever(), sure=0.01)
+    assert (answer.text, answer.mode, answer.certainty) == ("No idea.", "hybrid", 0)
+    assert parrot.ask(QUESTION, mode="auto", sure=0.0).mode == "sheet"
+
+
+def test_passages_in_the_question_are_not_fetched_again_and_the_user_is_told(kb, caplog):
+    retriever = Retriever()
+    asked = with_passages([{"role": "user", "content": QUESTION}], NEWS)
+    with caplog.at_level(logging.WARNING, "cribsheet"):
+        answer = kb.ask(asked, max_tokens=9, retriever=retriever)
+    assert retriever.queries == [] and "leave out one of them" in caplog.text
+    assert answer.text == kb.ask(asked, max_tokens=9).text and answer.mode == "sheet"
+
+
+def test_streamed_equals_whole_and_async_equals_sync(kb):
+    settings = {"max_tokens": 10, "retriever": Retriever(), "passage_tokens": 40}
+    for mode in ("hybrid", "retrieval", "auto"):
+        whole = kb.ask(QUESTION, mode=mode, **settings)
+        with kb.stream(QUESTION, mode=mode, **settings) as stream:
+            assert "".join(stream) == whole.text
+        assert (stream.answer.mode, stream.answer.passages) == (whole.mode, whole.passages)
+        later = asyncio.run(kb.aask(QUESTION, mode=mode, **settings))
+        assert (later.text, later.mode, later.passages) == (whole.text, whole.mode, whole.passages)
+
+
+def test_many_answers_share_one_search(kb):
+    retriever = Retriever()
+    answers = kb.ask_many(QUESTION, 3, max_tokens=8, temperature=1.0, seed=3, retriever=retriever)
+    assert len(retriever.queries) == 1 and all(answer.mode == "hybrid" for answer in answers)
+    assert answers[0].text == kb.ask(QUESTION, max_tokens=8, temperature=1.0, seed=3, retriever=retriever).text
+    assert len({answer.text for answer in answers}) > 1
+    drafted = kb.ask_many(QUESTION, 2, max_tokens=8, mode="auto", sure=0.0, regex="[a-z]{4}")
+    assert [answer.mode for answer in drafted] == ["sheet"] * 2 and all(len(answer.text) == 4 for answer in drafted)
+
+
+def test_a_slow_retriever_does_not_block_the_event_loop(kb):
+    retriever = Retriever(wait=0.2)
+
+    async def both():
+        ticks, task = 0, asyncio.gather(*(kb.aask(QUESTION, max_tokens=2, retriever=retriever) for _ in range(3)))
+        while not task.done():
+            await asyncio.sleep(0.005)
+            ticks += 1
+        return ticks
+
+    assert asyncio.run(both()) > 10
+    assert threading.main_thread() not in retriever.threads
+
+
+def test_what_goes_wrong_in_a_retriever_reaches_the_one_who_asked(kb):
+    def broken(query):
+        raise LookupError("the index is gone")
+
+    with pytest.raises(LookupError, match="the index is gone"):
+        kb.ask(QUESTION, retriever=broken)
+    with pytest.raises(LookupError, match="the index is gone"):
+        asyncio.run(kb.aask(QUESTION, retriever=broken))
+
+
+def test_a_cancelled_question_ends_although_its_retriever_is_slow(kb):
+    async def leave():
+        stream = kb.astream(QUESTION, max_tokens=3000, retriever=Retriever(wait=0.1))
+        await stream.aclose()
+        async for _ in stream:
+            pass
+        return stream.answer.finish_reason
+
+    assert asyncio.run(leave()) == "cancelled"
+    with pytest.raises(EngineError, match="timeout"):
+        kb.ask(QUESTION, max_tokens=3000, retriever=Retriever(wait=0.05), timeout=0.01)
+
+
+def test_a_form_holds_in_every_mode(kb):
+    for mode in ("hybrid", "retrieval", "auto"):
+        assert kb.ask(QUESTION, mode=mode, choices=["Oslo", "Rome"], sure=1.0).text in ("Oslo", "Rome")
+
+
+def test_a_conversation_searches_for_its_last_question(kb):
+    retriever = Retriever()
+    conversation = kb.conversation()
+    conversation.ask("Where does Bob live?", max_tokens=4, retriever=retriever)
+    conversation.ask("And Clara?", max_tokens=4, retriever=retriever)
+    assert retriever.queries == ["Where does Bob live?", "And Clara?"]
+    assert all("Passages:" not in turn["content"] for turn in conversation.messages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "hybird"}, "The mode is 'hybird'; use one of sheet, retrieval, hybrid, auto"),
+        ({"retriever": "bm26"}, "no built-in retriever 'bm26'; use 'bm25'"),
+        ({"retriever": object()}, r"neither retrieve\(\) nor invoke\(\)"),
+        ({"retriever": "bm25", "top_k": 0}, "top_k is 0"),
+        ({"mode": "hybrid", "passage_tokens": 1.5}, "passage_tokens is 1.5"),
+        ({"mode": "auto", "sure": 2}, "sure is 2"),
+        ({"passage_tokens": 100}, "passage_tokens is about passages; pass a retriever or a mode"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(kb, settings, message):
+    with pytest.raises(RequestError, match=message):
+        kb.ask(QUESTION, **settings)
+
+
+def test_a_sheet_without_texts_needs_a_retriever_of_its_own(kb, tmp_path):
+    path = kb.save(tmp_path / "bare.sheet", texts=False)
+    bare = CompressedKnowledgeLLM.load(path, model=kb.backbone)
+    with pytest.raises(RequestError, match="saved without its documents' texts"):
+        bare.ask(QUESTION, mode="hybrid")
+    assert bare.ask(QUESTION, max_tokens=3, retriever=Retriever()).mode == "hybrid"
+
+
+def test_retrieval_finds_what_the_sheet_has_lost():
+    staff = [Document(f"Person {name} keeps {animal}s in house {n}.", f"doc{n}")
+             for n, (name, animal) in enumerate([("Ana", "goat"), ("Bo", "duck"), ("Cy", "parrot"), ("Di", "turtle"),
+                                                 ("Ed", "rabbit"), ("Flo", "horse"), ("Gus", "snake")])]  # fmt: skip
+    kb = CompressedKnowledgeLLM.build(staff, Task("Who keeps what?"), rate=6, scorer="recent")
+    assert "turtle" not in kb.ask("What does Di keep?", max_tokens=8).text
+    for mode in ("retrieval", "hybrid"):
+        answer = kb.ask("What does Di keep?", max_tokens=8, mode=mode, passage_tokens=40)
+        assert "turtle" in answer.text and "doc3" in {each.document_id for each in answer.passages}
+
+
+def test_the_command_line_retrieves_and_says_what_was_told(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, rate=3, guide="dropped", scorer="task")
+    sheet = str(kb.save(tmp_path / "staff.sheet"))
+    asking = ["ask", sheet, QUESTION, "--max-tokens", "3"]
+    assert run([*asking, "--retriever", "bm25", "--top-k", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["mode"] == "hybrid" and [each["document_id"] for each in data["passages"]] == ["hugo"]
+    assert run([*asking, "--mode", "retrieval", "--passage-tokens", "9", "--sources"]) == 0
+    assert "told  hugo [0:" in capsys.readouterr().out
+    assert run([*asking, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mode"] == "sheet"
+    assert run([*asking, "--passage-tokens", "9"]) == 2
+    assert "pass a retriever or a mode" in capsys.readouterr().err
