@@ -252,7 +252,9 @@ class CompressedKnowledgeLLM:
 
     async def aask(self, question: Question | Prepared, **sampling: Any) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
-        stream = self.astream(await asyncio.to_thread(self.prepare, question, **sampling))
+        if Retrieval.taken_from(sampling)[0] is None:
+            question, sampling = await asyncio.to_thread(self.prepare, question, **sampling), {}
+        stream = self.astream(question, **sampling)
         async for _ in stream:
             pass
         return stream.answer
