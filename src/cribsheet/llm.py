@@ -164,7 +164,7 @@ class CompressedKnowledgeLLM:
     @property
     def room(self) -> int:
         """Tokens of the model's window that the sheet leaves for question and answer."""
-        return self.backbone.window - self.sheet.tokens
+        return self.backbone.window - self.sheet.length
 
     def count_tokens(self, question: Question, tools: Sequence[Any] | None = None) -> int:
         """Tokens that a question or conversation takes of `room`, the template's included."""
@@ -279,7 +279,7 @@ class CompressedKnowledgeLLM:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
             if self._prefix is None:
-                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.tokens)
+                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.length)
             return self.sheet, self._prefix
 
     def _submit(self, *streams: Stream) -> None:
@@ -315,12 +315,12 @@ class CompressedKnowledgeLLM:
         if left < 1:
             raise RequestError(
                 f"The question takes {len(ids)} tokens, but the model's window of {self.backbone.window} leaves "
-                f"{self.room} beside the sheet of {self.sheet.tokens}; ask a shorter question or raise the rate."
+                f"{self.room} beside the sheet of {self.sheet.length}; ask a shorter question or raise the rate."
             )
         params = SamplingParams(**given)
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left})
-        unplaced = Prefix((), self.sheet.tokens)
+        unplaced = Prefix((), self.sheet.length)
         constraint = self._constraint(params)
         request = Request(
             unplaced,
