@@ -118,7 +118,7 @@ def build_sheet(
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
-    allocation: Allocation = DEFAULT_ALLOCATION,
+    allocation: Allocation | None = None,
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
@@ -142,14 +142,19 @@ def build_sheet(
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
-        `"adaptive"`: heads that need more tokens keep more, and the budget is the mean. `"uniform"`, as published: all
-        keep equally many; independent sheets always do.
+        `"adaptive"`, the default: heads that need more tokens keep more, and the budget is their mean. `"uniform"`, as
+        published: all keep equally many. An independent sheet is always uniform.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
+    usual: Allocation = "uniform" if mode == "independent" else DEFAULT_ALLOCATION
+    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation or usual)
     if mode == "independent":
+        if budgets.allocation != "uniform":
+            raise BudgetError(
+                "An independent sheet is uniform; leave out allocation='adaptive', or mode='independent'."
+            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         return build_independent(
@@ -259,7 +264,13 @@ def plan(
         )
     request = encode(layout.request(task))
     noted = len(request) + len(scored) + NOTES_TOKENS
-    after_chunk = {"task": len(scored), "notes": noted, "repeat": len(repeat), "nothing": 0}[chosen.guide]
+    after_chunk = {
+        "task": len(scored),
+        "notes": noted,
+        "repeat": len(repeat),
+        "notes and repeat": noted + len(repeat),
+        "nothing": 0,
+    }[chosen.guide]
     chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
     reading = Reading(
         scorer=chosen,
@@ -271,7 +282,7 @@ def plan(
         chunk_tokens=chunk,
         pins_head=chosen.pins_head,
         allocation=budgets.allocation,
-        most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * (2 if chosen.guide == "repeat" else 1)),
+        most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
@@ -297,7 +308,7 @@ def _chunk_tokens(
     backbone: Backbone, corpus_tokens: int, keep: int, guide_tokens: int, wanted: int | None, guide: Guide
 ) -> int:
     """How many tokens to read at once, so that kept tokens, chunk and guide fit the window."""
-    room = (backbone.window - keep - guide_tokens) // (2 if guide == "repeat" else 1)
+    room = (backbone.window - keep - guide_tokens) // _times_read(guide)
     if room < 1:
         raise BudgetError(
             f"The budget of {keep} and the guide of {guide_tokens} tokens leave no room for a chunk in the model's "
@@ -319,9 +330,14 @@ def _most_tokens(backbone: Backbone, keep: int, resident: int, read: int) -> int
     return max(keep, min(backbone.window - read, int(backbone.window * (1 - _QUESTION_SHARE)) - resident))
 
 
+def _times_read(guide: Guide) -> int:
+    """How often a chunk stands in what is read at once."""
+    return 2 if guide.endswith("repeat") else 1
+
+
 def usual_chunk(backbone: Backbone, guide: Guide) -> int:
     """How many tokens are read at once where they fit."""
-    if guide == "notes":
+    if guide.startswith("notes"):
         return _CHUNK_NOTES
     return _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
 

@@ -72,13 +72,20 @@ class Reading:
             case "task":
                 return self.guide
             case "notes":
-                limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
-                notes = write_notes(backbone, prefix, start, chunk.ids, self.request, limit)
-                return self.noted(notes)[: backbone.window - start - len(chunk.ids)]
+                return self._notes(backbone, prefix, start, chunk)[: backbone.window - start - len(chunk.ids)]
             case "repeat":
                 return torch.cat([self.repeat, chunk.ids])
+            case "notes and repeat":
+                repetition = torch.cat([self.repeat, chunk.ids])
+                room = backbone.window - start - len(chunk.ids) - len(repetition)
+                return torch.cat([self._notes(backbone, prefix, start, chunk)[:room], repetition])
             case "nothing":
                 return self.guide[:0]
+
+    def _notes(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
+        """Task, notes that the model writes about the chunk, and examples, as tokens (T,)."""
+        limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
+        return self.noted(write_notes(backbone, prefix, start, chunk.ids, self.request, limit))
 
 
 @dataclass(frozen=True, slots=True)
