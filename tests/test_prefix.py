@@ -127,7 +127,7 @@ def test_crop_and_reset_touch_the_suffix_only():
     assert here.get_seq_length() == 3
     suffix(here, 2)
     here.reset()
-    assert here.get_seq_length() == 3 and (here.prefix_keys == 9).all()
+    assert here.get_seq_length() == 3 and (here.prefix.keys == 9).all()
 
 
 def test_a_prefix_of_no_tokens_is_plain_attention(tiny):

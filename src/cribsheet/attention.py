@@ -11,7 +11,7 @@ Letters: `B` sequences, `H` query heads, `K` key/value heads (`H` a multiple of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -116,6 +116,24 @@ def attend_shared(
     out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
     lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
     return out, lse
+
+
+def attend_groups(
+    q: Tensor, groups: Sequence[tuple[Tensor, Tensor]], *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend_shared` over a prefix whose heads hold different numbers of tokens: keys and values (G, P, D) by group.
+
+    `q` is (B, H, T, D); the groups hold the K key/value heads in order.
+    """
+    if len(groups) == 1:
+        return attend_shared(q, groups[0][0].unsqueeze(0), groups[0][1].unsqueeze(0), scale=scale, softcap=softcap)
+    heads = [keys.shape[0] for keys, _ in groups]
+    size = q.shape[1] // sum(heads)
+    found = [
+        attend_shared(part, keys.unsqueeze(0), values.unsqueeze(0), scale=scale, softcap=softcap)
+        for part, (keys, values) in zip(q.split([n * size for n in heads], 1), groups, strict=True)
+    ]
+    return torch.cat([out for out, _ in found], 1), torch.cat([lse for _, lse in found], 1)
 
 
 def attend_each(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -23,9 +24,10 @@ from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.notes import NOTES_TOKENS
-from cribsheet.prefix import LayerPrefix, ReadingLayer
+from cribsheet.prefix import LayerPrefix
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
+from cribsheet.selection import ABSENT, Allocation
 from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
@@ -36,10 +38,12 @@ GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
 DEFAULT_SCORER = "notes"
+DEFAULT_ALLOCATION: Allocation = "uniform"
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
 _REPEAT = "Repeat the documents."
+_QUESTION_SHARE = 0.25  # of the window that no head fills
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
 
 
@@ -87,6 +91,7 @@ class Plan:
             budget=self.budget,
             chunk_tokens=self.reading.chunk_tokens,
             dtype=dtype,
+            allocation=self.reading.allocation,
             build=circumstances(backbone, seconds),
         )
 
@@ -113,6 +118,7 @@ def build_sheet(
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
+    allocation: Allocation | None = None,
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
@@ -135,12 +141,20 @@ def build_sheet(
     mode
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
+    allocation
+        `"adaptive"`, the default: heads that need more tokens keep more, and the budget is their mean. `"uniform"`, as
+        published: all keep equally many. An independent sheet is always uniform.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    budgets = Budgets(rate, budget, guide, chunk_tokens)
+    usual: Allocation = "uniform" if mode == "independent" else DEFAULT_ALLOCATION
+    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation or usual)
     if mode == "independent":
+        if budgets.allocation != "uniform":
+            raise BudgetError(
+                "An independent sheet is uniform; leave out allocation='adaptive', or mode='independent'."
+            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         return build_independent(
@@ -186,10 +200,12 @@ class Budgets:
     budget: int | None = None
     guide: GuideMode = "auto"
     chunk_tokens: int | None = None
+    allocation: Allocation = "uniform"
 
     def __post_init__(self) -> None:
-        if self.guide not in get_args(GuideMode):
-            raise BudgetError(f"guide is {self.guide!r}; use {', '.join(get_args(GuideMode))}.")
+        for name, value, known in (("guide", self.guide, GuideMode), ("allocation", self.allocation, Allocation)):
+            if value not in get_args(known):
+                raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")
 
     def tokens(self, corpus_tokens: int) -> int:
         """The budget in tokens. Raises `BudgetError` if it does not fit the corpus."""
@@ -248,7 +264,13 @@ def plan(
         )
     request = encode(layout.request(task))
     noted = len(request) + len(scored) + NOTES_TOKENS
-    after_chunk = {"task": len(scored), "notes": noted, "repeat": len(repeat), "nothing": 0}[chosen.guide]
+    after_chunk = {
+        "task": len(scored),
+        "notes": noted,
+        "repeat": len(repeat),
+        "notes and repeat": noted + len(repeat),
+        "nothing": 0,
+    }[chosen.guide]
     chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
     reading = Reading(
         scorer=chosen,
@@ -259,6 +281,8 @@ def plan(
         budget=keep,
         chunk_tokens=chunk,
         pins_head=chosen.pins_head,
+        allocation=budgets.allocation,
+        most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
@@ -267,29 +291,24 @@ def plan(
 def assemble(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tuple[list[LayerPrefix], Tensor]:
     """The final prefix, with the resident guide (T,) read on top.
 
-    Also the indices (F, K, P + T) of what the F layers keep that see everything; -1 for the guide.
+    Also the indices (F, K, P + T) of what the F layers keep that see everything, as in `Sheet`.
     """
     layers = as_prefix(backbone, kept)
-    indices = torch.stack([kept[number].indices for number in backbone.full]).cpu()
+    size = kept_tokens(backbone, kept)
+    full = [kept[number].indices for number in backbone.full]
+    indices = torch.stack([F.pad(layer, (size - layer.shape[1], 0), value=ABSENT) for layer in full]).cpu()
     if len(resident):
         read = backbone.read(layers, kept_tokens(backbone, kept), resident, resident[:0])
-        layers = [_with_guide(old, new) for old, new in zip(layers, read, strict=True)]
+        layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
         indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
     return layers, indices.to(torch.int32)
-
-
-def _with_guide(layer: LayerPrefix, guide: ReadingLayer) -> LayerPrefix:
-    """A prefix with the guide's keys and values behind it, as far back as its window reaches."""
-    first = 0 if layer.window is None else -(layer.window - 1)
-    keys, values = torch.cat([layer.keys, guide.chunk_keys], 1), torch.cat([layer.values, guide.chunk_values], 1)
-    return LayerPrefix(keys[:, first:], values[:, first:], layer.window)
 
 
 def _chunk_tokens(
     backbone: Backbone, corpus_tokens: int, keep: int, guide_tokens: int, wanted: int | None, guide: Guide
 ) -> int:
     """How many tokens to read at once, so that kept tokens, chunk and guide fit the window."""
-    room = (backbone.window - keep - guide_tokens) // (2 if guide == "repeat" else 1)
+    room = (backbone.window - keep - guide_tokens) // _times_read(guide)
     if room < 1:
         raise BudgetError(
             f"The budget of {keep} and the guide of {guide_tokens} tokens leave no room for a chunk in the model's "
@@ -306,9 +325,19 @@ def _chunk_tokens(
     return chunk
 
 
+def _most_tokens(backbone: Backbone, keep: int, resident: int, read: int) -> int:
+    """The most tokens that one head may keep: besides them a chunk is `read`, and later questions want some room."""
+    return max(keep, min(backbone.window - read, int(backbone.window * (1 - _QUESTION_SHARE)) - resident))
+
+
+def _times_read(guide: Guide) -> int:
+    """How often a chunk stands in what is read at once."""
+    return 2 if guide.endswith("repeat") else 1
+
+
 def usual_chunk(backbone: Backbone, guide: Guide) -> int:
     """How many tokens are read at once where they fit."""
-    if guide == "notes":
+    if guide.startswith("notes"):
         return _CHUNK_NOTES
     return _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
 

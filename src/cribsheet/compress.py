@@ -21,14 +21,17 @@ from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
-from cribsheet.selection import keep_top, take
+from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, take
+
+LEAST_SHARE = 0.1  # of the budget that every head keeps, however little it is looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What one layer keeps: keys (K, P, D) *before* rotation in float32, values (K, P, D), indices and scores (K, P).
 
-    Unrotated keys can be given any position without adding up rounding errors from chunk to chunk.
+    Unrotated keys can be given any position without adding up rounding errors from chunk to chunk. A head that keeps
+    fewer than P tokens has them at the end, behind indices `ABSENT` with a score of minus infinity.
     """
 
     keys: Tensor
@@ -47,7 +50,8 @@ class Reading:
 
     After a chunk, scorers that ask for the task read `guide` (T,); those that ask for notes let the model answer
     `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,) and the chunk again.
-    `budget` is kept per layer and head when everything was read; `pins_head` says whether the head is sure to be.
+    `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
+    adaptive, and then no more than `most` by any head; `pins_head` says whether the template's head is sure to be.
     """
 
     scorer: Scorer
@@ -58,6 +62,8 @@ class Reading:
     budget: int
     chunk_tokens: int
     pins_head: bool
+    allocation: Allocation = "uniform"
+    most: int = 0
     seed: int = 0
 
     def after(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
@@ -66,13 +72,20 @@ class Reading:
             case "task":
                 return self.guide
             case "notes":
-                limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
-                notes = write_notes(backbone, prefix, start, chunk.ids, self.request, limit)
-                return self.noted(notes)[: backbone.window - start - len(chunk.ids)]
+                return self._notes(backbone, prefix, start, chunk)[: backbone.window - start - len(chunk.ids)]
             case "repeat":
                 return torch.cat([self.repeat, chunk.ids])
+            case "notes and repeat":
+                repetition = torch.cat([self.repeat, chunk.ids])
+                room = backbone.window - start - len(chunk.ids) - len(repetition)
+                return torch.cat([self._notes(backbone, prefix, start, chunk)[:room], repetition])
             case "nothing":
                 return self.guide[:0]
+
+    def _notes(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
+        """Task, notes that the model writes about the chunk, and examples, as tokens (T,)."""
+        limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
+        return self.noted(write_notes(backbone, prefix, start, chunk.ids, self.request, limit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +105,10 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
             continue
         layers = read(backbone, kept, chunk, how)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), pinned)
-        kept = [
-            condense(backbone, layer, old, chunk, how, budget, pinned, number)
-            for number, (layer, old) in enumerate(zip(layers, kept, strict=True))
-        ]
+        scores = [score(backbone, layers[n], old, chunk, how, n) for n, old in enumerate(kept)]
+        indices = [places(old, chunk) for old in kept]
+        keep = choose(backbone, scores, indices, how, budget, pinned)
+        kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, backbone.inv_freqs, strict=True)]
         yield State(chunk.stop, kept)
 
 
@@ -111,49 +124,85 @@ def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     prefix = []
     for layer, inv_freq, window in zip(kept, backbone.inv_freqs, backbone.windows, strict=True):
         positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
-        prefix.append(LayerPrefix(layer.at(positions, inv_freq), layer.values, window))
+        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, layer.indices == ABSENT, window))
     return prefix
 
 
 def kept_tokens(backbone: Backbone, kept: Sequence[Kept]) -> int:
-    """Length of the prefix: tokens kept by the layers that see everything."""
-    return kept[backbone.full[0]].keys.shape[1]
+    """Length of the prefix: the most tokens that a head keeps in the layers that see everything."""
+    return max(kept[number].keys.shape[1] for number in backbone.full)
 
 
-def condense(
-    backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, budget: int, pinned: int, layer: int
-) -> Kept:
-    """Score old and new tokens of one layer together and keep the best `budget`; the first `pinned` always stay.
+def places(old: Kept, chunk: Chunk) -> Tensor:
+    """(K, S) index in the corpus of each old and new token of one layer."""
+    fresh = torch.arange(chunk.start, chunk.stop, device=old.indices.device)
+    return torch.cat([old.indices, fresh.expand(old.indices.shape[0], -1)], 1)
 
-    A sliding-window layer has no choice: it keeps the latest tokens that the next one can see.
+
+def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, layer: int) -> Tensor:
+    """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best."""
+    indices = places(old, chunk)
+    if backbone.windows[layer] is not None:
+        return indices.float()
+    stood = torch.arange(read.start - old.keys.shape[1], read.start, device=old.keys.device)
+    view = LayerView(
+        keys=torch.cat([old.at(stood, backbone.inv_freqs[layer]), read.chunk_keys], 1),
+        values=torch.cat([old.values, read.chunk_values], 1),
+        positions=indices,
+        queries=read.guide_queries,
+        lse=read.guide_lse,
+        carried=old.scores,
+        scale=backbone.scale,
+        layer=layer,
+        seed=how.seed,
+        softcap=backbone.softcap,
+    )
+    return how.scorer.score(view).masked_fill(indices == ABSENT, float("-inf"))
+
+
+def choose(
+    backbone: Backbone,
+    scores: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    how: Reading,
+    budget: int,
+    pinned: int,
+) -> list[Tensor]:
+    """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
+
+    Scores and corpus indices are (K, S) by layer. The first `pinned` tokens of the corpus always stay. A sliding-window
+    layer has no choice: it keeps the latest tokens that the next one can see.
     """
-    device, inv_freq, window = read.chunk_keys.device, backbone.inv_freqs[layer], backbone.windows[layer]
-    keys = torch.cat([read.prefix_keys[0], read.chunk_keys], 1)
-    values = torch.cat([old.values, read.chunk_values], 1)
-    fresh = torch.arange(chunk.start, chunk.stop, device=device).expand(old.keys.shape[0], -1)
-    indices = torch.cat([old.indices, fresh], 1)
-    if window is None:
-        scores = how.scorer.score(
-            LayerView(
-                keys=keys,
-                values=values,
-                positions=indices,
-                queries=read.guide_queries,
-                lse=read.guide_lse,
-                carried=old.scores,
-                scale=backbone.scale,
-                layer=layer,
-                seed=how.seed,
-                softcap=backbone.softcap,
-            )
-        )
-        keep = keep_top(scores.masked_fill(indices < pinned, float("inf")), min(budget, keys.shape[1]))
+    found: dict[int, Tensor] = {}
+    full: dict[int, Tensor] = {}
+    for number, window in enumerate(backbone.windows):
+        if window is not None:
+            found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
+        else:
+            head = (indices[number] >= 0) & (indices[number] < pinned)
+            full[number] = scores[number].masked_fill(head, float("inf"))
+    shortest = min(layer.shape[1] for layer in full.values())
+    if how.allocation == "uniform":
+        found |= {number: keep_top(layer, min(budget, shortest)) for number, layer in full.items()}
     else:
-        scores = torch.zeros(indices.shape, device=device)
-        keep = keep_top(indices.float(), min(window - 1, keys.shape[1]))
-    read_at = torch.arange(read.start, read.start + len(chunk.ids), device=device)
+        least = min(shortest, budget, pinned + max(1, round((budget - pinned) * LEAST_SHARE)))
+        best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
+        found |= dict(zip(full, best, strict=True))
+    return [found[number] for number in range(len(scores))]
+
+
+def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
+    """What one layer keeps (K, P) of its old and new tokens, given their corpus indices and scores (K, S)."""
+    new = read.chunk_keys.shape[1]
+    read_at = torch.arange(read.start, read.start + new, device=read.chunk_keys.device)
     unrotated = torch.cat([old.keys, rotate(read.chunk_keys, -read_at, inv_freq)], 1)
-    return Kept(take(unrotated, keep), take(values, keep), take(indices, keep), take(scores, keep))
+    absent = keep < 0
+    return Kept(
+        take(unrotated, keep),
+        take(torch.cat([old.values, read.chunk_values], 1), keep),
+        take(indices, keep).masked_fill(absent, ABSENT),
+        take(scores, keep).masked_fill(absent, float("-inf")),
+    )
 
 
 def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention import capped, column_mass
@@ -45,16 +46,22 @@ class Glance:
 
     def _look(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
         layer.watch = None
-        keys = layer.prefix_keys[0]
+        groups = [keys for keys, _ in layer.prefix.groups]
+        sizes = [keys.shape[0] * query.shape[1] // layer.prefix.heads for keys in groups]  # query heads of each
+        parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
+        masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
+        self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
+
+    def _mass(self, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """(B, G, P) of a group of heads with keys (G, P, D)."""
         if self._weights is None:
-            self._masses.append(one_row(query, keys, lse, scale, softcap))
-            return
+            return one_row(query, keys, lse, scale, softcap)
         found = []
         for row, weight in enumerate(self._weights):
             q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
             mass = column_mass(q, keys, seen, scale=scale, row_weight=weight.to(q.device), softcap=softcap)
             found.append(mass.reshape(keys.shape[0], -1, keys.shape[1]).sum(1))
-        self._masses.append(torch.stack(found))
+        return torch.stack(found)
 
 
 def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -177,7 +177,7 @@ class CompressedKnowledgeLLM:
     @property
     def room(self) -> int:
         """Tokens of the model's window that the sheet leaves for question and answer."""
-        return self.backbone.window - self.sheet.tokens
+        return self.backbone.window - self.sheet.length
 
     def count_tokens(self, question: Question, tools: Sequence[Any] | None = None) -> int:
         """Tokens that a question or conversation takes of `room`, the template's included."""
@@ -357,7 +357,7 @@ class CompressedKnowledgeLLM:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
             if self._prefix is None:
-                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.tokens)
+                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.length)
             return self.sheet, self._prefix
 
     @property
@@ -404,11 +404,11 @@ class CompressedKnowledgeLLM:
 
         At least 1, or it is refused.
         """
-        left = self.backbone.window - (self.sheet.tokens if before is None else before) - tokens
+        left = self.backbone.window - (self.sheet.length if before is None else before) - tokens
         if left < 1:
             raise RequestError(
                 f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
-                f"{self.room} for question and answer beside the sheet of {self.sheet.tokens}; ask a shorter question "
+                f"{self.room} for question and answer beside the sheet of {self.sheet.length}; ask a shorter question "
                 "or raise the rate."
             )
         return left
@@ -434,7 +434,7 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         ids = self._question_ids(question, toolbox)
-        prefix = Prefix((), self.sheet.tokens)
+        prefix = Prefix((), self.sheet.length)
         if opening is not None:
             ids, prefix = torch.cat([opening, ids]), self._nothing()
         left = self._check_room(len(ids), prefix.tokens)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cribsheet.attention import attend, attend_shared, merge
+from cribsheet.attention import attend, attend_groups, merge
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
@@ -30,12 +30,52 @@ class LayerPrefix:
     """Rotated keys and values (K, P, D) of one layer, shared by every sequence; nobody writes to them.
 
     In a layer with sliding-window attention, `window` is how many tokens a token sees, itself included, and P is at
-    most one less: the end of the corpus rather than a choice from it.
+    most one less: the end of the corpus rather than a choice from it. Where heads keep different numbers of tokens,
+    `counts` has them, and keys and values (N, D) are those of all heads, one head behind the other; each head's last
+    token stands at the end of the prefix.
     """
 
     keys: Tensor
     values: Tensor
     window: int | None = None
+    counts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, absent: Tensor, window: int | None = None) -> LayerPrefix:
+        """Of keys and values (K, P, D), without those at which no token stands (K, P)."""
+        if window is not None or not absent.any():
+            return cls(keys, values, window)
+        return cls(keys[~absent], values[~absent], None, tuple((~absent).sum(-1).tolist()))
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads."""
+        return len(self.counts) or self.keys.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the head that keeps most."""
+        return max(self.counts) if self.counts else self.keys.shape[1]
+
+    @property
+    def groups(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (G, P, D) of neighbouring heads that keep equally many tokens."""
+        if not self.counts:
+            return [(self.keys, self.values)]
+        halves = zip(self.keys.split(self.counts), self.values.split(self.counts), strict=True)
+        return [(keys.unsqueeze(0), values.unsqueeze(0)) for keys, values in halves]
+
+    def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:
+        """With more tokens (K, T, D) behind it, as far back as its window reaches."""
+        if not self.counts:
+            first = 0 if self.window is None else -(self.window - 1)
+            longer = torch.cat([self.keys, keys], 1)[:, first:], torch.cat([self.values, values], 1)[:, first:]
+            return LayerPrefix(*longer, self.window)
+        halves = [
+            torch.cat([part for head in zip(old.split(self.counts), new, strict=True) for part in head])
+            for old, new in ((self.keys, keys), (self.values, values))
+        ]
+        return LayerPrefix(halves[0], halves[1], None, tuple(count + keys.shape[1] for count in self.counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +103,12 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, prefix: LayerPrefix, start: int) -> None:
         super().__init__()
-        self.prefix_keys, self.prefix_values = prefix.keys.unsqueeze(0), prefix.values.unsqueeze(0)
-        self.start, self.window = start, prefix.window
+        self.prefix, self.start, self.window = prefix, start, prefix.window
         self.length = 0
         self.watch: Watch | None = None
         self.is_initialized = True
-        self.keys = self.prefix_keys[:, :, :0]  # suffix buffers (B, K, capacity, D), filled up to `length`
-        self.values = self.prefix_values[:, :, :0]
+        # suffix buffers (B, K, capacity, D), filled up to `length`
+        self.keys = self.values = prefix.keys.new_empty(1, prefix.heads, 0, prefix.keys.shape[-1])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: buffers grow on the first update."""
@@ -116,12 +155,12 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """Output, and log-sum-exp (B, H, T) over everything that the new tokens see."""
-        if self.window is not None and self.prefix_keys.shape[2] + key.shape[2] > self.window:
+        if self.window is not None and self.prefix.longest + key.shape[2] > self.window:
             return self._attend_window(query, key, value, mask, scale, softcap, self.window)
         suffix = self._attend_suffix(query, key, value, mask, scale, softcap)
-        if self.prefix_keys.shape[2] == 0:
+        if self.prefix.longest == 0:
             return suffix
-        return merge(attend_shared(query, self.prefix_keys, self.prefix_values, scale=scale, softcap=softcap), suffix)
+        return merge(attend_groups(query, self.prefix.groups, scale=scale, softcap=softcap), suffix)
 
     def _attend_suffix(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
@@ -141,9 +180,9 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         window: int,
     ) -> tuple[Tensor, Tensor]:
         """As `_attend` where some tokens are out of sight: a block of rows at a time over the keys that it can see."""
-        batch, before = query.shape[0], self.prefix_keys.shape[2]
-        keys = torch.cat([self.prefix_keys.expand(batch, -1, -1, -1), key], 2)
-        values = torch.cat([self.prefix_values.expand(batch, -1, -1, -1), value], 2)
+        batch, before = query.shape[0], self.prefix.longest
+        keys = torch.cat([self.prefix.keys.expand(batch, -1, -1, -1), key], 2)
+        values = torch.cat([self.prefix.values.expand(batch, -1, -1, -1), value], 2)
         rows, columns = self.suffix_positions(query.shape[2], key.shape[2], query.device)
         columns = torch.cat([torch.arange(-before, 0, device=query.device).expand(len(columns), -1), columns], 1)
         parts = []

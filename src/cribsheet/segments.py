@@ -185,6 +185,11 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     Raises `SheetError` for a sequential sheet that cannot be cut behind its head or before its guide.
     """
     made = sheet.manifest
+    if made.allocation == "adaptive":
+        raise SheetError(
+            "The heads of this sheet keep different numbers of tokens, so it cannot be taken apart; build it with "
+            "allocation='uniform'."
+        )
     independent = made.mode == "independent"
     layers = sheet.layers if independent else _cuttable(backbone, sheet)
     entries = made.segments if independent else [_whole(sheet)]

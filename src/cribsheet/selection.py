@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from cribsheet.errors import BudgetError
+
+# Whether all heads keep equally many tokens, or those that need more keep more.
+Allocation = Literal["uniform", "adaptive"]
+ABSENT = -2  # where a head has no token because another one keeps more
 
 
 def keep_top(scores: Tensor, budget: int) -> Tensor:
@@ -22,8 +29,32 @@ def keep_top(scores: Tensor, budget: int) -> Tensor:
     return order[..., :budget].sort(-1).values
 
 
+def keep_best(scores: Sequence[Tensor], budget: int, *, least: int, most: int) -> list[Tensor]:
+    """As `keep_top` for several layers (K, S) at once, where a head that needs more tokens gets more: (K, P) each.
+
+    All heads together keep `budget` tokens times their number, each between `least` and `most` of its best; the rest
+    goes to the highest scores wherever they are. Tokens stand in reading order behind as many -1 as a head keeps fewer
+    than the longest of its layer. Scores of minus infinity are never kept.
+    """
+    ranked = [torch.sort(layer, dim=-1, descending=True, stable=True) for layer in scores]
+    open_ = [layer.values[:, least:most] for layer in ranked]
+    free = sum(layer.shape[0] * (budget - least) for layer in scores)
+    best = torch.cat([layer.flatten() for layer in open_]).sort(descending=True, stable=True)
+    chosen = torch.zeros_like(best.values, dtype=torch.bool)
+    chosen[best.indices[:free]] = best.values[:free] > float("-inf")
+    found = []
+    for layer, part in zip(ranked, chosen.split([layer.numel() for layer in open_]), strict=True):
+        counts = least + part.view(layer.values.shape[0], -1).sum(-1)
+        longest = int(counts.max())
+        rank = torch.arange(longest, device=counts.device)
+        kept = layer.indices[:, :longest].masked_fill(rank >= counts.unsqueeze(-1), -1)
+        found.append(kept.sort(-1).values)
+    return found
+
+
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Pick tokens by head: (K, S) or (K, S, D) with indices (K, P) -> (K, P) or (K, P, D)."""
+    """Pick tokens by head: (K, S) or (K, S, D) with indices (K, P) -> (K, P) or (K, P, D), any where they are -1."""
+    indices = indices.clamp(min=0)
     if tokens.dim() == 2:
         return tokens.gather(1, indices)
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cribsheet.documents import Document
 from cribsheet.fingerprint import Fingerprint
+from cribsheet.selection import ABSENT, Allocation
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 
@@ -81,6 +82,7 @@ class Manifest(BaseModel):
     dtype: StorageDtype
     build: dict[str, Any]
     mode: Mode = "sequential"
+    allocation: Allocation = "uniform"
     document_rate: float | None = None
     segments: list[SegmentEntry] = []
     history: list[Change] = []
@@ -111,7 +113,7 @@ class Sheet:
         keys are not rotated yet, so that documents can come and go (`segments.py`).
     indices
         (F, K, P) int32, for the F layers that see everything: index in the corpus of each kept token, -1 for tokens
-        of the guide.
+        of the guide. A head that keeps fewer than P tokens has -2 in front of them.
     origins
         (U, 4) int32, ascending: corpus index of a kept token, number of its document (-1: none), first and
         last-plus-one character in the document's text.
@@ -126,9 +128,16 @@ class Sheet:
     texts: Sequence[str] = field(default=())
 
     @property
-    def tokens(self) -> int:
-        """Length of the prefix: kept tokens per layer and head, the guide included."""
+    def length(self) -> int:
+        """Positions that the sheet takes of the model's window: tokens of the head that keeps most, with the guide."""
         return self.indices.shape[2]
+
+    @property
+    def tokens(self) -> int:
+        """Kept tokens per layer and head, the guide included; the mean where heads keep different numbers."""
+        if self.manifest.allocation == "uniform":
+            return self.length
+        return round(float((self.indices != ABSENT).float().mean()) * self.length)
 
     @property
     def rate(self) -> float:

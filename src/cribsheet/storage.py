@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cribsheet.errors import SheetError
+from cribsheet.selection import ABSENT
 from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet
 from cribsheet.stored import StoredLayer
 
@@ -66,11 +67,14 @@ def load(path: str | Path) -> Sheet:
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     parts = _PARTS if manifest.dtype == "int8" else _PARTS[:2]
-    layers = [
-        StoredLayer(**{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts}, window=window)
-        for number, window in enumerate(manifest.fingerprint.windows)
-    ]
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
+    windows = manifest.fingerprint.windows
+    layers = [
+        StoredLayer(
+            **{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts}, window=window, counts=counts
+        )
+        for number, (window, counts) in enumerate(zip(windows, _counts(indices, windows), strict=True))
+    ]
     _check_shapes(path, manifest, layers, indices, origins)
     return Sheet(tuple(layers), indices, origins, manifest, _texts(tensors, manifest, path))
 
@@ -161,14 +165,27 @@ def _check_shapes(
     sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices.shape[-1]))
     for layer in layers if sound else ():
         tokens = _held(manifest, layer, indices.shape[-1])
+        vectors = (sum(layer.counts),) if layer.counts else (made.kv_heads, tokens)
+        sound = sound and (not layer.counts or manifest.allocation == "adaptive")
         for kept in (layer.keys, layer.values):
-            sound = sound and kept.shape == (made.kv_heads, tokens, made.head_size)
+            sound = sound and kept.shape == (*vectors, made.head_size)
             sound = sound and kept.dtype == getattr(torch, manifest.dtype)
         for scales in (layer.key_scales, layer.value_scales):
-            sound = sound and (scales is None or scales.shape == (made.kv_heads, tokens))
+            sound = sound and (scales is None or scales.shape == vectors)
     sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
     if not sound:
         raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")
+
+
+def _counts(indices: Tensor, windows: Sequence[int | None]) -> Iterator[tuple[int, ...]]:
+    """How many tokens each head of each layer keeps; nothing for layers whose heads all keep as many."""
+    rows = iter(indices if indices.dim() == 3 else ())
+    for window in windows:
+        kept = None if window is not None else next(rows, None)
+        if kept is None or not (kept == ABSENT).any():
+            yield ()
+        else:
+            yield tuple((kept != ABSENT).sum(-1).tolist())
 
 
 def _held(manifest: Manifest, layer: StoredLayer, tokens: int) -> int:

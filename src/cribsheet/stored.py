@@ -21,27 +21,31 @@ StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """Keys and values (K, P, D) of one layer on the CPU; scales (K, P) float32 if they are int8, none otherwise."""
+    """Keys and values (K, P, D) of one layer on the CPU; scales (K, P) float32 if they are int8, none otherwise.
+
+    Where heads keep different numbers of tokens, `counts`, they are (N, D) and (N,), one head behind the other.
+    """
 
     keys: Tensor
     values: Tensor
     window: int | None = None
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    counts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
         """A layer as it is stored."""
         if dtype != "int8":
             kept = getattr(torch, dtype)
-            return cls(layer.keys.to("cpu", kept), layer.values.to("cpu", kept), layer.window)
+            return cls(layer.keys.to("cpu", kept), layer.values.to("cpu", kept), layer.window, counts=layer.counts)
         (keys, key_scales), (values, value_scales) = quantize(layer.keys), quantize(layer.values)
-        return cls(keys, values, layer.window, key_scales, value_scales)
+        return cls(keys, values, layer.window, key_scales, value_scales, layer.counts)
 
     def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
         """The layer as attention reads it."""
         keys, values = (_restore(*half, device, dtype) for half in self._halves())
-        return LayerPrefix(keys, values, self.window)
+        return LayerPrefix(keys, values, self.window, self.counts)
 
     def part(self, first: int, last: int) -> Self:
         """Tokens `first` to `last` of the layer."""

@@ -32,6 +32,7 @@ from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
+from cribsheet.selection import Allocation
 from cribsheet.task import Task
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Method:
     scorer: str
     examples: bool = True
     guide: GuideMode = "dropped"
+    allocation: Allocation = "uniform"
 
 
 METHODS = (
@@ -274,7 +276,14 @@ def _answers(
 ) -> list[Row]:
     task = case.task if method.examples else Task(case.task.description)
     kb = CompressedKnowledgeLLM.build(
-        case.documents, task, model=model, rate=rate, scorer=method.scorer, guide=method.guide, seed=0
+        case.documents,
+        task,
+        model=model,
+        rate=rate,
+        scorer=method.scorer,
+        guide=method.guide,
+        allocation=method.allocation,
+        seed=0,
     )
     rows = []
     streams = [kb.stream(question, max_tokens=64) for question in case.questions]

@@ -61,6 +61,10 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
     ] = None,
+    allocation: Annotated[
+        Literal["uniform", "adaptive"] | None,
+        typer.Option(help="Whether heads that need more tokens may keep more.  [default: adaptive where possible]"),
+    ] = None,
     mode: Annotated[
         Literal["sequential", "independent"],
         typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
@@ -91,9 +95,8 @@ def build(
     from cribsheet.llm import CompressedKnowledgeLLM
 
     options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
-    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint, "mode": mode} | (
-        {"scorer": scorer} if scorer else {}
-    )
+    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint, "mode": mode}
+    options |= {"allocation": allocation} | ({"scorer": scorer} if scorer else {})
     model_options = {"device": device, "dtype": dtype, "revision": revision}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:

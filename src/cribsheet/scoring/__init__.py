@@ -11,6 +11,7 @@ from cribsheet.errors import CribsheetError
 from cribsheet.scoring.finch import Finch
 from cribsheet.scoring.floors import KeyNorm, Random, Recent
 from cribsheet.scoring.notes_attention import NotesAttention, NotesPeak
+from cribsheet.scoring.recall import Recall
 from cribsheet.scoring.reconstruction import Reconstruction
 from cribsheet.scoring.task_attention import TaskAttention, TaskPeak
 from cribsheet.scoring.view import LayerView, Scorer
@@ -18,6 +19,7 @@ from cribsheet.scoring.view import LayerView, Scorer
 __all__ = ["SCORERS", "LayerView", "Scorer", "make_scorer"]
 
 SCORERS: dict[str, Callable[[], Scorer]] = {
+    "recall": Recall,
     "notes": NotesAttention,
     "notes-peak": NotesPeak,
     "task": TaskAttention,

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-Guide = Literal["task", "notes", "repeat", "nothing"]
+Guide = Literal["task", "notes", "repeat", "notes and repeat", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Scorer(Protocol):
     """How much each cached token matters, per key/value head.
 
     `guide` says what is read after each chunk for this scorer: the task, the task with notes
-    that the model writes about the chunk, a repetition of the chunk, or nothing.
+    that the model writes about the chunk, a repetition of the chunk, both one after the other, or nothing.
     `pins_head` says whether the template's head (attention sinks among it) is always kept.
     """
 

@@ -1,0 +1,147 @@
+"""Adaptive allocation: heads that need more tokens keep more, and everything else is as it was."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION
+
+from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
+from cribsheet.attention import attend_groups, attend_plain
+from cribsheet.build import build_sheet
+from cribsheet.errors import BudgetError, SheetError
+from cribsheet.prefix import LayerPrefix
+from cribsheet.selection import ABSENT, keep_best
+
+BUILD = {"scorer": "reconstruction", "allocation": "adaptive", "chunk_tokens": 50}
+
+
+class OneHead:
+    """A scorer to which only the first head of the first layer matters, and in it everything."""
+
+    guide: ClassVar[str] = "nothing"
+    pins_head: ClassVar[bool] = True
+
+    def score(self, view):
+        scores = torch.zeros(view.keys.shape[:2])
+        scores[0] = float(view.layer == 0)
+        return scores
+
+
+def test_the_best_scores_stay_wherever_they_are():
+    first = torch.tensor([[9.0, 1, 8, 7], [0.1, 0.2, 0.3, 0.4]])
+    second = torch.tensor([[0.0, 0, 6, 0], [0.0, 0, 0, 0]])
+    kept = keep_best([first, second], 2, least=1, most=4)
+    assert kept[0].tolist() == [[0, 1, 2, 3], [-1, -1, 2, 3]]  # each head its best, then 8, 7, 1 and 0.3
+    assert kept[1].tolist() == [[2], [0]]
+
+
+def test_no_head_keeps_more_than_the_most_and_none_less_than_the_least():
+    scores = [torch.stack([torch.full((20,), 9.0), torch.zeros(20)]) for _ in range(2)]
+    kept = keep_best(scores, 6, least=2, most=8)
+    counts = [[int((head >= 0).sum()) for head in layer] for layer in kept]
+    assert [count[0] for count in counts] == [8, 8] and min(min(count) for count in counts) >= 2
+    assert sum(map(sum, counts)) == 4 * 6
+
+
+def test_what_is_absent_is_never_kept():
+    scores = torch.tensor([[float("-inf"), 1.0, 2.0], [5.0, 4.0, 3.0]])
+    (kept,) = keep_best([scores], 3, least=1, most=3)
+    assert kept.tolist() == [[-1, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_groups_of_heads_is_attention_with_the_absent_masked_out(dtype):
+    torch.manual_seed(1)
+    keys, values, q = torch.randn(3, 9, 8), torch.randn(3, 9, 8), torch.randn(2, 6, 5, 8)
+    absent = torch.arange(9) < torch.tensor([[0], [4], [7]])
+    layer = LayerPrefix.of(keys.to(dtype), values.to(dtype), absent)
+    assert layer.counts == (9, 5, 2) and layer.longest == 9 and layer.heads == 3
+    out, lse = attend_groups(q.to(dtype), layer.groups, scale=0.3)
+    mask = ~absent.repeat_interleave(2, 0)[None, :, None]  # (1, H, 1, P)
+    for head in range(6):
+        k, v = keys[None, head // 2, None], values[None, head // 2, None]
+        expected = attend_plain(q[:, head : head + 1], k, v, scale=0.3, mask=mask[:, head : head + 1])
+        close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+        torch.testing.assert_close(out[:, head : head + 1].float(), expected[0], **close)
+        torch.testing.assert_close(lse[:, head : head + 1].float(), expected[1], **close)
+
+
+def test_a_head_that_matters_keeps_everything_and_the_others_their_least(tiny):
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, scorer=OneHead(), allocation="adaptive", guide="dropped")
+    counts = (sheet.indices != ABSENT).sum(-1)
+    assert counts[0, 0] == counts.max() and counts[0, 0] > 3 * sheet.tokens
+    assert counts.flatten()[1:].max() < sheet.tokens
+    assert sheet.tokens == sheet.manifest.budget and sheet.length == counts.max()
+    heads = counts.numel()
+    assert int(counts.sum()) == sheet.manifest.budget * heads  # not a token more or less than uniform would keep
+    assert sheet.nbytes == build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, guide="dropped").nbytes
+
+
+def test_the_whole_corpus_in_one_head_looks_as_the_full_context_does_to_it(tiny):
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=tiny, rate=3, scorer=OneHead(), allocation="adaptive", guide="dropped"
+    )
+    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1, scorer="recent")
+    whole, mine = full.prefix.layers[0].groups[0], kb.prefix.layers[0].groups[0]
+    torch.testing.assert_close(mine[0][0], whole[0][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(mine[1][0], whole[1][0])
+
+
+@pytest.mark.parametrize("guide", ["resident", "dropped"])
+def test_asking_twice_streaming_and_batches_give_the_same(family, guide):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=family, rate=2, guide=guide, **BUILD)
+    questions = [QUESTION, "Where does Clara Berg live? Say it slowly.", "Who?"]
+    alone = [kb.ask(question, max_tokens=12, logprobs=0) for question in questions]
+    streams = [kb.stream(question, max_tokens=12, logprobs=0) for question in questions]
+    for stream, expected in zip(streams, alone, strict=True):
+        assert "".join(stream) == expected.text
+        got, wanted = ([token.logprob for token in answer.logprobs] for answer in (stream.answer, expected))
+        assert got == pytest.approx(wanted, abs=1e-3)
+    assert alone[0].sources and {source.document_id for source in alone[0].sources} <= {d.id for d in DOCUMENTS}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_save_then_load_is_bit_equal(tiny, tmp_path, dtype):
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype, **BUILD)
+    loaded = load_sheet(save_sheet(sheet, tmp_path / "staff.sheet"))
+    assert loaded.manifest == sheet.manifest and torch.equal(loaded.indices, sheet.indices)
+    assert any(layer.counts for layer in loaded.layers) and loaded.nbytes == sheet.nbytes
+    for mine, theirs in zip(sheet.layers, loaded.layers, strict=True):
+        assert mine.counts == theirs.counts
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+    first, second = (CompressedKnowledgeLLM(tiny, each).ask(QUESTION, max_tokens=8).text for each in (sheet, loaded))
+    assert first == second
+
+
+def test_an_interrupted_build_goes_on_bit_for_bit(tiny, tmp_path):
+    whole = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, **BUILD)
+
+    def stop(done, total):
+        if 0 < done < total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, progress=stop, checkpoint=tmp_path / "part", **BUILD)
+    resumed = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, checkpoint=tmp_path / "part", **BUILD)
+    assert torch.equal(resumed.indices, whole.indices)
+    for mine, theirs in zip(whole.layers, resumed.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+def test_room_is_what_the_longest_head_leaves(tiny):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=4, scorer=OneHead(), allocation="adaptive")
+    assert kb.room == tiny.window - kb.sheet.length < tiny.window - kb.sheet.tokens
+
+
+def test_an_unknown_allocation_is_refused_by_name(tiny):
+    with pytest.raises(BudgetError, match="allocation is 'fair'; use uniform, adaptive"):
+        build_sheet(tiny, DOCUMENTS, FEW_SHOT, allocation="fair")
+
+
+def test_such_a_sheet_cannot_be_taken_apart(tiny):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=3, **BUILD)
+    with pytest.raises(SheetError, match="different numbers of tokens"):
+        kb.combine(kb)
