@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import queue
+from itertools import pairwise
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ def test_passages_grow_around_the_places_that_were_looked_at_and_do_not_overlap(
     assert sum(part.weight for part in parts) == pytest.approx(1, abs=1e-5)
     assert [part.weight for part in parts] == sorted((part.weight for part in parts), reverse=True)
     places = sorted((part.document_id, part.start, part.stop) for part in parts)
-    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(places)) and len(places) > 5
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(places)) and len(places) > 5
     with pytest.raises(RequestError, match="characters is 0"):
         kb.passages(QUESTION, characters=0)
     with pytest.raises(RequestError, match="leaves"):

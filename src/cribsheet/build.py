@@ -37,8 +37,8 @@ Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
-DEFAULT_SCORER = "notes"
-DEFAULT_ALLOCATION: Allocation = "uniform"
+DEFAULT_ALLOCATION: Allocation = "adaptive"
+DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "notes"}  # the best of each in the bench
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
@@ -108,7 +108,7 @@ def build_sheet(
     *,
     rate: float | None = None,
     budget: int | None = None,
-    scorer: str | Scorer = DEFAULT_SCORER,
+    scorer: str | Scorer | None = None,
     guide: GuideMode = "auto",
     chunk_tokens: int | None = None,
     system: str = "",
@@ -123,7 +123,7 @@ def build_sheet(
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
     scorer
-        a name from `SCORERS`, or an object of your own with a `score` method.
+        a name from `SCORERS`, or an object of your own with a `score` method; by default the best for the allocation.
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
@@ -150,6 +150,7 @@ def build_sheet(
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     usual: Allocation = "uniform" if mode == "independent" else DEFAULT_ALLOCATION
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation or usual)
+    scorer = DEFAULT_SCORERS[budgets.allocation] if scorer is None else scorer
     if mode == "independent":
         if budgets.allocation != "uniform":
             raise BudgetError(
@@ -241,7 +242,7 @@ def plan(
     task: Task,
     budgets: Budgets,
     *,
-    scorer: str | Scorer = DEFAULT_SCORER,
+    scorer: str | Scorer,
     seed: int = 0,
 ) -> Plan:
     """Everything that can be refused is refused here, before any work starts."""

@@ -90,7 +90,7 @@ class Knowledge:
         """The model with its sheet, loaded now if it was not yet."""
         with self._opening:
             if self._opened is None:
-                self._opened = CompressedKnowledgeLLM.load(self._sheet, model=self._model, **self._options)
+                self._opened = CompressedKnowledgeLLM.load(self._path, model=self._model, **self._options)
                 self._manifest = self._opened.sheet.manifest
             return self._opened
 
@@ -98,8 +98,13 @@ class Knowledge:
     def manifest(self) -> Manifest:
         """What the sheet was made with; read from the file without loading anything else."""
         if self._manifest is None:
-            self._manifest = read_manifest(self._sheet)
+            self._manifest = read_manifest(self._path)
         return self._manifest
+
+    @property
+    def _path(self) -> str:
+        """The file that was meant when this was made, wherever the process works now."""
+        return self.spec[0] if Path(self.spec[0]).exists() else self._sheet
 
     def __copy__(self) -> Knowledge:
         """Itself: copies of LangChain's objects share what is loaded."""

@@ -71,7 +71,9 @@ def measure(model: LoadedModel, worlds: int, tokens: int, rates: Sequence[float]
         task = Task("Answer questions about the documents.", tuple((q.text, q.answer) for q in shown))
         documents = [Document(each.text, each.id) for each in world.documents]
         for rate in rates:
-            kb = CompressedKnowledgeLLM.build(documents, task, rate=rate, scorer=scorer, model=model)
+            kb = CompressedKnowledgeLLM.build(
+                documents, task, rate=rate, scorer=scorer, allocation="uniform", model=model
+            )
             for q in asked:
                 yield _signals(kb, Asked(q.text, (q.answer,), q.kind), number, rate)
             kb.close()

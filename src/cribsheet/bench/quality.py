@@ -64,6 +64,10 @@ class Method:
 
 
 METHODS = (
+    Method("few-shot, recall", "recall", allocation="adaptive"),
+    Method("zero-shot, recall", "recall", examples=False, allocation="adaptive"),
+    Method("few-shot, notes, adaptive", "notes-peak", allocation="adaptive"),
+    Method("reconstruction, adaptive", "reconstruction", allocation="adaptive"),
     Method("few-shot, notes", "notes"),
     Method("zero-shot, notes", "notes", examples=False),
     Method("few-shot", "task"),

@@ -35,7 +35,7 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="notes (default), notes-peak, task, finch, task-peak, reconstruction, key-norm, recent or random.",
+            help="recall (default), notes, notes-peak, task, task-peak, finch, reconstruction or a floor.",
         ),
     ] = None,
     guide: Annotated[
