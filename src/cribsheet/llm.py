@@ -184,18 +184,20 @@ class CompressedKnowledgeLLM:
             pass
         return stream.answer
 
-    def astream(self, question: Question, **sampling: Any) -> AsyncAnswerStream:
+    def astream(
+        self, question: Question, *, loop: asyncio.AbstractEventLoop | None = None, **sampling: Any
+    ) -> AsyncAnswerStream:
         """`stream` for `async for` and `async with`; must be called inside a running event loop.
 
         The first question puts the sheet on the device, which happens in a thread of its own; what goes wrong then is
-        raised by the stream.
+        raised by the stream. With `loop`, the one where it will be read, it may be called from any other thread, which
+        then does all of the preparing.
         """
-        loop = asyncio.get_running_loop()
-        stream = AsyncAnswerStream(*self._ask_request(question, sampling), loop)
-        if self._prefix is not None:
+        stream = AsyncAnswerStream(*self._ask_request(question, sampling), loop or asyncio.get_running_loop())
+        if loop is not None or self._prefix is not None:
             self._submit(stream)
         else:
-            loop.run_in_executor(None, self._submit_later, stream)
+            asyncio.get_running_loop().run_in_executor(None, self._submit_later, stream)
         return stream
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = 3) -> list[Source]:

@@ -35,6 +35,11 @@ class Stream:
             raise RequestError("The answer is not finished; read the stream to its end first.")
         return self._answer
 
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the tokens that were read so far, if they were asked for."""
+        return tuple(self._logprobs)
+
     def cancel(self) -> None:
         """Stop within one token; the stream then ends with finish reason "cancelled"."""
         self.request.cancel()
