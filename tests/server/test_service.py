@@ -64,6 +64,12 @@ def as_holder(live, key):
     return live.http(headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
+def posted(body, length):
+    """A request as bytes, whose body may be shorter than it says."""
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    return "\r\n".join([*head, f"Content-Length: {length}", "", ""]).encode() + body
+
+
 def wait_until(true, seconds=30):
     until = time.monotonic() + seconds
     while not true():
@@ -161,7 +167,8 @@ def test_the_gate_refuses_what_is_too_much():
 def test_a_full_server_says_when_to_come_again(sheets):
     with serving(_shared(sheets), max_answers=2, max_answers_per_caller=2) as live, live.http() as http:
         with http.stream("POST", "/v1/chat/completions", json={**LONG, "n": 2, "stream": True}) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # httpx closes the connection with it
+            next(lines)
             refused = live.post(**ASK)
             assert refused.status_code in (429, 503) and int(refused.headers["retry-after"]) >= 1
             assert live.http().get("/health").status_code == 200
@@ -175,9 +182,8 @@ def test_a_caller_who_leaves_frees_the_engine(live, stream):
     engine = desk.shelf["noise"].kb._loaded.engine
     host, port = live.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(head.encode() + body)
+        raw.sendall(posted(body, len(body)))
         wait_until(lambda: engine._started())
     wait_until(lambda: not engine._started() and desk.gate.in_flight == 0, seconds=10)
 
@@ -186,11 +192,10 @@ def test_a_reader_who_takes_nothing_is_let_go(sheets):
     with serving(_shared(sheets), send_seconds=0.5) as live:
         host, port = live.url.removeprefix("http://").split(":")
         body = json.dumps({**LONG, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.socket() as raw:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             raw.connect((host, int(port)))
-            raw.sendall(head.encode() + body)
+            raw.sendall(posted(body, len(body)))
             wait_until(lambda: live.app.state.desk.gate.in_flight == 8)
             wait_until(lambda: live.app.state.desk.gate.in_flight == 0, seconds=60)
         assert live.post(**ASK).status_code == 200
@@ -205,9 +210,7 @@ def test_limits_of_size_and_time_have_their_own_status(sheets):
         assert "answer_timeout" in lines[-1]
         host, port = live.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
-            )
+            slow.sendall(posted(b"{", 50))
             assert b"408" in slow.recv(4096)
 
 
@@ -258,12 +261,13 @@ def test_texts_are_logged_on_request(sheets, caplog):
 
 
 def test_a_failure_is_logged_without_its_message_and_told_without_details(live, caplog):
+    quoted = " ".join(("my", "secret"))
     try:
-        raise ValueError("quotes my secret")
+        raise ValueError(quoted)
     except ValueError as error:
         record = logging.LogRecord("x", logging.ERROR, "x", 1, "failure", (), (ValueError, error, error.__traceback__))
     line = json.loads(JsonLines().format(record))
-    assert line["exception"] == "ValueError" and line["traceback"] and "secret" not in json.dumps(line)
+    assert line["exception"] == "ValueError" and line["traceback"] and quoted not in json.dumps(line)
 
 
 def test_metrics_count_in_prometheus_form(live):

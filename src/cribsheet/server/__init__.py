@@ -2,7 +2,8 @@
 
 A request's way: `frame.py` (id, size, time limits, log line) → `routes.py` and `auth.py` (whose key) → `protocol.py`
 (what is asked) → `desk.py` and `limits.py` (whether there is room) → `asking.py` (as settings of the library) →
-`writing.py` (its answers while they are written) → `replies.py` and `streaming.py` (what goes back). Needs the extra: `pip install 'cribsheet[server]'`.
+`writing.py` (its answers while they are written) → `replies.py` and `streaming.py` (what goes back).
+Needs the extra: `pip install 'cribsheet[server]'`.
 """
 
 from __future__ import annotations

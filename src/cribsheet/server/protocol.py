@@ -156,7 +156,7 @@ class Asked(_Strict):
     @classmethod
     def _is_text(cls, data: Any) -> Any:
         try:
-            json.dumps(data, ensure_ascii=False).encode()
+            json.dumps(data, ensure_ascii=False, default=repr).encode()
         except UnicodeEncodeError:
             raise ValueError("it holds half a surrogate pair, which is no text; repair the encoding.") from None
         return data
