@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import random_sheet, says, serving
+from live import random_sheet, says, serving
 
 from cribsheet.cli import run
 from cribsheet.errors import RequestError, SheetError

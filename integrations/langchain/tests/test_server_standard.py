@@ -36,6 +36,8 @@ def url(place: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")  # openai-python's own
+@pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema:UserWarning")
 class TestChatOpenAI(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
     def _where(self, url: str) -> None:

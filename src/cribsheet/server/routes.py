@@ -21,7 +21,7 @@ from cribsheet.server.shelf import Served
 OPEN_ROUTES = ("/health",)  # need no key
 _ALWAYS = (400, 408, 413, 421, 500)
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
-_TEXT = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 router = APIRouter()
 
