@@ -128,7 +128,9 @@ def test_a_crowd_leaves_nothing_behind_and_mixes_nothing_up(times):
             time.sleep(0.1)
         time.sleep(2)
         grown = memory() - memory_before
-        print(f"{whole} answers, {left} left; memory grew by {grown / 1e6:.1f} MB; {len(alone)} kinds of answers")
+        logging.getLogger(__name__).warning(
+            "%s", f"{whole} answers, {left} left; memory grew by {grown / 1e6:.1f} MB; {len(alone)} kinds of answers"
+        )
         assert whole > 20 and left > 5
         assert threading.active_count() <= threads_before + 1
         assert grown < 40e6

@@ -84,7 +84,7 @@ def serving(sheets, keys=None, **settings) -> Iterator[Live]:
 def says(answer: str) -> CompressedKnowledgeLLM:
     """A sheet whose model always answers so."""
     return CompressedKnowledgeLLM.build(
-        STAFF, "Where do people live?", model=echo_backbone(answer), rate=2, scorer="recent"
+        STAFF, "Where do people live?", model=echo_backbone(answer), rate=2, scorer="random"
     )
 
 
