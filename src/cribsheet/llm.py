@@ -26,6 +26,7 @@ from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
+from cribsheet.registry import resolve
 from cribsheet.sampling import SamplingParams
 from cribsheet.sheet import Sheet
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
@@ -85,8 +86,11 @@ class CompressedKnowledgeLLM:
     def load(
         cls, path: str | Path, *, model: str | Path | Backbone | LoadedModel | None = None, **model_options: Any
     ) -> Self:
-        """Open a sheet file, with the model that made it or the one given; both must be the same weights."""
-        sheet = storage.load(path)
+        """Open a sheet, with the model that made it or the one given; both must be the same weights.
+
+        `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `registry.py`).
+        """
+        sheet = storage.load(resolve(path))
         made = sheet.manifest.fingerprint
         if model is None:
             model = made.model

@@ -48,7 +48,7 @@ def create_app(shelf: Shelf, *, keys: Keyring | None = None, settings: ServerSet
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        shelf.close()
+        desk.close()
 
     app = FastAPI(title="cribsheet", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.desk, app.state.keys, app.state.metrics = desk, keys, metrics

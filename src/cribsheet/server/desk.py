@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -22,6 +24,9 @@ from cribsheet.server.shelf import Served, Shelf
 from cribsheet.server.streaming import ReaderLeft, while_connected
 from cribsheet.server.writing import Piece, Writing
 
+T = TypeVar("T")
+_THREADS = 4  # that prepare questions: templates, tokens, grammars
+
 
 class Desk:
     """The sheets of a server with its limits."""
@@ -30,6 +35,16 @@ class Desk:
         self.shelf, self.settings = shelf, settings
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="cribsheet-desk")
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do what takes a while without holding up the others."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Close the sheets; running answers end."""
+        self.shelf.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def find(self, name: str, caller: Caller, record: Record) -> Served:
         """A sheet that the caller may ask. Raises `Refusal` in the same words for one that is not there."""
@@ -52,7 +67,7 @@ class Desk:
         record = record_of(request)
         record.facts |= log_facts(body)
         record.cleanup.callback(self.gate.enter(caller.name, answers))
-        prepared = await asyncio.to_thread(asks)
+        prepared = await self.in_thread(asks)
         if self.settings.log_text:
             record.facts["question"] = prepared[0].question
         return Answers(self, request, served, body, prepared)
@@ -60,7 +75,7 @@ class Desk:
     async def evidence(self, served: Served, ask: Ask, answer: Answer, limit: int) -> Extended:
         """Where in the documents the answer looked."""
         async with self._tracing:
-            found = await asyncio.to_thread(served.kb.sources, ask.question, answer, limit=limit)
+            found = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
         shown = evidence(found)
         if not self.settings.show_documents:
             for each in shown.sources:
@@ -99,7 +114,10 @@ class Answers:
 
     async def _pieces(self) -> AsyncIterator[tuple[Piece, Extended | None]]:
         record = self._record
-        writing = await Writing.begin(self.served.kb, self._asks, record)
+        writing = Writing()
+        record.cleanup.callback(writing.stop)
+        loop = asyncio.get_running_loop()
+        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop))
         async for piece in writing.pieces():
             record.begin_text()
             extended = None

@@ -10,7 +10,6 @@ from cribsheet.answer import Answer
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.sampling import TokenLogprob
 from cribsheet.server.asking import Ask
-from cribsheet.server.record import Record
 from cribsheet.server.refusals import Refusal, refusal_of
 from cribsheet.streams import AsyncAnswerStream
 
@@ -28,26 +27,25 @@ class Piece:
 class Writing:
     """Answers that are being written. `stop` ends the work within one token; safe to call at any time."""
 
-    def __init__(self, streams: Sequence[AsyncAnswerStream]) -> None:
-        self._streams = streams
+    def __init__(self) -> None:
+        self._streams: list[AsyncAnswerStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self._stopped = False
 
-    @classmethod
-    async def begin(cls, kb: CompressedKnowledgeLLM, asks: Sequence[Ask], record: Record) -> Writing:
-        """Hand the questions to the engine; they are prepared in a thread, for that may take a while."""
-        loop = asyncio.get_running_loop()
-        writing = cls([])
-        record.cleanup.callback(writing.stop)
+    def begin(self, kb: CompressedKnowledgeLLM, asks: Sequence[Ask], loop: asyncio.AbstractEventLoop) -> None:
+        """Hand the questions to the engine; called in a thread, for that may take a while.
 
-        def prepare() -> list[AsyncAnswerStream]:
-            return [kb.astream(ask.question, loop=loop, **ask.settings) for ask in asks]
-
+        Raises `Refusal` for what cannot be answered.
+        """
         try:
-            writing._streams = await asyncio.to_thread(prepare)
+            for ask in asks:
+                self._streams.append(kb.astream(ask.question, loop=loop, **ask.settings))
         except Exception as error:
-            raise refusal_of(error) if not isinstance(error, Refusal) else error from error
-        return writing
+            refusal = refusal_of(error)
+            raise (error if refusal.status == 500 else refusal) from error
+        if self._stopped:
+            self.stop()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Pieces of all answers until each had its last. Raises `Refusal` for whatever goes wrong."""
@@ -70,6 +68,7 @@ class Writing:
 
     def stop(self) -> None:
         """Nobody waits any more."""
+        self._stopped = True
         for stream in self._streams:
             stream.cancel()
         for task in self._tasks:
