@@ -84,7 +84,10 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 operation["security"] = [{"key": []}]
     for name in ("HTTPValidationError", "ValidationError"):
         parts.get("schemas", {}).pop(name, None)
-    if app.state.keys is not None:
+    if app.state.keys is None:  # with keys, not everybody may know the names
+        for name in ("ChatRequest", "CompletionRequest"):
+            parts["schemas"][name]["properties"]["model"]["enum"] = list(app.state.desk.shelf)
+    else:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     app.openapi_schema = described
     return described
