@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test oldest support check format lint types docs slow quality connectivity certainty memory throughput \
-	living evidence routing pocket clean
+.PHONY: demo test oldest support check format lint types docs slow reliability page quality connectivity certainty \
+	memory throughput living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -20,7 +20,7 @@ demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sour
 	$(RUN)/cribsheet demo
 
 test: $(READY)  ## every test that fits into CI
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow and not reliability"
 
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
@@ -29,7 +29,7 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
-	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow" $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow and not reliability" $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
@@ -67,6 +67,12 @@ pocket: $(READY)  ## train the pocket model again: make pocket WIKI=wiki.txt.xz 
 
 slow: $(READY)  ## the long proofs
 	$(RUN)/python -m pytest -m slow
+
+reliability: $(READY)  ## damage, crashes and crowds: make reliability [SEED=1] [SHARE=0.1 for a tenth of it]
+	CRIBSHEET_SEED=$(or $(SEED),0) CRIBSHEET_SHARE=$(or $(SHARE),1) $(RUN)/python -m pytest -m reliability -rs tests/reliability tests/server
+
+page: $(READY)  ## the server's page in a real headless Chromium
+	$(RUN)/python -m pytest -m reliability -rs tests/server/test_page.py
 
 check: format lint types test docs  ## everything CI asks for
 

@@ -156,6 +156,20 @@ def test_a_question_cancelled_in_the_middle_of_the_queue_leaves_the_others_waiti
     assert [events[-1].reason for _, events in waiting] == ["length"] * 3 + ["cancelled", "length"]
 
 
+def test_of_two_that_ask_the_same_the_one_that_is_cancelled_leaves_the_queue(kb):
+    engine = Engine(kb.backbone, max_batch=1)
+    running, _ = ask(kb, max_tokens=500)
+    (first, _), (second, events) = ask(kb), ask(kb)
+    queue(engine, running)
+    engine.step()
+    queue(engine, first, second)
+    second.cancel()
+    engine.step()
+    assert events == [Finished("cancelled", 0)] and [each for each in engine._waiting if each is first]
+    running.cancel()
+    run(engine)
+
+
 def test_a_question_whose_time_is_up_is_told_so_whether_it_waits_is_read_or_runs(kb):
     engine = Engine(kb.backbone, max_batch=2)
     running, running_events = ask(kb, max_tokens=500)

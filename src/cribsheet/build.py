@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +102,22 @@ class Plan:
         return {**made, "dtype": str(backbone.dtype)}
 
 
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """Torch and Python say in many ways that memory ran out; callers hear it in one, with the way out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not known:
+            raise
+        raise BudgetError(
+            f"Memory ran out while the corpus was read ({' '.join(str(error).split())[:200]}); lower chunk_tokens or "
+            "the budget, or build on a larger machine. With a checkpoint, the build goes on where it was."
+        ) from error
+
+
+@_memory_told()
 def build_sheet(
     backbone: Backbone,
     documents: Sequence[Document],

@@ -31,6 +31,7 @@ from cribsheet.hybrid import SETTINGS, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
 from cribsheet.passages import with_passages
 from cribsheet.prefix import Prefix
+from cribsheet.registry import resolve
 from cribsheet.retrieval import BM25Retriever
 from cribsheet.sampling import SamplingParams
 from cribsheet.segments import sheet_layers
@@ -101,8 +102,11 @@ class CompressedKnowledgeLLM:
     def load(
         cls, path: str | Path, *, model: str | Path | Backbone | LoadedModel | None = None, **model_options: Any
     ) -> Self:
-        """Open a sheet file, with the model that made it or the one given; both must be the same weights."""
-        sheet = storage.load(path)
+        """Open a sheet, with the model that made it or the one given; both must be the same weights.
+
+        `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `registry.py`).
+        """
+        sheet = storage.load(resolve(path))
         made = sheet.manifest.fingerprint
         if model is None:
             model = made.model
@@ -144,7 +148,7 @@ class CompressedKnowledgeLLM:
     def _become(self, sheet: Sheet) -> Self:
         """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
         with self._lock:
-            self.sheet, self._prefix = sheet, None
+            self.sheet, self._prefix, self._bm25 = sheet, None, None
         return self
 
     def close(self) -> None:
@@ -274,21 +278,24 @@ class CompressedKnowledgeLLM:
                 await stream.aclose()
         return [stream.answer for stream in streams]
 
-    def astream(self, question: Question | Prepared, **sampling: Any) -> AsyncAnswerStream:
+    def astream(
+        self, question: Question | Prepared, *, loop: asyncio.AbstractEventLoop | None = None, **sampling: Any
+    ) -> AsyncAnswerStream:
         """`stream` for `async for` and `async with`; must be called inside a running event loop.
 
         The first question puts the sheet on the device, which happens in a thread of its own; what goes wrong then is
-        raised by the stream.
+        raised by the stream. With `loop`, the one where it will be read, it may be called from any other thread, which
+        then does all of the preparing.
         """
-        loop = asyncio.get_running_loop()
         retrieval, rest = Retrieval.taken_from(sampling)
-        stream = AsyncAnswerStream(*self.prepare(question, **rest), loop)
+        stream = AsyncAnswerStream(*self.prepare(question, **rest), loop or asyncio.get_running_loop())
         if retrieval is not None:
-            stream.work = loop.create_task(begin_later(self, stream, _unprepared(question), retrieval, rest))
-        elif self._prefix is not None:
+            work = begin_later(self, stream, _unprepared(question), retrieval, rest)
+            stream.work = asyncio.run_coroutine_threadsafe(work, loop) if loop else asyncio.create_task(work)
+        elif loop is not None or self._prefix is not None:
             self._submit(stream)
         else:
-            loop.run_in_executor(None, self._submit_later, stream)
+            asyncio.get_running_loop().run_in_executor(None, self._submit_later, stream)
         return stream
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:

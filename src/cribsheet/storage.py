@@ -24,6 +24,7 @@ from cribsheet.errors import SheetError
 from cribsheet.selection import ABSENT
 from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet
 from cribsheet.stored import StoredLayer
+from cribsheet.task import Task
 
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
@@ -121,18 +122,31 @@ def read_manifest(path: str | Path) -> Manifest:
     if _MANIFEST not in metadata:
         raise SheetError(f"{str(path)!r} is a safetensors file but not a sheet: it has no cribsheet manifest.")
     try:
-        raw: dict[str, Any] = json.loads(metadata[_MANIFEST])
+        raw: dict[str, Any] = json.loads(metadata[_MANIFEST], object_pairs_hook=_unique)
+        json.dumps(raw, ensure_ascii=False).encode()  # escapes may stand for what is no text
         if raw.get("format") != FORMAT_VERSION:
             raise SheetError(
                 f"{str(path)!r} has sheet format {raw.get('format')!r}, but this version reads format "
                 f"{FORMAT_VERSION}; build the sheet again or use the cribsheet version that made it "
                 f"({raw.get('cribsheet', 'unknown')})."
             )
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
+        Task.from_dict(manifest.task)
+        if not all(document.id.strip() for document in manifest.documents):
+            raise ValueError("a document has no id")
+        return manifest
     except SheetError:
         raise
     except (ValueError, RecursionError, AttributeError) as error:  # ValidationError is a ValueError
         raise SheetError(f"{str(path)!r} has a damaged manifest: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ; of two with one name, readers may see one or the other."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return made
 
 
 def _entry(tensors: dict[str, Tensor], name: str, path: str | Path) -> Tensor:
@@ -146,6 +160,7 @@ def _texts(tensors: dict[str, Tensor], manifest: Manifest, path: str | Path) -> 
         return ()
     try:
         texts = json.loads(bytes(tensors["texts"].numpy()))
+        json.dumps(texts, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise SheetError(f"{str(path)!r} has damaged texts: {error}; build the sheet again.") from error
     sizes = [len(text) for text in texts if isinstance(text, str)] if isinstance(texts, list) else []

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Literal, Self
 
@@ -42,6 +43,11 @@ class Stream:
         if self._answer is None:
             raise RequestError("The answer is not finished; read the stream to its end first.")
         return self._answer
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the tokens that were read so far, if they were asked for."""
+        return tuple(self._logprobs)
 
     def cancel(self) -> None:
         """Stop within one token; the stream then ends with finish reason "cancelled"."""
@@ -131,7 +137,7 @@ class AsyncAnswerStream(Stream):
 
     def __init__(self, request: Request, toolbox: Toolbox | None, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(request, toolbox)
-        self.work: asyncio.Task[None] | None = None  # what is done before the question can be asked
+        self.work: asyncio.Task[None] | Future[None] | None = None  # what is done before the question can be asked
         self._events = events = asyncio.Queue[Event]()
         request.sink = lambda event: _hand_over(loop, events, event)
 

@@ -1,4 +1,4 @@
-"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `compare`, `demo`, and four verbs that change a sheet.
+"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `serve`, `compare`, `demo`, and verbs for sheets.
 
 Answers and results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 misuse (wrong arguments or
 unusable input), 130 and 143 interrupted. torch is imported inside commands only, so that `--help` is instant.
@@ -20,6 +20,8 @@ from cribsheet.cli.console import Debug, Verbose, guarded
 from cribsheet.cli.demonstrating import demo
 from cribsheet.cli.inspecting import inspect
 from cribsheet.cli.reading import ask, chat
+from cribsheet.cli.serving import serve
+from cribsheet.cli.sharing import pull, push
 
 app = typer.Typer(
     name="cribsheet",
@@ -29,7 +31,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (build, ask, chat, inspect, extend, replace, remove, merge, compare, demo):
+for _command in (
+    build,
+    ask,
+    chat,
+    inspect,
+    extend,
+    replace,
+    remove,
+    merge,
+    compare,
+    serve,
+    push,
+    pull,
+    demo,
+):
     app.command()(_command)
 
 

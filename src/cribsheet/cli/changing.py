@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cribsheet.cli.building import check_output
-from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misuse, quiet_libraries, say, say_json
 from cribsheet.cli.progress import build_progress
 from cribsheet.cli.reading import Dtype, Model, SheetFile
 
@@ -111,13 +111,15 @@ def merge(
 
 
 def _change(
-    file: Path,
+    file: str,
     output: Path | None,
     model: tuple[str | None, str | None, str | None, str | None],
     as_json: bool,
     change: Callable[[CompressedKnowledgeLLM, Progress | None], object],
 ) -> None:
-    target = output or file
+    if output is None and ("://" in file or "#" in file) and not Path(file).exists():
+        misuse(f"{file} is not a file here that could be replaced; say with --output where to write")
+    target = output or Path(file)
     check_output(target, force=output is None)
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM

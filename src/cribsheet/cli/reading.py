@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from cribsheet.llm import CompressedKnowledgeLLM
     from cribsheet.retrieval import Passage
 
-SheetFile = Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")]
+SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
 Model = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The model, if it is no longer where the sheet was made.")
 ]
@@ -145,7 +144,7 @@ def source_lines(sources: list[Source]) -> list[str]:
 
 
 def _load(
-    file: Path, model: str | None, device: str | None, dtype: str | None, revision: str | None
+    file: str, model: str | None, device: str | None, dtype: str | None, revision: str | None
 ) -> CompressedKnowledgeLLM:
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM

@@ -1,0 +1,93 @@
+"""The app: sheets, keys and limits behind the routes, and the page for people."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import Response
+
+from cribsheet import __version__
+from cribsheet.errors import RequestError
+from cribsheet.server.auth import Keyring
+from cribsheet.server.desk import Desk
+from cribsheet.server.frame import Frame
+from cribsheet.server.metrics import Gauge, Metrics
+from cribsheet.server.refusals import install
+from cribsheet.server.routes import OPEN_ROUTES, router
+from cribsheet.server.settings import ServerSettings
+from cribsheet.server.shelf import Shelf
+
+_PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+)
+
+
+def create_app(shelf: Shelf, *, keys: Keyring | None = None, settings: ServerSettings | None = None) -> FastAPI:
+    """An ASGI app that answers from the sheets of a shelf, and closes it when it ends.
+
+    Without `keys` everybody may ask everything. Raises `RequestError` for keys to sheets that are not there.
+    """
+    for caller in keys.callers if keys else ():
+        unknown = (caller.sheets or frozenset()) - set(shelf)
+        if unknown:
+            raise RequestError(
+                f"The key {caller.name!r} is for the sheets {', '.join(sorted(unknown))}, not served here."
+            )
+    desk = Desk(shelf, settings or ServerSettings())
+    metrics = Metrics(
+        Gauge("cribsheet_answers_in_flight", "Answers being written or waiting.", lambda: {(): desk.gate.in_flight}),
+        Gauge("cribsheet_sheet_tokens", "Length of each sheet.", lambda: _sheet_tokens(shelf)),
+    )
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        desk.close()
+
+    app = FastAPI(title="cribsheet", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.state.desk, app.state.keys, app.state.metrics = desk, keys, metrics
+    app.add_middleware(Frame, settings=desk.settings, metrics=metrics)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    install(app)
+    app.include_router(router)
+    for name, kind in _PAGE.items():
+        text = files("cribsheet.server").joinpath("page", name).read_text(encoding="utf-8")
+        app.add_api_route("/" if name == "page.html" else f"/{name}", _asset(text, kind), include_in_schema=False)
+    return app
+
+
+def _asset(text: str, kind: str) -> Callable[[], Response]:
+    headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
+    return lambda: Response(text, media_type=kind, headers=headers)
+
+
+def _sheet_tokens(shelf: Shelf) -> dict[tuple[tuple[str, str], ...], float]:
+    return {(("sheet", name),): served.kb.sheet.tokens for name, served in shelf.items()}
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The API's description: invalid requests get 400, not FastAPI's 422; keys are needed where there are any."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    parts = described.setdefault("components", {})
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if app.state.keys is not None and path not in OPEN_ROUTES:
+                operation["security"] = [{"key": []}]
+    for name in ("HTTPValidationError", "ValidationError"):
+        parts.get("schemas", {}).pop(name, None)
+    if app.state.keys is None:  # with keys, not everybody may know the names
+        for name in ("ChatRequest", "CompletionRequest"):
+            parts["schemas"][name]["properties"]["model"]["enum"] = list(app.state.desk.shelf)
+    else:
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    app.openapi_schema = described
+    return described

@@ -1,0 +1,118 @@
+"""What a request asks, as questions and settings of the library."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cribsheet.grammar import Grammar
+from cribsheet.llm import CompressedKnowledgeLLM
+from cribsheet.server.protocol import AsJsonObject, AsJsonSchema, Asked, ChatRequest, CompletionRequest, Turn
+from cribsheet.server.refusals import Refusal, naming
+from cribsheet.server.settings import ServerSettings
+from cribsheet.tools import Toolbox, closed
+from cribsheet.turns import Question, as_turns
+
+_SAME = ("frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p", "seed", "stop")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One answer to be written: the question, and what `CompressedKnowledgeLLM.ask` takes beside it."""
+
+    question: Question
+    settings: Mapping[str, Any]
+
+
+def chat_asks(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> list[Ask]:
+    """The answers that a conversation asks for. Raises `Refusal` that names the field at fault."""
+    settings = _settings(body, kb, limits, body.max_completion_tokens or body.max_tokens)
+    tools = [_plain_tool(tool.function.model_dump()) for tool in body.tools or ()]
+    choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.model_dump()
+    with naming("tools" if tools and choice in (None, "auto", "none") else "tool_choice"):
+        toolbox = Toolbox.of(tools, choice)
+        form = Grammar.json_schema(toolbox.schema) if toolbox and toolbox.forced else None
+    if body.response_format is not None and body.response_format.type != "text":
+        if form is not None:
+            raise Refusal(
+                400,
+                "An answer has one form; give response_format or a tool_choice that forces a call.",
+                param="response_format",
+            )
+        with naming("response_format"):
+            settings["grammar"] = Grammar.json_schema(_schema(body.response_format))
+    turns = [_told(turn) for turn in body.messages]
+    with naming("messages"):
+        as_turns(turns, toolbox)
+    if body.logprobs:
+        settings["logprobs"] = body.top_logprobs or 0
+    if tools:
+        settings |= {"tools": tools, "tool_choice": choice}
+    return _choices(turns, settings, body)
+
+
+def completion_asks(body: CompletionRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> list[Ask]:
+    """The answers to all prompts, those to one prompt together. Raises `Refusal` that names the field at fault."""
+    settings = _settings(body, kb, limits, body.max_tokens)
+    if body.logprobs is not None:
+        settings["logprobs"] = body.logprobs
+    with naming("prompt"):
+        for prompt in body.prompts:
+            as_turns(prompt)
+    return [ask for prompt in body.prompts for ask in _choices(prompt, settings, body)]
+
+
+def log_facts(body: Asked) -> dict[str, Any]:
+    """What the log says of a request beside counts."""
+    facts: dict[str, Any] = {"stream": True} if body.stream else {}
+    if body.user:
+        facts["user"] = hashlib.sha256(body.user.encode()).hexdigest()[:16]
+    if isinstance(body, ChatRequest) and body.metadata:
+        facts["metadata"] = body.metadata
+    return facts
+
+
+def _settings(
+    body: Asked, kb: CompressedKnowledgeLLM, limits: ServerSettings, max_tokens: int | None
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    settings["max_tokens"] = max_tokens or limits.max_tokens
+    settings["timeout"] = limits.answer_seconds
+    if body.logit_bias:
+        size = kb.backbone.config.vocab_size
+        beyond = [token for token in body.logit_bias if int(token) >= size]
+        if beyond:
+            raise Refusal(400, f"logit_bias names token {beyond[0]}; use ids from 0 to {size - 1}.", param="logit_bias")
+        settings["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    return settings
+
+
+def _choices(question: Question, settings: Mapping[str, Any], body: Asked) -> list[Ask]:
+    """One for each choice; a seed counts up, as in `CompressedKnowledgeLLM.ask_many`."""
+    seed = settings.get("seed")
+    seeds = [{} if seed is None else {"seed": seed + choice} for choice in range(body.choices)]
+    return [Ask(question, {**settings, **own}) for own in seeds]
+
+
+def _schema(form: AsJsonObject | AsJsonSchema | Any) -> dict[str, Any]:
+    if isinstance(form, AsJsonSchema):
+        schema: dict[str, Any] = form.json_schema.schema_
+        return schema if form.json_schema.strict is False else closed(schema)
+    return {"type": "object"}
+
+
+def _plain_tool(function: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in function.items() if name != "strict" and value is not None}
+
+
+def _told(turn: Turn) -> dict[str, Any]:
+    """A turn as the library takes it; who speaks, where a name is given, stands in front of the text."""
+    said = turn.model_dump(exclude_none=True)
+    text = said.get("content")
+    if isinstance(text, list):
+        text = "".join(part["text"] for part in text)
+    if turn.name and turn.role != "tool" and text:
+        text = f"{turn.name}: {text}"
+    return {**said, "content": text}

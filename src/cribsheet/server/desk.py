@@ -1,0 +1,152 @@
+"""Where all requests for answers pass: may the caller ask, is there room, and the answers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from cribsheet.answer import Answer
+from cribsheet.server.asking import Ask, log_facts
+from cribsheet.server.auth import Caller
+from cribsheet.server.limits import Gate
+from cribsheet.server.protocol import Asked
+from cribsheet.server.record import Record, record_of
+from cribsheet.server.refusals import Refusal
+from cribsheet.server.replies import Extended, evidence
+from cribsheet.server.settings import ServerSettings
+from cribsheet.server.shelf import Served, Shelf
+from cribsheet.server.streaming import ReaderLeft, while_connected
+from cribsheet.server.writing import Piece, Writing
+
+T = TypeVar("T")
+_THREADS = 4  # that prepare questions: templates, tokens, grammars
+
+
+class Desk:
+    """The sheets of a server with its limits."""
+
+    def __init__(self, shelf: Shelf, settings: ServerSettings) -> None:
+        self.shelf, self.settings = shelf, settings
+        self.gate = Gate(settings)
+        self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="cribsheet-desk")
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do what takes a while without holding up the others."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Close the sheets; running answers end."""
+        self.shelf.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def find(self, name: str, caller: Caller, record: Record) -> Served:
+        """A sheet that the caller may ask. Raises `Refusal` in the same words for one that is not there."""
+        served = self.shelf.get(name) if caller.may_ask(name) else None
+        if served is None:
+            raise Refusal(404, f"There is no sheet {name!r}; see /v1/models.", param="model", code="model_not_found")
+        record.sheet = name
+        return served
+
+    async def begin(
+        self,
+        request: Request,
+        caller: Caller,
+        served: Served,
+        body: Asked,
+        asks: Callable[[], Sequence[Ask]],
+        answers: int,
+    ) -> Answers:
+        """Let the request in and have its answers written. Raises `Refusal` where that cannot be."""
+        record = record_of(request)
+        record.facts |= log_facts(body)
+        record.cleanup.callback(self.gate.enter(caller.name, answers))
+        prepared = await self.in_thread(asks)
+        if self.settings.log_text:
+            record.facts["question"] = prepared[0].question
+        return Answers(self, request, served, body, prepared)
+
+    async def evidence(self, served: Served, ask: Ask, answer: Answer, limit: int) -> Extended:
+        """Where in the documents the answer looked."""
+        async with self._tracing:
+            found = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
+        shown = evidence(found)
+        if not self.settings.show_documents:
+            for each in shown.sources:
+                each.text = ""
+        return shown
+
+
+class Answers:
+    """The answers to one request."""
+
+    def __init__(self, desk: Desk, request: Request, served: Served, body: Asked, asks: Sequence[Ask]) -> None:
+        self._desk, self._request, self._body = desk, request, body
+        self.served, self._asks = served, asks
+        self._record = record_of(request)
+
+    async def whole(self) -> list[tuple[Answer, Extended | None]] | None:
+        """Every answer with its evidence; nothing if the caller left."""
+        with suppress(ReaderLeft):
+            return await while_connected(self._request.receive, self._whole())
+        return None
+
+    async def _whole(self) -> list[tuple[Answer, Extended | None]]:
+        found: dict[int, tuple[Answer, Extended | None]] = {}
+        async for piece, extended in self._pieces():
+            if piece.answer is not None:
+                found[piece.choice] = (piece.answer, extended)
+        return [found[choice] for choice in sorted(found)]
+
+    async def stream(self) -> AsyncIterator[tuple[Piece, Extended | None]] | None:
+        """Pieces of the answers, the first of which is there; nothing if the caller left before."""
+        pieces = self._pieces()
+        first: tuple[Piece, Extended | None] | None = None
+        with suppress(ReaderLeft):
+            first = await while_connected(self._request.receive, pieces.__anext__())  # type: ignore[arg-type]
+        return None if first is None else _chained(first, pieces)
+
+    async def _pieces(self) -> AsyncIterator[tuple[Piece, Extended | None]]:
+        record = self._record
+        writing = Writing()
+        record.cleanup.callback(writing.stop)
+        loop = asyncio.get_running_loop()
+        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop))
+        async for piece in writing.pieces():
+            record.begin_text()
+            extended = None
+            if piece.answer is not None:
+                self._note(piece.choice, piece.answer)
+                if self._body.extension.sources:
+                    ask = self._asks[piece.choice]
+                    extended = await self._desk.evidence(self.served, ask, piece.answer, self._body.extension.sources)
+            yield piece, extended
+
+    def _note(self, choice: int, answer: Answer) -> None:
+        record = self._record
+        if choice % self._body.choices == 0:
+            record.prompt_tokens += answer.usage.prompt_tokens
+            record.cached_tokens += answer.usage.cached_tokens
+        record.completion_tokens += answer.usage.completion_tokens
+        record.facts.setdefault("finish", []).append(answer.finish_reason)
+        if self._desk.settings.log_text:
+            record.facts.setdefault("answers", []).append(answer.text)
+
+
+def left() -> Response:
+    """For a caller who is no longer there; nobody reads it."""
+    return Response(status_code=499)
+
+
+async def _chained(
+    first: tuple[Piece, Extended | None], rest: AsyncIterator[tuple[Piece, Extended | None]]
+) -> AsyncIterator[tuple[Piece, Extended | None]]:
+    yield first
+    async for each in rest:
+        yield each

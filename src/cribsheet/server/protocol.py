@@ -1,0 +1,224 @@
+"""What may be asked, field by field; anything else is refused by name.
+
+A field that is here has an effect, or allows only what holds anyway; `docs/reference/http-api.md` tells which.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cribsheet.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
+
+_Name = Annotated[str, Field(min_length=1, max_length=128)]
+_StopText = Annotated[str, Field(min_length=1)]
+_MAX_CHOICES = 128
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class TextPart(_Strict):
+    """A piece of a turn's text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCalled(_Strict):
+    """Which function was called, with what; `arguments` is JSON in a text."""
+
+    name: _Name
+    arguments: str
+    parsed_arguments: Any = Field(default=None, exclude=True, description="What openai-python keeps beside; not read.")
+
+
+class PastCall(_Strict):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCalled
+    index: int | None = None
+
+
+class Turn(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: _Name | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+    parsed: Any = Field(default=None, exclude=True, description="What openai-python keeps beside the text; not read.")
+
+
+class Function(_Strict):
+    """A function that may be called; `parameters` is a JSON schema."""
+
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolOffered(_Strict):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionNamed(_Strict):
+    """The name of a function."""
+
+    name: _Name
+
+
+class ToolChosen(_Strict):
+    """The one tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionNamed
+
+
+class SchemaNamed(_Strict):
+    """A JSON schema with the name that OpenAI's API asks for."""
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class AsText(_Strict):
+    """An answer of any form."""
+
+    type: Literal["text"]
+
+
+class AsJsonObject(_Strict):
+    """An answer that is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class AsJsonSchema(_Strict):
+    """An answer that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: SchemaNamed
+
+
+class StreamOptions(_Strict):
+    """What a stream tells beside the text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Extension(_Strict):
+    """What sheets can do beyond OpenAI's API; `sources` is how many documents to name that an answer looked at."""
+
+    sources: int | None = Field(default=None, ge=0, le=20)
+    mode: Literal["sheet"] | None = None
+
+
+class Asked(_Strict):
+    """Fields that both kinds of completion have."""
+
+    model: str = Field(description="The name of a sheet, as in /v1/models.")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=_MAX_CHOICES)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = None
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_k: int | None = Field(default=None, ge=0, description="An extension: draw from that many tokens.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    user: str | None = Field(default=None, description="Logged as a digest.")
+    cribsheet: Extension | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a surrogate pair, which is no text; repair the encoding.") from None
+        return data
+
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted."""
+        return self.n or 1
+
+    @property
+    def extension(self) -> Extension:
+        """The extension fields, given or not."""
+        return self.cribsheet or Extension()
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream=true; leave it out, or stream.")
+        return self
+
+
+class ChatRequest(Asked):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Turn] = Field(min_length=1)
+    logprobs: bool | None = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    metadata: dict[str, str] | None = Field(default=None, max_length=16, description="Logged with the request.")
+    modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none"] | None = None
+    response_format: AsText | AsJsonObject | AsJsonSchema | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ToolChosen | None = None
+    tools: list[ToolOffered] | None = Field(default=None, max_length=128)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs=true; leave it out, or ask for logprobs.")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them.")
+        return self
+
+
+class CompletionRequest(Asked):
+    """The body of /v1/completions; each prompt is a question of its own."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)]
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The questions."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt

@@ -1,0 +1,121 @@
+"""The routes: who may go where, and what each answers with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from cribsheet import __version__
+from cribsheet.server import catalogue, chat, completions
+from cribsheet.server.auth import Caller, Keyring
+from cribsheet.server.desk import Desk
+from cribsheet.server.metrics import Metrics
+from cribsheet.server.protocol import ChatRequest, CompletionRequest
+from cribsheet.server.record import record_of
+from cribsheet.server.refusals import ErrorReply, Refusal
+from cribsheet.server.replies import ChatReply, CompletionReply, Reply
+from cribsheet.server.shelf import Served
+
+OPEN_ROUTES = ("/health",)  # need no key
+_ALWAYS = (400, 408, 413, 421, 500)
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+router = APIRouter()
+
+
+def _desk_of(request: Request) -> Desk:
+    desk: Desk = request.app.state.desk
+    return desk
+
+
+def _caller_of(request: Request) -> Caller:
+    """Who asks: the holder of a key, or whoever is at an address where there are no keys."""
+    keys: Keyring | None = request.app.state.keys
+    if keys is None:
+        return Caller(request.client.host if request.client else "")
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    caller = keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+    if caller is None:
+        raise Refusal(401, "This server needs one of its API keys, as 'Authorization: Bearer KEY'.")
+    record_of(request).caller = caller.name
+    return caller
+
+
+DeskOf = Annotated[Desk, Depends(_desk_of)]
+CallerOf = Annotated[Caller, Depends(_caller_of)]
+
+
+def _served_of(request: Request, name: Annotated[str, Path(max_length=128)], desk: DeskOf, caller: CallerOf) -> Served:
+    return desk.find(name, caller, record_of(request))
+
+
+ServedOf = Annotated[Served, Depends(_served_of)]
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorReply} for status in sorted({*statuses, *_ALWAYS})}
+
+
+def _replies(reply: type[Reply], *statuses: int, **more: Any) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": reply, **more}, **_errors(*statuses)}
+
+
+@router.post("/v1/chat/completions", responses=_replies(ChatReply, 401, 404, 429, 503, 504, content=_EVENTS))
+async def chat_completions(request: Request, body: ChatRequest, desk: DeskOf, caller: CallerOf) -> Response:
+    """Answer a conversation from a sheet, whole or as a stream of events."""
+    return await chat.chat(desk, request, body, caller)
+
+
+@router.post("/v1/completions", responses=_replies(CompletionReply, 401, 404, 429, 503, 504, content=_EVENTS))
+async def complete(request: Request, body: CompletionRequest, desk: DeskOf, caller: CallerOf) -> Response:
+    """Answer prompts from a sheet, whole or as a stream of events."""
+    return await completions.complete(desk, request, body, caller)
+
+
+@router.get("/v1/models", responses=_replies(catalogue.ModelList, 401))
+async def models(desk: DeskOf, caller: CallerOf) -> Response:
+    """The sheets that may be asked."""
+    entries = [catalogue.entry(served) for name, served in desk.shelf.items() if caller.may_ask(name)]
+    return _json(catalogue.ModelList(object="list", data=entries))
+
+
+@router.get("/v1/models/{name}", responses=_replies(catalogue.ModelEntry, 401, 404))
+async def model(served: ServedOf) -> Response:
+    """One of the sheets."""
+    return _json(catalogue.entry(served))
+
+
+@router.get("/v1/sheets/{name}", responses=_replies(catalogue.SheetDetails, 401, 404))
+async def sheet(served: ServedOf, desk: DeskOf) -> Response:
+    """What a sheet holds."""
+    return _json(catalogue.details(served, texts=desk.settings.show_documents))
+
+
+@router.get("/v1/sheets/{name}/documents/{number}", responses=_replies(catalogue.DocumentDetails, 401, 403, 404))
+async def document(served: ServedOf, desk: DeskOf, number: Annotated[int, Path(ge=0)]) -> Response:
+    """A document's text, and which of its tokens the sheet keeps."""
+    if not desk.settings.show_documents:
+        raise Refusal(403, "This server does not show its documents.")
+    return _json(catalogue.document(served, number))
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """Whether the server answers; it says nothing of what it serves."""
+    return {"status": "ok", "version": __version__}
+
+
+@router.get("/metrics", responses={**_TEXT, **_errors(401, 403)}, response_class=PlainTextResponse)
+async def metrics(request: Request, caller: CallerOf) -> Response:
+    """Counters in Prometheus' text format; with keys, for those that may ask every sheet."""
+    if caller.sheets is not None:
+        raise Refusal(403, "Metrics name every sheet, so they need a key for all sheets.")
+    counted: Metrics = request.app.state.metrics
+    return PlainTextResponse(counted.render(), media_type="text/plain; version=0.0.4")
+
+
+def _json(reply: Reply) -> Response:
+    return Response(reply.json_text(), media_type="application/json")

@@ -1,0 +1,146 @@
+"""kill -9 at random moments of build and save, a full disk, no memory: the old file or the new, always valid."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cribsheet.storage import read_manifest, verify
+from cribsheet.testing import save_tiny_model
+
+pytestmark = pytest.mark.reliability
+SRC = Path(__file__).parents[2] / "src"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+
+# Forks, for each line it reads, a child that writes versions of a sheet over and over, and tells the child's number.
+_WRITER = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from cribsheet import build_sheet, read_documents, save_sheet
+from cribsheet.backbone import Backbone
+from cribsheet.task import Task
+what, model, target = sys.argv[1:]
+backbone = Backbone.load(model)
+texts = ["Alice Moreno lives in Lisbon. " * 20, "Bob Smith lives in Oslo. " * 20]
+task = Task.of("Who lives where?")
+def build(number):
+    return build_sheet(backbone, read_documents(texts), task, rate=4, scorer="recent", seed=number, chunk_tokens=64)
+one = build(1)
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        print("dead", flush=True)
+        continue
+    number = 1
+    while True:
+        number += 1
+        save_sheet(one if what == "save" else build(number), target)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("what", ["build", "save"])
+def test_a_killed_writer_leaves_the_old_file_or_the_new(what, model, sheet_file, dice, times, tmp_path):
+    target = tmp_path / "staff.sheet"
+    shutil.copy(sheet_file, target)
+    command = [sys.executable, "-c", _WRITER, what, str(model), str(target)]
+    digests = {read_manifest(target).created}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        for _ in range(times(100)):
+            print("go", file=writer.stdin, flush=True)
+            child = int(writer.stdout.readline())
+            time.sleep(dice.uniform(0.0, 0.15))
+            os.kill(child, signal.SIGKILL)
+            assert writer.stdout.readline() == "dead\n"
+            verify(target)
+            digests.add(read_manifest(target).created + read_manifest(target).digest)
+        writer.stdin.close()
+    assert len(digests) > 1  # it was written indeed
+    assert all(path == target or path.name.startswith(".") for path in tmp_path.iterdir())  # hidden leftovers
+
+
+def test_a_full_disk_leaves_the_old_file(model, sheet_file, tmp_path):
+    """A limit on file size stands for the disk: writing beyond it fails the same way, with an OSError underway."""
+    target = tmp_path / "staff.sheet"
+    shutil.copy(sheet_file, target)
+    before = target.read_bytes()
+    (tmp_path / "a.txt").write_text("Alice Moreno lives in Lisbon. " * 400)
+    command = [
+        "build",
+        str(tmp_path / "a.txt"),
+        "--task",
+        "Who?",
+        "--model",
+        str(model),
+        "-o",
+        str(target),
+        "--rate",
+        "2",
+    ]
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command += ["--scorer", "recent", "--force"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cribsheet", *command],
+        env=ENVIRONMENT,
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written" in done.stderr or "too large" in done.stderr.lower(), done.stderr
+    assert target.read_bytes() == before
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_build_without_memory_says_so_and_the_process_lives(tmp_path):
+    """A build that needs more than the process may have ends with an error; an answer before and after is the same."""
+    model = save_tiny_model(tmp_path / "wide", hidden_size=256, intermediate_size=8192)
+    script = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+from cribsheet import CompressedKnowledgeLLM
+from cribsheet.errors import BudgetError
+def build(times):
+    return CompressedKnowledgeLLM.build(
+        ["Bob lives in Oslo. " * times], "Who?", model=sys.argv[1], budget=60, scorer="recent", chunk_tokens=3000
+    )
+kb = build(20)
+before = kb.ask("Who?", max_tokens=5).text
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+try:
+    build(400)
+except BudgetError as error:
+    print(type(error).__name__, str(error)[:300].replace(chr(10), " "), file=sys.stderr)
+else:
+    sys.exit("it was built all the same")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert kb.ask("Who?", max_tokens=5).text == before
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(model)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.strip() == "alive", done.stderr
+    assert "memory" in done.stderr.lower(), done.stderr

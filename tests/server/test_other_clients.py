@@ -1,0 +1,41 @@
+"""The frameworks' own OpenAI clients against a real server; LangChain's whole suite is in its integration's tests."""
+
+from __future__ import annotations
+
+import pytest
+from llama_index.core import PromptTemplate
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel
+
+
+class Home(BaseModel):
+    """Where somebody lives."""
+
+    name: str
+    city: str
+
+
+def like(live, model="oslo", **options):
+    common = {"api_base": f"{live.url}/v1", "api_key": "none", "max_retries": 0, "context_window": 4096}
+    return OpenAILike(model=model, **common, **options)
+
+
+def test_openai_like_chats_and_completes(live):
+    llm = like(live, is_chat_model=True)
+    asked = [ChatMessage(role="user", content="Where does Bob live?")]
+    assert llm.chat(asked).message.content == "Bob lives in Oslo."
+    assert "".join(part.delta for part in llm.stream_chat(asked)) == "Bob lives in Oslo."
+    assert llm.complete("Where does Bob live?").text == "Bob lives in Oslo."
+    assert like(live).complete("Where does Bob live?").text == "Bob lives in Oslo."  # by /v1/completions
+
+
+async def test_openai_like_chats_without_blocking(live):
+    asked = [ChatMessage(role="user", content="Where does Bob live?")]
+    assert (await like(live, is_chat_model=True).achat(asked)).message.content == "Bob lives in Oslo."
+
+
+@pytest.mark.parametrize("how", ["is_function_calling_model", "should_use_structured_outputs"])
+def test_openai_like_gets_instances(live, how):
+    llm = like(live, model="noise", is_chat_model=True, max_tokens=90, **{how: True})
+    assert isinstance(llm.structured_predict(Home, PromptTemplate("Where does Bob live?")), Home)

@@ -1,0 +1,160 @@
+"""Every field has an effect or is refused by name; nothing that a stranger sends does harm."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+ASK = {"model": "oslo", "messages": [{"role": "user", "content": "Where?"}]}
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+def part(**fields):
+    return [{"role": "user", "content": [fields]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"functions": []}, "functions"),
+        ({"prediction": {}}, "prediction"),
+        ({"store": True}, "store"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"no_such_field": 1}, "no_such_field"),
+        ({"n": 0}, "n"),
+        ({"n": 100}, "n"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"seed": 1.5}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "owner", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
+        ({"messages": part(type="image_url", image_url={"url": "x"})}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "colour"}}}},
+            "response_format",
+        ),
+        ({"tools": [{"type": "browser"}]}, "tools[0].type"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"cribsheet": {"mode": "hybrid"}}, "cribsheet.mode"),
+        ({"cribsheet": {"top_k": 3}}, "cribsheet.top_k"),
+    ],
+)
+def test_a_field_that_cannot_be_served_is_refused_by_name(live, fields, param):
+    for stream in ({}, {"stream": True}):
+        reply = live.post(**{**ASK, **stream, **fields})
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert error["param"] == param and set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error" and error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [[1, 2]]}, "prompt[0]"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": ""}, "prompt"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_completions_refuse_by_name_too(live, fields, param):
+    reply = live.post("/v1/completions", **{"model": "oslo", "prompt": "Where?", **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"store": False, "service_tier": "auto", "modalities": ["text"], "reasoning_effort": "none", "n": 1},
+        {"user": "u", "metadata": {"a": "b"}, "response_format": {"type": "text"}, "tool_choice": "none"},
+        {"stop": None, "seed": None, "temperature": None, "tools": None, "logit_bias": {}, "stream": False},
+        {"messages": part(type="text", text="Where?")},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm?", "name": "eve"}]},
+    ],
+)
+def test_a_field_that_asks_for_nothing_else_is_taken(live, fields):
+    reply = live.post(**{**ASK, **fields})
+    assert reply.json()["choices"][0]["message"]["content"] == "Bob lives in Oslo."
+
+
+def test_forms_exclude_each_other(live):
+    both = {"tools": [FUNCTION], "tool_choice": "required", "response_format": {"type": "json_object"}}
+    assert live.post(**ASK, **both).json()["error"]["param"] == "response_format"
+    assert "differ" in live.post(**ASK, max_tokens=3, max_completion_tokens=4).json()["error"]["message"]
+    assert "stream=true" in live.post(**ASK, stream_options={}).json()["error"]["message"]
+    assert "logprobs=true" in live.post(**ASK, top_logprobs=3).json()["error"]["message"]
+
+
+def test_a_question_longer_than_the_window_is_refused_with_numbers(live):
+    reply = live.post(**{**ASK, "messages": [{"role": "user", "content": "word " * 5000}]})
+    assert reply.status_code == 400 and "window" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'{"model": "oslo", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "oslo", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "oslo", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"model": "oslo", "messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_what_is_no_request_is_refused_in_the_same_shape(live, body):
+    reply = live.http().post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_not_called_json_is_not_read_as_json(live):
+    """So that another site's page cannot post without asking first."""
+    reply = live.http().post("/v1/chat/completions", content=json.dumps(ASK), headers={"content-type": "text/plain"})
+    assert reply.status_code == 400
+
+
+def test_unknown_places_and_methods_are_refused_in_the_same_shape(live):
+    http = live.http()
+    assert http.get("/v1/nowhere").json()["error"]["code"] == "not_found"
+    assert http.get("/v1/chat/completions").status_code == 405
+    assert http.get("/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd").status_code == 404
+    assert http.get("/v1/sheets/oslo/documents/99").status_code == 404
+    assert http.get("/v1/sheets/oslo/documents/x").status_code == 400
+
+
+def test_bytes_that_are_not_http_harm_nobody(live):
+    host, port = live.url.removeprefix("http://").split(":")
+    for sent in (b"\x16\x03\x01\x02\x00", b"GET /" + b"a" * 100_000, b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(sent)
+    assert live.http().get("/health").json()["status"] == "ok"
