@@ -7,6 +7,9 @@ from index_corpus import ANSWER, QUESTION
 from llama_index.core.agent.workflow import AgentStream, AgentWorkflow, FunctionAgent, ReActAgent, ToolCallResult
 from llama_index.core.tools import FunctionTool, QueryEngineTool
 
+# LlamaIndex's workflows look through all attributes of their agents, which are Pydantic models.
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning")
+
 
 def ring() -> str:
     """Ring the bell."""

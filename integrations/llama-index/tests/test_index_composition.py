@@ -76,11 +76,14 @@ def test_a_selection_by_the_sheets_own_model_is_always_well_formed(kb):
 def three(kb):
     """Three sheets on one loaded model."""
     shop = ["The red lamp costs 40 euros.", "The blue chair costs 70 euros."]
-    guests = ["Rex Hunter lives in Bergen.", "Tom Miller lives in Nice."]
+    guests = [
+        "Rex Hunter lives in Bergen. He works for Karst Foods.",
+        "Tom Miller lives in Geneva. He works for Silver Motors.",
+    ]
     kbs = [
         kb,
-        CompressedKnowledgeLLM.build(shop, "What do things cost?", model=kb.backbone, rate=1),
-        CompressedKnowledgeLLM.build(guests, "Where do people live?", model=kb.backbone, rate=1),
+        CompressedKnowledgeLLM.build(shop, "What do things cost?", model=kb.backbone, rate=1, scorer="recent"),
+        CompressedKnowledgeLLM.build(guests, "Where do people live?", model=kb.backbone, rate=1, scorer="recent"),
     ]
     assert len({id(each.backbone) for each in kbs}) == 1
     return kbs
@@ -108,7 +111,7 @@ def test_sub_questions_go_to_three_sheets_on_one_model(three, says, use_async):
     texts = [node.node.get_content() for node in response.source_nodes]
     answers = {text.split("\n")[0].removeprefix("Sub question: "): text for text in texts if "Sub question" in text}
     assert set(answers) == set(QUESTIONS.values())
-    assert ANSWER in answers[QUESTION] and "40" in answers[QUESTIONS["shop"]] and "Nice" in answers[QUESTIONS["guests"]]
+    assert ANSWER in answers[QUESTION] and "40" in answers[QUESTIONS["shop"]] and "Geneva" in answers[QUESTIONS["guests"]]
 
 
 def test_an_error_in_a_sub_engine_is_loud_in_the_log(kb, says, caplog):

@@ -14,6 +14,8 @@ from llama_index.core.evaluation import (
 )
 from llama_index.core.llms import ChatMessage
 
+pytestmark = pytest.mark.filterwarnings("ignore:asyncio_module:DeprecationWarning")  # LlamaIndex's own helper
+
 JUDGEMENT = "4.5\nThe answer is right."
 
 
