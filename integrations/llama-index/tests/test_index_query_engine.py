@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 
 import pytest
@@ -116,6 +117,16 @@ def test_nodes_from_elsewhere_are_told_and_are_sources(engine):
     ):
         assert "Turin" in str(response)
         assert [each.node_id for each in response.source_nodes] == ["karl", "more"]
+
+
+def test_nodes_without_text_are_neither_told_nor_sources(engine):
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=name)) for name, text in (("blank", " "), ("karl", NEWCOMER))]
+    response = engine.synthesize(QueryBundle(KARL), nodes)
+    assert "Turin" in str(response) and [each.node_id for each in response.source_nodes] == ["karl"]
+
+
+def test_a_deep_copy_answers_over_the_same_model(engine):
+    assert str(copy.deepcopy(engine).query(QUESTION)) == ANSWER
 
 
 def test_without_nodes_the_sheet_answers(engine):

@@ -6,9 +6,10 @@ import asyncio
 from typing import Literal
 
 import pytest
-from index_corpus import QUESTION
+from index_corpus import ANSWER, QUESTION
 from llama_index.core.base.response.schema import PydanticResponse
 from llama_index.core.llms import ChatMessage
+from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine
@@ -58,6 +59,13 @@ def test_chat_prompts_and_settings_of_a_call_are_used(writer):
         writer.structured_predict(Home, prompt, llm_kwargs={"max_new_tokens": 24}, q=QUESTION)
 
 
+def test_a_prompt_whose_parser_reads_a_class_is_answered_with_it(writer):
+    parser = PydanticOutputParser(Home)
+    answer = writer.predict(PromptTemplate(QUESTION, output_parser=parser))
+    assert isinstance(parser.parse(answer), Home)
+    assert writer.predict(PromptTemplate(QUESTION)) == ANSWER  # and the next one is free again
+
+
 def test_what_a_schema_cannot_say_is_left_to_the_class(writer):
     class Picky(BaseModel):
         city: Literal["Quito", "Oslo"]
@@ -72,7 +80,7 @@ def test_what_a_schema_cannot_say_is_left_to_the_class(writer):
 
 
 def test_other_program_modes_go_their_own_ways(kb):
-    calling = kb.as_llama_index_llm(max_tokens=24, pydantic_program_mode=PydanticProgramMode.FUNCTION)
+    calling = kb.as_llama_index_llm(max_tokens=40, pydantic_program_mode=PydanticProgramMode.FUNCTION)
     assert isinstance(calling.structured_predict(Home, PROMPT, name="Hugo Ali"), Home)
     assert isinstance(asyncio.run(calling.astructured_predict(Home, PROMPT, name="Hugo Ali")), Home)
 
@@ -95,4 +103,6 @@ def test_a_query_engine_answers_with_instances(kb, writer):
     assert of_structured_llm.query(QUESTION).response == response.response
     streamed = kb.as_query_engine(max_tokens=24, output_cls=Home, streaming=True).query(QUESTION)
     assert Home.model_validate_json(str(streamed)) == response.response
-    assert asyncio.run(kb.as_query_engine(max_tokens=24, output_cls=Home).aquery(QUESTION)).response == response.response
+    assert (
+        asyncio.run(kb.as_query_engine(max_tokens=24, output_cls=Home).aquery(QUESTION)).response == response.response
+    )

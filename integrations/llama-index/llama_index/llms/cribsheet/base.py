@@ -13,6 +13,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, Self
 
+from llama_index.core.base.base_selector import MultiSelection, SingleSelection
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -28,6 +29,7 @@ from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
+from llama_index.llms.cribsheet.forms import current, of_class
 from llama_index.llms.cribsheet.messages import (
     aresponses,
     as_chat_response,
@@ -211,9 +213,7 @@ class CribsheetLLM(SchemaBoundLLM):
         return responses(self.knowledge.stream(asked, **settings), partial_completion, reply)
 
     @llm_completion_callback()
-    async def astream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
-    ) -> CompletionResponseAsyncGen:
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` for `async for`."""
         asked, settings, reply = self._prompted(prompt, formatted, kwargs)
         return aresponses((await self._aopen()).astream(asked, **settings), partial_completion, reply)
@@ -247,8 +247,9 @@ class CribsheetLLM(SchemaBoundLLM):
         return prompt, self._settings(given), reply
 
     def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of one answer: the fields', then the call's."""
-        return {**self._given((*_SAMPLING, "timeout")), **{k: v for k, v in given.items() if v is not None}}
+        """The settings of one answer: the fields', the form that a prompt's parser reads, then the call's."""
+        form = {"json_schema": current()} if current() else {}
+        return {**self._given((*_SAMPLING, "timeout")), **form, **{k: v for k, v in given.items() if v is not None}}
 
     def _given(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -282,7 +283,7 @@ class CribsheetLLM(SchemaBoundLLM):
             messages.append(ChatMessage(content=user_msg) if isinstance(user_msg, str) else user_msg)
         return {
             "messages": messages,
-            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools] or None,
+            "tools": [_described(tool, messages) for tool in tools] or None,
             "tool_choice": tool_choice or ("required" if tool_required else None),
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
@@ -299,3 +300,11 @@ class CribsheetLLM(SchemaBoundLLM):
             ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=block.tool_kwargs)
             for block in blocks
         ]
+
+
+def _described(tool: BaseTool, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+    """A tool in OpenAI's form; one that takes a selection takes only what there is to select."""
+    described = tool.metadata.to_openai_tool(skip_length_check=True)
+    if tool.metadata.fn_schema in (SingleSelection, MultiSelection):
+        described["function"]["parameters"] = of_class(tool.metadata.fn_schema, messages)
+    return described

@@ -105,7 +105,9 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
             response_synthesizer = CribsheetSynthesizer(llm, callback_manager=callback_manager, **own)
             own = {}
         if unused := sorted({**own, **settings}):
-            raise RequestError(f"{', '.join(unused)} would go unused; give it to the LLM or synthesizer that was passed.")
+            raise RequestError(
+                f"{', '.join(unused)} would go unused; give it to the LLM or synthesizer that was passed."
+            )
         return cls(
             retriever, response_synthesizer, node_postprocessors, callback_manager, similarity_top_k=similarity_top_k
         )

@@ -12,10 +12,9 @@ from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndE
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import Model
 from llama_index.core.program.utils import FlexibleModel, process_streaming_objects
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.types import PydanticProgramMode
-
-from cribsheet.tools import closed
+from llama_index.llms.cribsheet.forms import asked_for, of_class, of_parser
 
 dispatcher = get_dispatcher(__name__)
 
@@ -23,16 +22,22 @@ _OF_PROGRAMS = ("tool_required", "tool_choice", "allow_parallel_tool_calls")  # 
 Objects = Model | list[Model] | FlexibleModel | list[FlexibleModel]
 
 
-def schema_settings(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """The setting of `chat` that binds an answer to a class."""
-    return {"json_schema": closed(output_cls.model_json_schema())}
-
-
 class SchemaBoundLLM(FunctionCallingLLM):
     """An LLM whose `chat` takes `json_schema=`, so that structured answers always are whole instances.
 
-    Another `pydantic_program_mode` than the default goes LlamaIndex's own ways.
+    So are the answers to prompts whose parser reads a known form (`forms.py`). Another `pydantic_program_mode` than the
+    default goes LlamaIndex's own ways.
     """
+
+    def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """The answer to a prompt, in the form that its parser reads."""
+        with asked_for(of_parser(prompt, prompt_args)):
+            return super().predict(prompt, **prompt_args)
+
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """`predict` without blocking the event loop."""
+        with asked_for(of_parser(prompt, prompt_args)):
+            return await super().apredict(prompt, **prompt_args)
 
     def structured_predict(
         self,
@@ -107,7 +112,8 @@ class SchemaBoundLLM(FunctionCallingLLM):
     ) -> tuple[list[ChatMessage], dict[str, Any]]:
         """Messages and settings of the call."""
         settings = {name: value for name, value in (llm_kwargs or {}).items() if name not in _OF_PROGRAMS}
-        return self._get_messages(prompt, **prompt_args), {**settings, **schema_settings(output_cls)}
+        messages = self._get_messages(prompt, **prompt_args)
+        return messages, {**settings, "json_schema": of_class(output_cls, messages)}
 
     def _objects(self, output_cls: type[Model], response: ChatResponse, before: Any) -> Any:
         """What can be made of the answer so far; the whole answer makes an `output_cls`."""

@@ -20,9 +20,9 @@ from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, QueryType
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.llms.cribsheet.base import CribsheetLLM
+from llama_index.llms.cribsheet.forms import of_class
 from llama_index.llms.cribsheet.messages import as_conversation
 from llama_index.llms.cribsheet.retriever import SheetNode
-from llama_index.llms.cribsheet.structured import schema_settings
 
 from cribsheet.errors import RequestError
 
@@ -149,9 +149,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
             event.on_end(payload={EventPayload.RESPONSE: made[0]})
         dispatcher.event(SynthesizeEndEvent(query=query, response=made[0]))
 
-    def _response(
-        self, text: RESPONSE_TEXT_TYPE, sources: list[NodeWithScore], facts: dict[str, Any]
-    ) -> RESPONSE_TYPE:
+    def _response(self, text: RESPONSE_TEXT_TYPE, sources: list[NodeWithScore], facts: dict[str, Any]) -> RESPONSE_TYPE:
         response = self._prepare_response_output(text, sources)
         assert response.metadata is not None
         response.metadata["cribsheet"] = facts
@@ -201,7 +199,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
 
     @property
     def _form(self) -> dict[str, Any]:
-        return {} if self._output_cls is None else schema_settings(self._output_cls)
+        return {} if self._output_cls is None else {"json_schema": of_class(self._output_cls)}
 
     def _parsed(self, response: ChatResponse, facts: dict[str, Any]) -> str | BaseModel:
         facts.update(response.raw)
@@ -225,7 +223,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
             return list(nodes), _contents(nodes)
         if self._mode == ResponseMode.GENERATION:
             return list(nodes), []
-        new = [each for each in nodes if not isinstance(each.node, SheetNode)]
+        new = [each for each in nodes if not isinstance(each.node, SheetNode) and _content(each).strip()]
         read = [each for each in nodes if isinstance(each.node, SheetNode)]
         texts = self._fit(query, _contents(new), more)
         return new[: len(texts)] + read, texts
@@ -264,7 +262,11 @@ class CribsheetSynthesizer(BaseSynthesizer):
 
 
 def _contents(nodes: Sequence[NodeWithScore]) -> list[str]:
-    return [each.node.get_content(metadata_mode=MetadataMode.LLM) for each in nodes]
+    return [_content(each) for each in nodes]
+
+
+def _content(node: NodeWithScore) -> str:
+    return node.node.get_content(metadata_mode=MetadataMode.LLM)
 
 
 def _deltas(responses: ChatResponseGen, facts: dict[str, Any]) -> Generator[str, None, None]:
