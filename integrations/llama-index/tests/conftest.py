@@ -1,4 +1,4 @@
-"""What the conformance tests share: one small sheet of the pocket model, judges that say what they are told, no network."""
+"""What the conformance tests share: a small sheet of the pocket model, judges that say what they are told."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def settings(llm: CribsheetLLM) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def kb() -> CompressedKnowledgeLLM:
-    """Who lives where, on a sheet of the pocket model that keeps everything, so that what is wrong is not the sheet's."""
+    """Who lives where, on a sheet of the pocket model that keeps everything: nothing here is about what is lost."""
     return CompressedKnowledgeLLM.build(STAFF, PEOPLE, rate=1, scorer="recent")
 
 

@@ -1,4 +1,4 @@
-"""Engines over sheets inside of LlamaIndex's other engines: routed to, asked sub-questions, transformed, retried, cited."""
+"""Engines over sheets inside of other engines: routed to, asked sub-questions, transformed, retried, cited."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_query_can_be_transformed_first(engine, llm, says):
         response_synthesizer=engine._response_synthesizer,
         num_steps=1,
     )
-    assert ANSWER in [node.node.get_content().split("\n")[-1] for node in steps.query("Who is Hugo?").source_nodes][0]
+    assert ANSWER in steps.query("Who is Hugo?").source_nodes[0].node.get_content().split("\n")[-1]
 
 
 def test_an_answer_that_a_judge_rejects_is_tried_again(engine, llm, says, settings):

@@ -1,4 +1,4 @@
-"""`kb.as_query_engine()` is the `RetrieverQueryEngine` that other parts of LlamaIndex expect, answering from a sheet."""
+"""`kb.as_query_engine()` is the `RetrieverQueryEngine` that others expect, answering from a sheet."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_it_is_made_of_an_llm_too_and_refuses_what_it_does_not_know(kb, llm, set
     assert str(CompressedKnowledgeQueryEngine.from_args(llm=llm).query(QUESTION)) == ANSWER
     settings.llm = llm
     assert str(CompressedKnowledgeQueryEngine.from_args().query(QUESTION)) == ANSWER
-    with pytest.raises(RequestError, match="does not know use_async; use .*temperature"):
+    with pytest.raises(RequestError, match=r"does not know use_async; use .*temperature"):
         kb.as_query_engine(use_async=True)
     with pytest.raises(RequestError, match="max_tokens would go unused"):
         CompressedKnowledgeQueryEngine.from_args(llm=llm, max_tokens=5)

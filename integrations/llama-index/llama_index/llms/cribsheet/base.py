@@ -184,7 +184,7 @@ class CribsheetLLM(SchemaBoundLLM):
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """`chat` as it is written; closing the generator stops the work. Calls and usage come with the last response."""
+        """`chat` as it is written; closing the generator stops the work. The last one has calls and usage."""
         asked, settings, reply = self._chatted(messages, kwargs)
         return responses(self.knowledge.stream(asked, **settings), partial_chat_response, reply)
 

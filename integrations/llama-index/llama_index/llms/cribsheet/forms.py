@@ -1,7 +1,7 @@
 """What LlamaIndex's own prompts hope to read, as JSON schemas, so that a grammar makes sure of it.
 
-Selectors, question generators and Pydantic parsers take the model's text apart, and how many choices there are stands in
-the prompt only. Asked to choose among two, a small model may choose the ninth; bound by these it cannot.
+Selectors, question generators and Pydantic parsers take the model's text apart, and how many choices there are stands
+in the prompt only. Asked to choose among two, a small model may choose the ninth; bound by these it cannot.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def current() -> dict[str, Any] | None:
 
 
 def of_parser(prompt: BasePromptTemplate, told: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The JSON schema of what a prompt's parser can read; none where it reads any text. `told` is what fills the prompt."""
+    """The JSON schema of what a prompt's parser reads; none where that is any text. `told` fills the prompt."""
     parser = prompt.output_parser
     if isinstance(parser, SelectionOutputParser) and isinstance(told.get("num_choices"), int):
         one = _object(choice=_number(told["num_choices"]), reason=_REASON)

@@ -1,7 +1,8 @@
 """`CompressedKnowledgeQueryEngine`: LlamaIndex's query engine, answering from a sheet.
 
-It is a `RetrieverQueryEngine`, which chat engines, routers and benchmarks look for. Without a retriever the sheet answers
-first, and what the answer looked at becomes its source nodes. With one, what was retrieved is told after the sheet.
+It is a `RetrieverQueryEngine`, which chat engines, routers and benchmarks look for. Without a retriever the sheet
+answers first, and what the answer looked at becomes its source nodes. With one, what was retrieved is told after the
+sheet.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
         *,
         similarity_top_k: int = 3,
     ) -> None:
-        """Raises `RequestError` for another synthesizer than ours: theirs answer nothing where nothing was retrieved."""
+        """Raises `RequestError` for another synthesizer than ours: theirs answer nothing where nothing was found."""
         if not isinstance(response_synthesizer, CribsheetSynthesizer):
             kind = type(response_synthesizer).__name__
             raise RequestError(f"response_synthesizer is a {kind}; give a CribsheetSynthesizer, or leave it out.")

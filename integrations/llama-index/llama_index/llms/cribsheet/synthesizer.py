@@ -243,8 +243,8 @@ class CribsheetSynthesizer(BaseSynthesizer):
                 fitting.append(cut)
             if cut != text:
                 logger.warning(
-                    "retrieved passages do not fit: %d of %d are told, the last of them cut; raise context_tokens, lower "
-                    "max_tokens, or retrieve less",
+                    "retrieved passages do not fit: %d of %d are told, the last of them cut; raise context_tokens, "
+                    "lower max_tokens, or retrieve less",
                     len(fitting),
                     len(texts),
                 )
