@@ -90,7 +90,7 @@ class Session:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             try:
-                exec(compile(source, "<page>", mode), self.names)
+                exec(compile(source, "<page>", mode, dont_inherit=True), self.names)
             except Exception as error:
                 if mode == "exec":
                     raise

@@ -32,6 +32,7 @@ from llama_index.core.tools.types import BaseTool
 from llama_index.llms.cribsheet.forms import current, of_class
 from llama_index.llms.cribsheet.messages import (
     aresponses,
+    arguments,
     as_chat_response,
     as_completion,
     as_conversation,
@@ -98,7 +99,7 @@ class CribsheetLLM(SchemaBoundLLM):
             raise RequestError(f"CribsheetLLM does not know {', '.join(unknown)}; use {', '.join(sorted(known))}.")
         if sheet is None and knowledge is None:
             raise SheetError("No sheet was given; pass the path of one, or knowledge= with an open one.")
-        super().__init__(sheet=None if sheet is None else fspath(sheet), **settings)
+        super().__init__(**{"sheet": None if sheet is None else fspath(sheet), **settings})
         SamplingParams(**self._given(_SAMPLING))  # out of range is told now rather than with the first question
         if knowledge is not None:
             self._adopt(knowledge)
@@ -131,7 +132,9 @@ class CribsheetLLM(SchemaBoundLLM):
 
     async def _aopen(self) -> CompressedKnowledgeLLM:
         """`knowledge`; loading does not hold up the event loop."""
-        return self._opened or await asyncio.to_thread(lambda: self.knowledge)
+        if self._opened is not None:
+            return self._opened
+        return await asyncio.to_thread(lambda: self.knowledge)
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -297,7 +300,7 @@ class CribsheetLLM(SchemaBoundLLM):
         if not blocks and error_on_no_tool_call:
             raise ValueError(f"The model called no tool; it answered {response.message.content!r}.")
         return [
-            ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=block.tool_kwargs)
+            ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=arguments(block))
             for block in blocks
         ]
 

@@ -17,6 +17,7 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.settings import Settings
 from llama_index.llms.cribsheet.base import CribsheetLLM
@@ -56,7 +57,7 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
     def __init__(
         self,
         retriever: BaseRetriever | None,
-        response_synthesizer: CribsheetSynthesizer,
+        response_synthesizer: BaseSynthesizer,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
         *,
@@ -78,7 +79,7 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
         cls,
         retriever: BaseRetriever | None = None,
         llm: LLM | None = None,
-        response_synthesizer: CribsheetSynthesizer | None = None,
+        response_synthesizer: BaseSynthesizer | None = None,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
         *,
@@ -160,7 +161,8 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
 def _without_structure(llm: LLM, settings: dict[str, Any]) -> tuple[CribsheetLLM, dict[str, Any]]:
     """The LLM inside of `llm.as_structured_llm(...)`, with its class as the synthesizer's."""
     if isinstance(llm, StructuredLLM):
-        llm, settings = llm.llm, {"output_cls": llm.output_cls, **settings}
+        settings = {"output_cls": llm.output_cls, **settings}
+        llm = llm.llm
     if not isinstance(llm, CribsheetLLM):
         raise RequestError(f"The LLM is a {type(llm).__name__}, which has no sheet; give a CribsheetLLM.")
     return llm, settings

@@ -82,10 +82,10 @@ class CribsheetRetriever(BaseRetriever):
         node = SheetNode(
             id_=document.id if whole else f"{document.id}:{start}",
             text=document.text[start:stop],
-            metadata=metadata,
             start_char_idx=start,
             end_char_idx=stop,
         )
+        node.metadata = metadata
         if parent:
             node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=parent)
         return node

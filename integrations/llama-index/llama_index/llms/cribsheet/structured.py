@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.bridge.pydantic import BaseModel
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import Model
 from llama_index.core.program.utils import FlexibleModel, process_streaming_objects
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
-from llama_index.core.types import PydanticProgramMode
+from llama_index.core.types import Model, PydanticProgramMode
 from llama_index.llms.cribsheet.forms import asked_for, of_class, of_parser
+from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
 
 _OF_PROGRAMS = ("tool_required", "tool_choice", "allow_parallel_tool_calls")  # the schema binds the answer anyway
-Objects = Model | list[Model] | FlexibleModel | list[FlexibleModel]
+Objects: TypeAlias = Model | list[Model] | FlexibleModel | list[FlexibleModel]
 
 
 class SchemaBoundLLM(FunctionCallingLLM):
@@ -48,7 +47,8 @@ class SchemaBoundLLM(FunctionCallingLLM):
     ) -> Model:
         """An instance of `output_cls`. Raises what its own validators raise, beyond what a schema can say."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            made: Model = super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            return made
         _begin(output_cls, prompt, prompt_args)
         messages, settings = self._bound(output_cls, prompt, llm_kwargs, prompt_args)
         return _end(output_cls, self.chat(messages, **settings))
@@ -62,7 +62,8 @@ class SchemaBoundLLM(FunctionCallingLLM):
     ) -> Model:
         """`structured_predict` without blocking the event loop."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            made: Model = await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            return made
         _begin(output_cls, prompt, prompt_args)
         messages, settings = self._bound(output_cls, prompt, llm_kwargs, prompt_args)
         return _end(output_cls, await self.achat(messages, **settings))

@@ -12,7 +12,6 @@ from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate, PromptType
 from llama_index.core.prompts.mixin import PromptDictType
@@ -23,6 +22,7 @@ from llama_index.llms.cribsheet.base import CribsheetLLM
 from llama_index.llms.cribsheet.forms import of_class
 from llama_index.llms.cribsheet.messages import as_conversation
 from llama_index.llms.cribsheet.retriever import SheetNode
+from llama_index_instrumentation import get_dispatcher
 
 from cribsheet.errors import RequestError
 
@@ -202,7 +202,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
         return {} if self._output_cls is None else {"json_schema": of_class(self._output_cls)}
 
     def _parsed(self, response: ChatResponse, facts: dict[str, Any]) -> str | BaseModel:
-        facts.update(response.raw)
+        facts.update(response.raw or {})
         text = response.message.content or ""
         return self._llm._parse_output(text) if self._output_cls is None else self._output_cls.model_validate_json(text)
 
