@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.tom
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev]' --editable 'integrations/langchain[test]'
+		--editable '.[dev]' --editable 'integrations/langchain[test]' --editable 'integrations/llama-index[test]'
 	touch $(READY)
 
 demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sources, sizes and times

@@ -18,7 +18,11 @@ from cribsheet.sheet import Manifest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [page for page in sorted([ROOT / "README.md", *DOCS.rglob("*.md")]) if "_build" not in page.parts]
+PAGES = [
+    page
+    for page in sorted([ROOT / "README.md", *ROOT.glob("integrations/*/README.md"), *DOCS.rglob("*.md")])
+    if "_build" not in page.parts
+]
 RUN = [page for page in PAGES if re.search(r"^```(python|console)$", page.read_text(encoding="utf-8"), re.M)]
 UPDATE = bool(os.environ.get("CRIBSHEET_UPDATE_DOCS"))
 

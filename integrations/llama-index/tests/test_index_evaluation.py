@@ -14,6 +14,8 @@ from llama_index.core.evaluation import (
 )
 from llama_index.core.llms import ChatMessage
 
+pytestmark = pytest.mark.filterwarnings("ignore:asyncio_module:DeprecationWarning")  # LlamaIndex's own helper
+
 JUDGEMENT = "4.5\nThe answer is right."
 
 
@@ -65,7 +67,9 @@ def test_a_batch_of_questions_is_answered_and_judged_at_once(engine, says):
     )
     questions = [f"Where does {name} live?" for name in ("Hugo Ali", "Clara Berg", "Nina Sato", "Bob Smith")]
     results = asyncio.run(
-        runner.aevaluate_queries(engine, queries=questions, correctness={"reference": ["Quito", "Cairo", "Kyoto", "Oslo"]})
+        runner.aevaluate_queries(
+            engine, queries=questions, correctness={"reference": ["Quito", "Cairo", "Kyoto", "Oslo"]}
+        )
     )
     assert [result.response for result in results["correctness"]] == ["Quito", "Cairo", "Kyoto", "Oslo"]
     assert {name: [result.passing for result in each] for name, each in results.items()} == {

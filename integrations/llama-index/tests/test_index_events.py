@@ -11,13 +11,13 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class Listener(BaseEventHandler):
     """Remembers events."""
 
-    events: list = []
+    events: list = Field(default_factory=list)
 
     def handle(self, event, **kwargs):
         self.events.append(event)
@@ -66,7 +66,7 @@ def test_streams_tell_of_their_progress_and_end(llm, listener):
 
 def test_events_carry_usage_and_no_tensors(kb, llm, listener):
     llm.complete(QUESTION)
-    list(llm.stream_chat([]) if False else llm.stream_complete(QUESTION))
+    list(llm.stream_complete(QUESTION))
     asyncio.run(llm.acomplete(QUESTION))
     ends = [event for event in listener.events if event.class_name() == "LLMCompletionEndEvent"]
     assert [event.response.raw["usage"]["prompt_tokens_details"]["cached_tokens"] for event in ends] == [

@@ -127,7 +127,7 @@ def test_metadata_tells_what_is_left_beside_the_sheet(kb, llm):
 
 
 def test_unknown_settings_are_refused(kb, llm):
-    with pytest.raises(RequestError, match="CribsheetLLM does not know max_new_tokens; use .*max_tokens"):
+    with pytest.raises(RequestError, match=r"CribsheetLLM does not know max_new_tokens; use .*max_tokens"):
         kb.as_llama_index_llm(max_new_tokens=5)
     with pytest.raises(RequestError, match="messages_to_prompt"):
         kb.as_llama_index_llm(messages_to_prompt=str)
@@ -151,7 +151,7 @@ def test_what_goes_wrong_is_raised_at_once_in_every_form(llm):
     asyncio.run(fails())
     with pytest.raises(RequestError, match="question is empty"):
         llm.stream_chat([ChatMessage(role="user", content="")])
-    with pytest.raises(RequestError, match="ends? with"):
+    with pytest.raises(RequestError, match=r"ends? with"):
         llm.chat([*ASKED, ChatMessage(role="assistant", content=ANSWER)])
 
 

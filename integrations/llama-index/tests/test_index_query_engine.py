@@ -1,8 +1,9 @@
-"""`kb.as_query_engine()` is the `RetrieverQueryEngine` that other parts of LlamaIndex expect, answering from a sheet."""
+"""`kb.as_query_engine()` is the `RetrieverQueryEngine` that others expect, answering from a sheet."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 
 import pytest
@@ -118,6 +119,16 @@ def test_nodes_from_elsewhere_are_told_and_are_sources(engine):
         assert [each.node_id for each in response.source_nodes] == ["karl", "more"]
 
 
+def test_nodes_without_text_are_neither_told_nor_sources(engine):
+    nodes = [NodeWithScore(node=TextNode(text=text, id_=name)) for name, text in (("blank", " "), ("karl", NEWCOMER))]
+    response = engine.synthesize(QueryBundle(KARL), nodes)
+    assert "Turin" in str(response) and [each.node_id for each in response.source_nodes] == ["karl"]
+
+
+def test_a_deep_copy_answers_over_the_same_model(engine):
+    assert str(copy.deepcopy(engine).query(QUESTION)) == ANSWER
+
+
 def test_without_nodes_the_sheet_answers(engine):
     assert str(engine.synthesize(QueryBundle(QUESTION), [])) == ANSWER
     assert engine._response_synthesizer.get_response(QUESTION, []) == ANSWER
@@ -159,7 +170,7 @@ def test_it_is_made_of_an_llm_too_and_refuses_what_it_does_not_know(kb, llm, set
     assert str(CompressedKnowledgeQueryEngine.from_args(llm=llm).query(QUESTION)) == ANSWER
     settings.llm = llm
     assert str(CompressedKnowledgeQueryEngine.from_args().query(QUESTION)) == ANSWER
-    with pytest.raises(RequestError, match="does not know use_async; use .*temperature"):
+    with pytest.raises(RequestError, match=r"does not know use_async; use .*temperature"):
         kb.as_query_engine(use_async=True)
     with pytest.raises(RequestError, match="max_tokens would go unused"):
         CompressedKnowledgeQueryEngine.from_args(llm=llm, max_tokens=5)

@@ -1,8 +1,7 @@
 """Tools: calls forced by grammar, or found in what the model writes, and their results told back."""
 
-from __future__ import annotations
-
 import asyncio
+from typing import Annotated
 
 import pytest
 from index_corpus import ANSWER, QUESTION
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field
 from cribsheet.errors import RequestError
 
 
-def add(a: int, b: int) -> int:
+def add(a: Annotated[int, Field(ge=0, le=9)], b: Annotated[int, Field(ge=0, le=9)]) -> int:
     """Add two numbers."""
     return a + b
 

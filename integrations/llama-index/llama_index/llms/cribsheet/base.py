@@ -13,6 +13,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, Self
 
+from llama_index.core.base.base_selector import MultiSelection, SingleSelection
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -28,8 +29,10 @@ from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
+from llama_index.llms.cribsheet.forms import current, of_class
 from llama_index.llms.cribsheet.messages import (
     aresponses,
+    arguments,
     as_chat_response,
     as_completion,
     as_conversation,
@@ -96,7 +99,7 @@ class CribsheetLLM(SchemaBoundLLM):
             raise RequestError(f"CribsheetLLM does not know {', '.join(unknown)}; use {', '.join(sorted(known))}.")
         if sheet is None and knowledge is None:
             raise SheetError("No sheet was given; pass the path of one, or knowledge= with an open one.")
-        super().__init__(sheet=None if sheet is None else fspath(sheet), **settings)
+        super().__init__(**{"sheet": None if sheet is None else fspath(sheet), **settings})
         SamplingParams(**self._given(_SAMPLING))  # out of range is told now rather than with the first question
         if knowledge is not None:
             self._adopt(knowledge)
@@ -129,7 +132,9 @@ class CribsheetLLM(SchemaBoundLLM):
 
     async def _aopen(self) -> CompressedKnowledgeLLM:
         """`knowledge`; loading does not hold up the event loop."""
-        return self._opened or await asyncio.to_thread(lambda: self.knowledge)
+        if self._opened is not None:
+            return self._opened
+        return await asyncio.to_thread(lambda: self.knowledge)
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -182,7 +187,7 @@ class CribsheetLLM(SchemaBoundLLM):
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """`chat` as it is written; closing the generator stops the work. Calls and usage come with the last response."""
+        """`chat` as it is written; closing the generator stops the work. The last one has calls and usage."""
         asked, settings, reply = self._chatted(messages, kwargs)
         return responses(self.knowledge.stream(asked, **settings), partial_chat_response, reply)
 
@@ -211,9 +216,7 @@ class CribsheetLLM(SchemaBoundLLM):
         return responses(self.knowledge.stream(asked, **settings), partial_completion, reply)
 
     @llm_completion_callback()
-    async def astream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
-    ) -> CompletionResponseAsyncGen:
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` for `async for`."""
         asked, settings, reply = self._prompted(prompt, formatted, kwargs)
         return aresponses((await self._aopen()).astream(asked, **settings), partial_completion, reply)
@@ -247,8 +250,9 @@ class CribsheetLLM(SchemaBoundLLM):
         return prompt, self._settings(given), reply
 
     def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of one answer: the fields', then the call's."""
-        return {**self._given((*_SAMPLING, "timeout")), **{k: v for k, v in given.items() if v is not None}}
+        """The settings of one answer: the fields', the form that a prompt's parser reads, then the call's."""
+        form = {"json_schema": current()} if current() else {}
+        return {**self._given((*_SAMPLING, "timeout")), **form, **{k: v for k, v in given.items() if v is not None}}
 
     def _given(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -282,7 +286,7 @@ class CribsheetLLM(SchemaBoundLLM):
             messages.append(ChatMessage(content=user_msg) if isinstance(user_msg, str) else user_msg)
         return {
             "messages": messages,
-            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools] or None,
+            "tools": [_described(tool, messages) for tool in tools] or None,
             "tool_choice": tool_choice or ("required" if tool_required else None),
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
@@ -296,6 +300,14 @@ class CribsheetLLM(SchemaBoundLLM):
         if not blocks and error_on_no_tool_call:
             raise ValueError(f"The model called no tool; it answered {response.message.content!r}.")
         return [
-            ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=block.tool_kwargs)
+            ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=arguments(block))
             for block in blocks
         ]
+
+
+def _described(tool: BaseTool, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+    """A tool in OpenAI's form; one that takes a selection takes only what there is to select."""
+    described = tool.metadata.to_openai_tool(skip_length_check=True)
+    if tool.metadata.fn_schema in (SingleSelection, MultiSelection):
+        described["function"]["parameters"] = of_class(tool.metadata.fn_schema, messages)
+    return described

@@ -65,6 +65,12 @@ def _past_call(block: ToolCallBlock) -> dict[str, Any]:
     return {"id": block.tool_call_id, "function": {"name": block.tool_name, "arguments": block.tool_kwargs}}
 
 
+def arguments(call: ToolCallBlock) -> dict[str, Any]:
+    """The arguments of a call; other models' calls may hold them as JSON."""
+    given = call.tool_kwargs
+    return given if isinstance(given, dict) else dict(json.loads(given))
+
+
 def usage(answer: Answer) -> dict[str, Any]:
     """Token counts as OpenAI reports them, which LlamaIndex's counters and tracers read."""
     counted = answer.usage

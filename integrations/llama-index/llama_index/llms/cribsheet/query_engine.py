@@ -1,7 +1,8 @@
 """`CompressedKnowledgeQueryEngine`: LlamaIndex's query engine, answering from a sheet.
 
-It is a `RetrieverQueryEngine`, which chat engines, routers and benchmarks look for. Without a retriever the sheet answers
-first, and what the answer looked at becomes its source nodes. With one, what was retrieved is told after the sheet.
+It is a `RetrieverQueryEngine`, which chat engines, routers and benchmarks look for. Without a retriever the sheet
+answers first, and what the answer looked at becomes its source nodes. With one, what was retrieved is told after the
+sheet.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.settings import Settings
 from llama_index.llms.cribsheet.base import CribsheetLLM
@@ -55,13 +57,13 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
     def __init__(
         self,
         retriever: BaseRetriever | None,
-        response_synthesizer: CribsheetSynthesizer,
+        response_synthesizer: BaseSynthesizer,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
         *,
         similarity_top_k: int = 3,
     ) -> None:
-        """Raises `RequestError` for another synthesizer than ours: theirs answer nothing where nothing was retrieved."""
+        """Raises `RequestError` for another synthesizer than ours: theirs answer nothing where nothing was found."""
         if not isinstance(response_synthesizer, CribsheetSynthesizer):
             kind = type(response_synthesizer).__name__
             raise RequestError(f"response_synthesizer is a {kind}; give a CribsheetSynthesizer, or leave it out.")
@@ -77,7 +79,7 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
         cls,
         retriever: BaseRetriever | None = None,
         llm: LLM | None = None,
-        response_synthesizer: CribsheetSynthesizer | None = None,
+        response_synthesizer: BaseSynthesizer | None = None,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
         *,
@@ -105,7 +107,9 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
             response_synthesizer = CribsheetSynthesizer(llm, callback_manager=callback_manager, **own)
             own = {}
         if unused := sorted({**own, **settings}):
-            raise RequestError(f"{', '.join(unused)} would go unused; give it to the LLM or synthesizer that was passed.")
+            raise RequestError(
+                f"{', '.join(unused)} would go unused; give it to the LLM or synthesizer that was passed."
+            )
         return cls(
             retriever, response_synthesizer, node_postprocessors, callback_manager, similarity_top_k=similarity_top_k
         )
@@ -157,7 +161,8 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
 def _without_structure(llm: LLM, settings: dict[str, Any]) -> tuple[CribsheetLLM, dict[str, Any]]:
     """The LLM inside of `llm.as_structured_llm(...)`, with its class as the synthesizer's."""
     if isinstance(llm, StructuredLLM):
-        llm, settings = llm.llm, {"output_cls": llm.output_cls, **settings}
+        settings = {"output_cls": llm.output_cls, **settings}
+        llm = llm.llm
     if not isinstance(llm, CribsheetLLM):
         raise RequestError(f"The LLM is a {type(llm).__name__}, which has no sheet; give a CribsheetLLM.")
     return llm, settings

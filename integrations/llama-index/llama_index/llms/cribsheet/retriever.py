@@ -6,8 +6,10 @@ The sheet needs none of this to answer. It is for citations, evaluators and what
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import CallbackManager
@@ -57,6 +59,10 @@ class CribsheetRetriever(BaseRetriever):
         self._top_k, self._characters = similarity_top_k, passage_characters
         super().__init__(callback_manager=callback_manager)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy over the same model and sheet."""
+        return copy.copy(self)
+
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         if not self._top_k:
             return []
@@ -76,10 +82,10 @@ class CribsheetRetriever(BaseRetriever):
         node = SheetNode(
             id_=document.id if whole else f"{document.id}:{start}",
             text=document.text[start:stop],
-            metadata=metadata,
             start_char_idx=start,
             end_char_idx=stop,
         )
+        node.metadata = metadata
         if parent:
             node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=parent)
         return node
@@ -101,4 +107,3 @@ def _passage(text: str, source: Source, characters: int) -> tuple[int, int]:
     while source.stop < stop < len(text) and not text[stop].isspace():
         stop -= 1
     return start, stop
-

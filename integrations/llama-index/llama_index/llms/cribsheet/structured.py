@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.bridge.pydantic import BaseModel
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import Model
 from llama_index.core.program.utils import FlexibleModel, process_streaming_objects
-from llama_index.core.prompts import PromptTemplate
-from llama_index.core.types import PydanticProgramMode
-
-from cribsheet.tools import closed
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.types import Model, PydanticProgramMode
+from llama_index.llms.cribsheet.forms import asked_for, of_class, of_parser
+from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
 
 _OF_PROGRAMS = ("tool_required", "tool_choice", "allow_parallel_tool_calls")  # the schema binds the answer anyway
-Objects = Model | list[Model] | FlexibleModel | list[FlexibleModel]
-
-
-def schema_settings(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """The setting of `chat` that binds an answer to a class."""
-    return {"json_schema": closed(output_cls.model_json_schema())}
+Objects: TypeAlias = Model | list[Model] | FlexibleModel | list[FlexibleModel]
 
 
 class SchemaBoundLLM(FunctionCallingLLM):
     """An LLM whose `chat` takes `json_schema=`, so that structured answers always are whole instances.
 
-    Another `pydantic_program_mode` than the default goes LlamaIndex's own ways.
+    So are the answers to prompts whose parser reads a known form (`forms.py`). Another `pydantic_program_mode` than the
+    default goes LlamaIndex's own ways.
     """
+
+    def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """The answer to a prompt, in the form that its parser reads."""
+        with asked_for(of_parser(prompt, prompt_args)):
+            return super().predict(prompt, **prompt_args)
+
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """`predict` without blocking the event loop."""
+        with asked_for(of_parser(prompt, prompt_args)):
+            return await super().apredict(prompt, **prompt_args)
 
     def structured_predict(
         self,
@@ -43,7 +47,8 @@ class SchemaBoundLLM(FunctionCallingLLM):
     ) -> Model:
         """An instance of `output_cls`. Raises what its own validators raise, beyond what a schema can say."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            made: Model = super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            return made
         _begin(output_cls, prompt, prompt_args)
         messages, settings = self._bound(output_cls, prompt, llm_kwargs, prompt_args)
         return _end(output_cls, self.chat(messages, **settings))
@@ -57,7 +62,8 @@ class SchemaBoundLLM(FunctionCallingLLM):
     ) -> Model:
         """`structured_predict` without blocking the event loop."""
         if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
-            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            made: Model = await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            return made
         _begin(output_cls, prompt, prompt_args)
         messages, settings = self._bound(output_cls, prompt, llm_kwargs, prompt_args)
         return _end(output_cls, await self.achat(messages, **settings))
@@ -107,7 +113,8 @@ class SchemaBoundLLM(FunctionCallingLLM):
     ) -> tuple[list[ChatMessage], dict[str, Any]]:
         """Messages and settings of the call."""
         settings = {name: value for name, value in (llm_kwargs or {}).items() if name not in _OF_PROGRAMS}
-        return self._get_messages(prompt, **prompt_args), {**settings, **schema_settings(output_cls)}
+        messages = self._get_messages(prompt, **prompt_args)
+        return messages, {**settings, "json_schema": of_class(output_cls, messages)}
 
     def _objects(self, output_cls: type[Model], response: ChatResponse, before: Any) -> Any:
         """What can be made of the answer so far; the whole answer makes an `output_cls`."""

@@ -12,7 +12,6 @@ from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate, PromptType
 from llama_index.core.prompts.mixin import PromptDictType
@@ -20,9 +19,10 @@ from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, QueryType
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.llms.cribsheet.base import CribsheetLLM
+from llama_index.llms.cribsheet.forms import of_class
 from llama_index.llms.cribsheet.messages import as_conversation
 from llama_index.llms.cribsheet.retriever import SheetNode
-from llama_index.llms.cribsheet.structured import schema_settings
+from llama_index_instrumentation import get_dispatcher
 
 from cribsheet.errors import RequestError
 
@@ -149,9 +149,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
             event.on_end(payload={EventPayload.RESPONSE: made[0]})
         dispatcher.event(SynthesizeEndEvent(query=query, response=made[0]))
 
-    def _response(
-        self, text: RESPONSE_TEXT_TYPE, sources: list[NodeWithScore], facts: dict[str, Any]
-    ) -> RESPONSE_TYPE:
+    def _response(self, text: RESPONSE_TEXT_TYPE, sources: list[NodeWithScore], facts: dict[str, Any]) -> RESPONSE_TYPE:
         response = self._prepare_response_output(text, sources)
         assert response.metadata is not None
         response.metadata["cribsheet"] = facts
@@ -201,10 +199,10 @@ class CribsheetSynthesizer(BaseSynthesizer):
 
     @property
     def _form(self) -> dict[str, Any]:
-        return {} if self._output_cls is None else schema_settings(self._output_cls)
+        return {} if self._output_cls is None else {"json_schema": of_class(self._output_cls)}
 
     def _parsed(self, response: ChatResponse, facts: dict[str, Any]) -> str | BaseModel:
-        facts.update(response.raw)
+        facts.update(response.raw or {})
         text = response.message.content or ""
         return self._llm._parse_output(text) if self._output_cls is None else self._output_cls.model_validate_json(text)
 
@@ -225,7 +223,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
             return list(nodes), _contents(nodes)
         if self._mode == ResponseMode.GENERATION:
             return list(nodes), []
-        new = [each for each in nodes if not isinstance(each.node, SheetNode)]
+        new = [each for each in nodes if not isinstance(each.node, SheetNode) and _content(each).strip()]
         read = [each for each in nodes if isinstance(each.node, SheetNode)]
         texts = self._fit(query, _contents(new), more)
         return new[: len(texts)] + read, texts
@@ -245,8 +243,8 @@ class CribsheetSynthesizer(BaseSynthesizer):
                 fitting.append(cut)
             if cut != text:
                 logger.warning(
-                    "retrieved passages do not fit: %d of %d are told, the last of them cut; raise context_tokens, lower "
-                    "max_tokens, or retrieve less",
+                    "retrieved passages do not fit: %d of %d are told, the last of them cut; raise context_tokens, "
+                    "lower max_tokens, or retrieve less",
                     len(fitting),
                     len(texts),
                 )
@@ -264,7 +262,11 @@ class CribsheetSynthesizer(BaseSynthesizer):
 
 
 def _contents(nodes: Sequence[NodeWithScore]) -> list[str]:
-    return [each.node.get_content(metadata_mode=MetadataMode.LLM) for each in nodes]
+    return [_content(each) for each in nodes]
+
+
+def _content(node: NodeWithScore) -> str:
+    return node.node.get_content(metadata_mode=MetadataMode.LLM)
 
 
 def _deltas(responses: ChatResponseGen, facts: dict[str, Any]) -> Generator[str, None, None]:
