@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,16 @@ PAGES = [
 ]
 RUN = [page for page in PAGES if re.search(r"^```(python|console)$", page.read_text(encoding="utf-8"), re.M)]
 UPDATE = bool(os.environ.get("CRIBSHEET_UPDATE_DOCS"))
+
+
+@pytest.fixture(autouse=True)
+def _event_loop() -> Iterator[None]:
+    """A loop that is closed in the end: LlamaIndex's sync forms take what they find, or leave one open."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 @pytest.mark.parametrize("page", RUN, ids=[str(page.relative_to(ROOT)) for page in RUN])

@@ -19,12 +19,6 @@ from cribsheet.testing import echo_backbone
 torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # LlamaIndex's chat memory leaves its in-memory database open, which is noticed whenever it is collected: perhaps in
-    # another test, so this cannot be a mark of those that use a memory.
-    config.addinivalue_line("filterwarnings", "ignore:<aiosqlite:ResourceWarning")
-
-
 @pytest.fixture(autouse=True)
 def settings(llm: CribsheetLLM) -> Iterator[Any]:
     """LlamaIndex's global settings: ours during a test, untouched after it."""

@@ -131,7 +131,6 @@ def test_a_function_calling_program_makes_its_class(caller):
         output_cls=Extension, llm=caller, prompt_template_str="Which extension has {name}?"
     )
     assert 100 <= program(name="Hugo Ali").number <= 999
-    assert 100 <= asyncio.run(program.acall(name="Hugo Ali")).number <= 999
     streaming = FunctionCallingProgram.from_defaults(
         output_cls=Extension, llm=caller, prompt_template_str="Which extension has {name}?", tool_choice="Extension"
     )

@@ -17,9 +17,10 @@ from llama_index.core.base.base_selector import MultiSelection, SingleSelection
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.output_parsers import PydanticOutputParser
-from llama_index.core.output_parsers.selection import SelectionOutputParser
+from llama_index.core.output_parsers.selection import Answer, SelectionOutputParser
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.question_gen.output_parser import SubQuestionOutputParser
+from llama_index.core.question_gen.types import SubQuestion
 
 from cribsheet.tools import closed
 
@@ -46,12 +47,32 @@ def current() -> dict[str, Any] | None:
     return _form.get()
 
 
+def unread(prompt: BasePromptTemplate, told: Mapping[str, Any], answer: str) -> dict[str, Any] | None:
+    """The form in which to ask again, if a prompt's parser cannot read the answer, or it chose what there is not."""
+    form, parser = of_parser(prompt, told), prompt.output_parser
+    if form is None or parser is None:
+        return None
+    try:
+        read = parser.parse(answer)
+    except Exception:  # of many kinds: each parser takes texts apart in its own way
+        return form
+    return None if _exists(read, told) else form
+
+
+def _exists(read: Any, told: Mapping[str, Any]) -> bool:
+    """Whether all choices and tools that were read are among those that were told."""
+    several = getattr(read, "parsed_output", ())
+    choices = {each.choice for each in several if isinstance(each, Answer)}
+    tools = {each.tool_name for each in several if isinstance(each, SubQuestion)}
+    return choices <= set(range(1, told.get("num_choices", 0) + 1)) and tools <= set(_names(told.get("tools_str")))
+
+
 def of_parser(prompt: BasePromptTemplate, told: Mapping[str, Any]) -> dict[str, Any] | None:
     """The JSON schema of what a prompt's parser reads; none where that is any text. `told` fills the prompt."""
     parser = prompt.output_parser
     if isinstance(parser, SelectionOutputParser) and isinstance(told.get("num_choices"), int):
         one = _object(choice=_number(told["num_choices"]), reason=_REASON)
-        return _list(one, told.get("max_outputs") or 1)
+        return _list(one, told.get("max_outputs", 1) or told["num_choices"])
     if isinstance(parser, SubQuestionOutputParser) and (names := _names(told.get("tools_str"))):
         one = _object(sub_question=_SUB_QUESTION, tool_name={"type": "string", "enum": names})
         return _object(items=_list(one, _SUB_QUESTIONS))

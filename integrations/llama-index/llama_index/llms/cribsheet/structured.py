@@ -12,7 +12,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.program.utils import FlexibleModel, process_streaming_objects
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.types import Model, PydanticProgramMode
-from llama_index.llms.cribsheet.forms import asked_for, of_class, of_parser
+from llama_index.llms.cribsheet.forms import asked_for, of_class, unread
 from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
@@ -24,19 +24,24 @@ Objects: TypeAlias = Model | list[Model] | FlexibleModel | list[FlexibleModel]
 class SchemaBoundLLM(FunctionCallingLLM):
     """An LLM whose `chat` takes `json_schema=`, so that structured answers always are whole instances.
 
-    So are the answers to prompts whose parser reads a known form (`forms.py`). Another `pydantic_program_mode` than the
-    default goes LlamaIndex's own ways.
+    Another `pydantic_program_mode` than the default goes LlamaIndex's own ways.
     """
 
     def predict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """The answer to a prompt, in the form that its parser reads."""
-        with asked_for(of_parser(prompt, prompt_args)):
-            return super().predict(prompt, **prompt_args)
+        """The answer to a prompt; what its parser cannot read is asked for again, in the form that it can."""
+        answer: str = super().predict(prompt, **prompt_args)
+        if form := unread(prompt, prompt_args, answer):
+            with asked_for(form):
+                answer = super().predict(prompt, **prompt_args)
+        return answer
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """`predict` without blocking the event loop."""
-        with asked_for(of_parser(prompt, prompt_args)):
-            return await super().apredict(prompt, **prompt_args)
+        answer: str = await super().apredict(prompt, **prompt_args)
+        if form := unread(prompt, prompt_args, answer):
+            with asked_for(form):
+                answer = await super().apredict(prompt, **prompt_args)
+        return answer
 
     def structured_predict(
         self,
