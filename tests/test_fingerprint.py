@@ -124,3 +124,27 @@ def test_moving_a_folder_does_not_change_a_model(tmp_path, sheet):
             ).backbone,
             sheet,
         )
+
+
+class Coarse(torch.Tensor):
+    """As libraries for quantised weights have them: hardly any operation works on it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def reshape(self, *_):
+        raise NotImplementedError
+
+    def detach(self):
+        return self
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor).detach() * 2
+
+
+def test_quantised_weights_in_a_class_of_their_own_are_part_of_the_print(mine):
+    backbone = tiny_backbone()
+    weight = backbone.model.lm_head.weight.detach().as_subclass(Coarse)
+    named = dict(backbone.model.named_parameters()) | {"lm_head.weight": weight}
+    backbone.model.named_parameters = lambda **_: named.items()
+    coarse = taken(backbone)
+    assert coarse.weights != mine.weights and coarse.weights_probe != mine.weights_probe

@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
-DEFAULT_ALLOCATION: Allocation = "adaptive"
+DEFAULT_ALLOCATION: Allocation = "uniform"
 DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "notes"}  # the best of each in the bench
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
@@ -159,8 +159,8 @@ def build_sheet(
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
-        `"adaptive"`, the default: heads that need more tokens keep more, and the budget is their mean. `"uniform"`, as
-        published: all keep equally many. An independent sheet is always uniform.
+        `"uniform"`, as published and the default: all heads keep equally many tokens. `"adaptive"`: heads that need
+        more tokens keep more, and the budget is their mean; much better in tries, not yet for independent sheets.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """

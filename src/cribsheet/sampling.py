@@ -25,7 +25,8 @@ class SamplingParams:
     max_tokens
         longest answer in tokens; never more than the model's window leaves.
     stop
-        the answer ends before the first of these strings (at most 1000), which is cut off.
+        the answer ends before the first of these strings (at most 1000), which is cut off; special tokens count too.
+        It may cut an answer with a form short.
     logprobs
         how many alternatives to report per token, 0 for the chosen token alone; `None` reports nothing.
     seed

@@ -1,4 +1,4 @@
-"""LangChain's integration suite on `ChatOpenAI` against `cribsheet serve`: what OpenAI's client asks for is served."""
+"""LangChain's suite with `ChatOpenAI` against `cribsheet serve`: any OpenAI client can take a sheet for a model.
 
 The model is the one that is fitted to the suite's prompts (`fitted/fit.py`). Counting tokens needs OpenAI's own
 tokenizers, which ChatOpenAI downloads, so no test here counts.

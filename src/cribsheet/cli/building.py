@@ -35,7 +35,7 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="recall (default), notes, notes-peak, task, task-peak, finch, reconstruction or a floor.",
+            help="notes (default), recall, notes-peak, task, task-peak, finch, reconstruction or a floor.",
         ),
     ] = None,
     guide: Annotated[
@@ -63,7 +63,7 @@ def build(
     ] = None,
     allocation: Annotated[
         Literal["uniform", "adaptive"] | None,
-        typer.Option(help="Whether heads that need more tokens may keep more.  [default: adaptive where possible]"),
+        typer.Option(help="Whether heads that need more tokens may keep more.  [default: uniform]"),
     ] = None,
     mode: Annotated[
         Literal["sequential", "independent"],
