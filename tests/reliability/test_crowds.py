@@ -132,7 +132,7 @@ def test_a_crowd_leaves_nothing_behind_and_mixes_nothing_up(times):
             "%s", f"{whole} answers, {left} left; memory grew by {grown / 1e6:.1f} MB; {len(alone)} kinds of answers"
         )
         assert whole > 20 and left > 5
-        assert threading.active_count() <= threads_before + 1
+        assert threading.active_count() <= threads_before + 1, [each.name for each in threading.enumerate()]
         assert grown < 40e6
         for body, text in list(alone.items())[:: max(1, len(alone) // 40)]:  # and each is what it is alone
             reply = http.post("/v1/chat/completions", json=json.loads(body))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.llms import ChatMessage
@@ -32,7 +33,9 @@ def test_openai_like_chats_and_completes(live):
 
 async def test_openai_like_chats_without_blocking(live):
     asked = [ChatMessage(role="user", content="Where does Bob live?")]
-    assert (await like(live, is_chat_model=True).achat(asked)).message.content == "Bob lives in Oslo."
+    async with httpx.AsyncClient() as client:  # its own would outlive the test's event loop
+        llm = like(live, is_chat_model=True, async_http_client=client)
+        assert (await llm.achat(asked)).message.content == "Bob lives in Oslo."
 
 
 @pytest.mark.parametrize("how", ["is_function_calling_model", "should_use_structured_outputs"])

@@ -1,4 +1,4 @@
-"""LangChain's suite with `ChatOpenAI` against `cribsheet serve`: any OpenAI client can take a sheet for a model.
+"""LangChain's standard suite with `ChatOpenAI` against `cribsheet serve`: an OpenAI client takes a sheet for a model.
 
 The model is the one that is fitted to the suite's prompts (`fitted/fit.py`). Counting tokens needs OpenAI's own
 tokenizers, which ChatOpenAI downloads, so no test here counts.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from langchain_openai import ChatOpenAI
@@ -49,7 +50,10 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "people", "base_url": self._url, "api_key": "none", "max_retries": 0, "stream_usage": True}
+        # each test has an event loop of its own, and a connection that is kept alive would belong to the last one's
+        client = httpx.AsyncClient(limits=httpx.Limits(max_keepalive_connections=0))
+        where = {"base_url": self._url, "api_key": "none", "max_retries": 0, "http_async_client": client}
+        return {"model": "people", "stream_usage": True, **where}
 
     @property
     def model_override_value(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
@@ -62,9 +62,13 @@ def create_app(shelf: Shelf, *, keys: Keyring | None = None, settings: ServerSet
     return app
 
 
-def _asset(text: str, kind: str) -> Callable[[], Response]:
+def _asset(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
     headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
-    return lambda: Response(text, media_type=kind, headers=headers)
+
+    async def asset() -> Response:  # not a plain function, which would get a thread
+        return Response(text, media_type=kind, headers=headers)
+
+    return asset
 
 
 def _sheet_tokens(shelf: Shelf) -> dict[tuple[tuple[str, str], ...], float]:

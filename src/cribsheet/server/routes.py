@@ -26,12 +26,12 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 router = APIRouter()
 
 
-def _desk_of(request: Request) -> Desk:
+async def _desk_of(request: Request) -> Desk:
     desk: Desk = request.app.state.desk
     return desk
 
 
-def _caller_of(request: Request) -> Caller:
+async def _caller_of(request: Request) -> Caller:
     """Who asks: the holder of a key, or whoever is at an address where there are no keys."""
     keys: Keyring | None = request.app.state.keys
     if keys is None:
@@ -48,7 +48,9 @@ DeskOf = Annotated[Desk, Depends(_desk_of)]
 CallerOf = Annotated[Caller, Depends(_caller_of)]
 
 
-def _served_of(request: Request, name: Annotated[str, Path(max_length=128)], desk: DeskOf, caller: CallerOf) -> Served:
+async def _served_of(
+    request: Request, name: Annotated[str, Path(max_length=128)], desk: DeskOf, caller: CallerOf
+) -> Served:
     return desk.find(name, caller, record_of(request))
 
 
