@@ -50,7 +50,8 @@ def test_a_resident_guide_is_what_the_model_reads_on_top_of_the_kept_tokens(fami
     guide = layout.encoder.after(layout.guide(FEW_SHOT).resident, continues=True)
     assert len(guide) == sheet.manifest.guide_tokens > 0
     assert (sheet.indices[..., -len(guide) :] == -1).all()
-    read = family.read(dropped.layers, dropped.tokens, guide, guide[:0])
+    before = [layer.restored(family.device, family.dtype) for layer in dropped.layers]
+    read = family.read(before, dropped.tokens, guide, guide[:0])
     for whole, kept, fresh in zip(sheet.layers, dropped.layers, read, strict=True):
         torch.testing.assert_close(whole.keys, torch.cat([kept.keys, fresh.chunk_keys], 1), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(whole.values, torch.cat([kept.values, fresh.chunk_values], 1), atol=1e-3, rtol=1e-3)
@@ -65,7 +66,7 @@ def test_a_full_sheet_with_a_resident_guide_is_the_whole_conversation(family, ta
     question = layout.encoder.after(layout.question([{"role": "user", "content": QUESTION}], task, True))
     left = layout.encoder.left(layout.head(task.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n")[0]
     rest = torch.cat([guide, question])
-    read = family.read(kb.sheet.layers, kb.sheet.tokens, guide, question)
+    read = family.read(kb.prefix.layers, kb.prefix.tokens, guide, question)
     stock = family.model(input_ids=torch.cat([left, rest])[None], use_cache=True).past_key_values
     torch.testing.assert_close(read[-1].guide_keys, stock.layers[-1].keys[0, :, -len(question) :], atol=2e-3, rtol=1e-3)
 

@@ -106,7 +106,14 @@ def held(reference):
     return scores
 
 
+def recall(view, weights):
+    """As `task_peak`, with the last rows, as many as the chunk has tokens, counting less: here all rows do."""
+    assert T <= S - P
+    return task_peak(view, weights * 0.3)
+
+
 REFERENCES = {
+    "recall": held(recall),
     "notes": held(task),
     "notes-peak": held(task_peak),
     "task": task,
@@ -138,6 +145,17 @@ def test_scores_are_finite_float32_and_leave_the_view_as_it_was(scene, name):
     assert scores.dtype == torch.float32 and scores.isfinite().all()
     after = (view.keys, view.values, view.positions, view.queries, view.lse, view.carried)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_the_notes_rows_count_more_than_the_repetition_s(scene):
+    view, scorer = scene.view, make_scorer("recall")[1]
+    fields = {name: getattr(view, name) for name in LayerView.__dataclass_fields__}
+    last = LayerView(**{**fields, "keys": view.keys[:, -1:], "values": view.values[:, -1:],
+                        "positions": view.positions[:, -1:], "carried": view.carried[:, :0]})  # fmt: skip
+    peaks = scene.weights[:, :, -1].clone()
+    peaks[:, T - 1] *= 0.3  # the one row that repeats the one token of this chunk
+    expected = peaks.reshape(K, -1).amax(1) * last.values[:, 0].double().norm(dim=-1)
+    torch.testing.assert_close(scorer.score(last)[:, 0].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_are_equally_likely_to_stay_by_chance_whatever_chunk_they_came_in(tiny):
@@ -204,7 +222,9 @@ def test_a_token_the_task_looks_at_is_kept(scene, name):
 
 
 def test_an_unknown_scorer_is_refused_with_the_names_that_exist():
-    with pytest.raises(CribsheetError, match=r"There is no scorer 'tasks'; use one of notes, notes-peak, task,"):
+    with pytest.raises(
+        CribsheetError, match=r"There is no scorer 'tasks'; use one of recall, notes, notes-peak, task,"
+    ):
         make_scorer("tasks")
 
 

@@ -50,11 +50,11 @@ METHODS = (
     Method(CLOSED, "recent", mode="retrieval"),
     Method("start+recent", "recent"),
     Method("task-agnostic", "reconstruction"),
-    Method("zero-shot", "recall"),
-    Method("few-shot", "recall", examples=True),
+    Method("zero-shot", "notes"),
+    Method("few-shot", "notes", examples=True),
     Method("retrieval", "recent", examples=True, mode="retrieval"),
-    Method("hybrid", "recall", examples=True, mode="hybrid"),
-    Method("auto", "recall", examples=True, mode="auto"),
+    Method("hybrid", "notes", examples=True, mode="hybrid"),
+    Method("auto", "notes", examples=True, mode="auto"),
 )
 NAMES = tuple(method.name for method in METHODS)
 
@@ -71,7 +71,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all methods of a comparison share. `scorer` replaces that of methods whose scorer is `recall`."""
+    """What all methods of a comparison share. `scorer` replaces that of methods whose scorer is `notes`."""
 
     guide: GuideMode = "auto"
     scorer: str | None = None
@@ -165,7 +165,7 @@ class _Sheets:
 
     def get(self, method: Method, budget: int) -> CompressedKnowledgeLLM:
         """The sheet of a method with so many tokens."""
-        scorer = self.settings.scorer if self.settings.scorer and method.scorer == "recall" else method.scorer
+        scorer = self.settings.scorer if self.settings.scorer and method.scorer == "notes" else method.scorer
         key = scorer, method.examples, budget
         if self._last is None or self._last[0] != key:
             if self._last is not None:

@@ -43,7 +43,7 @@ def compare(
     examples: Annotated[
         int, typer.Option(metavar="N", help="Without examples of yours, take so many questions away as examples.")
     ] = 3,
-    scorer: Annotated[str, typer.Option(metavar="NAME", help="What makes the task-aware sheets.")] = "recall",
+    scorer: Annotated[str, typer.Option(metavar="NAME", help="What makes the task-aware sheets.")] = "notes",
     guide: Annotated[
         Literal["auto", "resident", "dropped"], typer.Option(help="Whether task and examples stay in the prompt.")
     ] = "auto",

@@ -30,6 +30,6 @@ class Recall:
         """Scores (K, S)."""
         rows, chunk = view.queries.shape[1], view.keys.shape[1] - view.carried.shape[1]
         weight = torch.ones(rows, device=view.queries.device)
-        weight[rows - chunk :] = self.repeated
+        weight[max(0, rows - chunk) :] = self.repeated
         peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale, row_weight=weight, softcap=view.softcap)
         return carried_on(max_over_group(peak, view) * value_norm(view), view)
