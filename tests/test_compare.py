@@ -41,7 +41,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def records(model, corpus):
-    return list(compare(model, corpus, rates=[2, 3], settings=SETTINGS))
+    return list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS))
 
 
 def same(records):
@@ -51,7 +51,7 @@ def same(records):
 def test_every_method_answers_every_question_and_none_exceeds_its_budget(records, corpus):
     seen = {(each.method, each.rate, each.number) for each in records}
     assert seen == {(FULL, 1.0, n) for n in range(3)} | {(CLOSED, 1.0, n) for n in range(3)} | {
-        (name, rate, n) for name in NAMES[2:] for rate in (2, 3) for n in range(3)
+        (name, rate, n) for name in NAMES[2:] for rate in (1.5, 2) for n in range(3)
     }
     assert all(0 < each.tokens <= each.budget and each.nbytes > 0 for each in records)
     budgets = {each.rate: each.budget for each in records if each.method == "few-shot"}
@@ -64,10 +64,10 @@ def test_every_method_answers_every_question_and_none_exceeds_its_budget(records
 
 def test_a_comparison_is_the_same_every_time_and_goes_on_where_it_was(records, model, corpus):
     part = [each for each in records if each.number != 1]
-    rest = list(compare(model, corpus, rates=[2, 3], settings=SETTINGS, done=part))
+    rest = list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=part))
     assert {each.key for each in rest} == {each.key for each in records if each.number == 1}
     assert sorted(same(part + rest), key=lambda each: each.key) == sorted(same(records), key=lambda each: each.key)
-    assert list(compare(model, corpus, rates=[2, 3], settings=SETTINGS, done=records)) == []
+    assert list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=records)) == []
 
 
 def test_rows_hold_what_was_counted_by_type_and_for_all(records):
@@ -147,7 +147,7 @@ def test_examples_are_drawn_from_every_type_by_seed_and_asked_no_more():
 
 def test_the_page_needs_nothing_but_itself_and_draws_every_curve(records, model, corpus):
     rows = summary(records)
-    setup = setup_of(model, corpus, NAMES, [2, 3], SETTINGS)
+    setup = setup_of(model, corpus, NAMES, [1.5, 2], SETTINGS)
     shown = page({"setup": setup, "rows": rows})
     assert not re.search(r"(src|href)=|@import|url\(", shown)
     charts = re.findall(r"<figure>.*?</figure>", shown)
@@ -201,7 +201,7 @@ def files(tmp_path_factory):
 def test_the_command_line_writes_table_json_and_page_and_goes_on_after_it_was_killed(files, capsys):
     out = files / "out.json"
     command = ["compare", str(files / "staff"), "--questions", str(files / "q.jsonl"), "--model", str(files / "model")]
-    command += ["--rates", "2,3", "--methods", "few-shot,retrieval,hybrid", "--scorer", "task", "--guide", "dropped"]
+    command += ["--rates", "1.5,2", "--methods", "few-shot,retrieval,hybrid", "--scorer", "task", "--guide", "dropped"]
     command += ["--task", FEW_SHOT.description, "--example", "Where is Eve?=>Unknown", "--max-tokens", "3"]
     command += ["--device", "cpu", "--json", str(out), "--html", str(files / "out.html")]
     assert run(command) == 0
