@@ -35,7 +35,8 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="notes (default), recall, notes-peak, task, task-peak, finch, reconstruction or a floor.",
+            help="notes (default), notes-peak, recall, task, task-peak, finch, reconstruction, key-norm, recent or "
+            "random.",
         ),
     ] = None,
     guide: Annotated[
