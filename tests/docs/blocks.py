@@ -27,6 +27,7 @@ from cribsheet.cli import run
 SRC = Path(__file__).parents[2] / "src"
 _BLOCK = re.compile(r"^```(?P<kind>python|console|\{code-block\}[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
 _CAPTION = re.compile(r"\A:caption: (?P<name>\S+)\n+")
+_PROGRESS = re.compile(r"^read [\d,]+ of [\d,]+ tokens.*\n", re.M)  # shown by slow machines only
 _VOLATILE = [  # what differs from run to run and from machine to machine
     (re.compile(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00"), "<time>"),
     (re.compile(r"\b[0-9a-f]{16}\b"), "<digest>"),
@@ -95,7 +96,7 @@ class Session:
                 if mode == "exec":
                     raise
                 printed.write(f"Traceback (most recent call last):\n    ...\n{type(error).__name__}: {error}\n")
-        return printed.getvalue()
+        return _PROGRESS.sub("", printed.getvalue())
 
     def _console(self, body: str) -> list[Step]:
         steps = []
