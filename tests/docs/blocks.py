@@ -96,7 +96,7 @@ class Session:
                 if mode == "exec":
                     raise
                 printed.write(f"Traceback (most recent call last):\n    ...\n{type(error).__name__}: {error}\n")
-        return _PROGRESS.sub("", printed.getvalue())
+        return printed.getvalue()
 
     def _console(self, body: str) -> list[Step]:
         steps = []
@@ -133,7 +133,7 @@ def _shell(command: str) -> str:
             run(shlex.split(last)[1:])
     finally:
         sys.stdin = stdin
-    return printed.getvalue()
+    return _PROGRESS.sub("", printed.getvalue())
 
 
 def _bash(command: str) -> str:
