@@ -4,9 +4,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test oldest support check format lint types docs slow reliability page quality connectivity certainty \
+.PHONY: demo test test-library test-pages oldest support check format lint types docs slow reliability page quality connectivity certainty \
 	memory throughput living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
@@ -19,8 +20,14 @@ $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.tom
 demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sources, sizes and times
 	$(RUN)/cribsheet demo
 
-test: $(READY)  ## every test that fits into CI
-	$(RUN)/python -m pytest -m "not slow and not reliability"
+test: $(READY)  ## every test that fits into CI, in two processes
+	$(MAKE) --jobs 2 --output-sync=target test-library test-pages
+
+test-library: $(READY)
+	$(RUN)/python -m pytest $(FAST) tests --ignore tests/docs
+
+test-pages: $(READY)
+	$(RUN)/python -m pytest $(FAST) tests/docs integrations
 
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
@@ -29,7 +36,7 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
-	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -m "not slow and not reliability" $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest $(FAST) $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
