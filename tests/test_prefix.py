@@ -134,3 +134,21 @@ def test_a_prefix_of_no_tokens_is_plain_attention(tiny):
     nothing = prefix_cache(empty_prefix(tiny.num_layers, tiny.kv_heads, tiny.head_size, torch.zeros(1)), 0)
     logits = tiny.step(LEFT[None], torch.arange(len(LEFT))[None], nothing, keep=len(LEFT))[0]
     torch.testing.assert_close(logits, full_context_logits(tiny, LEFT), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [3, 6, 40])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_sequences_share_a_window_s_prefix_and_see_what_each_would_see_alone(window, rows, softcap):
+    torch.manual_seed(0)
+    prefix = LayerPrefix(torch.randn(2, min(window - 1, 9), 8), torch.randn(2, min(window - 1, 9), 8), window)
+    here = PrefixLayer(prefix, 9)
+    query, key, value = torch.randn(3, 4, rows, 8), torch.randn(3, 2, rows + 2, 8), torch.randn(3, 2, rows + 2, 8)
+    mask = torch.ones(3, 1, rows, rows + 2, dtype=torch.bool).tril(2)
+    mask[1, :, :, 0] = False
+    found = here._share_window(query, key, value, mask, 0.3, softcap, window)
+    for n in range(3):
+        one = slice(n, n + 1)
+        alone = here._read_window(query[one], key[one], value[one], mask[one], 0.3, softcap, window)
+        for got, wanted in zip(found, alone, strict=True):
+            torch.testing.assert_close(got[one], wanted, atol=1e-5, rtol=1e-5)

@@ -101,18 +101,20 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def attend_shared(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`attend` of B sequences over one prefix that they share: `k` and `v` are (1, K, S, D).
 
     Query heads of a group and all sequences are packed as rows of one key/value head, so the prefix is read once
-    however many sequences ask.
+    however many sequences ask. `mask` (B or 1, T, S) is true where a row may look.
     """
     b, h, t, d = q.shape
     kv_heads = k.shape[1]
     group = h // kv_heads
     packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
-    out, lse = attend(packed, k, v, scale=scale, softcap=softcap)
+    if mask is not None:
+        mask = mask.unsqueeze(1).expand(b, group, t, -1).reshape(1, 1, b * group * t, -1)
+    out, lse = attend(packed, k, v, scale=scale, mask=mask, softcap=softcap)
     out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
     lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
     return out, lse

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cribsheet.attention import attend, attend_groups, merge
+from cribsheet.attention import attend, attend_groups, attend_shared, merge
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
@@ -179,7 +179,45 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         softcap: float | None,
         window: int,
     ) -> tuple[Tensor, Tensor]:
-        """As `_attend` where some tokens are out of sight: a block of rows at a time over the keys that it can see."""
+        """As `_attend` where some tokens are out of sight."""
+        if query.shape[0] > 1 and self.prefix.longest:
+            return self._share_window(query, key, value, mask, scale, softcap, window)
+        return self._read_window(query, key, value, mask, scale, softcap, window)
+
+    def _share_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        window: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Many sequences over one prefix, which is not copied for any of them; they bring few rows each."""
+        rows, columns = self.suffix_positions(query.shape[2], key.shape[2], query.device)
+        row, column = rows.unsqueeze(-1), columns.unsqueeze(1)  # (B or 1, T, 1), (B or 1, 1, n)
+        place = torch.arange(-self.prefix.longest, 0, device=query.device)  # of the prefix, counted from its end
+        near = (column <= row) & (row - column < window)
+        seen = near.unsqueeze(1) if mask is None else near.unsqueeze(1) & mask
+        inside = (place <= row) & (row - place < window)
+        keys, values = self.prefix.keys.unsqueeze(0), self.prefix.values.unsqueeze(0)
+        shared = attend_shared(query, keys, values, scale=scale, mask=inside, softcap=softcap)
+        out, lse = merge(shared, attend(query, key, value, scale=scale, mask=seen, softcap=softcap))
+        blind = lse.isneginf().unsqueeze(-1)  # padding that sees nothing: its NaN would pass through later masks
+        return out.masked_fill(blind, 0.0), lse
+
+    def _read_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        window: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One sequence of perhaps many rows: a block of rows at a time over the keys that it can see."""
         batch, before = query.shape[0], self.prefix.longest
         keys = torch.cat([self.prefix.keys.expand(batch, -1, -1, -1), key], 2)
         values = torch.cat([self.prefix.values.expand(batch, -1, -1, -1), value], 2)
