@@ -12,8 +12,10 @@ from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention import attend_groups, attend_plain
 from cribsheet.build import build_sheet
 from cribsheet.errors import BudgetError, SheetError
+from cribsheet.evidence import looked_at
 from cribsheet.prefix import LayerPrefix
 from cribsheet.selection import ABSENT, keep_best
+from cribsheet.sheet import Sheet
 
 BUILD = {"scorer": "reconstruction", "allocation": "adaptive", "chunk_tokens": 50}
 
@@ -116,6 +118,30 @@ def test_save_then_load_is_bit_equal(tiny, tmp_path, dtype):
     assert first == second
 
 
+def test_layers_whose_heads_all_keep_few_come_back_too(tiny, tmp_path):
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, scorer=OneHead(), allocation="adaptive", guide="dropped")
+    loaded = load_sheet(save_sheet(sheet, tmp_path / "staff.sheet"))
+    assert [bool(layer.counts) for layer in loaded.layers] == [True, False, False]
+    assert loaded.layers[1].keys.shape[1] < loaded.length
+    first, second = (CompressedKnowledgeLLM(tiny, each).ask(QUESTION, max_tokens=8).text for each in (sheet, loaded))
+    assert first == second
+
+
+@pytest.mark.parametrize("harm", ["in the middle", "a whole head", "in a uniform sheet"])
+def test_tokens_that_lack_where_none_may_are_damage(tiny, tmp_path, harm):
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, guide="dropped", **BUILD)
+    indices, manifest = sheet.indices.clone(), sheet.manifest
+    if harm == "in the middle":
+        indices[0, 0, -2] = ABSENT
+    elif harm == "a whole head":
+        indices[0, 0] = ABSENT
+    else:
+        manifest = manifest.model_copy(update={"allocation": "uniform"})
+    broken = Sheet(sheet.layers, indices, sheet.origins, manifest, sheet.texts)
+    with pytest.raises(SheetError, match="do not fit its manifest"):
+        load_sheet(save_sheet(broken, tmp_path / "broken.sheet"))
+
+
 def test_an_interrupted_build_goes_on_bit_for_bit(tiny, tmp_path):
     whole = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, **BUILD)
 
@@ -129,6 +155,38 @@ def test_an_interrupted_build_goes_on_bit_for_bit(tiny, tmp_path):
     assert torch.equal(resumed.indices, whole.indices)
     for mine, theirs in zip(whole.layers, resumed.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+
+
+def test_what_an_answer_looks_at_is_the_same_as_if_absent_tokens_were_there_and_unseen(tiny):
+    """Masses of heads that keep fewer tokens stand at the end, over the tokens that they keep."""
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=3, **BUILD)
+    looked = looked_at(tiny, kb.prefix, kb.question_tokens(QUESTION), torch.tensor([5]))
+    assert looked.shape[1:] == kb.sheet.indices.shape[1:]
+    absent = kb.sheet.indices[-len(looked) :] == ABSENT
+    assert absent.any() and (looked[absent] == 0).all() and (looked[~absent] > 0).all()
+
+
+def test_the_template_s_head_stays_in_every_head(tiny):
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=5, **BUILD)
+    for layer in sheet.indices:
+        for head in layer:
+            kept = head[head != ABSENT]
+            assert kept[: sheet.manifest.head_tokens].tolist() == list(range(sheet.manifest.head_tokens))
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ({}, ("recall", "adaptive")),
+        ({"scorer": "finch"}, ("finch", "uniform")),
+        ({"allocation": "uniform"}, ("notes", "uniform")),
+        ({"scorer": "task", "allocation": "adaptive"}, ("task", "adaptive")),
+        ({"mode": "independent"}, ("notes", "uniform")),
+    ],
+)
+def test_the_default_is_adaptive_and_published_methods_are_as_published(tiny, asked, made):
+    manifest = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, **asked).manifest
+    assert (manifest.scorer, manifest.allocation) == made
 
 
 def test_room_is_what_the_longest_head_leaves(tiny):

@@ -21,7 +21,9 @@ from cribsheet.testing import tiny_backbone
 
 @pytest.fixture(scope="module", params=["resident", "dropped"])
 def kb(request, tiny):
-    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1.3, guide=request.param)
+    return CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=tiny, rate=1.3, guide=request.param, allocation="uniform"
+    )
 
 
 ANSWER = "in Quito"
@@ -53,10 +55,11 @@ def test_what_is_looked_at_is_the_attention_of_question_and_answer_in_the_upper_
 
 
 @pytest.mark.parametrize("piece", [1024, 16], ids=["in one piece", "in pieces"])
+@pytest.mark.parametrize("scorer", ["task", "recall"])  # all heads keep equally many tokens, or not
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, piece, monkeypatch):
+def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, piece, scorer, monkeypatch):
     monkeypatch.setattr(prefill, "PIECE", piece)
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer="task")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer=scorer)
     asked = kb._question_ids(QUESTION)
     tokens, looked = answered(kb, asked)
     torch.testing.assert_close(looked, looked_at(kb.backbone, kb.prefix, asked, tokens), atol=2e-3, rtol=2e-3)

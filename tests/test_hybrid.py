@@ -69,8 +69,8 @@ def test_the_built_in_retriever_searches_the_sheet_s_own_documents_and_is_made_o
 def test_passages_keep_within_their_tokens(kb, tokens):
     alone = kb.count_tokens(QUESTION)
     answer = kb.ask(QUESTION, max_tokens=1, retriever="bm25", passage_tokens=tokens)
-    assert answer.usage.prompt_tokens - kb.sheet.tokens - alone <= tokens
-    assert answer.usage.cached_tokens == kb.sheet.tokens
+    assert answer.usage.prompt_tokens - kb.sheet.length - alone <= tokens
+    assert answer.usage.cached_tokens == kb.sheet.length
 
 
 @pytest.mark.parametrize("which", ["kb", "resident"])

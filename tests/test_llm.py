@@ -57,8 +57,8 @@ def test_an_answer_says_how_it_came_about(kb):
     assert answer.finish_reason == "length"
     asked = len(kb._question_ids(QUESTION))
     usage = answer.usage
-    assert (usage.cached_tokens, usage.prompt_tokens) == (kb.sheet.tokens, kb.sheet.tokens + asked)
-    assert usage.completion_tokens == 7 and usage.total_tokens == kb.sheet.tokens + asked + 7
+    assert (usage.cached_tokens, usage.prompt_tokens) == (kb.sheet.length, kb.sheet.length + asked)
+    assert usage.completion_tokens == 7 and usage.total_tokens == kb.sheet.length + asked + 7
     assert 0 < answer.first_token_seconds <= answer.seconds
     assert answer.logprobs is None
 
@@ -67,7 +67,7 @@ def test_the_longest_answer_is_what_was_asked_or_what_the_window_leaves():
     small = tiny_backbone(max_position_embeddings=220)
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=small, rate=3, guide="dropped", scorer="task")
     left = kb.room - len(kb._question_ids(QUESTION))
-    assert kb.room == 220 - kb.sheet.tokens
+    assert kb.room == 220 - kb.sheet.length
     answer = kb.ask(QUESTION, max_tokens=10_000)
     assert answer.finish_reason == "length" and answer.usage.completion_tokens == left
     assert answer.usage.total_tokens == 220
@@ -79,7 +79,7 @@ def test_a_question_longer_than_the_window_left_is_refused_with_all_its_numbers(
     asked = len(kb._question_ids("Where? " * 4000))
     assert str(refused.value) == (
         f"The question takes {asked} tokens, but the model's window of 4096 leaves {kb.room} for question and answer "
-        f"beside the sheet of {kb.sheet.tokens}; ask a shorter question or raise the rate."
+        f"beside the sheet of {kb.sheet.length}; ask a shorter question or raise the rate."
     )
 
 
@@ -131,7 +131,7 @@ def test_a_timeout_is_an_error_and_the_next_question_is_answered(kb):
 
 def test_tokens_are_counted_as_they_are_read(kb):
     counted = kb.count_tokens(QUESTION)
-    assert kb.ask(QUESTION, max_tokens=1).usage.prompt_tokens == counted + kb.sheet.tokens
+    assert kb.ask(QUESTION, max_tokens=1).usage.prompt_tokens == counted + kb.sheet.length
     assert kb.count_tokens(QUESTION, tools=[{"name": "clock"}]) > counted
 
 

@@ -13,7 +13,10 @@ from cribsheet.tools import ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one answer; `cached_tokens` of the prompt are the sheet's and were not read again."""
+    """Token counts of one answer; `cached_tokens` of the prompt are the sheet's and were not read again.
+
+    Both count positions of the model's window, of which a sheet may take more than it keeps tokens (`Sheet.length`).
+    """
 
     prompt_tokens: int
     cached_tokens: int

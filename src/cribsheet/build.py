@@ -38,7 +38,6 @@ Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
-DEFAULT_ALLOCATION: Allocation = "uniform"
 DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "notes"}  # the best of each in the bench
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
@@ -140,7 +139,8 @@ def build_sheet(
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
     scorer
-        a name from `SCORERS`, or an object of your own with a `score` method; by default the best for the allocation.
+        a name from `SCORERS`, or an object of your own with a `score` method; by default the best for the allocation,
+        `"recall"` or `"notes"`.
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
@@ -159,15 +159,15 @@ def build_sheet(
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
-        `"uniform"`, as published and the default: all heads keep equally many tokens. `"adaptive"`: heads that need
-        more tokens keep more, and the budget is their mean; much better in tries, not yet for independent sheets.
+        `"adaptive"`, the default with the default scorer: heads that need more tokens keep more, and the budget is the
+        mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many; independent
+        sheets always are.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    usual: Allocation = "uniform" if mode == "independent" else DEFAULT_ALLOCATION
-    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation or usual)
-    scorer = DEFAULT_SCORERS[budgets.allocation] if scorer is None else scorer
+    scorer, allocation = _defaults(scorer, allocation, mode)
+    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     if mode == "independent":
         if budgets.allocation != "uniform":
             raise BudgetError(
@@ -208,6 +208,16 @@ def build_sheet(
     manifest.build.update(_storage_loss(stored, layers))
     texts = [document.text for document in planned.corpus.documents]
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
+
+
+def _defaults(
+    scorer: str | Scorer | None, allocation: Allocation | None, mode: Mode
+) -> tuple[str | Scorer, Allocation]:
+    """Scorer and allocation where one or both were left open; published methods are as they were published."""
+    if allocation is None:
+        is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
+        allocation = "adaptive" if is_default and mode == "sequential" else "uniform"
+    return DEFAULT_SCORERS.get(allocation, "") if scorer is None else scorer, allocation
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,10 +178,11 @@ def _check_shapes(
     sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
     sound = sound and indices.dtype == origins.dtype == torch.int32
     sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices.shape[-1]))
+    sound = sound and _allocation_is_sound(manifest, indices == ABSENT)
+    longest = iter((indices != ABSENT).sum(-1).amax(-1).tolist() if sound else ())
     for layer in layers if sound else ():
-        tokens = _held(manifest, layer, indices.shape[-1])
+        tokens = _held(manifest, layer, next(longest) if layer.window is None else indices.shape[-1])
         vectors = (sum(layer.counts),) if layer.counts else (made.kv_heads, tokens)
-        sound = sound and (not layer.counts or manifest.allocation == "adaptive")
         for kept in (layer.keys, layer.values):
             sound = sound and kept.shape == (*vectors, made.head_size)
             sound = sound and kept.dtype == getattr(torch, manifest.dtype)
@@ -197,14 +198,22 @@ def _counts(indices: Tensor, windows: Sequence[int | None]) -> Iterator[tuple[in
     rows = iter(indices if indices.dim() == 3 else ())
     for window in windows:
         kept = None if window is not None else next(rows, None)
-        if kept is None or not (kept == ABSENT).any():
-            yield ()
-        else:
-            yield tuple((kept != ABSENT).sum(-1).tolist())
+        counts = () if kept is None else tuple((kept != ABSENT).sum(-1).tolist())
+        yield counts if len(set(counts)) > 1 else ()
+
+
+def _allocation_is_sound(manifest: Manifest, absent: Tensor) -> bool:
+    """Whether heads lack tokens (F, K, P) only where they may: in front, never all, and not in a uniform sheet."""
+    if manifest.allocation == "uniform":
+        return not absent.any()
+    return not (absent[..., 1:] & ~absent[..., :-1]).any() and not absent[..., -1].any()
 
 
 def _held(manifest: Manifest, layer: StoredLayer, tokens: int) -> int:
-    """How many tokens a layer of a sheet of `tokens` tokens must hold; -1 if what it holds is wrong."""
+    """How many tokens a layer must hold whose longest head keeps `tokens`; -1 if what it holds is wrong.
+
+    For layers with a sliding window `tokens` is the length of the sheet.
+    """
     if layer.window is None:
         return tokens
     if manifest.mode == "independent":

@@ -204,7 +204,8 @@ def test_finch_keeps_the_same_tokens_in_every_head_and_pins_nothing(tiny):
 
 @pytest.mark.parametrize("name", sorted(set(SCORERS) - {"finch"}))
 def test_all_scorers_but_finch_pin_the_head(tiny, name):
-    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=5, scorer=name, guide="dropped", chunk_tokens=33)
+    options = {"rate": 5, "guide": "dropped", "chunk_tokens": 33, "allocation": "uniform"}
+    sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, scorer=name, **options)
     head = torch.arange(sheet.manifest.head_tokens, dtype=torch.int32)
     assert len(head) > 3
     assert (sheet.indices[..., : len(head)] == head).all()

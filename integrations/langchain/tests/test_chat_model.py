@@ -50,8 +50,8 @@ def test_an_answer_comes_with_usage_and_metadata(llm, kb):
     message = llm.invoke(WHERE)
     assert message.content == "Lisbon"
     usage = message.usage_metadata
-    assert usage["input_token_details"] == {"cache_read": kb.sheet.tokens}
-    assert usage["input_tokens"] == kb.sheet.tokens + llm.get_num_tokens_from_messages([HumanMessage(WHERE)])
+    assert usage["input_token_details"] == {"cache_read": kb.sheet.length}
+    assert usage["input_tokens"] == kb.sheet.length + llm.get_num_tokens_from_messages([HumanMessage(WHERE)])
     meta = message.response_metadata
     assert meta["finish_reason"] == "stop" and meta["model_name"] == "pocket" and meta["model_provider"] == "cribsheet"
     assert meta["sheet"] == kb.sheet.manifest.digest and meta["corpus_tokens"] == kb.sheet.manifest.corpus_tokens

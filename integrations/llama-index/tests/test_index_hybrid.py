@@ -75,7 +75,7 @@ def test_passages_are_told_within_a_budget(kb, index, caplog):
         response = kb.as_query_engine(retriever=retriever, max_tokens=2, similarity_top_k=0, **settings).query(KARL)
         return response.metadata["cribsheet"]["usage"]["prompt_tokens"], response.source_nodes
 
-    alone = kb.sheet.tokens + kb.count_tokens("Passages:\n\n\n\n" + KARL)
+    alone = kb.sheet.length + kb.count_tokens("Passages:\n\n\n\n" + KARL)
     (everything, both), (some, first) = prompt_tokens(), prompt_tokens(context_tokens=12)
     assert [len(both), len(first)] == [2, 1] and "do not fit: 1 of 2 are told" in caplog.text
     assert alone < some <= alone + 12 < everything

@@ -57,8 +57,8 @@ def test_usage_is_in_raw_and_holds_only_plain_values(kb, llm):
     whole, last = llm.chat(ASKED), list(llm.stream_chat(ASKED))[-1]
     assert last.raw == whole.raw == llm.complete(QUESTION).raw == json.loads(json.dumps(whole.raw))
     usage = whole.raw["usage"]
-    assert usage["prompt_tokens"] == kb.sheet.tokens + kb.count_tokens(QUESTION)
-    assert usage["prompt_tokens_details"] == {"cached_tokens": kb.sheet.tokens}
+    assert usage["prompt_tokens"] == kb.sheet.length + kb.count_tokens(QUESTION)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": kb.sheet.length}
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert whole.raw["sheet"] == kb.sheet.manifest.digest and whole.raw["finish_reason"] == "stop"
 
@@ -119,7 +119,7 @@ def test_alternatives_are_reported_when_asked_for(llm):
 
 def test_metadata_tells_what_is_left_beside_the_sheet(kb, llm):
     told = llm.metadata
-    assert told.context_window == kb.room == kb.backbone.window - kb.sheet.tokens
+    assert told.context_window == kb.room == kb.backbone.window - kb.sheet.length
     assert (told.num_output, told.is_chat_model, told.is_function_calling_model) == (12, True, True)
     assert told.model_name == "pocket"
     assert kb.as_llama_index_llm(max_tokens=10**6).metadata.num_output == kb.room // 2

@@ -66,7 +66,7 @@ def test_metadata_is_that_of_each_source_and_what_is_known_of_the_call(kb, engin
     call = response.metadata["cribsheet"]
     assert response.metadata == {**{node.node_id: node.metadata for node in response.source_nodes}, "cribsheet": call}
     assert (call["sheet"], call["kept_tokens"]) == (kb.sheet.manifest.digest, kb.sheet.tokens)
-    assert call["usage"]["prompt_tokens_details"]["cached_tokens"] == kb.sheet.tokens
+    assert call["usage"]["prompt_tokens_details"]["cached_tokens"] == kb.sheet.length
 
 
 def test_recursive_retrieval_takes_the_answer_with_its_metadata(engine, index):

@@ -97,7 +97,7 @@ def test_results_of_calls_are_told_back(kb, caller):
     history = [ChatMessage(role="user", content="What is 2 + 5?"), call, result]
     response = caller.chat_with_tools(TOOLS, chat_history=history)
     told = kb.count_tokens("What is 2 + 5?", [tool.metadata.to_openai_tool() for tool in TOOLS])
-    assert response.raw["usage"]["prompt_tokens"] > kb.sheet.tokens + told
+    assert response.raw["usage"]["prompt_tokens"] > kb.sheet.length + told
     openai_history = ChatMessage(
         role="assistant",
         additional_kwargs={

@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 def measure(model: LoadedModel, cases: Sequence[Case], rate: float, scorer: str) -> dict[str, Any]:
     """Shares of all questions: routed to their own sheet, and answered right by each way."""
     sheets = [
-        CompressedKnowledgeLLM.build(_renamed(case), case.task, model=model, rate=rate, scorer=scorer) for case in cases
+        CompressedKnowledgeLLM.build(
+            _renamed(case), case.task, model=model, rate=rate, scorer=scorer, allocation="uniform"
+        )
+        for case in cases
     ]
     router = Router(sheets)
     found: dict[str, list[float]] = {"routed": [], "own sheet": [], "router": [], "combined": []}

@@ -35,7 +35,7 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="notes (default), notes-peak, recall, task, task-peak, finch, reconstruction, key-norm, recent or "
+            help="recall (default), notes, notes-peak, task, task-peak, finch, reconstruction, key-norm, recent or "
             "random.",
         ),
     ] = None,
@@ -64,7 +64,9 @@ def build(
     ] = None,
     allocation: Annotated[
         Literal["uniform", "adaptive"] | None,
-        typer.Option(help="Whether heads that need more tokens may keep more.  [default: uniform]"),
+        typer.Option(
+            help="Whether heads that need more tokens may keep more.  [default: adaptive with the default scorer]"
+        ),
     ] = None,
     mode: Annotated[
         Literal["sequential", "independent"],
