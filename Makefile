@@ -45,7 +45,7 @@ support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a tes
 	$(RUN)/python docs/support_table.py
 
 quality: $(READY)  ## what survives compression, by method and rate (half an hour)
-	$(RUN)/python -m cribsheet.bench.quality --worlds 16 --json docs/benchmarks/quality.json
+	$(RUN)/python -m cribsheet.bench.quality --worlds 8 --json docs/benchmarks/quality.json
 
 connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (an hour)
 	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json
