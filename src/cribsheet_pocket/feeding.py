@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .prompts import Sampler
+from .prompts import BRIDGE, Sampler
 from .tokenizer import FastEncoder
 
 BLOCK = 20480  # tokens that a worker hands over at once; all row lengths divide it
-Rows = tuple[int, NDArray[np.uint16], NDArray[np.uint8]]  # length, ids (rows, length), weight classes (rows, length)
+# Length, ids (rows, length), weight classes (rows, length), and marks (M, 2 + BRIDGE): row, place, tokens of an entity.
+Rows = tuple[int, NDArray[np.uint16], NDArray[np.uint8], NDArray[np.uint16]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,13 @@ def held_out_article(article: str) -> bool:
 def rows(sampler: Sampler, length: int, count: int) -> Rows:
     """`count` rows of `length` tokens."""
     drawn = [sampler.row(length) for _ in range(count)]
-    return length, np.array([ids for ids, _ in drawn], np.uint16), np.array([c for _, c in drawn], np.uint8)
+    marks = [(row, at, *entity) for row, (_, _, found) in enumerate(drawn) for at, entity in found]
+    return (
+        length,
+        np.array([ids for ids, _, _ in drawn], np.uint16),
+        np.array([classes for _, classes, _ in drawn], np.uint8),
+        np.array(marks, np.uint16).reshape(-1, 2 + BRIDGE),
+    )
 
 
 class Workers:
@@ -132,6 +139,7 @@ class Workers:
 
 def _work(index: int, out: Any, stage: Any, plan: Plan, tokenizer: Path, articles: Sequence[str], seed: int) -> None:
     """Write blocks of rows forever."""
+    os.nice(10)  # the process that learns must never wait for a core
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     loaded = Tokenizer.from_file(str(tokenizer))
@@ -178,4 +186,13 @@ class Blocks:
 
     @staticmethod
     def _joined(taken: list[Rows]) -> Rows:
-        return taken[0][0], np.concatenate([b[1] for b in taken]), np.concatenate([b[2] for b in taken])
+        marks = []
+        for index, block in enumerate(taken):
+            marks.append(block[3].copy())
+            marks[-1][:, 0] += index * len(block[1])
+        return (
+            taken[0][0],
+            np.concatenate([b[1] for b in taken]),
+            np.concatenate([b[2] for b in taken]),
+            np.concatenate(marks),
+        )

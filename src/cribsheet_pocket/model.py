@@ -18,19 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .prompts import BRIDGE
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a model."""
 
     width: int = 512
-    layers: int = 12
+    layers: int = 14
     heads: int = 8
     kv_heads: int = 4
     head: int = 64
-    hidden: int = 1280
+    hidden: int = 1024
     vocabulary: int = 8192
     theta: float = 100_000.0
+    bridge: int = 8  # layers after which the first step of a join is to be known
     positions: int = 16384
 
     def config(self) -> dict[str, Any]:
@@ -62,8 +65,8 @@ class Shape:
 
 SHAPES = {
     "pocket": Shape(),
-    "small": Shape(width=256, layers=6, heads=4, kv_heads=2, hidden=704),
-    "tiny": Shape(width=64, layers=2, heads=2, kv_heads=1, head=32, hidden=128),
+    "small": Shape(width=256, layers=6, heads=4, kv_heads=2, hidden=704, bridge=4),
+    "tiny": Shape(width=64, layers=2, heads=2, kv_heads=1, head=32, hidden=128, bridge=1),
 }
 
 
@@ -137,7 +140,12 @@ def _losses(x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor) -> tupl
 
 
 class Reader(nn.Module):
-    """A Llama to train.  `compiled` builds kernels for the parts that do not depend on the sequence length."""
+    """A Llama to train.  `compiled` builds kernels for the parts that do not depend on the sequence length.
+
+    `bridges` is for training alone and is not saved: after layer `shape.bridge` it reads, at the end of a phrase such
+    as "the company that Ana works for", the first tokens of the entity meant.  Asking for them there teaches the
+    first step of a join; left to itself the model learns to guess among the likely answers instead.
+    """
 
     def __init__(self, shape: Shape, compiled: bool = False) -> None:
         super().__init__()
@@ -145,6 +153,7 @@ class Reader(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
         self.norm = _Norm(shape.width)
+        self.bridges = nn.Parameter(torch.eye(shape.width).repeat(BRIDGE, 1, 1))
         wrap: Callable[..., Any] = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self._before, self._after, self._losses = wrap(_before), wrap(_after), wrap(_losses)
         for name, parameter in self.named_parameters():
@@ -168,8 +177,12 @@ class Reader(nn.Module):
             self.get_parameter(name).data.copy_(old[name])
         for index, layer in enumerate(self.layers):
             source += index not in fresh
+            units = _strongest(old, f"layers.{source}.mlp.", self.shape.hidden)
             for name, parameter in layer.named_parameters():
-                parameter.data.copy_(old[f"layers.{source}.{name}"])
+                tensor = old[f"layers.{source}.{name}"]
+                if "mlp." in name:
+                    tensor = tensor[:, units] if "down_proj" in name else tensor[units]
+                parameter.data.copy_(tensor)
                 if index in fresh and ("o_proj" in name or "down_proj" in name):
                     parameter.data.zero_()
 
@@ -180,13 +193,21 @@ class Reader(nn.Module):
         angle = (torch.arange(length, device=device).double()[:, None] * rate).repeat(rows, 2)
         return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
-    def forward(self, ids: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Loss of each position and whether it was guessed right, both (rows · length,), of ids (rows, length)."""
+    def forward(
+        self, ids: Tensor, targets: Tensor, dtype: torch.dtype, marks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each position, whether it was guessed right (both (rows · length,)), and the mean loss of the marks.
+
+        ids and targets are (rows, length); marks (M, 2 + BRIDGE) hold row, place, and the tokens to be known there.
+        """
         rows, length = ids.shape
         s = self.shape
         cos, sin = self.rotations(rows, length, ids.device, dtype)
         x = F.embedding(ids.reshape(-1), self.embed_tokens.weight).to(dtype)
-        for layer in cast("list[_Layer]", self.layers):
+        bridged = 0 * self.bridges.sum()  # a gradient of zeros, where there are no marks, for the other processes' sake
+        for index, layer in enumerate(cast("list[_Layer]", self.layers)):
+            if index == s.bridge and marks is not None and len(marks):
+                bridged = self._bridge_loss(x[marks[:, 0] * length + marks[:, 1]], marks[:, 2:])
             a, m = layer.self_attn, layer.mlp
             q, k, v = self._before(
                 x, layer.input_layernorm.weight, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, cos, sin
@@ -204,7 +225,20 @@ class Reader(nn.Module):
                 m.down_proj.weight,
             )
         loss, right = self._losses(x, self.norm.weight, self.embed_tokens.weight, targets.reshape(-1))
-        return loss, right
+        return loss, right, bridged
+
+    def _bridge_loss(self, x: Tensor, entities: Tensor) -> Tensor:
+        """Mean cross-entropy of the tokens of entities (M, BRIDGE), zeros left out, as read off states x (M, width)."""
+        read = torch.einsum("mw,bwv->mbv", _norm(x, torch.ones_like(self.norm.weight)), self.bridges.to(x.dtype))
+        logits = _linear(read, self.embed_tokens.weight).float()
+        return F.cross_entropy(logits.flatten(0, 1), entities.flatten(), ignore_index=0)
+
+
+def _strongest(tensors: dict[str, Tensor], mlp: str, count: int) -> Tensor:
+    """Indices of the `count` hidden units of a feed-forward part that weigh most, in order."""
+    gate, up, down = (tensors[f"{mlp}{name}_proj.weight"] for name in ("gate", "up", "down"))
+    weight: Tensor = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    return weight.topk(count).indices.sort().values
 
 
 def save(model: Reader, folder: Path, shard_bytes: int = 15_900_000) -> None:
@@ -212,7 +246,11 @@ def save(model: Reader, folder: Path, shard_bytes: int = 15_900_000) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{k}": v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {
+        f"model.{k}": v.detach().to(torch.bfloat16).cpu().contiguous()
+        for k, v in model.state_dict().items()
+        if k != "bridges"
+    }
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, value in state.items():

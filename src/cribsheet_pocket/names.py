@@ -72,18 +72,45 @@ def _part(words: list[str], held_out: bool) -> list[str]:
 _POOLS: dict[tuple[int, bool], list[str]] = {}
 
 
+class Narrow(random.Random):
+    """Random numbers of a world whose names come from few words, so that many share their first ones.
+
+    Where "Chidi" stands for one person only, repeating what followed it is enough; a reader that learnt from such
+    worlds alone goes on with the wrong Chidi.
+    """
+
+    def __init__(self, seed: str, size: int) -> None:
+        super().__init__(seed)
+        self.size = size
+        self.pools: dict[int, list[str]] = {}
+        self.invented: list[str] = []
+
+    def pool(self, key: int, words: list[str]) -> list[str]:
+        """The few of `words` that this world uses."""
+        if key not in self.pools:
+            self.pools[key] = self.sample(words, min(self.size, len(words)))
+        return self.pools[key]
+
+
 def pick(r: random.Random, words: list[str], held_out: bool) -> str:
     """One of `words`, of the part that training (or held-out worlds) may use."""
     key = (id(words), held_out)
     pool = _POOLS.get(key)
     if pool is None:
         pool = _POOLS[key] = _part(words, held_out)
+    if isinstance(r, Narrow):
+        pool = r.pool(id(words), pool)
     return pool[int(r.random() * len(pool))]
 
 
 def made_up(r: random.Random, h: bool = False, least: int = 2) -> str:
     """A lower-case word of `least` to 4 random syllables."""
-    return "".join(r.choice(_SYLLABLES) for _ in range(least + (r.random() < 0.45) + (r.random() < 0.1)))
+    if isinstance(r, Narrow) and r.invented and r.random() < 0.5:
+        return r.choice(r.invented)
+    word = "".join(r.choice(_SYLLABLES) for _ in range(least + (r.random() < 0.45) + (r.random() < 0.1)))
+    if isinstance(r, Narrow) and len(r.invented) < r.size:
+        r.invented.append(word)
+    return word
 
 
 def name(r: random.Random, h: bool = False) -> str:

@@ -24,7 +24,9 @@ NONE, GENERATED, ASKED, ANSWERED, PROSE, PLAIN, COPIED = range(7)
 INSTRUCTION = "Answer from the documents."
 _INSTRUCTIONS = (INSTRUCTION, INSTRUCTION, INSTRUCTION, "Use the documents below to answer.", "You answer questions about the documents.",  # noqa: E501
                  "Read the documents and answer the questions.", "Documents:")  # fmt: skip
-Sample = tuple[list[int], list[int]]  # token ids and weight classes
+BRIDGE = 6  # how many tokens of an entity, on the way of a join, are learnt by heart (see model.Reader)
+Mark = tuple[int, list[int]]  # where a phrase ends, and the first tokens of the entity that it leads to, zeros after
+Sample = tuple[list[int], list[int], list[Mark]]  # token ids, weight classes, and marks
 
 # What the questions of one world dwell on: many joins in a row teach composition better than one now and then.
 _EMPHASES: tuple[dict[str, float], ...] = (
@@ -33,7 +35,7 @@ _EMPHASES: tuple[dict[str, float], ...] = (
     {"direct": 0.2, "join2": 0.2, "join3": 0.3, "list": 12.0, "inverse": 1.5, "count": 4.0, "compare": 0.5, "yesno": 0.2, "absent": 0.2, "fill": 0.2},  # noqa: E501
     {"direct": 0.3, "join2": 0.3, "join3": 0.5, "compare": 20.0, "count": 2.0, "absent": 0.2},
 )  # fmt: skip
-_EMPHASIS_SHARES = (0.42, 0.38, 0.14, 0.06)
+_EMPHASIS_SHARES = (0.4, 0.28, 0.28, 0.04)
 _ASIDES = ("Please tell me: ", "Tell me: ", "Quick question: ", "I would like to know: ", "Do you know? ")
 
 
@@ -44,6 +46,7 @@ class _Sequence:
         self.encode = encode
         self.ids = [BOS_ID]
         self.weights = [NONE]
+        self.marks: list[Mark] = []
 
     def special(self, token: int, weight: int = NONE) -> None:
         self.ids.append(token)
@@ -54,13 +57,36 @@ class _Sequence:
         self.ids += ids
         self.weights += [weight] * len(ids)
 
-    def turn(self, question: str, answer: str, room: int, weight: int = ANSWERED, opened: bool = False) -> bool:
+    def sample(self) -> Sample:
+        """What has grown."""
+        return self.ids, self.weights, self.marks
+
+    def mark(self, question: str, phrase: str, entity: str) -> None:
+        """Note where `phrase` ends in the question that comes next."""
+        start = question.lower().rfind(phrase.lower())
+        if start < 0:
+            return
+        ids = self.encode(entity)[:BRIDGE]
+        end = len(self.ids) + len(self.encode(question[: start + len(phrase)])) - 1
+        self.marks.append((end, ids + [0] * (BRIDGE - len(ids))))
+
+    def turn(
+        self,
+        question: str,
+        answer: str,
+        room: int,
+        weight: int = ANSWERED,
+        opened: bool = False,
+        bridges: Sequence[tuple[str, str]] = (),
+    ) -> bool:
         """Add a question and its answer if they fit into `room` tokens; `opened`: the user turn has begun."""
         asked, answered = self.encode(question), self.encode(answer)
         if len(self.ids) + len(asked) + len(answered) + 4 > room:
             return False
         if not opened:
             self.special(USER_ID)
+        for phrase, entity in bridges[:1]:  # the first step; the second has too few layers left to be asked for
+            self.mark(question, phrase, entity)
         self.ids += [*asked, END_ID, ASSISTANT_ID, *answered, END_ID]
         self.weights += [ASKED] * len(asked) + [NONE, NONE] + [weight] * (len(answered) + 1)
         return True
@@ -86,16 +112,18 @@ class Sampler:
         """Exactly `length` tokens: one sample, or one and smaller ones after it, the last padded."""
         ids: list[int] = []
         weights: list[int] = []
+        marks: list[Mark] = []
         r = self.r
         while length - len(ids) > 100:
             room = length - len(ids)
             if not ids and r.random() < 0.3 and room > 300:
                 room = r.randint(room // 4, room)
-            more, classes = self.sample(room)
+            more, classes, marked = self.sample(room)
+            marks += [(len(ids) + at, entity) for at, entity in marked if at < room]
             ids += more[:room]
             weights += classes[:room]
         rest = length - len(ids)
-        return ids[:length] + [0] * rest, weights[:length] + [NONE] * rest
+        return ids[:length] + [0] * rest, weights[:length] + [NONE] * rest, marks
 
     def sample(self, room: int) -> Sample:
         """One sample of at most about `room` tokens."""
@@ -104,9 +132,9 @@ class Sampler:
             return self.copy(min(room, 1024))
         x = r.random()
         found: Sample | None = None
-        if not self.articles or x < 0.54:
+        if not self.articles or x < 0.64:
             found = self.world(room)
-        elif x < 0.92:
+        elif x < 0.93:
             found = self.read(room)
         elif x < 0.955:
             found = self.repeat(room)
@@ -124,7 +152,7 @@ class Sampler:
             size = r.choice((room // 4, room // 3, room // 2))
             segment = [r.randint(first, last) for _ in range(size)]
             ids = (segment * 5)[:room]
-            return ids, [NONE] * size + [COPIED] * (len(ids) - size)
+            return ids, [NONE] * size + [COPIED] * (len(ids) - size), []
         pairs: dict[tuple[int, ...], tuple[int, ...]] = {}
         mark = r.randint(first, last)
         while len(pairs) < max(3, room // r.choice((12, 20))):
@@ -139,7 +167,7 @@ class Sampler:
             key, value = r.choice(entries)
             ids += [*key, *value, mark]
             weights += [NONE] * len(key) + [COPIED] * len(value) + [NONE]
-        return ids[:room], weights[:room]
+        return ids[:room], weights[:room], []
 
     # -- prose ---------------------------------------------------------------------------------------------------
 
@@ -159,7 +187,7 @@ class Sampler:
         while len(s.ids) < room:
             group = self._article()
             s.text(group[0].title + "\n" + "\n".join(p.text for p in group) + "\n\n", PLAIN)
-        return s.ids[:room], s.weights[:room]
+        return s.ids[:room], s.weights[:room], []
 
     def repeat(self, room: int) -> Sample | None:
         """Documents, and the request to repeat them word for word."""
@@ -171,7 +199,7 @@ class Sampler:
         s = _Sequence(self.encode)
         self._open(s, [text], GENERATED, self.r.random() < 0.7)
         asked = self.r.choice(("Repeat the documents.", "Repeat the documents word for word.", "Copy the text."))
-        return (s.ids, s.weights) if s.turn(asked, text, room, COPIED, opened=s.ids[-1] != END_ID) else None
+        return s.sample() if s.turn(asked, text, room, COPIED, opened=s.ids[-1] != END_ID) else None
 
     # -- documents and questions ---------------------------------------------------------------------------------
 
@@ -242,10 +270,10 @@ class Sampler:
             text = passages + self._asked(q.text)
             if lead:
                 text, lead = f"{lead}\n\n{text}", ""
-            if not s.turn(text, q.answer, room, opened=opened):
+            if not s.turn(text, q.answer, room, opened=opened, bridges=q.bridges):
                 break
             opened = False
-        return (s.ids, s.weights) if not opened else None
+        return s.sample() if not opened else None
 
     def _asked(self, text: str) -> str:
         """A question, now and then as people type it: in small letters, without its mark, or led up to."""
@@ -340,7 +368,7 @@ class Sampler:
                     continue
                 break
             opened = False
-        return (s.ids, s.weights) if not opened else None
+        return s.sample() if not opened else None
 
     def _absent(self, shown: set[str]) -> list[reading.ReadingQuestion]:
         """Questions about an article that is not among the documents."""

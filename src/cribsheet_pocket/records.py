@@ -93,11 +93,11 @@ class Records(Written):
         answers: Sequence[str],
         entity: str = "",
         answer: str | None = None,
+        bridges: Sequence[tuple[str, str]] = (),
     ) -> Question:
         documents = tuple(dict.fromkeys(d for f in facts for d in f.documents))
-        return Question(
-            text, ", ".join(answers) if answer is None else answer, kind, family, documents, tuple(answers), entity
-        )
+        whole = ", ".join(answers) if answer is None else answer
+        return Question(text, whole, kind, family, documents, tuple(answers), entity, tuple(bridges))
 
     def one(self, kind: str) -> Question | None:  # noqa: C901
         """A question of that kind, or none if this draw has none."""
@@ -134,18 +134,20 @@ class Records(Written):
             return None
         key, chain = self.r.choice(chains)
         start = self.r.choice(self.entities[key])
-        entity, phrase, used = start, start, []
+        entity, phrase, used, bridges = start, start, [], []
         for a in chain[:-1]:
             fact = self.by_entity.get((entity, a.key))
             if fact is None or len(fact.values) != 1:
                 return None
             used.append(fact)
             entity, phrase = fact.values[0], self._phrase(a, phrase)
+            bridges.append((phrase, entity))
         last = self.by_entity.get((entity, chain[-1].key))
         if last is None or entity == start:
             return None
         family = ".".join((key, *(a.key for a in chain)))
-        return self._made(self.ask(chain[-1], phrase), f"join{steps}", family, [*used, last], last.values, start)
+        text = self.ask(chain[-1], phrase)
+        return self._made(text, f"join{steps}", family, [*used, last], last.values, start, bridges=bridges)
 
     def _inverse(self, kind: str, key: str, a: Attribute, facts: list[Fact], fact: Fact) -> Question | None:
         r, value, k = self.r, self.r.choice(fact.values), KINDS[key]

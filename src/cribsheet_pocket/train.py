@@ -1,5 +1,7 @@
 """Train the pocket model: `python -m cribsheet_pocket.train --wiki PATH --out DIR --seconds N [--init FOLDER]`.
 
+On several accelerators: `torchrun --nproc-per-node 2 -m cribsheet_pocket.train ...` (see `ranks`).
+
 A run takes a wall-clock budget; learning rate and context length are functions of the fraction of it that has
 passed (`feeding.PLANS`).  Worker processes generate text while the accelerator learns.  The run saves a checkpoint
 every minute or so and `--resume` continues from it; `--init` begins with the weights of a model folder, which may have
@@ -29,12 +31,14 @@ from . import model as models
 from . import tokenizer as tokenizers_
 from .feeding import BLOCK, PLANS, Blocks, Rows, Workers, held_out_article, read_wiki, rows
 from .optimise import Optimiser, rate_at
-from .prompts import ANSWERED, ASKED, COPIED, GENERATED, NONE, PLAIN, PROSE, Sampler
+from .prompts import ANSWERED, ASKED, BRIDGE, COPIED, GENERATED, NONE, PLAIN, PROSE, Sampler
 from .quantize import load_folder
+from .ranks import Ranks
 from .worlds import make_world
 
 _SHARES = {NONE: 0.0, GENERATED: 0.03, ASKED: 0.05, ANSWERED: 1.0, PROSE: 0.1, PLAIN: 0.4, COPIED: 0.6}
 WEIGHTS = [_SHARES[i] for i in range(7)]
+BRIDGES = 0.3  # what the first steps of joins weigh beside everything else
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer.json"
 
 
@@ -56,12 +60,12 @@ def exact_answers(
 ) -> dict[int, float]:
     """Share of answers whose every token is the best guess, by row length (teacher-forced)."""
     found: dict[int, float] = {}
-    for length, ids, classes in sets:
+    for length, ids, classes, _ in sets:
         hits: list[bool] = []
         together = max(1, BLOCK // length)
         for start in range(0, len(ids), together):
             x = torch.from_numpy(ids[start : start + together].astype(np.int64)).to(device)
-            _, right = reader(x, torch.cat([x[:, 1:], x[:, :1]], 1), dtype)
+            _, right, _ = reader(x, torch.cat([x[:, 1:], x[:, :1]], 1), dtype)
             for ok, c in zip(right.view(x.shape).cpu().numpy(), classes[start : start + together], strict=False):
                 answered = np.flatnonzero(c == ANSWERED)
                 parts = np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1) if len(answered) else []
@@ -88,7 +92,7 @@ class Run:
     """One process's part of a training run."""
 
     def __init__(self, a: argparse.Namespace) -> None:
-        self.a, self.plan = a, PLANS[a.plan]
+        self.a, self.plan, self.ranks = a, PLANS[a.plan], Ranks()
         a.out.mkdir(parents=True, exist_ok=True)
         articles = read_wiki(a.wiki)[: a.articles]
         held = [x for x in articles if held_out_article(x)]
@@ -99,11 +103,13 @@ class Run:
         saved = self._saved()
         self.step, self.tokens, self.before = saved.get("step", 0), saved.get("tokens", 0), saved.get("seconds", 0.0)
         # A resumed run draws other text.
-        self.workers = Workers(a.workers, self.plan, TOKENIZER, articles, a.seed + self.step)
+        seed = a.seed + self.step + 1_000_000 * self.ranks.index
+        self.workers = Workers(a.workers, self.plan, TOKENIZER, articles, seed)
         self.workers.stage.value = self.plan.at(min(1.0, self.before / a.seconds))
         self.workers.start()
 
-        self.device = torch.device(a.device)
+        self.device = self.ranks.device(a.device)
+        self.ranks.join(self.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         torch.manual_seed(a.seed)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -118,7 +124,7 @@ class Run:
         self.weights = torch.tensor(WEIGHTS, device=self.device)
         self.blocks = Blocks(self.workers.blocks, a.batch_tokens)
         self.sets = self._probes(held)
-        self.log = Log(a.out / "log.jsonl")
+        self.log = Log(a.out / ("log.jsonl" if self.ranks.index == 0 else f"log-{self.ranks.index}.jsonl"))
         self.log(event="start", parameters=sum(p.numel() for p in self.reader.parameters()), articles=len(articles),
                  held_out=len(held), arguments={k: str(v) for k, v in vars(a).items()})  # fmt: skip
 
@@ -160,24 +166,24 @@ class Run:
             exact=exact,
         )
 
-    def _batch(self) -> tuple[int, Tensor, Tensor]:
-        """Row length, ids (rows, length) and, of what follows each, the weight class (rows · length,)."""
-        length, ids, classes = self.blocks.next(self.plan.stages[self.workers.stage.value].lengths)
-        x, c = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(classes.astype(np.int64))
+    def _batch(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Row length, ids (rows, length), of what follows each the weight class (rows · length,), and marks."""
+        length, ids, classes, marks = self.blocks.next(self.plan.stages[self.workers.stage.value].lengths)
+        x, c, m = (torch.from_numpy(array.astype(np.int64)) for array in (ids, classes, marks))
         if self.device.type == "cuda":
-            x = x.pin_memory().to(self.device, non_blocking=True)
-            c = c.pin_memory().to(self.device, non_blocking=True)
-        return length, x, torch.cat([c[:, 1:], torch.zeros_like(c[:, :1])], 1).reshape(-1)
+            x, c, m = (t.pin_memory().to(self.device, non_blocking=True) for t in (x, c, m))
+        return length, x, torch.cat([c[:, 1:], torch.zeros_like(c[:, :1])], 1).reshape(-1), m
 
-    def _learn(self, x: Tensor, c: Tensor, fraction: float) -> Tensor:
-        """One step; sums (answer loss, right, answers, prose loss, prose tokens) of the batch, on the device."""
-        losses, right = self.reader(x, torch.cat([x[:, 1:], x[:, :1]], 1), self.dtype)
+    def _learn(self, x: Tensor, c: Tensor, marks: Tensor, fraction: float) -> Tensor:
+        """One step; sums (answer loss, right, answers, prose loss, prose tokens, bridge loss, 1), on the device."""
+        losses, right, bridged = self.reader(x, torch.cat([x[:, 1:], x[:, :1]], 1), self.dtype, marks)
         w = self.weights[c]
-        ((losses * w).sum() / w.sum()).backward()
+        ((losses * w).sum() / w.sum() + self.a.bridges * bridged).backward()
+        self.ranks.average([p.grad for p in self.reader.parameters() if p.grad is not None])
         self.optimiser.step(rate_at(fraction, self.step, self.plan.plateau))
         self.reader.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += x.numel()
+        self.tokens += x.numel() * self.ranks.count
         with torch.no_grad():
             answered = (c == ANSWERED) | (c == COPIED)
             read = (c == PROSE) | (c == PLAIN)
@@ -187,6 +193,8 @@ class Run:
                 answered.sum(),
                 (losses * read).sum(),
                 read.sum(),
+                bridged,
+                torch.ones_like(bridged),
             ]
             return torch.stack([value.float() for value in sums])
 
@@ -194,21 +202,30 @@ class Run:
         """Learn until the budget is spent."""
         attention.choose(self.device, self.reader.shape, self.dtype, self.log)
         trial = torch.zeros((self.a.batch_tokens // 256, 256), dtype=torch.long, device=self.device)
-        self.reader(trial, trial, self.dtype)[0].mean().backward()  # compile before the clock starts
+        self.reader(trial, trial, self.dtype, trial.new_ones(1, 2 + BRIDGE))[
+            0
+        ].mean().backward()  # compile before the clock starts
+        self.ranks.agreed(0.0, self.device)
         self.reader.zero_grad(set_to_none=True)
         self.began = time.monotonic()
         spoken = kept = tested = self.passed()
         seen, waited = self.tokens, 0.0
-        total = torch.zeros(5, device=self.device)
-        while (fraction := self.passed() / self.a.seconds) < 1:
-            if self.a.stop_after and self.passed() - self.before > self.a.stop_after:
-                break
+        total = torch.zeros(7, device=self.device)
+        fraction = self.before / self.a.seconds
+        while True:
+            if self.step % 10 == 0:  # all processes learn at one rate and end at one step
+                stopped = self.a.stop_after and self.passed() - self.before > self.a.stop_after
+                fraction = self.ranks.agreed(1.0 if stopped else self.passed() / self.a.seconds, self.device)
+                if fraction >= 1:
+                    break
             self.workers.stage.value = self.plan.at(fraction)
             start = time.monotonic()
-            length, x, c = self._batch()
+            length, x, c, marks = self._batch()
             waited += time.monotonic() - start
-            total += self._learn(x, c, fraction)
+            total += self._learn(x, c, marks, fraction)
             now = self.passed()
+            if self.ranks.index:
+                continue
             if now - spoken > 10 or self.step == 1:
                 self._speak(total, length, (self.tokens - seen) / (now - spoken + 1e-9), waited)
                 total.zero_()
@@ -219,16 +236,18 @@ class Run:
             if now - kept > min(90.0, self.a.seconds / 4):
                 self.keep()
                 kept = self.passed()
-        self.keep()
-        self.test("end")
+        if self.ranks.index == 0:
+            self.keep()
+            self.test("end")
         self.workers.stop()
+        self.ranks.leave()
 
     def _speak(self, total: Tensor, length: int, speed: float, waited: float) -> None:
         """Log the means since the last line; a loss that is no number ends the run."""
-        answer, hits, answers, prose, read = total.tolist()
+        answer, hits, answers, prose, read, bridged, steps = total.tolist()
         self.log(step=self.step, seconds=round(self.passed(), 1), tokens_m=round(self.tokens / 1e6, 1), rate_k=round(speed / 1e3),  # noqa: E501
                  waited=round(waited, 1), length=length, answer=round(answer / max(answers, 1), 4), accuracy=round(hits / max(answers, 1), 4),  # noqa: E501
-                 prose=round(prose / max(read, 1), 3), queued=self.workers.blocks.qsize(), repeated=self.blocks.repeated)  # fmt: skip  # noqa: E501
+                 prose=round(prose / max(read, 1), 3), bridges=round(bridged / max(steps, 1), 3), queued=self.workers.blocks.qsize(), repeated=self.blocks.repeated)  # fmt: skip  # noqa: E501
         if not math.isfinite(answer):
             raise SystemExit("The loss is not finite; resume from the checkpoint with a lower --muon-rate.")
 
@@ -248,6 +267,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=5 * BLOCK)
     parser.add_argument("--muon-rate", type=float, help="peak, instead of the plan's")
     parser.add_argument("--adam-rate", type=float, help="peak, instead of the plan's")
+    parser.add_argument("--bridges", type=float, default=BRIDGES, help="weight of the first steps of joins")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--articles", type=int, help="use only the first so many articles (for trials)")
     parser.add_argument("--resume", action="store_true")

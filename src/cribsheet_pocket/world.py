@@ -34,6 +34,7 @@ class Question:
     documents: tuple[str, ...]  # ids of the documents that hold the answer
     answers: tuple[str, ...]
     entity: str = ""  # whom or what the question is about
+    bridges: tuple[tuple[str, str], ...] = ()  # of a join: phrases of its text and the entities that they lead to
 
 
 @dataclass(frozen=True, slots=True)

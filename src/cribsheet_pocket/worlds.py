@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+from .names import Narrow
 from .needles import Needles, Variables
 from .records import Records
 from .schemas import KINDS
@@ -44,6 +45,8 @@ def make_world(
     default.
     """
     r = random.Random(f"{'held-out' if held_out else 'training'}:{seed}")
+    if not held_out and r.random() < 0.5:
+        r = Narrow(f"narrow:{seed}", r.choice((3, 5, 8, 16)))
     if kind == "mixed":
         kind = r.choices((*KINDS, "needles", "variables"), (*(_SHARE.get(k, 1.0) for k in KINDS), 2.0, 0.5))[0]
     builder: Needles | Variables | Records

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from cribsheet_pocket import prompts, reading, tokenizer, verbs
+from cribsheet_pocket import prompts, reading, tokenizer, verbs, worlds
+from cribsheet_pocket.quantize import load_folder
 
 TOKENIZER = Tokenizer.from_file(str(Path(tokenizer.__file__).parent / "data" / "tokenizer.json"))
 ARTICLE = (
@@ -30,7 +35,7 @@ def sampler() -> prompts.Sampler:
 def test_rows_have_the_length_asked_for_and_a_class_for_every_token(sampler: prompts.Sampler) -> None:
     for length in (128, 256, 512, 1024):
         for _ in range(10):
-            ids, classes = sampler.row(length)
+            ids, classes, _ = sampler.row(length)
             assert len(ids) == len(classes) == length
             assert max(ids) < 8192
 
@@ -43,7 +48,7 @@ def test_a_sample_has_the_form_of_the_chat_template(sampler: prompts.Sampler) ->
         assert text.startswith(("<|bos|><|user|>", "<|bos|><|system|>"))
         assert text.endswith("<|end|>")
         assert text.count("<|assistant|>") <= text.count("<|user|>")
-        answered = [i for i, c in zip(*sample, strict=True) if c == prompts.ANSWERED]
+        answered = [i for i, c in zip(*sample[:2], strict=True) if c == prompts.ANSWERED]
         assert answered and answered[-1] == tokenizer.END_ID
 
 
@@ -91,3 +96,48 @@ def test_sentences_say_what_things_do() -> None:
 def test_a_sentence_that_no_rule_is_sure_of_is_not_asked_about(sentence: str) -> None:
     found = [text for text, _ in verbs.questions(sentence, "Topic", sentence, random.Random(1))]
     assert not [text for text in found if "extract" in text or "place" in text or "say" in text]
+
+
+def test_where_the_phrase_of_a_join_ends_the_entity_that_it_leads_to_is_marked(sampler: prompts.Sampler) -> None:
+    found = 0
+    for _ in range(60):
+        ids, _, marks = sampler.world(900) or ([], [], [])
+        for at, entity in marks:
+            found += 1
+            name = TOKENIZER.decode([token for token in entity if token])
+            asked = TOKENIZER.decode(ids[: at + 1][-60:])
+            turn = TOKENIZER.decode(ids[at + 1 :], skip_special_tokens=False)
+            assert turn.partition("<|assistant|>")[0].count("<|user|>") == 0  # the mark stands in its question
+            assert name.strip() and not asked.endswith(name)  # and the question does not name the entity
+    assert found > 20
+
+
+def test_worlds_of_training_may_draw_their_names_from_few_words() -> None:
+    firsts = []
+    for seed in range(40):
+        world = worlds.make_world(f"few.{seed}", 900, "person", held_out=False, kinds_of_question=["direct"])
+        people = {q.entity for q in world.questions if " " in q.entity}
+        if len(people) > 5:
+            firsts.append(len({name.split()[0] for name in people}) / len(people))
+    assert min(firsts) < 0.5 < max(firsts)
+
+
+@pytest.mark.slow
+def test_training_runs_and_another_run_continues_it(tmp_path: Path) -> None:
+    wiki = tmp_path / "wiki.txt.xz"
+    with lzma.open(wiki, "wt", encoding="utf-8") as file:
+        file.write("\0".join([ARTICLE.replace("Ada", f"Ada{chr(65 + i)}") for i in range(60)]))
+    for more in ([], ["--resume", "--seconds", "2"]):
+        words = ["--wiki", wiki, "--out", tmp_path / "run", "--seconds", "1", "--shape", "tiny", "--device", "cpu",
+                 "--no-compile", "--workers", "1", "--batch-tokens", "20480", *more]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "cribsheet_pocket.train", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines if line.get("event") in ("start", "end")] == ["start", "end"] * 2
+    saved = load_folder(tmp_path / "run" / "weights")
+    assert "model.layers.1.mlp.up_proj.weight" in saved and not any("bridges" in name for name in saved)
