@@ -274,8 +274,8 @@ class CompressedKnowledgeLLM:
         loop = asyncio.get_running_loop()
         asked = await asyncio.to_thread(self._ask_requests, question, n, sampling)
         streams = [AsyncAnswerStream(request, toolbox, loop) for request, toolbox, _ in asked]
-        await asyncio.to_thread(self._begin, streams, asked[0].search)
         try:
+            await asyncio.to_thread(self._begin, streams, asked[0].search)
             for stream in streams:
                 async for _ in stream:
                     pass
