@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Self
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -68,13 +68,14 @@ class CribsheetRetriever(BaseRetriever):
             return []
         answer = query_bundle.answer if isinstance(query_bundle, AnsweredQuery) else ""
         found = self._knowledge.sources(query_bundle.query_str, answer, limit=self._top_k)
-        return [NodeWithScore(node=self._node(source), score=source.weight) for source in found]
+        known = {document.id: document for document in self._knowledge.sheet.documents}  # they may have changed since
+        pairs = [(source, known[source.document_id]) for source in found if source.document_id in known]
+        return [NodeWithScore(node=self._node(*pair), score=pair[0].weight) for pair in pairs]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
-    def _node(self, source: Source) -> SheetNode:
-        document = self._documents[source.document_id]
+    def _node(self, source: Source, document: Document) -> SheetNode:
         start, stop = _passage(document.text, source, self._characters)
         whole = stop - start == len(document.text)
         metadata = dict(document.metadata)
@@ -90,9 +91,19 @@ class CribsheetRetriever(BaseRetriever):
             node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=parent)
         return node
 
-    @cached_property
-    def _documents(self) -> dict[str, Document]:
-        return {document.id: document for document in self._knowledge.sheet.documents}
+
+def told_node(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> TextNode:
+    """A passage that was retrieved and told, as a node; `source` is an entry of a response's `raw["sources"]`."""
+    node = TextNode(
+        id_=f"{source['document_id']}:{source['start']}",
+        text=source["text"],
+        start_char_idx=source["start"],
+        end_char_idx=source["stop"],
+    )
+    node.metadata = dict(metadata)
+    if source["document_id"]:
+        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=source["document_id"])
+    return node
 
 
 def _passage(text: str, source: Source, characters: int) -> tuple[int, int]:
