@@ -83,9 +83,12 @@ class Retrieval:
         """The retrieval that settings ask for, or none, and the settings that remain.
 
         A retriever alone means `hybrid`; a mode alone means the built-in BM25. Where something is retrieved, `top_k`
-        counts passages.
+        counts passages; with a `Retrieval` as the mode, which has its own, it is that of `SamplingParams`.
         """
         rest = dict(settings)
+        if isinstance(made := rest.get("mode"), cls):
+            del rest["mode"]
+            return (None if made.mode == "sheet" else made), rest
         given = {name: value for name in SETTINGS if (value := rest.pop(name, None)) is not None}
         if not given.keys() & {"retriever", "mode"}:
             if given:

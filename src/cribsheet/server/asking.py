@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cribsheet.grammar import Grammar
+from cribsheet.hybrid import Retrieval
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.server.protocol import (
     AsJsonObject,
@@ -119,7 +120,8 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any
             "'sheet'.",
             param="cribsheet.mode",
         )
-    return {**settings, "mode": extension.mode, **given}
+    assert extension.mode is not None
+    return {**settings, "mode": Retrieval(extension.mode, **given)}
 
 
 def _choices(question: Question, settings: Mapping[str, Any], body: Asked) -> list[Ask]:

@@ -18,7 +18,7 @@ from cribsheet.server.limits import Gate
 from cribsheet.server.protocol import Asked, Extension
 from cribsheet.server.record import Record, record_of
 from cribsheet.server.refusals import Refusal
-from cribsheet.server.replies import Extended, extended
+from cribsheet.server.replies import Extended, extension_of
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Served, Shelf
 from cribsheet.server.streaming import ReaderLeft, while_connected
@@ -80,7 +80,7 @@ class Desk:
         if limit := wanted.sources:
             async with self._tracing:
                 sources = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
-        return extended(answer, sources, texts=self.settings.show_documents)
+        return extension_of(answer, sources, texts=self.settings.show_documents)
 
 
 class Answers:

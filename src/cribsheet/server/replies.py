@@ -253,7 +253,7 @@ def completion_logprobs(tokens: Sequence[TokenLogprob] | None, offset: int = 0) 
     )
 
 
-def extended(answer: Answer, sources: Sequence[Source] | None, *, texts: bool) -> Extended:
+def extension_of(answer: Answer, sources: Sequence[Source] | None, *, texts: bool) -> Extended:
     """The extension field of an answer, with its sources if they are wanted and, if they may be shown, their texts."""
     found: dict[str, Any] = {"mode": answer.mode}
     if answer.certainty is not None:
