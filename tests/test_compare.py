@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from corpus import DOCUMENTS, FEW_SHOT
 
+from cribsheet import CompressedKnowledgeLLM
 from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Record, Settings, compare, passage_share, summary
 from cribsheet.bench.connectivity import DIRECT, JOIN, make_corpus, rows_of
 from cribsheet.bench.questions import Asked, draw_examples, read_questions, write_questions
@@ -62,6 +63,16 @@ def test_every_method_answers_every_question_and_none_exceeds_its_budget(records
     assert {each.mode for each in records if each.method == "retrieval"} == {"retrieval"}
 
 
+def test_our_sheets_are_made_as_by_default_and_keep_their_budget_though_heads_differ(model, corpus):
+    records = list(compare(model, corpus, methods=["few-shot", "hybrid"], rates=[2], settings=Settings(max_tokens=2)))
+    budget = records[0].budget
+    assert all(each.tokens <= budget for each in records) and records[0].tokens == pytest.approx(budget, abs=1)
+    default = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, budget=budget)
+    assert default.sheet.manifest.allocation == "adaptive" and default.sheet.length > budget
+    asked = corpus.questions[0].text
+    assert records[0].answer == default.ask(asked, max_tokens=2).text
+
+
 def test_a_comparison_is_the_same_every_time_and_goes_on_where_it_was(records, model, corpus):
     part = [each for each in records if each.number != 1]
     rest = list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=part))
@@ -91,7 +102,7 @@ def test_intervals_are_drawn_by_document():
 def test_methods_that_cannot_be_are_left_out_and_unknown_ones_refused(model, corpus):
     bare = replace(corpus, task=type(FEW_SHOT)(FEW_SHOT.description))
     left = {each.method for each in compare(model, bare, methods=NAMES, rates=[2], settings=SETTINGS)}
-    assert left == set(NAMES) - {"few-shot", "hybrid", "auto"}
+    assert left == set(NAMES) - {"published few-shot", "few-shot", "hybrid", "auto"}
     assert [*compare(model, corpus, methods=["few-shot", "retrieval"], rates=[50], settings=SETTINGS)] == []
     with pytest.raises(RequestError, match="no method 'magic'; use full context"):
         next(compare(model, corpus, methods=["magic"], settings=SETTINGS))
@@ -204,23 +215,27 @@ def test_the_command_line_writes_table_json_and_page_and_goes_on_after_it_was_ki
     command += ["--rates", "1.5,2", "--methods", "few-shot,retrieval,hybrid", "--scorer", "task", "--guide", "dropped"]
     command += ["--task", FEW_SHOT.description, "--example", "Where is Eve?=>Unknown", "--max-tokens", "3"]
     command += ["--device", "cpu", "--json", str(out), "--html", str(files / "out.html")]
+    command += ["--answers", str(files / "answers.jsonl")]
     assert run(command) == 0
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())
     assert "hybrid" in shown and "retrieved" in shown
     assert (files / "out.html").read_text().startswith("<!doctype html>")
-    assert list(result) == ["setup", "rows", "answers"] and all(row.keys() == ROW for row in result["rows"])
-    assert len(result["answers"]) == 3 * 2 * 3
+    assert list(result) == ["setup", "rows"]
+    assert all(row.keys() == ROW - {"set_f1", "retrieved"} for row in result["rows"])
+    answers = [json.loads(line) for line in (files / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 * 2 * 3
     assert run(command) == 2 and "exists; pass --force" in capsys.readouterr().err
     partial = files / "out.json.partial"
     assert not partial.exists()
-    half = [json.dumps(result["setup"], sort_keys=True), *map(json.dumps, result["answers"][:7]), '{"corpus": "cut']
+    half = [json.dumps(result["setup"], sort_keys=True), *map(json.dumps, answers[:7]), '{"corpus": "cut']
     partial.write_text("\n".join(half))
     assert run([*command, "--force"]) == 0
     assert "going on after 7 answers" in capsys.readouterr().err
     again = json.loads(out.read_text())
     assert [row["em"] for row in again["rows"]] == [row["em"] for row in result["rows"]]
-    assert again["answers"][:7] == result["answers"][:7] and not partial.exists()
+    later = [json.loads(line) for line in (files / "answers.jsonl").read_text().splitlines()]
+    assert later[:7] == answers[:7] and not partial.exists()
     partial.write_text("{}\n")
     assert run([*command, "--force"]) == 2 and "of another comparison" in capsys.readouterr().err
     assert run([*command, "--force", "--rates", "x"]) == 2 and run([*command, "--force", "--methods", "magic"]) == 2

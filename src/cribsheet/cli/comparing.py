@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from cribsheet.task import Task
 
 
+# What a row of the JSON file holds; the page shows more.
+_REPORTED = (
+    "method", "rate", "budget", "type", "n", "em", "f1", "ci_low", "ci_high", "tokens", "bytes", "seconds",
+)  # fmt: skip
+
+
 def compare(
     corpus: Annotated[list[str], typer.Argument(metavar="CORPUS", help="Files, folders or glob patterns.")],
     questions: Annotated[
@@ -43,7 +49,10 @@ def compare(
     examples: Annotated[
         int, typer.Option(metavar="N", help="Without examples of yours, take so many questions away as examples.")
     ] = 3,
-    scorer: Annotated[str, typer.Option(metavar="NAME", help="What makes the task-aware sheets.")] = "notes",
+    scorer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
+    ] = None,
     guide: Annotated[
         Literal["auto", "resident", "dropped"], typer.Option(help="Whether task and examples stay in the prompt.")
     ] = "auto",
@@ -53,6 +62,9 @@ def compare(
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 64,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws examples and intervals.")] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every answer there, as JSON lines.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     verbose: Verbose = False,
@@ -62,7 +74,7 @@ def compare(
 
     Killed, it goes on where it was when run again with the same --json FILE.
     """
-    for file in (as_json, html):
+    for file in (as_json, answers, html):
         if file is not None:
             check_output(file, force=force)
     named, wanted = _names(methods), _rates(rates)
@@ -94,7 +106,10 @@ def compare(
     result: dict[str, Any] = {"setup": setup, "rows": summary(records, seed=seed)}
     print_table(result["rows"])
     if as_json is not None:
-        _write(as_json, json.dumps({**result, "answers": [asdict(each) for each in records]}, indent=1) + "\n")
+        rows = [{key: row[key] for key in _REPORTED} for row in result["rows"]]
+        _write(as_json, json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+    if answers is not None:
+        _write(answers, "".join(json.dumps(asdict(each)) + "\n" for each in records))
     if html is not None:
         _write(html, page(result))
         say(f"\n{html}")
