@@ -78,7 +78,9 @@ def test_a_comparison_is_the_same_every_time_and_goes_on_where_it_was(records, m
     rest = list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=part))
     assert {each.key for each in rest} == {each.key for each in records if each.number == 1}
     assert sorted(same(part + rest), key=lambda each: each.key) == sorted(same(records), key=lambda each: each.key)
-    assert list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=records)) == []
+    assert list(compare(model, corpus, rates=[1.5, 2, 2], settings=SETTINGS, done=records)) == []
+    twice = compare(model, corpus, methods=["retrieval"] * 2, rates=[2, 2], settings=SETTINGS)
+    assert [each.number for each in twice] == [0, 1, 2]
 
 
 def test_rows_hold_what_was_counted_by_type_and_for_all(records):
@@ -134,6 +136,10 @@ def test_questions_are_read_back_as_they_were_written(tmp_path):
         ("[]", "line 1 is \\[\\]; write an object"),
         ('{"question": "Who?"}', "line 1 needs a text"),
         ('{"question": " ", "answers": ["A"]}', "line 1 needs a text"),
+        (
+            '{"question": "Who?", "answers": [["A"]]}',
+            "line 1 has \\['A'\\] where texts belong; write texts under 'answers'",
+        ),
         ('{"question": "Who?", "answer": "A"}', "unknown key 'answer'; allowed are question, answers"),
         ("", "holds no questions"),
     ],

@@ -155,7 +155,7 @@ def _plan(methods: Sequence[str], rates: Sequence[float]) -> Iterator[tuple[str,
     for name in (FULL, CLOSED):
         if name in methods:
             yield name, 1.0
-    for rate in rates:
+    for rate in dict.fromkeys(rates):
         yield from ((name, rate) for name in NAMES if name in methods and name not in (FULL, CLOSED))
 
 
@@ -204,6 +204,8 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
     elif method.mode != "sheet":
         passages = 1 if method.mode == "retrieval" else passage_share(budget)
         asking |= {"mode": method.mode, "passage_tokens": passages, "sure": settings.sure, "top_k": settings.top_k}
+    if budget <= passages:
+        raise BudgetError(f"{sheets.corpus_tokens} tokens of corpus are {budget} at this rate; lower it.")
     kb = sheets.get(method, budget - passages if method.name != CLOSED else min(2 * budget, sheets.corpus_tokens))
     for number in left:
         question = corpus.questions[number]

@@ -37,7 +37,7 @@ def compare(
     ] = None,
     rates: Annotated[str, typer.Option(metavar="N,N", help="How many times shorter than the corpus.")] = "8,16,32",
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="At most so many passages.  [default: as the budget allows]")
+        int | None, typer.Option(metavar="N", min=1, help="At most so many passages.  [default: as the budget allows]")
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
     example: Annotated[
@@ -47,7 +47,8 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
     ] = None,
     examples: Annotated[
-        int, typer.Option(metavar="N", help="Without examples of yours, take so many questions away as examples.")
+        int,
+        typer.Option(metavar="N", min=0, help="Without examples of yours, take so many questions away as examples."),
     ] = 3,
     scorer: Annotated[
         str | None,
@@ -59,7 +60,7 @@ def compare(
     model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
     device: Device = None,
     revision: Revision = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 64,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 64,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws examples and intervals.")] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
     answers: Annotated[
