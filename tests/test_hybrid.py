@@ -112,6 +112,17 @@ def test_a_passage_that_is_looked_up_in_the_sheet_has_its_place_there(kb):
     assert text[slice(*places["hugo"])] == own.text and places["hugo"][0] > 0
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "retrieval"])
+def test_a_passage_that_is_read_in_several_pieces_is_traced(kb, mode, monkeypatch):
+    long = [Passage("Hugo went to Lima. " * 40, "long"), Passage("Bob stayed.", "short")]
+    settings = {"max_tokens": 3, "mode": mode, "passage_tokens": 2000, "retriever": Retriever(long)}
+    whole = kb.ask(QUESTION, **settings)
+    monkeypatch.setattr(prefill, "PIECE", 64)
+    pieces = kb.ask(QUESTION, **settings)
+    assert pieces.text == whole.text and {"long", "short"} <= {each.document_id for each in pieces.sources}
+    assert [each.weight for each in pieces.sources] == pytest.approx([each.weight for each in whole.sources], abs=2e-3)
+
+
 def test_everybody_s_passages_are_traced_also_in_one_batch_and_after_long_questions(kb, monkeypatch):
     found = {name: [Passage(f"{name} moved on.", name)] for name in ("Ada", "Bo", "Cleo")}
     asked = {name: {"max_tokens": 9, "retriever": Retriever(found[name])} for name in found}
@@ -201,6 +212,18 @@ def test_many_answers_share_one_search(kb):
     assert len({answer.text for answer in answers}) > 1
     drafted = kb.ask_many(QUESTION, 2, max_tokens=8, mode="auto", sure=0.0, regex="[a-z]{4}")
     assert [answer.mode for answer in drafted] == ["sheet"] * 2 and all(len(answer.text) == 4 for answer in drafted)
+
+
+@pytest.mark.parametrize("found", ["Bob moved on.", {"text": "Bob moved on."}, iter(["Bob moved on."])])
+def test_one_text_and_any_iterable_are_as_good_as_a_list(kb, found):
+    assert [each.text for each in kb.ask(QUESTION, max_tokens=1, retriever=lambda query: found).passages] == [
+        "Bob moved on."
+    ]
+
+
+def test_a_passage_with_half_a_character_is_told_without_it(kb):
+    answer = kb.ask(QUESTION, max_tokens=1, retriever=lambda query: ["Bob \ud800 moved on to the north."])
+    assert answer.passages[0].text == "Bob \ufffd moved on to the north."
 
 
 def test_a_slow_retriever_does_not_block_the_event_loop(kb):

@@ -63,8 +63,7 @@ class Glance:
         layer.watch = None
         for row, (first, last) in enumerate(self._told):
             if last > first:
-                keys = layer.keys[row, :, first:last]
-                self._on_told[row].append(self._mass_of(row, query, keys, lse, scale, softcap))
+                self._on_told[row].append(self._on_passages(row, layer, query, lse, scale, softcap))
         if layer.prefix.longest == 0:
             self._masses.append(torch.zeros(query.shape[0], layer.prefix.heads, layer.start, device=query.device))
             return
@@ -80,6 +79,16 @@ class Glance:
             return one_row(query, keys, lse, scale, softcap)
         return torch.stack([self._mass_of(n, query, keys, lse, scale, softcap) for n in range(len(self._weights))])
 
+    def _on_passages(
+        self, row: int, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """(K, N) of one sequence."""
+        first, last = self._told[row]
+        if self._weights is not None and not self._weights[row].any():
+            # a piece of a long question that is all passages, which may not be read to their end yet
+            return torch.zeros(layer.prefix.heads, last - first, device=query.device)
+        return self._mass_of(row, query, layer.keys[row, :, first:last], lse, scale, softcap)
+
     def _mass_of(
         self, row: int, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
@@ -87,7 +96,7 @@ class Glance:
         if self._weights is None:
             return one_row(query[row : row + 1], keys, lse[row : row + 1], scale, softcap)[0]
         weight = self._weights[row]
-        if not weight.any():  # a piece of a long question that is all passages, which may not be read to their end
+        if not weight.any():
             return torch.zeros(keys.shape[:2], device=keys.device)
         q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
         mass = column_mass(q, keys, seen, scale=scale, row_weight=weight.to(q.device), softcap=softcap)
