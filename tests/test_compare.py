@@ -13,6 +13,7 @@ from corpus import DOCUMENTS, FEW_SHOT
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Record, Settings, compare, passage_share, summary
 from cribsheet.bench.connectivity import DIRECT, JOIN, make_corpus, rows_of
+from cribsheet.bench.judged import judged
 from cribsheet.bench.questions import Asked, draw_examples, read_questions, write_questions
 from cribsheet.bench.report import page, setup_of
 from cribsheet.cli import run
@@ -245,3 +246,20 @@ def test_the_command_line_writes_table_json_and_page_and_goes_on_after_it_was_ki
     partial.write_text("{}\n")
     assert run([*command, "--force"]) == 2 and "of another comparison" in capsys.readouterr().err
     assert run([*command, "--force", "--rates", "x"]) == 2 and run([*command, "--force", "--methods", "magic"]) == 2
+
+
+def test_what_is_judged_are_differences_on_the_same_questions():
+    def answers(method, scores, mode="sheet", corpus="connectivity 4"):
+        one = Record(corpus, method, 32, 9, 0, JOIN, "d", "", 0, 0, 0, 1, 1, 0, mode)
+        return [replace(one, number=n, cluster=f"d{n}", set_f1=score) for n, score in enumerate(scores)]
+
+    records = [*answers("few-shot", [1, 1, 0, 0]), *answers("retrieval", [0, 0, 0, 1], "retrieval")]
+    records += [*answers("hybrid", [1, 1, 0, 1], "hybrid"), *answers("auto", [1, 1, 0, 0])[:3]]
+    rows = judged(records, broad=JOIN, connected=["connectivity 4"])
+    points = {row["compared"]: (row["points"], row["n"]) for row in rows}
+    assert points["hybrid - max(sheet, retrieval)"] == (25, 4)  # the sheet is the better one
+    assert points["sheet - retrieval"] == (25, 4)
+    assert points["auto - best mode"] == (0, 3)  # of the questions that all were asked
+    assert points["auto retrieves for"] == (0, 3)
+    assert all(row["ci_low"] <= row["points"] <= row["ci_high"] for row in rows)
+    assert [row["compared"] for row in judged(records[:4], broad=JOIN)] == []
