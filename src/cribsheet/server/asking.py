@@ -103,7 +103,11 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any
     """Settings of evidence and retrieval. Raises `Refusal` for what means nothing in this mode or for this sheet."""
     if extension.evidence is False and extension.sources:
         raise Refusal(400, "sources without evidence cannot be; leave out one of them.", param="cribsheet.sources")
-    of_passages = {"top_k": extension.top_k, "passage_tokens": extension.passage_tokens, "sure": extension.sure}
+    of_passages: dict[str, Any] = {
+        "top_k": extension.top_k,
+        "passage_tokens": extension.passage_tokens,
+        "sure": extension.sure,
+    }
     given = {name: value for name, value in of_passages.items() if value is not None}
     if given and not extension.retrieves:
         name = next(iter(given))
