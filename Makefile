@@ -47,7 +47,7 @@ support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a tes
 quality: $(READY)  ## what survives compression, by method and rate (half an hour)
 	$(RUN)/python -m cribsheet.bench.quality --worlds 8 --json docs/benchmarks/quality.json
 
-connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (an hour)
+connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (35 minutes on a free core)
 	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json
 
 certainty: $(READY)  ## what tells right answers of a sheet from wrong ones (ten minutes)

@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from corpus import DOCUMENTS, FEW_SHOT
 
+from cribsheet import CompressedKnowledgeLLM
 from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Record, Settings, compare, passage_share, summary
 from cribsheet.bench.connectivity import DIRECT, JOIN, make_corpus, rows_of
+from cribsheet.bench.judged import judged
 from cribsheet.bench.questions import Asked, draw_examples, read_questions, write_questions
 from cribsheet.bench.report import page, setup_of
 from cribsheet.cli import run
@@ -62,12 +64,24 @@ def test_every_method_answers_every_question_and_none_exceeds_its_budget(records
     assert {each.mode for each in records if each.method == "retrieval"} == {"retrieval"}
 
 
+def test_our_sheets_are_made_as_by_default_and_keep_their_budget_though_heads_differ(model, corpus):
+    records = list(compare(model, corpus, methods=["few-shot", "hybrid"], rates=[2], settings=Settings(max_tokens=2)))
+    budget = records[0].budget
+    assert all(each.tokens <= budget for each in records) and records[0].tokens == pytest.approx(budget, abs=1)
+    default = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, budget=budget)
+    assert default.sheet.manifest.allocation == "adaptive" and default.sheet.length > budget
+    asked = corpus.questions[0].text
+    assert records[0].answer == default.ask(asked, max_tokens=2).text
+
+
 def test_a_comparison_is_the_same_every_time_and_goes_on_where_it_was(records, model, corpus):
     part = [each for each in records if each.number != 1]
     rest = list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=part))
     assert {each.key for each in rest} == {each.key for each in records if each.number == 1}
     assert sorted(same(part + rest), key=lambda each: each.key) == sorted(same(records), key=lambda each: each.key)
-    assert list(compare(model, corpus, rates=[1.5, 2], settings=SETTINGS, done=records)) == []
+    assert list(compare(model, corpus, rates=[1.5, 2, 2], settings=SETTINGS, done=records)) == []
+    twice = compare(model, corpus, methods=["retrieval"] * 2, rates=[2, 2], settings=SETTINGS)
+    assert [each.number for each in twice] == [0, 1, 2]
 
 
 def test_rows_hold_what_was_counted_by_type_and_for_all(records):
@@ -91,7 +105,7 @@ def test_intervals_are_drawn_by_document():
 def test_methods_that_cannot_be_are_left_out_and_unknown_ones_refused(model, corpus):
     bare = replace(corpus, task=type(FEW_SHOT)(FEW_SHOT.description))
     left = {each.method for each in compare(model, bare, methods=NAMES, rates=[2], settings=SETTINGS)}
-    assert left == set(NAMES) - {"few-shot", "hybrid", "auto"}
+    assert left == set(NAMES) - {"published few-shot", "few-shot", "hybrid", "auto"}
     assert [*compare(model, corpus, methods=["few-shot", "retrieval"], rates=[50], settings=SETTINGS)] == []
     with pytest.raises(RequestError, match="no method 'magic'; use full context"):
         next(compare(model, corpus, methods=["magic"], settings=SETTINGS))
@@ -123,6 +137,10 @@ def test_questions_are_read_back_as_they_were_written(tmp_path):
         ("[]", "line 1 is \\[\\]; write an object"),
         ('{"question": "Who?"}', "line 1 needs a text"),
         ('{"question": " ", "answers": ["A"]}', "line 1 needs a text"),
+        (
+            '{"question": "Who?", "answers": [["A"]]}',
+            "line 1 has \\['A'\\] where texts belong; write texts under 'answers'",
+        ),
         ('{"question": "Who?", "answer": "A"}', "unknown key 'answer'; allowed are question, answers"),
         ("", "holds no questions"),
     ],
@@ -204,23 +222,44 @@ def test_the_command_line_writes_table_json_and_page_and_goes_on_after_it_was_ki
     command += ["--rates", "1.5,2", "--methods", "few-shot,retrieval,hybrid", "--scorer", "task", "--guide", "dropped"]
     command += ["--task", FEW_SHOT.description, "--example", "Where is Eve?=>Unknown", "--max-tokens", "3"]
     command += ["--device", "cpu", "--json", str(out), "--html", str(files / "out.html")]
+    command += ["--answers", str(files / "answers.jsonl")]
     assert run(command) == 0
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())
     assert "hybrid" in shown and "retrieved" in shown
     assert (files / "out.html").read_text().startswith("<!doctype html>")
-    assert list(result) == ["setup", "rows", "answers"] and all(row.keys() == ROW for row in result["rows"])
-    assert len(result["answers"]) == 3 * 2 * 3
+    assert list(result) == ["setup", "rows"]
+    assert all(row.keys() == ROW - {"set_f1", "retrieved"} for row in result["rows"])
+    answers = [json.loads(line) for line in (files / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 * 2 * 3
     assert run(command) == 2 and "exists; pass --force" in capsys.readouterr().err
     partial = files / "out.json.partial"
     assert not partial.exists()
-    half = [json.dumps(result["setup"], sort_keys=True), *map(json.dumps, result["answers"][:7]), '{"corpus": "cut']
+    half = [json.dumps(result["setup"], sort_keys=True), *map(json.dumps, answers[:7]), '{"corpus": "cut']
     partial.write_text("\n".join(half))
     assert run([*command, "--force"]) == 0
     assert "going on after 7 answers" in capsys.readouterr().err
     again = json.loads(out.read_text())
     assert [row["em"] for row in again["rows"]] == [row["em"] for row in result["rows"]]
-    assert again["answers"][:7] == result["answers"][:7] and not partial.exists()
+    later = [json.loads(line) for line in (files / "answers.jsonl").read_text().splitlines()]
+    assert later[:7] == answers[:7] and not partial.exists()
     partial.write_text("{}\n")
     assert run([*command, "--force"]) == 2 and "of another comparison" in capsys.readouterr().err
     assert run([*command, "--force", "--rates", "x"]) == 2 and run([*command, "--force", "--methods", "magic"]) == 2
+
+
+def test_what_is_judged_are_differences_on_the_same_questions():
+    def answers(method, scores, mode="sheet", corpus="connectivity 4"):
+        one = Record(corpus, method, 32, 9, 0, JOIN, "d", "", 0, 0, 0, 1, 1, 0, mode)
+        return [replace(one, number=n, cluster=f"d{n}", set_f1=score) for n, score in enumerate(scores)]
+
+    records = [*answers("few-shot", [1, 1, 0, 0]), *answers("retrieval", [0, 0, 0, 1], "retrieval")]
+    records += [*answers("hybrid", [1, 1, 0, 1], "hybrid"), *answers("auto", [1, 1, 0, 0])[:3]]
+    rows = judged(records, broad=JOIN, connected=["connectivity 4"])
+    points = {row["compared"]: (row["points"], row["n"]) for row in rows}
+    assert points["hybrid - max(sheet, retrieval)"] == (25, 4)  # the sheet is the better one
+    assert points["sheet - retrieval"] == (25, 4)
+    assert points["auto - best mode"] == (0, 3)  # of the questions that all were asked
+    assert points["auto retrieves for"] == (0, 3)
+    assert all(row["ci_low"] <= row["points"] <= row["ci_high"] for row in rows)
+    assert [row["compared"] for row in judged(records[:4], broad=JOIN)] == []

@@ -15,6 +15,7 @@ from cribsheet import CompressedKnowledgeLLM, prefill
 from cribsheet.answering import Finished, Request
 from cribsheet.errors import RequestError
 from cribsheet.evidence import find_sources, looked_at
+from cribsheet.retrieval import Passage
 from cribsheet.sampling import SamplingParams
 from cribsheet.testing import tiny_backbone
 
@@ -30,21 +31,23 @@ ANSWER = "in Quito"
 
 
 def ids(kb):
-    return kb._question_ids(QUESTION), kb._layout.encoder.plain(ANSWER)
+    return kb._told(QUESTION), kb._layout.encoder.plain(ANSWER)
 
 
 def by_the_formula(kb, asked, answered):
     """Attention weights of the rows that count, layer by layer, from `reference.attention_weights`."""
     backbone, size = kb.backbone, kb.prefix.tokens
-    rows = torch.cat([asked, answered[:-1]])
+    rows = torch.cat([asked.ids, answered[:-1]])
     read = backbone.read(kb.prefix.layers, size, rows[:0], rows)
     found = []
     for number in backbone.full[len(backbone.full) // 2 :]:
         layer, prefix = read[number], kb.prefix.layers[number]
         keys = torch.cat([prefix.keys, layer.guide_keys], 1)
-        weights = attention_weights(layer.guide_queries, keys, backbone.scale, size + 1)[..., :size]
-        question, answer = weights[:, : len(asked)].mean(1), weights[:, len(asked) - 1 :].sum(1)
-        found.append((3 * question + answer).reshape(backbone.kv_heads, -1, size).sum(1))
+        first, last = (asked.places[0][0], asked.places[-1][1]) if asked.places else (0, 0)
+        weights = attention_weights(layer.guide_queries, keys, backbone.scale, size + 1)
+        weights = torch.cat([weights[..., :size], weights[..., size + first : size + last]], -1)
+        question, answer = weights[:, asked.lead : len(asked.ids)].mean(1), weights[:, len(asked.ids) - 1 :].sum(1)
+        found.append((3 * question + answer).reshape(backbone.kv_heads, -1, weights.shape[-1]).sum(1))
     return torch.stack(found).float()
 
 
@@ -54,13 +57,23 @@ def test_what_is_looked_at_is_the_attention_of_question_and_answer_in_the_upper_
     torch.testing.assert_close(found, by_the_formula(kb, asked, answered), atol=1e-3, rtol=1e-3)
 
 
+def test_what_is_looked_at_in_passages_is_the_attention_of_what_comes_after_them(kb):
+    asked = kb._told(QUESTION, passages=[Passage("Hugo moved to Lima."), Passage("Bob stayed.")])
+    answered = kb._layout.encoder.plain(ANSWER)
+    texts = [kb.backbone.tokenizer.decode(asked.ids[first:last]).strip() for first, last in asked.places]
+    assert texts == ["Hugo moved to Lima.", "Bob stayed."] and asked.lead == asked.places[-1][1]
+    found = looked_at(kb.backbone, kb.prefix, asked, answered)
+    torch.testing.assert_close(found, by_the_formula(kb, asked, answered), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("piece", [1024, 16], ids=["in one piece", "in pieces"])
 @pytest.mark.parametrize("scorer", ["task", "recall"])  # all heads keep equally many tokens, or not
+@pytest.mark.parametrize("told", [(), (Passage("Hugo moved to Lima."), Passage("Bob stayed."))], ids=["", "told"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, piece, scorer, monkeypatch):
+def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, told, piece, scorer, monkeypatch):
     monkeypatch.setattr(prefill, "PIECE", piece)
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer=scorer)
-    asked = kb._question_ids(QUESTION)
+    asked = kb._told(QUESTION, passages=told)
     tokens, looked = answered(kb, asked)
     torch.testing.assert_close(looked, looked_at(kb.backbone, kb.prefix, asked, tokens), atol=2e-3, rtol=2e-3)
 
@@ -72,7 +85,8 @@ def answered(kb, asked):
     ]
     events = queue.SimpleQueue()
     params = SamplingParams(max_tokens=6, logprobs=0)
-    kb._loaded.engine.submit(Request(kb.prefix, asked, params, events.put, evidence=True))
+    request = Request(kb.prefix, asked.ids, params, events.put, evidence=True, told=asked.places, lead=asked.lead)
+    kb._loaded.engine.submit(request)
     tokens = []
     while not isinstance(event := events.get(timeout=60), Finished):
         tokens += [each.token_id for each in event.logprobs]

@@ -6,13 +6,14 @@ import asyncio
 import json
 import logging
 import math
+import re
 import threading
 import time
 
 import pytest
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
-from cribsheet import CompressedKnowledgeLLM, Document, Task
+from cribsheet import CompressedKnowledgeLLM, Document, Task, prefill
 from cribsheet.cli import run
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.passages import with_passages
@@ -87,11 +88,54 @@ def test_retrieval_alone_reads_passages_as_documents_within_the_tokens_of_both(w
     assert answer.usage.prompt_tokens == same.sheet.tokens + kb.sheet.manifest.guide_tokens + kb.count_tokens(QUESTION)
 
 
-def test_sources_are_those_of_the_sheet_after_the_passages_that_were_told(kb):
-    told = kb.ask(QUESTION, max_tokens=5, retriever=Retriever())
-    asked = with_passages([{"role": "user", "content": QUESTION}], NEWS)
-    assert kb.sources(QUESTION, told) == kb.sources(asked, told.text) != kb.sources(QUESTION, told.text)
-    assert kb.sources(QUESTION, kb.ask(QUESTION, max_tokens=5, mode="retrieval")) == []
+@pytest.mark.parametrize("mode", ["hybrid", "retrieval"])
+def test_passages_that_were_told_are_sources_beside_the_sheet_s_documents(kb, mode):
+    answer = kb.ask(QUESTION, max_tokens=5, mode=mode, retriever=Retriever())
+    told = [each for each in answer.sources if each.retrieved]
+    assert {(each.document_id, each.text) for each in told} == {(each.document_id, each.text) for each in NEWS}
+    kept = [each for each in answer.sources if not each.retrieved]
+    assert len(kept) == (3 if mode == "hybrid" else 0) and not {each.document_id for each in kept} & {"news"}
+    weights = [each.weight for each in answer.sources]
+    assert weights == sorted(weights, reverse=True) and min(weights) > 0 and sum(weights) <= 1 + 1e-6
+    again = kb.sources(QUESTION, answer, limit=9)  # reads question and answer once more
+    assert {each.text for each in again if each.retrieved} == {each.text for each in told}
+    assert sum(not each.retrieved for each in again) == (len(kb.sheet.documents) if mode == "hybrid" else 0)
+    assert kb.ask(QUESTION, max_tokens=5, mode=mode, retriever=Retriever(), evidence=False).sources == ()
+
+
+def test_a_passage_that_is_looked_up_in_the_sheet_has_its_place_there(kb):
+    text = next(document.text for document in kb.sheet.documents if document.id == "hugo")
+    foreign, own = Passage("Nobody knows of it.", "elsewhere"), Passage(text[10:60].strip(), "hugo")
+    answer = kb.ask(QUESTION, max_tokens=2, retriever=lambda query: [foreign, own])
+    places = {each.document_id: (each.start, each.stop) for each in answer.sources if each.retrieved}
+    assert places["elsewhere"] == (0, len(foreign.text))
+    assert text[slice(*places["hugo"])] == own.text and places["hugo"][0] > 0
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "retrieval"])
+def test_a_passage_that_is_read_in_several_pieces_is_traced(kb, mode, monkeypatch):
+    long = [Passage("Hugo went to Lima. " * 40, "long"), Passage("Bob stayed.", "short")]
+    settings = {"max_tokens": 3, "mode": mode, "passage_tokens": 2000, "retriever": Retriever(long)}
+    whole = kb.ask(QUESTION, **settings)
+    monkeypatch.setattr(prefill, "PIECE", 64)
+    pieces = kb.ask(QUESTION, **settings)
+    assert pieces.text == whole.text and {"long", "short"} <= {each.document_id for each in pieces.sources}
+    assert [each.weight for each in pieces.sources] == pytest.approx([each.weight for each in whole.sources], abs=2e-3)
+
+
+def test_everybody_s_passages_are_traced_also_in_one_batch_and_after_long_questions(kb, monkeypatch):
+    found = {name: [Passage(f"{name} moved on.", name)] for name in ("Ada", "Bo", "Cleo")}
+    asked = {name: {"max_tokens": 9, "retriever": Retriever(found[name])} for name in found}
+    alone = {name: kb.ask(f"{name}?", **settings) for name, settings in asked.items()}
+    streams = {name: kb.stream(f"{name}?", **settings) for name, settings in asked.items()}
+    monkeypatch.setattr(prefill, "PIECE", 16)
+    streams["long"] = kb.stream("Ada?", **asked["Ada"])
+    for name, stream in streams.items():
+        text, known = "".join(stream), alone.get(name, alone["Ada"])
+        assert text == known.text
+        assert [each.document_id for each in stream.answer.sources] == [each.document_id for each in known.sources]
+        weights = [each.weight for each in known.sources]
+        assert [each.weight for each in stream.answer.sources] == pytest.approx(weights, abs=2e-3)
 
 
 def test_nothing_found_means_the_sheet_alone_answers(kb):
@@ -140,6 +184,15 @@ def test_passages_in_the_question_are_not_fetched_again_and_the_user_is_told(kb,
     assert answer.text == kb.ask(asked, max_tokens=9).text and answer.mode == "sheet"
 
 
+def test_what_a_chain_s_own_retriever_found_elsewhere_is_not_told_twice_and_the_user_is_told(kb, caplog):
+    retriever = Retriever()
+    asked = [{"role": "system", "content": f"Answer from the context.\n\n{NEWS[0].text}"},
+             {"role": "user", "content": QUESTION}]  # fmt: skip
+    with caplog.at_level(logging.WARNING, "cribsheet"):
+        answer = kb.ask(asked, max_tokens=9, retriever=retriever)
+    assert answer.passages == (NEWS[1],) and "leave out one of them" in caplog.text
+
+
 def test_streamed_equals_whole_and_async_equals_sync(kb):
     settings = {"max_tokens": 10, "retriever": Retriever(), "passage_tokens": 40}
     for mode in ("hybrid", "retrieval", "auto"):
@@ -159,6 +212,18 @@ def test_many_answers_share_one_search(kb):
     assert len({answer.text for answer in answers}) > 1
     drafted = kb.ask_many(QUESTION, 2, max_tokens=8, mode="auto", sure=0.0, regex="[a-z]{4}")
     assert [answer.mode for answer in drafted] == ["sheet"] * 2 and all(len(answer.text) == 4 for answer in drafted)
+
+
+@pytest.mark.parametrize("found", ["Bob moved on.", {"text": "Bob moved on."}, iter(["Bob moved on."])])
+def test_one_text_and_any_iterable_are_as_good_as_a_list(kb, found):
+    assert [each.text for each in kb.ask(QUESTION, max_tokens=1, retriever=lambda query: found).passages] == [
+        "Bob moved on."
+    ]
+
+
+def test_a_passage_with_half_a_character_is_told_without_it(kb):
+    answer = kb.ask(QUESTION, max_tokens=1, retriever=lambda query: ["Bob \ud800 moved on to the north."])
+    assert answer.passages[0].text == "Bob \ufffd moved on to the north."
 
 
 def test_a_slow_retriever_does_not_block_the_event_loop(kb):
@@ -257,7 +322,7 @@ def test_the_command_line_retrieves_and_says_what_was_told(tmp_path, capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["mode"] == "hybrid" and [each["document_id"] for each in data["passages"]] == ["hugo"]
     assert run([*asking, "--mode", "retrieval", "--passage-tokens", "9", "--sources"]) == 0
-    assert "told  hugo [0:" in capsys.readouterr().out
+    assert re.search(r"^100%  hugo \[0:\d+\]  retrieved  Hugo Ali", capsys.readouterr().out, re.M)
     assert run([*asking, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mode"] == "sheet"
     assert run([*asking, "--passage-tokens", "9"]) == 2

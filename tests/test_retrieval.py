@@ -175,7 +175,7 @@ def test_what_cannot_retrieve_is_refused(thing):
         as_retriever(thing)
 
 
-@pytest.mark.parametrize("found", ["one text", {"text": "x"}, 5])
+@pytest.mark.parametrize("found", [b"bytes", 5])
 def test_what_is_no_list_of_texts_is_refused_by_the_retriever_s_name(found):
     with pytest.raises(RequestError, match=r"The retriever Invoked gave .* must give a list"):
         as_retriever(Invoked(found)).fetch("q")

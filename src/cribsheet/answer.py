@@ -30,13 +30,19 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A stretch of a document that an answer looked at; `weight` is its share of that attention, 0 to 1."""
+    """A stretch of a document that an answer looked at; `weight` is its share of that attention, 0 to 1.
+
+    One that was `retrieved` is a passage that was told, whole; where its retriever does not say where in the document
+    it stands, and the sheet does not know either, `start` and `stop` count its own characters. All others are of the
+    sheet: the most attended place of a document.
+    """
 
     document_id: str
     start: int
     stop: int
     weight: float
     text: str
+    retrieved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,9 @@ class Answer:
     """An answer and how it came about; `str()` gives its text, without the calls of tools that are in `tool_calls`.
 
     `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `sources` are
-    the documents that question and answer looked at most in the sheet. `mode` is how it was found: from the sheet, from
-    `passages` that were retrieved, or from both; `certainty`, 0 to 1, is what mode "auto" measured of the sheet's own
-    answer.
+    the documents that question and answer looked at most in the sheet, and every passage that was told, by weight.
+    `mode` is how it was found: from the sheet, from `passages` that were retrieved, or from both; `certainty`, 0 to 1,
+    is what mode "auto" measured of the sheet's own answer.
     """
 
     text: str

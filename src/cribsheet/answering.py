@@ -36,7 +36,7 @@ class Delta:
 class Finished:
     """The end of an answer: why, and how many tokens it took (the one that ended it not counted).
 
-    `looked` (M, K, P) is what question and answer looked at (`glance.py`), if the request wanted evidence.
+    `looked` (M, K, P + N) is what question and answer looked at (`glance.py`), if the request wanted evidence.
     """
 
     reason: FinishReason
@@ -63,6 +63,13 @@ class Request:
     timeout: float | None = None  # seconds from now on until the caller gets an error instead
     asked: float = field(default_factory=time.monotonic)
     evidence: bool = False  # whether the end tells what was looked at
+    told: tuple[tuple[int, int], ...] = ()  # first and last-plus-one token of passages in the question
+    lead: int = 0  # tokens of the question before what is asked, passages included
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """First and last-plus-one token of all passages together."""
+        return (self.told[0][0], self.told[-1][1]) if self.told else (0, 0)
 
     @property
     def is_over(self) -> bool:
@@ -103,7 +110,7 @@ class Answering:
         self.turn = 0  # tokens since it got its slot
         self.last = 0
         self.finished = False
-        self.looked: Tensor | None = None  # (M, K, P) so far, if evidence is wanted
+        self.looked: Tensor | None = None  # (M, K, P + N) so far, if evidence is wanted
         self._pending: list[TokenLogprob] = []
 
     def advance(self, logits: Tensor | None, greedy: int) -> None:
@@ -130,7 +137,7 @@ class Answering:
             self._finish("stop" if self.request.constraint else "length")  # a form is complete by then
 
     def look(self, mass: Tensor) -> None:
-        """Add what new rows looked at (M, K, P)."""
+        """Add what new rows looked at (M, K, P + N)."""
         if self.request.evidence:
             self.looked = mass.clone() if self.looked is None else self.looked.add_(mass)
 

@@ -26,7 +26,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.errors import EngineError
 from cribsheet.glance import Glance
 from cribsheet.group import Group
-from cribsheet.prefill import LongRead, Read, reads
+from cribsheet.prefill import LongRead, Read, reads, told_in, watches
 from cribsheet.prefix import Prefix
 
 logger = logging.getLogger(__name__)
@@ -202,11 +202,11 @@ class Engine:
             group.rows.prepare(device)
             ids = torch.tensor([[sequence.last] for sequence in group.running])
             positions = torch.tensor([[group.prefix.tokens + n] for n in group.rows.lengths])
-            wanted = group.prefix.tokens and any(sequence.request.evidence for sequence in group.running)
-            glance = Glance(group.layers, self.backbone.full) if wanted else None
+            running = group.running
+            glance = Glance(group.layers, self.backbone.full, told_in(running)) if watches(running) else None
             logits = self.backbone.step(ids, positions, Cache(layers=list(group.layers)))[:, -1]
             if glance is not None:
-                for sequence, mass in zip(group.running, glance.masses.unbind(1), strict=True):
+                for sequence, mass in zip(group.running, glance.masses, strict=True):
                     sequence.look(mass)
             group.rows.lengths = [n + 1 for n in group.rows.lengths]
             self._advance(group.running, logits)

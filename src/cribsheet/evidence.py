@@ -1,4 +1,4 @@
-"""Where an answer comes from: the attention of question and answer on the sheet, traced back to the documents.
+"""Where an answer comes from: its attention on the sheet and on passages that were told, traced back to documents.
 
 A document counts by its most attended token of each head, not by the sum over its tokens: sums favour long documents
 and those whose every comma attracts a little attention. It shows what the model looked at, not a proof that the
@@ -16,34 +16,75 @@ from cribsheet.answer import Source
 from cribsheet.backbone import Backbone
 from cribsheet.glance import Glance, question_weights
 from cribsheet.prefix import Prefix, prefix_cache
+from cribsheet.retrieval import Passage
 from cribsheet.sheet import Sheet
+from cribsheet.telling import Told
 
 LIMIT = 3  # sources of an answer
 _CONTEXT = 40  # characters shown on each side of the most attended place
 
 
-def looked_at(backbone: Backbone, prefix: Prefix, asked: Tensor, answered: Tensor) -> Tensor:
-    """What an answer of tokens (A,) to a question (T,) looks at, as the engine notes it while it writes: (M, K, P)."""
-    ids = torch.cat([asked, answered[:-1]])  # the row of the last token would write the next one
-    weights = torch.cat([question_weights(len(asked)), torch.ones(len(ids) - len(asked))])
+def looked_at(backbone: Backbone, prefix: Prefix, asked: Told, answered: Tensor) -> Tensor:
+    """What an answer of tokens (A,) to a question looks at, as the engine notes it while it writes: (M, K, P + N)."""
+    size, places = len(asked.ids), asked.places
+    ids = torch.cat([asked.ids, answered[:-1]])  # the row of the last token would write the next one
+    weights = torch.cat([question_weights(size, asked.lead), torch.ones(len(ids) - size)])
     cache = prefix_cache(prefix.layers, prefix.tokens)
-    glance = Glance(cache.layers, backbone.full, [weights])
+    glance = Glance(cache.layers, backbone.full, [(places[0][0], places[-1][1]) if places else (0, 0)], [weights])
     positions = torch.arange(prefix.tokens, prefix.tokens + len(ids))
     backbone.step(ids.unsqueeze(0), positions.unsqueeze(0), cache)
-    return glance.masses[:, 0]
+    return glance.masses[0]
 
 
-def find_sources(sheet: Sheet, looked: Tensor, limit: int = LIMIT) -> tuple[Source, ...]:
-    """The `limit` documents that were looked at most (M, K, P), each with its most attended stretch."""
+def find_sources(
+    sheet: Sheet,
+    looked: Tensor,
+    limit: int = LIMIT,
+    *,
+    passages: Sequence[Passage] = (),
+    places: Sequence[tuple[int, int]] = (),
+) -> tuple[Source, ...]:
+    """The `limit` documents that were looked at most (M, K, P + N), each with its most attended stretch; by weight.
+
+    The last N columns are tokens of `passages`, which are at `places` of the question; all passages are sources too.
+    """
     looked = looked.float().cpu()
+    first = places[0][0] if places else 0
+    size = places[-1][1] - first if places else 0
+    kept, told = looked.split([looked.shape[2] - size, size], 2)
+    per_passage = [float(told[..., a - first : b - first].amax(2).sum()) for a, b in places]
+    per_document = _per_document(sheet, kept) if kept.shape[2] else torch.zeros(0)
+    total = float(per_document.sum()) + sum(per_passage) or 1.0
+    found = _documents(sheet, kept, per_document, limit, total)
+    found += [_retrieved(sheet, each, weight / total) for each, weight in zip(passages, per_passage, strict=False)]
+    return tuple(sorted(found, key=lambda each: -each.weight))
+
+
+def _per_document(sheet: Sheet, looked: Tensor) -> Tensor:
+    """What each document was looked at (D,): its most attended token (M, K, P) of each head, summed."""
     documents = len(sheet.manifest.documents)
     places = sheet.places[-len(looked) :]
     number = sheet.origins[:, 1].long()[places].where(sheet.indices[-len(looked) :] >= 0, torch.tensor(-1))
     outside = torch.where(number < 0, documents, number)  # the head, the guide and what is between documents
     peaks = torch.zeros(*looked.shape[:2], documents + 1).scatter_reduce_(2, outside, looked, "amax")
-    per_document = peaks.sum((0, 1))[:documents]
-    mass = mass_per_origin(sheet, looked)
-    best = per_document.topk(min(limit, documents))
+    return peaks.sum((0, 1))[:documents]
+
+
+def _retrieved(sheet: Sheet, passage: Passage, weight: float) -> Source:
+    """A passage as a source; where it stands is looked up in the sheet if its retriever does not say."""
+    start = passage.start
+    if start is None:
+        numbers = (n for n, each in enumerate(sheet.manifest.documents) if each.id == passage.document_id)
+        number = next(numbers, None) if sheet.texts else None
+        start = -1 if number is None else sheet.texts[number].find(passage.text)
+    start = max(0, start)
+    return Source(passage.document_id, start, start + len(passage.text), weight, passage.text, retrieved=True)
+
+
+def _documents(sheet: Sheet, looked: Tensor, per_document: Tensor, limit: int, total: float) -> list[Source]:
+    """The `limit` documents of most weight (D,), with their most attended stretches (M, K, P)."""
+    best = per_document.topk(min(limit, len(per_document)))
+    mass = mass_per_origin(sheet, looked) if len(per_document) else torch.zeros(0)
     found = []
     for weight, document in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         if weight <= 0:
@@ -53,9 +94,8 @@ def find_sources(sheet: Sheet, looked: Tensor, limit: int = LIMIT) -> tuple[Sour
         text = sheet.texts[document] if sheet.texts else ""
         if text:
             start, stop = _widened(text, start, stop)
-        share = weight / float(per_document.sum())
-        found.append(Source(sheet.manifest.documents[document].id, start, stop, share, text[start:stop]))
-    return tuple(found)
+        found.append(Source(sheet.manifest.documents[document].id, start, stop, weight / total, text[start:stop]))
+    return found
 
 
 def mass_per_origin(sheet: Sheet, looked: Tensor) -> Tensor:

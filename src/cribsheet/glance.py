@@ -1,11 +1,12 @@
 """How much a question and its answer look at each token of the prefix, gathered while the answer is written.
 
 Every forward pass has the queries of its new tokens and their log-sum-exps; that is all it takes to know what weight
-each prefix token got. Only the upper half of the layers that see everything is asked: in the lower half heads look at
-words and neighbours, in the upper half at where the answer stands (measured: `bench/evidence.py`).
+each prefix token got, and each token of passages that were told with the question. Only the upper half of the layers
+that see everything is asked: in the lower half heads look at words and neighbours, in the upper half at where the
+answer stands (measured: `bench/evidence.py`).
 
 Letters as in `attention.py`: `B` sequences, `H` query heads, `K` key/value heads, `T` rows, `P` prefix tokens, `D` head
-size; and `M` layers that are watched.
+size; and `M` layers that are watched, `N` tokens of passages.
 """
 
 from __future__ import annotations
@@ -28,24 +29,44 @@ def watched(full: Sequence[int]) -> list[int]:
 
 
 class Glance:
-    """Attention on the prefix during one forward pass; `masses` is (M, B, K, P) after it."""
+    """Attention on the prefix, and on what was told with questions, during one forward pass."""
 
-    def __init__(self, layers: Sequence[object], full: Sequence[int], weights: Sequence[Tensor] | None = None) -> None:
-        """Watch the cache `layers`; `weights` are those of each sequence's last rows (n,), 1 for one row if none."""
-        self._weights = weights
+    def __init__(
+        self,
+        layers: Sequence[object],
+        full: Sequence[int],
+        told: Sequence[tuple[int, int]],
+        weights: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Watch the cache `layers`.
+
+        `told` is where the passages of each sequence begin and end in its suffix, padding included; every row that
+        weighs anything stands behind them. `weights` are those of each sequence's last rows (n,), 1 for one row if
+        none.
+        """
+        self._told, self._weights = told, weights
         self._masses: list[Tensor] = []
+        self._on_told: list[list[Tensor]] = [[] for _ in told]
         for number in watched(full):
             layer = layers[number]
             assert isinstance(layer, PrefixLayer)
             layer.watch = self._look
 
     @property
-    def masses(self) -> Tensor:
-        """(M, B, K, P) in float32."""
-        return torch.stack(self._masses)
+    def masses(self) -> list[Tensor]:
+        """For each sequence (M, K, P + N) in float32, prefix first; `N` may differ."""
+        found = torch.stack(self._masses).unbind(1)
+        pairs = zip(found, self._on_told, strict=True)
+        return [torch.cat([mass, torch.stack(own)], 2) if own else mass for mass, own in pairs]
 
     def _look(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
         layer.watch = None
+        for row, (first, last) in enumerate(self._told):
+            if last > first:
+                self._on_told[row].append(self._on_passages(row, layer, query, lse, scale, softcap))
+        if layer.prefix.longest == 0:
+            self._masses.append(torch.zeros(query.shape[0], layer.prefix.heads, layer.start, device=query.device))
+            return
         groups = [keys for keys, _ in layer.prefix.groups]
         sizes = [keys.shape[0] * query.shape[1] // layer.prefix.heads for keys in groups]  # query heads of each
         parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
@@ -56,12 +77,30 @@ class Glance:
         """(B, G, P) of a group of heads with keys (G, P, D)."""
         if self._weights is None:
             return one_row(query, keys, lse, scale, softcap)
-        found = []
-        for row, weight in enumerate(self._weights):
-            q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
-            mass = column_mass(q, keys, seen, scale=scale, row_weight=weight.to(q.device), softcap=softcap)
-            found.append(mass.reshape(keys.shape[0], -1, keys.shape[1]).sum(1))
-        return torch.stack(found)
+        return torch.stack([self._mass_of(n, query, keys, lse, scale, softcap) for n in range(len(self._weights))])
+
+    def _on_passages(
+        self, row: int, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """(K, N) of one sequence."""
+        first, last = self._told[row]
+        if self._weights is not None and not self._weights[row].any():
+            # a piece of a long question that is all passages, which may not be read to their end yet
+            return torch.zeros(layer.prefix.heads, last - first, device=query.device)
+        return self._mass_of(row, query, layer.keys[row, :, first:last], lse, scale, softcap)
+
+    def _mass_of(
+        self, row: int, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """(G, P) of one sequence."""
+        if self._weights is None:
+            return one_row(query[row : row + 1], keys, lse[row : row + 1], scale, softcap)[0]
+        weight = self._weights[row]
+        if not weight.any():
+            return torch.zeros(keys.shape[:2], device=keys.device)
+        q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
+        mass = column_mass(q, keys, seen, scale=scale, row_weight=weight.to(q.device), softcap=softcap)
+        return mass.reshape(keys.shape[0], -1, keys.shape[1]).sum(1)
 
 
 def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -74,8 +113,12 @@ def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: flo
     return (logits - lse.reshape(*grouped.shape[:3], 1)).exp_().sum(2)
 
 
-def question_weights(tokens: int) -> Tensor:
-    """What each row of a question of so many tokens weighs; the last one writes the answer's first token."""
-    weights = torch.full((tokens,), _QUESTION / tokens)
+def question_weights(tokens: int, lead: int = 0) -> Tensor:
+    """What each row of a question of so many tokens weighs; the last one writes the answer's first token.
+
+    The first `lead` rows are passages and what stands before them, and weigh nothing.
+    """
+    weights = torch.full((tokens,), _QUESTION / max(1, tokens - lead))
+    weights[:lead] = 0
     weights[-1] += 1
     return weights

@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ from torch import Tensor
 from cribsheet.answer import Answer
 from cribsheet.answering import Delta, Finished, Request
 from cribsheet.errors import RequestError
-from cribsheet.passages import choose, is_told_already, query_of, with_passages
+from cribsheet.passages import choose, is_told_already, query_of, says
 from cribsheet.prefix import prefix_cache
 from cribsheet.retrieval import Passage, Search, as_retriever
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
+from cribsheet.telling import opening
 from cribsheet.template import Message
 from cribsheet.turns import Question, as_turns
 
@@ -45,8 +46,8 @@ PASSAGE_TOKENS = 512
 SURE = 0.5  # decisions/0014 has the measurements behind this and the next
 _GAIN = 0.1  # nats a token by which a sheet that knows the answer makes it more probable
 SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
+_BOTH = "the chain and the sheet both have a retriever; leave out one of them"
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
-_GAP = "\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,12 @@ class Retrieval:
         """The retrieval that settings ask for, or none, and the settings that remain.
 
         A retriever alone means `hybrid`; a mode alone means the built-in BM25. Where something is retrieved, `top_k`
-        counts passages.
+        counts passages; with a `Retrieval` as the mode, which has its own, it is that of `SamplingParams`.
         """
         rest = dict(settings)
+        if isinstance(made := rest.get("mode"), cls):
+            del rest["mode"]
+            return (None if made.mode == "sheet" else made), rest
         given = {name: value for name in SETTINGS if (value := rest.pop(name, None)) is not None}
         if not given.keys() & {"retriever", "mode"}:
             if given:
@@ -101,41 +105,39 @@ class Retrieval:
         return as_retriever(llm.bm25 if isinstance(self.retriever, str) else self.retriever)
 
 
-def begin(
-    llm: CompressedKnowledgeLLM,
-    streams: Sequence[Stream],
-    question: Question,
-    retrieval: Retrieval,
-    sampling: Mapping[str, Any],
-) -> None:
+class Asking(NamedTuple):
+    """A question that passages help with: what is asked, how, and the settings of its answer."""
+
+    question: Question
+    retrieval: Retrieval
+    sampling: Mapping[str, Any]
+
+
+def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
     """Have streams answered with passages; blocks while it searches and, in `auto`, while the draft is written."""
-    turns = as_turns(question)
+    turns, retrieval = as_turns(asking.question), asking.retrieval
     if _is_retrieved(llm, turns):
         return llm._submit(*streams)
     if retrieval.mode == "auto":
-        draft = AnswerStream(_draft(llm, streams[0], question, sampling))
+        draft = AnswerStream(_draft(llm, streams[0], asking))
         llm._submit(draft)
         for _ in draft:
             pass
         if _judge(llm, streams, draft) >= retrieval.sure:
             return _take(llm, streams, draft.answer)
-    _tell(llm, streams, turns, retrieval, retrieval.search(llm).fetch(query_of(turns)), sampling)
+    _tell(llm, streams, asking, turns, retrieval.search(llm).fetch(query_of(turns)))
 
 
-async def begin_later(
-    llm: CompressedKnowledgeLLM,
-    stream: Stream,
-    question: Question,
-    retrieval: Retrieval,
-    sampling: Mapping[str, Any],
-) -> None:
+async def begin_later(llm: CompressedKnowledgeLLM, stream: Stream, asking: Asking) -> None:
     """`begin` without blocking the event loop; what goes wrong is raised by the stream."""
+    retrieval = asking.retrieval
     try:
-        turns = as_turns(question)
+        turns = as_turns(asking.question)
         if await asyncio.to_thread(_is_retrieved, llm, turns):
             return await asyncio.to_thread(llm._submit, stream)
         if retrieval.mode == "auto":
-            draft = AsyncAnswerStream(_draft(llm, stream, question, sampling), None, asyncio.get_running_loop())
+            made = await asyncio.to_thread(_draft, llm, stream, asking)
+            draft = AsyncAnswerStream(made, None, asyncio.get_running_loop())
             await asyncio.to_thread(llm._submit, draft)
             async for _ in draft:
                 pass
@@ -143,7 +145,7 @@ async def begin_later(
                 return _take(llm, [stream], draft.answer)
         search = await asyncio.to_thread(retrieval.search, llm)
         found = await search.afetch(query_of(turns))
-        await asyncio.to_thread(_tell, llm, [stream], turns, retrieval, found, sampling)
+        await asyncio.to_thread(_tell, llm, [stream], asking, turns, found)
     except Exception as error:
         stream.request.sink(error)
 
@@ -163,7 +165,8 @@ def gain(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:
     """Nats a token by which the sheet makes an answer with log-probabilities more probable than no documents do."""
     said = draft.logprobs or ()
     ids, bare = torch.tensor([each.token_id for each in said], dtype=torch.int64), llm._nothing()
-    prompt = torch.cat([_opening(llm, []), asked, ids]).unsqueeze(0)
+    bare_opening, _ = opening(llm._layout, llm._task, llm.sheet, ())
+    prompt = torch.cat([bare_opening, asked, ids]).unsqueeze(0)
     cache = prefix_cache(bare.layers, 0)
     logits = llm.backbone.step(prompt, torch.arange(prompt.shape[1]).unsqueeze(0), cache, keep=len(ids) + 1)
     without = logits[0, :-1].float().log_softmax(-1).cpu()[torch.arange(len(ids)), ids]
@@ -182,16 +185,13 @@ def _is_retrieved(llm: CompressedKnowledgeLLM, turns: Sequence[Message]) -> bool
     """Whether the caller's chain has a retriever of its own; then nothing is fetched twice."""
     told = is_told_already(turns, llm.sheet.texts)
     if told:
-        logger.warning(
-            "the question holds passages already, so nothing is retrieved again: the chain and the sheet both have a "
-            "retriever; leave out one of them"
-        )
+        logger.warning("the question holds passages already, so nothing is retrieved again: %s", _BOTH)
     return told
 
 
-def _draft(llm: CompressedKnowledgeLLM, stream: Stream, question: Question, sampling: Mapping[str, Any]) -> Request:
+def _draft(llm: CompressedKnowledgeLLM, stream: Stream, asking: Asking) -> Request:
     """The stream's question with log-probabilities; cancelling the stream cancels it too."""
-    request, _ = llm._ask_request(question, sampling)
+    request = llm._ask_request(asking.question, asking.sampling).request
     params = replace(request.params, logprobs=request.params.logprobs or 0)
     return replace(request, params=params, cancelled=stream.request.cancelled, asked=stream.request.asked)
 
@@ -210,12 +210,12 @@ def _take(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Answer)
 def _tell(
     llm: CompressedKnowledgeLLM,
     streams: Sequence[Stream],
+    asking: Asking,
     turns: Sequence[Message],
-    retrieval: Retrieval,
     found: Sequence[Passage],
-    sampling: Mapping[str, Any],
 ) -> None:
     """Put passages into the question and hand it to the engine."""
+    retrieval, sampling = asking.retrieval, asking.sampling
     alone = retrieval.mode == "retrieval"
     asked, longest = len(streams[0].request.question), min(streams[0].request.params.max_tokens, _ANSWER_TOKENS)
     made, tokens = llm.sheet.manifest, retrieval.passage_tokens
@@ -227,26 +227,16 @@ def _tell(
     encoder = llm._layout.encoder
     order = [document.id for document in made.documents]
     chosen = choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=not alone)
-    if found and not chosen:
+    if any(says(turns, each) for each in found):
+        logger.warning("the question holds what was retrieved, which is not told again: %s", _BOTH)
+    elif found and not chosen:
         logger.warning("of %d retrieved passages none is told: all are said already, or %d tokens hold none of them",
                        len(found), tokens)  # fmt: skip
     for stream in streams:
         before = stream.request
-        if alone:
-            request, _ = llm._ask_request(turns, sampling, opening=_opening(llm, chosen))
-        else:
-            request, _ = llm._ask_request(with_passages(turns, chosen), sampling)
+        request = llm._ask_request(turns, sampling, chosen, alone=alone).request
         stream.request = replace(
             request, sink=before.sink, cancelled=before.cancelled, asked=before.asked, choice=before.choice
         )
         stream.mode, stream.passages = ("retrieval" if alone else "hybrid"), tuple(chosen)
     llm._submit(*streams)
-
-
-def _opening(llm: CompressedKnowledgeLLM, passages: Sequence[Passage]) -> Tensor:
-    """Tokens (T,) of what a sheet would stand for: head, passages as the documents, and the guide if it is resident."""
-    encoder, made = llm._layout.encoder, llm.sheet.manifest
-    ids, _ = encoder.left(made.head + "".join(encoder.defuse(each.text) + _GAP for each in passages))
-    if not llm.sheet.resident:
-        return ids
-    return torch.cat([ids, encoder.after(llm._layout.guide(llm.sheet.task).resident, continues=True)])

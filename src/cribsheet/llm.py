@@ -21,23 +21,23 @@ from cribsheet.build import build_sheet
 from cribsheet.combine import combine
 from cribsheet.compress import as_prefix, nothing_kept
 from cribsheet.documents import read_documents
-from cribsheet.errors import EngineError, RequestError
+from cribsheet.errors import EngineError, RequestError, SheetError
 from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
-from cribsheet.hybrid import SETTINGS, Retrieval, begin, begin_later
+from cribsheet.hybrid import SETTINGS, Asking, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
-from cribsheet.passages import with_passages
 from cribsheet.prefix import Prefix
 from cribsheet.registry import resolve
-from cribsheet.retrieval import BM25Retriever
+from cribsheet.retrieval import BM25Retriever, Passage
 from cribsheet.sampling import SamplingParams
 from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
+from cribsheet.telling import Told, after_sheet, instead_of_documents
 from cribsheet.template import ChatLayout, Message
 from cribsheet.tools import Toolbox
 from cribsheet.turns import Question, as_turns
@@ -52,6 +52,7 @@ class Prepared(NamedTuple):
 
     request: Request
     toolbox: Toolbox | None
+    search: Asking | None = None
 
 
 class CompressedKnowledgeLLM:
@@ -67,8 +68,8 @@ class CompressedKnowledgeLLM:
         self.sheet = sheet
         self._prefix: Prefix | None = None
         self._bare: Prefix | None = None
-        self._bm25: BM25Retriever | None = None
-        self._lock, self._closed = threading.Lock(), False
+        self._bm25: tuple[Sheet, BM25Retriever] | None = None
+        self._lock, self._indexing, self._closed = threading.Lock(), threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
         self._layout = ChatLayout(self.backbone.tokenizer, system=made.system, options=made.template_options)
@@ -163,6 +164,12 @@ class CompressedKnowledgeLLM:
             stream.cancel()
         self._loaded.leave(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refused: a loaded model does not go to another process."""
+        raise SheetError(
+            "An open CompressedKnowledgeLLM cannot be pickled; save the sheet, and load its file where it is needed."
+        )
+
     def __enter__(self) -> Self:
         """The model with its sheet."""
         return self
@@ -210,18 +217,19 @@ class CompressedKnowledgeLLM:
 
         Leaving the `with` block, or `close()`, stops the work within one token.
         """
-        retrieval, rest = Retrieval.taken_from(sampling)
-        stream = AnswerStream(*self.prepare(question, **rest))
-        self._begin([stream], question, retrieval, rest)
+        request, toolbox, search = self.prepare(question, **sampling)
+        stream = AnswerStream(request, toolbox)
+        self._begin([stream], search)
         return stream
 
     def prepare(self, question: Question | Prepared, **sampling: Any) -> Prepared:
         """A question checked, in tokens, and with its form compiled, to be asked once by any of the forms of `ask`.
 
-        It is work for the processor: async code does it in a thread, so that its event loop goes on. Raises as `ask`.
+        It is work for the processor: async code does it in a thread, so that its event loop goes on. Passages are
+        searched when it is asked. Raises as `ask`.
         """
         if not isinstance(question, Prepared):
-            return self._ask_request(question, sampling)
+            return self._ask_requests(question, 1, sampling)[0]
         if sampling:
             raise RequestError(f"The question is prepared, so {', '.join(sorted(sampling))} can no longer be set.")
         if question.request.sink is not _unset:
@@ -230,9 +238,9 @@ class CompressedKnowledgeLLM:
 
     def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
-        retrieval, rest = Retrieval.taken_from(sampling)
-        streams = [AnswerStream(*asked) for asked in self._ask_requests(question, n, rest)]
-        self._begin(streams, question, retrieval, rest)
+        asked = self._ask_requests(question, n, sampling)
+        streams = [AnswerStream(request, toolbox) for request, toolbox, _ in asked]
+        self._begin(streams, asked[0].search)
         try:
             for stream in streams:
                 for _ in stream:
@@ -256,9 +264,7 @@ class CompressedKnowledgeLLM:
 
     async def aask(self, question: Question | Prepared, **sampling: Any) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
-        if Retrieval.taken_from(sampling)[0] is None:
-            question, sampling = await asyncio.to_thread(self.prepare, question, **sampling), {}
-        stream = self.astream(question, **sampling)
+        stream = self.astream(await asyncio.to_thread(self.prepare, question, **sampling))
         async for _ in stream:
             pass
         return stream.answer
@@ -266,10 +272,10 @@ class CompressedKnowledgeLLM:
     async def aask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
         loop = asyncio.get_running_loop()
-        retrieval, rest = Retrieval.taken_from(sampling)
-        streams = [AsyncAnswerStream(*asked, loop) for asked in self._ask_requests(question, n, rest)]
-        await loop.run_in_executor(None, lambda: self._begin(streams, question, retrieval, rest))
+        asked = await asyncio.to_thread(self._ask_requests, question, n, sampling)
+        streams = [AsyncAnswerStream(request, toolbox, loop) for request, toolbox, _ in asked]
         try:
+            await asyncio.to_thread(self._begin, streams, asked[0].search)
             for stream in streams:
                 async for _ in stream:
                     pass
@@ -287,10 +293,10 @@ class CompressedKnowledgeLLM:
         raised by the stream. With `loop`, the one where it will be read, it may be called from any other thread, which
         then does all of the preparing.
         """
-        retrieval, rest = Retrieval.taken_from(sampling)
-        stream = AsyncAnswerStream(*self.prepare(question, **rest), loop or asyncio.get_running_loop())
-        if retrieval is not None:
-            work = begin_later(self, stream, _unprepared(question), retrieval, rest)
+        request, toolbox, search = self.prepare(question, **sampling)
+        stream = AsyncAnswerStream(request, toolbox, loop or asyncio.get_running_loop())
+        if search is not None:
+            work = begin_later(self, stream, search)
             stream.work = asyncio.run_coroutine_threadsafe(work, loop) if loop else asyncio.create_task(work)
         elif loop is not None or self._prefix is not None:
             self._submit(stream)
@@ -301,12 +307,12 @@ class CompressedKnowledgeLLM:
     def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:
         """Which documents the answer looks at most, and where in them (see `evidence.py` for what that means).
 
-        Reads question and answer again: for answers from elsewhere, and for more sources than an answer carries. None
-        for an answer that was retrieved without the sheet: its `passages` say where it is from.
+        Reads question and answer again: for answers from elsewhere, and for more documents than an answer carries.
+        Passages that an `Answer` was told are sources too, beside the `limit` documents.
         """
-        if isinstance(answer, Answer) and answer.mode == "retrieval":
-            return []
-        return list(find_sources(*self._looked_at(question, answer), limit))
+        told = answer.passages if isinstance(answer, Answer) else ()
+        sheet, looked, asked = self._looked_at(question, answer)
+        return list(find_sources(sheet, looked, limit, passages=told, places=asked.places))
 
     def passages(
         self, question: Question, answer: Answer | str = "", *, limit: int = 4, characters: int = 1500
@@ -314,21 +320,26 @@ class CompressedKnowledgeLLM:
         """Which passages of about `characters` the answer looks at most; a short document is one passage.
 
         Without an answer, what the question looks at. Raises `RequestError` for a question that does not fit the
-        window, and for a `limit` or `characters` below 1.
+        window, and for a `limit` or `characters` below 1. Passages that were told are not among them.
         """
         for name, value in (("limit", limit), ("characters", characters)):
             if value < 1:
                 raise RequestError(f"{name} is {value}; give at least 1.")
-        return find_passages(*self._looked_at(question, answer), limit, characters)
+        if isinstance(answer, Answer) and answer.mode == "retrieval":
+            return []
+        sheet, looked, _ = self._looked_at(question, answer)
+        return find_passages(sheet, looked[..., : sheet.length], limit, characters)
 
-    def _looked_at(self, question: Question, answer: Answer | str) -> tuple[Sheet, torch.Tensor]:
-        """The sheet, and what question and answer look at in it (M, K, P)."""
-        told = answer.passages if isinstance(answer, Answer) else ()
-        asked = self._question_ids(with_passages(as_turns(question), told))
-        answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked[-1:]
-        self._check_room(len(asked) + len(answered) - 1)
+    def _looked_at(self, question: Question, answer: Answer | str) -> tuple[Sheet, torch.Tensor, Told]:
+        """The sheet, what question and answer look at in it and in passages (M, K, P + N), and the question."""
+        passages = answer.passages if isinstance(answer, Answer) else ()
+        alone = isinstance(answer, Answer) and answer.mode == "retrieval"
+        asked = self._told(question, passages=passages, alone=alone)
+        answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
         sheet, prefix = self._placed()
-        return sheet, looked_at(self.backbone, prefix, asked, answered)
+        prefix = self._nothing() if alone else prefix
+        self._check_room(len(asked.ids) + len(answered) - 1, prefix.tokens)
+        return sheet, looked_at(self.backbone, prefix, asked, answered), asked
 
     def as_chat_model(self, **settings: Any) -> Any:
         """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
@@ -370,22 +381,17 @@ class CompressedKnowledgeLLM:
     @property
     def bm25(self) -> BM25Retriever:
         """The built-in retriever over the sheet's own documents; indexed on first use."""
-        with self._lock:
-            if self._bm25 is None:
-                self._bm25 = BM25Retriever(self.sheet.documents)
-            return self._bm25
+        with self._indexing:  # not the other lock: whoever only asks need not wait for an index
+            sheet = self.sheet
+            if self._bm25 is None or self._bm25[0] is not sheet:
+                self._bm25 = sheet, BM25Retriever(sheet.documents)
+            return self._bm25[1]
 
-    def _begin(
-        self,
-        streams: Sequence[Stream],
-        question: Question | Prepared,
-        retrieval: Retrieval | None,
-        sampling: Mapping[str, Any],
-    ) -> None:
-        if retrieval is None:
+    def _begin(self, streams: Sequence[Stream], search: Asking | None) -> None:
+        if search is None:
             self._submit(*streams)
         else:
-            begin(self, streams, _unprepared(question), retrieval, sampling)
+            begin(self, streams, search)
 
     def _submit(self, *streams: Stream) -> None:
         """Hand questions to the engine, over the sheet unless they bring a prefix of their own."""
@@ -393,7 +399,7 @@ class CompressedKnowledgeLLM:
         for stream in streams:
             if not stream.request.prefix.layers:
                 stream.request.prefix = prefix
-                stream.trace = partial(find_sources, sheet)
+            stream.trace = partial(find_sources, sheet, passages=stream.passages, places=stream.request.told)
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
@@ -428,9 +434,9 @@ class CompressedKnowledgeLLM:
             return self._bare
 
     def _ask_request(
-        self, question: Question, sampling: Mapping[str, Any], opening: torch.Tensor | None = None
+        self, question: Question, sampling: Mapping[str, Any], passages: Sequence[Passage] = (), *, alone: bool = False
     ) -> Prepared:
-        """A request over the sheet, on which `_submit` places it, or over the tokens (T,) of an `opening` instead."""
+        """A request over the sheet, on which `_submit` places it, or over passages `alone`."""
         unknown = set(sampling) - _SETTINGS
         if unknown:
             known = ", ".join(sorted(_SETTINGS))
@@ -440,11 +446,9 @@ class CompressedKnowledgeLLM:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
-        ids = self._question_ids(question, toolbox)
-        prefix = Prefix((), self.sheet.length)
-        if opening is not None:
-            ids, prefix = torch.cat([opening, ids]), self._nothing()
-        left = self._check_room(len(ids), prefix.tokens)
+        asked = self._told(question, toolbox, passages, alone=alone)
+        prefix = self._nothing() if alone else Prefix((), self.sheet.length)
+        left = self._check_room(len(asked.ids), prefix.tokens)
         params = SamplingParams(**given)
         if params.max_tokens > left:
             params = SamplingParams(**{**given, "max_tokens": left})
@@ -452,21 +456,25 @@ class CompressedKnowledgeLLM:
         ends = () if constraint else self._layout.stop  # a form knows its own end
         request = Request(
             prefix,
-            ids,
+            asked.ids,
             params,
             sink=_unset,
             ends=ends,
             constraint=constraint,
             timeout=timeout,
             evidence=bool(sampling.get("evidence", True)),
+            told=asked.places,
+            lead=asked.lead,
         )
         return Prepared(request, toolbox)
 
     def _ask_requests(self, question: Question, n: int, sampling: Mapping[str, Any]) -> list[Prepared]:
         if not isinstance(n, int) or n < 1:
             raise RequestError(f"n is {n!r}; ask for at least 1 answer.")
-        asked = [self._ask_request(question, sampling) for _ in range(n)]
-        for choice, (request, _) in enumerate(asked):
+        retrieval, rest = Retrieval.taken_from(sampling)
+        search = Asking(question, retrieval, rest) if retrieval else None
+        asked = [self._ask_request(question, rest)._replace(search=search) for _ in range(n)]
+        for choice, (request, _, _) in enumerate(asked):
             request.choice = choice
         return asked
 
@@ -478,8 +486,21 @@ class CompressedKnowledgeLLM:
         return Constraint(params.grammar, tokens, params.max_tokens)
 
     def _question_ids(self, question: Question, toolbox: Toolbox | None = None) -> torch.Tensor:
-        text = self._layout.question(as_turns(question, toolbox), self._task, self.sheet.resident)
-        return self._layout.encoder.after(text)
+        return self._told(question, toolbox).ids
+
+    def _told(
+        self,
+        question: Question,
+        toolbox: Toolbox | None = None,
+        passages: Sequence[Passage] = (),
+        *,
+        alone: bool = False,
+    ) -> Told:
+        """A question in tokens, with passages after the sheet, or `alone` where its documents would stand."""
+        turns = as_turns(question, toolbox)
+        if alone:
+            return instead_of_documents(self._layout, self._task, self.sheet, turns, passages)
+        return after_sheet(self._layout, self._task, self.sheet.resident, turns, passages)
 
 
 class Conversation:
@@ -512,12 +533,6 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest
-
-
-def _unprepared(question: Question | Prepared) -> Question:
-    if isinstance(question, Prepared):
-        raise RequestError("The question is prepared, so no passages can be told with it; give the question itself.")
-    return question
 
 
 def _llama_index() -> ModuleType:

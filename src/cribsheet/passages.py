@@ -10,10 +10,11 @@ from cribsheet.template import Message
 from cribsheet.tokens import Encoder
 
 HEADING = "Passages:"
-_GAP = "\n\n"
+GAP = "\n\n"
 _OVERLAP = 20  # characters that the end of a passage and the beginning of the next share when they were cut so
 _SHORTEST_CUT = 8  # tokens; less of a passage says nothing
 _RECOGNISED = 50  # characters in a row of a document that show that somebody has retrieved already
+_WHOLE = 20  # characters of a document that show the same where it is all of it
 
 
 def query_of(turns: Sequence[Message]) -> str:
@@ -25,7 +26,7 @@ def with_passages(turns: Sequence[Message], passages: Sequence[Passage]) -> list
     """The conversation with passages told at the beginning of its last turn."""
     if not passages:
         return list(turns)
-    return [*turns[:-1], {**turns[-1], "content": _told(passages) + _GAP + str(turns[-1]["content"])}]
+    return [*turns[:-1], {**turns[-1], "content": block_of(passages) + GAP + str(turns[-1]["content"])}]
 
 
 def choose(
@@ -45,7 +46,7 @@ def choose(
     order of the sheet, they keep the retriever's.
     """
     said = "\n".join(str(turn["content"]) for turn in turns)
-    left = tokens - (encoder.count([HEADING + _GAP]) if heading else 0)
+    left = tokens - (encoder.count([HEADING + GAP]) if heading else 0)
     chosen: list[Passage] = []
     for passage in found:
         if len(chosen) == top_k:
@@ -63,15 +64,29 @@ def choose(
 
 
 def is_told_already(turns: Sequence[Message], texts: Sequence[str]) -> bool:
-    """Whether the question holds passages: under our heading, or a stretch of the documents' `texts` themselves."""
-    asked = [str(turn["content"]) for turn in turns if turn["role"] == "system"] + [query_of(turns)]
-    if asked[-1].startswith(HEADING + _GAP):
+    """Whether the question holds passages: under our heading, or a stretch of the documents' `texts`, or all of one."""
+    asked = _asked(turns)
+    if asked[-1].startswith(HEADING + GAP):
         return True
-    return any(_quotes(part, text) for part in asked if len(part) >= _RECOGNISED for text in texts)
+    return any(_quotes(part, text) for part in asked for text in texts)
+
+
+def says(turns: Sequence[Message], passage: Passage) -> bool:
+    """Whether the question holds all of a passage."""
+    flat = _flat(passage.text)
+    return len(flat) >= _WHOLE and any(flat in _flat(part) for part in _asked(turns))
+
+
+def _asked(turns: Sequence[Message]) -> list[str]:
+    """Where chains put what they have retrieved: system texts, and last the question itself."""
+    return [str(turn["content"]) for turn in turns if turn["role"] == "system"] + [query_of(turns)]
 
 
 def _quotes(asked: str, text: str) -> bool:
-    """Whether a question holds a long stretch of a text, wherever; found by a part of it, then grown."""
+    """Whether a question holds a long stretch of a text, wherever, or all of it; found by a part, then grown."""
+    whole = text.strip()
+    if len(whole) >= _WHOLE and whole in asked:
+        return True
     part = _RECOGNISED // 2
     for at in range(0, len(asked) - part + 1, part):
         found = text.find(asked[at : at + part])
@@ -89,8 +104,9 @@ def _alike(first: str, second: str) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _told(passages: Sequence[Passage]) -> str:
-    return _GAP.join([HEADING, *(each.text for each in passages)])
+def block_of(passages: Sequence[Passage]) -> str:
+    """What is told of passages: their heading and texts."""
+    return GAP.join([HEADING, *(each.text for each in passages)])
 
 
 def _unsaid(passage: Passage, said: str, chosen: Sequence[Passage]) -> Passage | None:
@@ -121,7 +137,7 @@ def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
     """The passage, or as many of its first words as fit; nothing if that is hardly any."""
     if _tokens(passage.text, encoder) <= tokens:
         return passage
-    kept = encoder.first(encoder.defuse(passage.text), tokens - encoder.count([_GAP]))
+    kept = encoder.first(encoder.defuse(passage.text), tokens - encoder.count([GAP]))
     if not kept or encoder.count([kept]) < _SHORTEST_CUT:
         return None
     text = passage.text[: len(kept)]
@@ -130,7 +146,7 @@ def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
 
 def _tokens(text: str, encoder: Encoder) -> int:
     """What a passage takes, the gap after it included."""
-    return encoder.count([encoder.defuse(text) + _GAP])
+    return encoder.count([encoder.defuse(text) + GAP])
 
 
 def _in_order(passages: list[Passage], order: Sequence[str]) -> list[Passage]:

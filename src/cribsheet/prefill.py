@@ -40,11 +40,13 @@ class Read:
     def step(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Logits (B, V) after new tokens, noting what they look at; `weights` (n,) are of each one's last rows."""
         glance = None
-        if any(each.request.evidence for each in self.sequences) and self.prefix.tokens:
-            glance = Glance(self.cache.layers, backbone.full, weights)
+        if watches(self.sequences):
+            pads = [ids.shape[1] - len(weight) for weight in weights]
+            told = [(first + pad, last + pad) for (first, last), pad in zip(told_in(self.sequences), pads, strict=True)]
+            glance = Glance(self.cache.layers, backbone.full, told, weights)
         logits = backbone.step(ids, positions, self.cache)[:, -1]
         if glance is not None:
-            for sequence, mass in zip(self.sequences, glance.masses.unbind(1), strict=True):
+            for sequence, mass in zip(self.sequences, glance.masses, strict=True):
                 sequence.look(mass)
         return logits
 
@@ -67,7 +69,7 @@ class ShortRead(Read):
         prefix = self.prefix
         ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
         self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
-        weights = [question_weights(len(each.request.question)) for each in self.sequences]
+        weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
         return self.step(backbone, ids, positions, weights)
 
 
@@ -81,14 +83,26 @@ class LongRead(Read):
 
     def next(self, backbone: Backbone) -> Tensor | None:
         """Read the next piece; logits (1, V) after the last one."""
-        question = self.sequences[0].request.question
+        request = self.sequences[0].request
+        question = request.question
         piece = question[self._done : self._done + PIECE]
         first = self.prefix.tokens + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
-        weights = question_weights(len(question))[self._done : self._done + PIECE]
+        weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
         logits = self.step(backbone, piece.unsqueeze(0), positions, [weights])
         self._done += len(piece)
         return logits if self._done == len(question) else None
+
+
+def watches(sequences: Sequence[Answering]) -> bool:
+    """Whether it must be noted what these questions over one prefix look at."""
+    wanting = [each.request for each in sequences if each.request.evidence]
+    return any(each.told or each.prefix.tokens for each in wanting)
+
+
+def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
+    """Where in each question its passages begin and end; nowhere if nobody wants to know."""
+    return [each.request.block if each.request.evidence else (0, 0) for each in sequences]
 
 
 def reads(sequences: Sequence[Answering]) -> list[Read]:

@@ -10,8 +10,8 @@ import asyncio
 import inspect
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cribsheet.documents import Document
@@ -24,6 +24,7 @@ PASSAGE_CHARACTERS = 400  # a paragraph or a few sentences: small enough that se
 _BREAKS = tuple(map(re.compile, (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+|(?<=[。！？])", r"\s+")))
 # Scripts that put no blanks between words are searched by their characters.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which no tokenizer takes
 _ORIGIN_KEYS = ("document_id", "source", "file_path", "file_name")
 
 
@@ -148,12 +149,14 @@ def _search(retriever: Any, sync: Callable[..., Any] | None, awaitable: Callable
 def _passages(found: Any, name: str) -> list[Passage]:
     if found is None:
         return []
-    if isinstance(found, str | Mapping) or not isinstance(found, Sequence):
+    if isinstance(found, str | Mapping | Passage):  # a chain that ends in one text
+        found = [found]
+    if isinstance(found, bytes) or not isinstance(found, Iterable):
         raise RequestError(
             f"The retriever {name} gave {short(found)}; it must give a list of documents, nodes or texts."
         )
     made = [_passage(each, name) for each in found]
-    return [each for each in made if each.text]
+    return [replace(each, text=_HALF.sub("\ufffd", each.text)) for each in made if each.text]
 
 
 def _passage(item: Any, name: str) -> Passage:

@@ -50,8 +50,13 @@ class Encoder:
 
     def after(self, text: str, *, continues: bool = False) -> Tensor:
         """Ids of text as they would follow a blank line in the same prompt, and if it `continues`, precede a word."""
+        return self.placed(text, continues=continues)[0]
+
+    def placed(self, text: str, *, continues: bool = False) -> tuple[Tensor, Tensor]:
+        """As `after`, with the character spans (N, 2) of the ids."""
         ids, spans = self._open(_GAP + text) if continues else self._encode(_GAP + text)
-        return ids[spans[:, 1] > len(_GAP)]
+        new = spans[:, 1] > len(_GAP)
+        return ids[new], spans[new] - len(_GAP)
 
     def plain(self, text: str) -> Tensor:
         """Ids of text alone."""

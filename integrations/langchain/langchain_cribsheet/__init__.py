@@ -7,6 +7,7 @@ llm.invoke("Where does Alice work?").content
 """
 
 from langchain_cribsheet.chat_model import ChatCribsheet
+from langchain_cribsheet.messages import source_documents
 from langchain_cribsheet.retriever import CribsheetRetriever
 
-__all__ = ["ChatCribsheet", "CribsheetRetriever"]
+__all__ = ["ChatCribsheet", "CribsheetRetriever", "source_documents"]

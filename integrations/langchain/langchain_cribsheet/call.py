@@ -14,7 +14,7 @@ from cribsheet import Answer, CompressedKnowledgeLLM
 from cribsheet.errors import RequestError
 from cribsheet.llm import Prepared
 from langchain_cribsheet.knowledge import Knowledge
-from langchain_cribsheet.messages import as_conversation, as_message, last_chunk
+from langchain_cribsheet.messages import as_conversation, as_message, facts_of, last_chunk
 
 _FOR_LANGCHAIN = ("ls_structured_output_format", "strict")  # nothing for the model in them
 
@@ -46,11 +46,9 @@ class Call:
             settings["logprobs"] = top
         return cls(as_conversation(messages), known, model, settings, count, one_tool)
 
-    async def prepared(self, llm: CompressedKnowledgeLLM, choice: int = 0) -> Prepared:
+    async def prepared(self, llm: CompressedKnowledgeLLM) -> Prepared:
         """The question ready to be asked; the work for it holds up no event loop."""
-        prepared = await asyncio.to_thread(llm.prepare, self.asked, **self.settings)
-        prepared.request.choice = choice
-        return prepared
+        return await asyncio.to_thread(llm.prepare, self.asked, **self.settings)
 
     def ask(self, llm: CompressedKnowledgeLLM) -> list[Answer]:
         """The answers."""
@@ -60,13 +58,9 @@ class Call:
 
     async def aask(self, llm: CompressedKnowledgeLLM) -> list[Answer]:
         """`ask`; cancelling it stops the work."""
-        if self.count < 1:
-            raise RequestError(f"n is {self.count}; ask for at least 1 answer.")
-
-        async def one(choice: int) -> Answer:
-            return await llm.aask(await self.prepared(llm, choice))
-
-        return await asyncio.gather(*map(one, range(self.count)))
+        if self.count != 1:
+            return await llm.aask_many(self.asked, self.count, **self.settings)
+        return [await llm.aask(self.asked, **self.settings)]
 
     def streamed(self) -> Call:
         """Itself. Raises `RequestError` if several answers are wanted, for a stream writes one."""
@@ -76,14 +70,14 @@ class Call:
 
     def result(self, answers: Sequence[Answer]) -> ChatResult:
         """What LangChain's `_generate` returns."""
-        manifest, name = self.known.manifest, self._name
-        messages = [as_message(self._cut(answer), manifest, name) for answer in answers]
+        facts = facts_of(self.known.llm.sheet, self._name)
+        messages = [as_message(self._cut(answer), facts) for answer in answers]
         made = [ChatGeneration(message=each, generation_info=dict(each.response_metadata)) for each in messages]
-        return ChatResult(generations=made, llm_output={"model_name": name})
+        return ChatResult(generations=made, llm_output={"model_name": self._name})
 
     def last_chunk(self, answer: Answer) -> ChatGenerationChunk:
         """What ends LangChain's `_stream`."""
-        return ChatGenerationChunk(message=last_chunk(self._cut(answer), self.known.manifest, self._name))
+        return ChatGenerationChunk(message=last_chunk(self._cut(answer), facts_of(self.known.llm.sheet, self._name)))
 
     @property
     def _name(self) -> str:

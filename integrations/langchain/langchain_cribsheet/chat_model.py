@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 from cribsheet import CompressedKnowledgeLLM, __version__
 from cribsheet.errors import RequestError
 from cribsheet.grammar import Grammar
+from cribsheet.hybrid import Mode, Retrieval
+from cribsheet.retrieval import as_retriever
 from cribsheet.tools import Tool, Toolbox
 from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge
@@ -36,6 +39,8 @@ from langchain_cribsheet.structured import structured
 
 _BATCH = 64  # answers that the engine writes at once
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
+_PASSAGES = ("retriever", "mode", "passage_tokens", "sure")
+_PROCESS = uuid.uuid4().hex  # tells objects of this process from those of another that have the same address
 
 
 class ChatCribsheet(BaseChatModel):
@@ -49,6 +54,13 @@ class ChatCribsheet(BaseChatModel):
         for `Backbone.load`: `device`, `dtype`, `device_map`, `quantization_config`, ...
     knowledge
         an open `CompressedKnowledgeLLM` instead of a path.
+
+    retriever, mode, passage_tokens, sure
+        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" for the sheet's own
+        documents, or any retriever or runnable, and `top_k` then counts passages. In a chain that has a retriever
+        already nothing is retrieved again, and a warning says so.
+    evidence
+        whether answers tell what they looked at (`source_documents`); they do unless it is false.
 
     All others are settings of an answer as in `SamplingParams`, and can also be given with each call. Weights are
     loaded with the first question, once per process. `max_retries` and `api_key` are taken because chains pass them;
@@ -71,6 +83,11 @@ class ChatCribsheet(BaseChatModel):
     presence_penalty: float | None = None
     stop: list[str] | None = None
     timeout: float | None = None
+    retriever: Any = Field(default=None, repr=False)
+    mode: Mode | None = None
+    passage_tokens: int | None = None
+    sure: float | None = None
+    evidence: bool | None = None
     streaming: bool = False
     max_retries: int | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
@@ -85,6 +102,13 @@ class ChatCribsheet(BaseChatModel):
             self.__dict__["sheet"] = None
         known = Knowledge.given(self.knowledge, self.sheet, self.model, self.model_options)
         self.__dict__["knowledge"] = known
+        return self
+
+    @model_validator(mode="after")
+    def _check_retrieval(self) -> ChatCribsheet:
+        found, _ = Retrieval.taken_from({name: getattr(self, name) for name in (*_PASSAGES, "top_k")})
+        if found is not None and not isinstance(found.retriever, str):
+            as_retriever(found.retriever)
         return self
 
     @model_validator(mode="after")
@@ -129,7 +153,10 @@ class ChatCribsheet(BaseChatModel):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """What an answer depends on: for tracing, and for the cache key that tells two sheets apart."""
-        sampling = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in (*_SAMPLING, *_PASSAGES)}
+        if self.retriever is not None and not isinstance(self.retriever, str):
+            given["retriever"] = f"{type(self.retriever).__qualname__} {_PROCESS} {id(self.retriever)}"
+        sampling = {name: value for name, value in given.items() if value is not None}
         known = self.knowledge
         digest = known.manifest.digest if known else None
         return {"model": self.model, "sheet": self.sheet, "digest": digest, **sampling}
@@ -174,8 +201,9 @@ class ChatCribsheet(BaseChatModel):
         return True
 
     def to_json(self) -> Any:
-        """LangChain's serialised form; one that was made around an open sheet has none, for it has no path."""
-        return super().to_json() if self.sheet else self.to_json_not_implemented()
+        """LangChain's serialised form; one around an open sheet has none, for it has no path, nor has a retriever."""
+        is_plain = self.sheet and isinstance(self.retriever, str | None)
+        return super().to_json() if is_plain else self.to_json_not_implemented()
 
     # ---- counting
 
@@ -253,7 +281,8 @@ class ChatCribsheet(BaseChatModel):
 
     def _call(self, messages: list[BaseMessage], stop: list[str] | None, given: Mapping[str, Any]) -> Call:
         """One call: the fields' settings, then the call's own."""
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING} | dict(given)
+        settings: dict[str, Any] = {name: getattr(self, name) for name in (*_SAMPLING, *_PASSAGES, "evidence")}
+        settings |= given
         settings["stop"] = stop if stop is not None else settings["stop"]
         settings["timeout"] = settings.get("timeout", self.timeout)
         sheet, model = settings.pop("sheet", None), settings.pop("model", None)

@@ -51,7 +51,7 @@ class Knowledge:
     def around(cls, llm: CompressedKnowledgeLLM) -> Knowledge:
         """The knowledge of a model that is open already."""
         made = cls((f"open {id(llm)}",), "", None, {})
-        made._opened, made._manifest = llm, llm.sheet.manifest
+        made._opened = llm
         return made
 
     @classmethod
@@ -91,12 +91,13 @@ class Knowledge:
         with self._opening:
             if self._opened is None:
                 self._opened = CompressedKnowledgeLLM.load(self._path, model=self._model, **self._options)
-                self._manifest = self._opened.sheet.manifest
             return self._opened
 
     @property
     def manifest(self) -> Manifest:
         """What the sheet was made with; read from the file without loading anything else."""
+        if self._opened is not None:  # its sheet may have got further documents
+            return self._opened.sheet.manifest
         if self._manifest is None:
             self._manifest = read_manifest(self._path)
         return self._manifest

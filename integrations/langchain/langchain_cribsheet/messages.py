@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -20,7 +22,7 @@ from cribsheet import Answer
 from cribsheet.answer import Usage
 from cribsheet.errors import RequestError
 from cribsheet.sampling import TokenLogprob
-from cribsheet.sheet import Manifest
+from cribsheet.sheet import Sheet
 
 # What a model wrote for itself, and calls, which stand in the message's `tool_calls` too.
 _LEFT_OUT = ("thinking", "reasoning", "redacted_thinking", "tool_call", "invalid_tool_call")
@@ -50,17 +52,40 @@ def _told(message: BaseMessage) -> BaseMessage:
     return message.model_copy(update={"content": content})
 
 
-def as_message(answer: Answer, manifest: Manifest, model: str) -> AIMessage:
-    """The message of a whole answer."""
+def source_documents(message: BaseMessage) -> list[Document]:
+    """What an answer of `ChatCribsheet` looked at, by weight, as documents; none where evidence was turned off.
+
+    Metadata are those of `CribsheetRetriever`: `document_id`, `source`, `start_index`, `end_index`, `score`; and
+    `retrieved`, which tells passages that were retrieved from what the sheet keeps.
+    """
+    return [
+        Document(
+            page_content=each["text"],
+            id=f"{each['document_id']}:{each['start']}",
+            metadata={
+                "source": each["document_id"],
+                "document_id": each["document_id"],
+                "start_index": each["start"],
+                "end_index": each["stop"],
+                "score": each["weight"],
+                "retrieved": each["retrieved"],
+            },
+        )
+        for each in message.response_metadata.get("sources", ())
+    ]
+
+
+def as_message(answer: Answer, facts: Mapping[str, Any]) -> AIMessage:
+    """The message of a whole answer; `facts` are the sheet's."""
     return AIMessage(
         content=answer.text,
         tool_calls=[tool_call(name=call.name, args=call.arguments, id=call.id) for call in answer.tool_calls],
         usage_metadata=_usage(answer.usage),
-        response_metadata=_metadata(answer, manifest, model),
+        response_metadata=_metadata(answer, facts),
     )
 
 
-def last_chunk(answer: Answer, manifest: Manifest, model: str) -> AIMessageChunk:
+def last_chunk(answer: Answer, facts: Mapping[str, Any]) -> AIMessageChunk:
     """The last chunk of a stream: calls, usage and metadata, which must come only once."""
     return AIMessageChunk(
         content="",
@@ -71,7 +96,7 @@ def last_chunk(answer: Answer, manifest: Manifest, model: str) -> AIMessageChunk
             for number, call in enumerate(answer.tool_calls)
         ],
         usage_metadata=_usage(answer.usage),
-        response_metadata=_metadata(answer, manifest, model),
+        response_metadata=_metadata(answer, facts),
         chunk_position="last",
     )
 
@@ -85,15 +110,26 @@ def _usage(usage: Usage) -> UsageMetadata:
     )
 
 
-def _metadata(answer: Answer, manifest: Manifest, model: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
+def facts_of(sheet: Sheet, model: str) -> dict[str, Any]:
+    """What every message tells of the sheet."""
+    return {
         "model_name": model,
         "model_provider": "cribsheet",
-        "finish_reason": answer.finish_reason,
-        "sheet": manifest.digest,
-        "kept_tokens": answer.usage.cached_tokens,
-        "corpus_tokens": manifest.corpus_tokens,
+        "sheet": sheet.manifest.digest,
+        "kept_tokens": sheet.tokens,
+        "corpus_tokens": sheet.manifest.corpus_tokens,
     }
+
+
+def _metadata(answer: Answer, facts: Mapping[str, Any]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        **facts,
+        "finish_reason": answer.finish_reason,
+        "mode": answer.mode,
+        "sources": [asdict(each) for each in answer.sources],
+    }
+    if answer.certainty is not None:
+        metadata["certainty"] = answer.certainty
     if answer.logprobs is not None:
         metadata["logprobs"] = {"content": [_logprob(each) for each in answer.logprobs]}
     return metadata

@@ -69,7 +69,7 @@ class CribsheetRetriever(BaseRetriever):
         asked = query if query.strip() else llm.sheet.task.description  # agents search for nothing now and then
         found = llm.passages(asked, limit=self.k if k is None else k, characters=self.characters)
         entries = {entry.id: entry for entry in llm.sheet.manifest.documents}
-        made = [self._document(each, entries[each.document_id]) for each in found]
+        made = [self._document(each, entries[each.document_id]) for each in found if each.document_id in entries]
         return made or [
             Document(page_content=self.marker, metadata={"source": llm.sheet.manifest.digest, "score": 0.0})
         ]

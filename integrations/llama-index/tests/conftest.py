@@ -14,7 +14,7 @@ from llama_index.llms.cribsheet import CribsheetLLM
 from no_network import no_network  # noqa: F401
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.testing import echo_backbone
+from cribsheet.testing import echo_backbone, tiny_backbone
 
 torch.set_num_threads(1)
 
@@ -76,3 +76,9 @@ def index() -> VectorStoreIndex:
         TextNode(text="The printer on the second floor is broken.", id_="printer"),
     ]
     return VectorStoreIndex(nodes, embed_model=WordEmbedding())
+
+
+@pytest.fixture
+def build_independent() -> CompressedKnowledgeLLM:
+    """A sheet of a random model whose documents may change."""
+    return CompressedKnowledgeLLM.build(STAFF, PEOPLE, model=tiny_backbone(), rate=1, mode="independent")

@@ -65,14 +65,16 @@ def test_sources_survive_saving(build, tmp_path):
     }
 
 
-def test_a_long_document_gives_the_passage_that_was_looked_at(build):
+def test_a_long_document_gives_the_passages_that_were_looked_at(build):
     text = " ".join(f"Line {n} is about number {n}." for n in range(60))
     retriever = build([Document(text=text, id_="long")]).as_index_retriever(passage_characters=200)
-    (found,) = retriever.retrieve("Which number is line 7 about?")
-    start = found.node.start_char_idx
-    assert found.node_id == f"long:{start}" and found.node.ref_doc_id == "long"
-    assert found.text == text[start : found.node.end_char_idx] and 100 < len(found.text) <= 260
-    assert found.text.split()[0] in text.split() and found.text.split()[-1] in text.split()
+    nodes = retriever.retrieve("Which number is line 7 about?")
+    assert len(nodes) == 3 and [each.score for each in nodes] == sorted((each.score for each in nodes), reverse=True)
+    for found in nodes:
+        start = found.node.start_char_idx
+        assert found.node_id == f"long:{start}" and found.node.ref_doc_id == "long"
+        assert found.text == text[start : found.node.end_char_idx] and 100 < len(found.text) <= 260
+        assert found.text.split()[0] in text.split() and found.text.split()[-1] in text.split()
 
 
 def test_what_is_no_text_is_refused(build):

@@ -13,6 +13,8 @@ from cribsheet.bench.compare import CLOSED, FULL
 _COLOURS = {
     "start+recent": "#9a9a9a",
     "task-agnostic": "#b58900",
+    "published zero-shot": "#c9b8e8",
+    "published few-shot": "#8c6bb1",
     "zero-shot": "#7fb3d5",
     "few-shot": "#1f6fb4",
     "retrieval": "#d1495b",

@@ -37,10 +37,13 @@ _PASSAGES = 128  # tokens that a hybrid gives to passages before it shares evenl
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to answer: which scorer makes the sheet, with examples or without, and how passages join in."""
+    """A way to answer: which scorer makes the sheet, with examples or without, and how passages join in.
+
+    Without a scorer it is the library's default, or that of `Settings`.
+    """
 
     name: str
-    scorer: str
+    scorer: str | None = None
     examples: bool = False
     mode: Mode = "sheet"
 
@@ -50,11 +53,13 @@ METHODS = (
     Method(CLOSED, "recent", mode="retrieval"),
     Method("start+recent", "recent"),
     Method("task-agnostic", "reconstruction"),
-    Method("zero-shot", "notes"),
-    Method("few-shot", "notes", examples=True),
+    Method("published zero-shot", "task"),
+    Method("published few-shot", "task", examples=True),
+    Method("zero-shot"),
+    Method("few-shot", examples=True),
     Method("retrieval", "recent", examples=True, mode="retrieval"),
-    Method("hybrid", "notes", examples=True, mode="hybrid"),
-    Method("auto", "notes", examples=True, mode="auto"),
+    Method("hybrid", examples=True, mode="hybrid"),
+    Method("auto", examples=True, mode="auto"),
 )
 NAMES = tuple(method.name for method in METHODS)
 
@@ -71,7 +76,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all methods of a comparison share. `scorer` replaces that of methods whose scorer is `notes`."""
+    """What all methods of a comparison share. `scorer` replaces the library's default in methods that use it."""
 
     guide: GuideMode = "auto"
     scorer: str | None = None
@@ -85,7 +90,8 @@ class Settings:
 class Record:
     """One answer: where, how, how good, and what it took.
 
-    `tokens` is the prompt without the question, `nbytes` the keys and values of those tokens, `mode` what `auto` chose.
+    `tokens` are those before the question: kept ones per layer and head, and those of passages; `nbytes` are the keys
+    and values of these, `mode` is what `auto` chose.
     """
 
     corpus: str
@@ -149,7 +155,7 @@ def _plan(methods: Sequence[str], rates: Sequence[float]) -> Iterator[tuple[str,
     for name in (FULL, CLOSED):
         if name in methods:
             yield name, 1.0
-    for rate in rates:
+    for rate in dict.fromkeys(rates):
         yield from ((name, rate) for name in NAMES if name in methods and name not in (FULL, CLOSED))
 
 
@@ -165,7 +171,7 @@ class _Sheets:
 
     def get(self, method: Method, budget: int) -> CompressedKnowledgeLLM:
         """The sheet of a method with so many tokens."""
-        scorer = self.settings.scorer if self.settings.scorer and method.scorer == "notes" else method.scorer
+        scorer = method.scorer or self.settings.scorer
         key = scorer, method.examples, budget
         if self._last is None or self._last[0] != key:
             if self._last is not None:
@@ -198,12 +204,15 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
     elif method.mode != "sheet":
         passages = 1 if method.mode == "retrieval" else passage_share(budget)
         asking |= {"mode": method.mode, "passage_tokens": passages, "sure": settings.sure, "top_k": settings.top_k}
+    if budget <= passages:
+        raise BudgetError(f"{sheets.corpus_tokens} tokens of corpus are {budget} at this rate; lower it.")
     kb = sheets.get(method, budget - passages if method.name != CLOSED else min(2 * budget, sheets.corpus_tokens))
     for number in left:
         question = corpus.questions[number]
         answer = kb.ask(question.text, **asking)
         em, f1, items = question.judge(answer.text)
-        tokens = answer.usage.prompt_tokens - kb.count_tokens(question.text)
+        tokens = answer.usage.prompt_tokens - answer.usage.cached_tokens - kb.count_tokens(question.text)
+        tokens += kb.sheet.tokens if answer.mode != "retrieval" else 0  # `cached_tokens` are positions
         per_token = kb.sheet.nbytes / kb.sheet.tokens
         yield Record(
             corpus.name, method.name, rate, budget, number, question.type, _cluster(corpus, number), answer.text,

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ _EACH = {"direct": 8, "other": 4}  # questions of a world
 _SIZES = (600, 1000, 1500)  # tokens of the worlds, in turn
 _DOCUMENTS = range(6, 80)  # fewer are found by chance
 _DEPTHS = (1, 3)
+_COSTED = 2  # corpora on which the cost of evidence is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,30 @@ def measure(model: LoadedModel, case: Case, rate: float, mode: Mode) -> Iterator
         yield judged(f"{mode} {rate:g}×", case, asked, right, ids)
 
 
+def cost(model: LoadedModel, case: Case, rate: float, rounds: int) -> dict[str, Any]:
+    """Seconds of all of a case's questions with evidence and without, in turn, so that both see the same machine."""
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    with CompressedKnowledgeLLM.build(case.documents, case.task, model=model, rate=rate) as kb:
+        for number in range(rounds + 1):
+            for wanted in (True, False) if number % 2 else (False, True):
+                began = time.perf_counter()
+                for each in case.asked:
+                    kb.ask(each.question, max_tokens=32, evidence=wanted)
+                if number:  # the first round warms up
+                    spent[wanted].append(time.perf_counter() - began)
+    ratios = [on / off for on, off in zip(spent[True], spent[False], strict=True)]
+    return {
+        "case": case.name,
+        "rate": rate,
+        "questions": len(case.asked),
+        "rounds": rounds,
+        "with": round(statistics.median(spent[True]), 4),
+        "without": round(statistics.median(spent[False]), 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(each, 3) for each in sorted(ratios)],
+    }
+
+
 def by_bm25(case: Case) -> Iterator[Row]:
     """The documents that BM25 ranks first for each question."""
     index = bm25s.BM25()
@@ -156,7 +183,12 @@ def page(result: dict[str, Any]) -> str:
         for line in sorted(result["lines"], key=lambda line: line["kind"] == "demo")
     ]
     made = ", ".join(f"{key} {value}" for key, value in result["setup"].items())
-    return _PAGE.format(rows="\n".join(rows), setup=made, **result["setup"])
+    costs = [
+        "| {case} | {rate:g}× | {questions} | {without:.2f} | {with:.2f} | {ratio:.3f} "
+        "({low:.3f} to {high:.3f}) |".format(low=each["ratios"][0], high=each["ratios"][-1], **each)
+        for each in result["cost"]
+    ]
+    return _PAGE.format(rows="\n".join(rows), costs="\n".join(costs), setup=made, **result["setup"])
 
 
 _PAGE = """# Evidence
@@ -173,8 +205,14 @@ make evidence
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
+What evidence costs: all questions of a corpus, answered with `evidence=True` and `False` in turn; medians of {rounds} rounds, and the least and largest ratio of a round.
+
+| corpus | rate | questions | seconds without | seconds with | ratio |
+|---|---|---|---|---|---|
+{costs}
+
 Setup: {setup}.
-"""
+"""  # noqa: E501
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -184,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--worlds", type=int, default=12)
     parser.add_argument("--rates", type=float, nargs="*", default=[1.0, 4.0, 8.0])
     parser.add_argument("--modes", nargs="*", default=["sequential", "independent"])
+    parser.add_argument("--rounds", type=int, default=7, help="of measuring what evidence costs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the result there, and a page of the docs beside it")
@@ -192,13 +231,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     model = LoadedModel.get(arguments.model)
     rows: list[Row] = []
-    for case in [demo_case(), *held_out_cases(arguments.worlds, arguments.seed)]:
+    costs: list[dict[str, Any]] = []
+    for number, case in enumerate([demo_case(), *held_out_cases(arguments.worlds, arguments.seed)]):
+        if number < _COSTED:
+            costs += [cost(model, case, rate, arguments.rounds) for rate in arguments.rates if rate > 1]
         rows += by_bm25(case)
         for mode in arguments.modes:
             for rate in arguments.rates:
                 rows += measure(model, case, rate, mode)
         logger.info("%s: %d documents", case.name, len(case.documents))
-        result = {"setup": setup(model, arguments), "lines": summary(rows), "rows": [asdict(row) for row in rows]}
+        result: dict[str, Any] = {"setup": setup(model, arguments), "lines": summary(rows), "cost": costs}
+        result["rows"] = [asdict(row) for row in rows]
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             arguments.json.with_suffix(".md").write_text(page(result), encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,17 @@ def _question(line: str, where: str) -> Asked:
     unknown = [key for key in row if key not in _KEYS]
     if unknown:
         raise DocumentError(f"{where} has the unknown key {unknown[0]!r}; allowed are {', '.join(_KEYS)}")
-    text, answers = row.get("question"), _strings(row.get("answers"))
+    text, answers = row.get("question"), _strings(row, "answers", where)
     if not isinstance(text, str) or not text.strip() or not answers:
         raise DocumentError(f'{where} needs a text under "question" and at least one text under "answers"')
     golds = (", ".join(answers),) if row.get("all") else answers
-    return Asked(text.strip(), golds, str(row.get("type") or "question"), _strings(row.get("documents")))
+    return Asked(text.strip(), golds, str(row.get("type") or "question"), _strings(row, "documents", where))
 
 
-def _strings(value: Any) -> tuple[str, ...]:
+def _strings(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = row.get(key)
     listed = value if isinstance(value, list) else [] if value is None else [value]
+    strange = [each for each in listed if isinstance(each, bool) or not isinstance(each, str | int | float)]
+    if strange:
+        raise DocumentError(f"{where} has {strange[0]!r} where texts belong; write texts under {key!r}")
     return tuple(str(each) for each in listed if str(each).strip())

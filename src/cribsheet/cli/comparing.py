@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from cribsheet.task import Task
 
 
+# What a row of the JSON file holds; the page shows more.
+_REPORTED = (
+    "method", "rate", "budget", "type", "n", "em", "f1", "ci_low", "ci_high", "tokens", "bytes", "seconds",
+)  # fmt: skip
+
+
 def compare(
     corpus: Annotated[list[str], typer.Argument(metavar="CORPUS", help="Files, folders or glob patterns.")],
     questions: Annotated[
@@ -31,7 +37,7 @@ def compare(
     ] = None,
     rates: Annotated[str, typer.Option(metavar="N,N", help="How many times shorter than the corpus.")] = "8,16,32",
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="At most so many passages.  [default: as the budget allows]")
+        int | None, typer.Option(metavar="N", min=1, help="At most so many passages.  [default: as the budget allows]")
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
     example: Annotated[
@@ -41,18 +47,25 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
     ] = None,
     examples: Annotated[
-        int, typer.Option(metavar="N", help="Without examples of yours, take so many questions away as examples.")
+        int,
+        typer.Option(metavar="N", min=0, help="Without examples of yours, take so many questions away as examples."),
     ] = 3,
-    scorer: Annotated[str, typer.Option(metavar="NAME", help="What makes the task-aware sheets.")] = "notes",
+    scorer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
+    ] = None,
     guide: Annotated[
         Literal["auto", "resident", "dropped"], typer.Option(help="Whether task and examples stay in the prompt.")
     ] = "auto",
     model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
     device: Device = None,
     revision: Revision = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 64,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 64,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws examples and intervals.")] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every answer there, as JSON lines.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     verbose: Verbose = False,
@@ -62,7 +75,7 @@ def compare(
 
     Killed, it goes on where it was when run again with the same --json FILE.
     """
-    for file in (as_json, html):
+    for file in (as_json, answers, html):
         if file is not None:
             check_output(file, force=force)
     named, wanted = _names(methods), _rates(rates)
@@ -94,7 +107,10 @@ def compare(
     result: dict[str, Any] = {"setup": setup, "rows": summary(records, seed=seed)}
     print_table(result["rows"])
     if as_json is not None:
-        _write(as_json, json.dumps({**result, "answers": [asdict(each) for each in records]}, indent=1) + "\n")
+        rows = [{key: row[key] for key in _REPORTED} for row in result["rows"]]
+        _write(as_json, json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+    if answers is not None:
+        _write(answers, "".join(json.dumps(asdict(each)) + "\n" for each in records))
     if html is not None:
         _write(html, page(result))
         say(f"\n{html}")

@@ -15,7 +15,6 @@ from cribsheet.errors import RequestError
 if TYPE_CHECKING:
     from cribsheet.answer import Answer, Source
     from cribsheet.llm import CompressedKnowledgeLLM
-    from cribsheet.retrieval import Passage
 
 SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
 Model = Annotated[
@@ -82,7 +81,7 @@ def ask(
     if not stream:
         say(answer.text)
     if sources:
-        say("\n" + "\n".join([*map(_passage_line, answer.passages), *source_lines(looked_at)]))
+        say("\n" + "\n".join(source_lines(looked_at)))
 
 
 def chat(
@@ -129,16 +128,11 @@ def chat(
         say_json({"turns": turns})
 
 
-def _passage_line(passage: Passage) -> str:
-    """A passage that was told: document, place, and text."""
-    place = "" if passage.start is None else f" [{passage.start}:{passage.stop}]"
-    return f"told  {passage.document_id}{place}  {' '.join(passage.text.split())}"
-
-
 def source_lines(sources: list[Source]) -> list[str]:
-    """One line for each source: its share of the attention, document, place, and text."""
+    """One line for each source: its share of the attention, document, place, whether it was retrieved, and text."""
     return [
-        f"{source.weight:4.0%}  {source.document_id} [{source.start}:{source.stop}]  {' '.join(source.text.split())}"
+        f"{source.weight:4.0%}  {source.document_id} [{source.start}:{source.stop}]"
+        f"{'  retrieved' if source.retrieved else ''}  {' '.join(source.text.split())}"
         for source in sources
     ]
 

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from cribsheet.grammar import Grammar
+from cribsheet.hybrid import Retrieval
 from cribsheet.llm import CompressedKnowledgeLLM
-from cribsheet.server.protocol import AsJsonObject, AsJsonSchema, Asked, ChatRequest, CompletionRequest, Turn
+from cribsheet.server.protocol import (
+    AsJsonObject,
+    AsJsonSchema,
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    Extension,
+    Turn,
+)
 from cribsheet.server.refusals import Refusal, naming
 from cribsheet.server.settings import ServerSettings
 from cribsheet.tools import Toolbox, closed
@@ -80,6 +89,7 @@ def _settings(
     settings: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     settings["max_tokens"] = max_tokens or limits.max_tokens
     settings["timeout"] = limits.answer_seconds
+    settings |= _extended(body.extension, kb)
     if body.logit_bias:
         size = kb.backbone.config.vocab_size
         beyond = [token for token in body.logit_bias if int(token) >= size]
@@ -87,6 +97,35 @@ def _settings(
             raise Refusal(400, f"logit_bias names token {beyond[0]}; use ids from 0 to {size - 1}.", param="logit_bias")
         settings["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     return settings
+
+
+def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any]:
+    """Settings of evidence and retrieval. Raises `Refusal` for what means nothing in this mode or for this sheet."""
+    if extension.evidence is False and extension.sources:
+        raise Refusal(400, "sources without evidence cannot be; leave out one of them.", param="cribsheet.sources")
+    of_passages: dict[str, Any] = {
+        "top_k": extension.top_k,
+        "passage_tokens": extension.passage_tokens,
+        "sure": extension.sure,
+    }
+    given = {name: value for name, value in of_passages.items() if value is not None}
+    if given and not extension.retrieves:
+        name = next(iter(given))
+        raise Refusal(400, f"{name} is about passages; give a mode that retrieves with it.", param=f"cribsheet.{name}")
+    if "sure" in given and extension.mode != "auto":
+        raise Refusal(400, "sure is for the mode 'auto' only.", param="cribsheet.sure")
+    settings: dict[str, Any] = {"evidence": bool(extension.evidence)}
+    if not extension.retrieves:
+        return settings
+    if not any(kb.sheet.texts):
+        raise Refusal(
+            400,
+            f"The mode {extension.mode!r} searches the sheet's documents, but it was saved without their texts; use "
+            "'sheet'.",
+            param="cribsheet.mode",
+        )
+    assert extension.mode is not None
+    return {**settings, "mode": Retrieval(extension.mode, **given)}
 
 
 def _choices(question: Question, settings: Mapping[str, Any], body: Asked) -> list[Ask]:

@@ -11,14 +11,14 @@ from typing import TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from cribsheet.answer import Answer
+from cribsheet.answer import Answer, Source
 from cribsheet.server.asking import Ask, log_facts
 from cribsheet.server.auth import Caller
 from cribsheet.server.limits import Gate
-from cribsheet.server.protocol import Asked
+from cribsheet.server.protocol import Asked, Extension
 from cribsheet.server.record import Record, record_of
 from cribsheet.server.refusals import Refusal
-from cribsheet.server.replies import Extended, evidence
+from cribsheet.server.replies import Extended, extension_of
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Served, Shelf
 from cribsheet.server.streaming import ReaderLeft, while_connected
@@ -72,15 +72,15 @@ class Desk:
             record.facts["question"] = prepared[0].question
         return Answers(self, request, served, body, prepared)
 
-    async def evidence(self, served: Served, ask: Ask, answer: Answer, limit: int) -> Extended:
-        """Where in the documents the answer looked."""
-        async with self._tracing:
-            found = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
-        shown = evidence(found)
-        if not self.settings.show_documents:
-            for each in shown.sources:
-                each.text = ""
-        return shown
+    async def extended(self, served: Served, ask: Ask, answer: Answer, wanted: Extension) -> Extended | None:
+        """The reply's extension field, if the request asked for one: where the answer is from."""
+        if not wanted.replies:
+            return None
+        sources: Sequence[Source] | None = answer.sources if wanted.evidence else None
+        if limit := wanted.sources:
+            async with self._tracing:
+                sources = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
+        return extension_of(answer, sources, texts=self.settings.show_documents)
 
 
 class Answers:
@@ -123,9 +123,8 @@ class Answers:
             extended = None
             if piece.answer is not None:
                 self._note(piece.choice, piece.answer)
-                if self._body.extension.sources:
-                    ask = self._asks[piece.choice]
-                    extended = await self._desk.evidence(self.served, ask, piece.answer, self._body.extension.sources)
+                ask = self._asks[piece.choice]
+                extended = await self._desk.extended(self.served, ask, piece.answer, self._body.extension)
             yield piece, extended
 
     def _note(self, choice: int, answer: Answer) -> None:

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cribsheet.hybrid import Mode
 from cribsheet.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
 
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 _StopText = Annotated[str, Field(min_length=1)]
 _MAX_CHOICES = 128
+_MAX_PASSAGES = 100
 
 
 class _Strict(BaseModel):
@@ -125,10 +127,28 @@ class StreamOptions(_Strict):
 
 
 class Extension(_Strict):
-    """What sheets can do beyond OpenAI's API; `sources` is how many documents to name that an answer looked at."""
+    """What sheets can do beyond OpenAI's API.
 
+    `evidence` tells what an answer looked at, and `sources` does for so many documents. Other modes than "sheet" tell
+    passages of the sheet's own documents after it, at most `top_k` in `passage_tokens`; `sure` is for "auto".
+    """
+
+    evidence: bool | None = None
     sources: int | None = Field(default=None, ge=0, le=20)
-    mode: Literal["sheet"] | None = None
+    mode: Mode | None = None
+    top_k: int | None = Field(default=None, ge=1, le=_MAX_PASSAGES)
+    passage_tokens: int | None = Field(default=None, ge=1)
+    sure: float | None = Field(default=None, ge=0, le=1)
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether passages may be told."""
+        return self.mode not in (None, "sheet")
+
+    @property
+    def replies(self) -> bool:
+        """Whether the reply has an extension field too."""
+        return bool(self.evidence or self.sources or self.mode)
 
 
 class Asked(_Strict):

@@ -66,19 +66,25 @@ class Call(Reply):
 
 
 class Evidence(Reply):
-    """Where in a document the answer looked; `weight` is its share, 0 to 1, of the attention on documents."""
+    """Where in a document the answer looked; `weight` is its share, 0 to 1, of the attention on documents.
+
+    One that was `retrieved` is a passage that was told after the sheet.
+    """
 
     document: str
     start: int
     stop: int
     weight: float
     text: str
+    retrieved: bool
 
 
 class Extended(Reply):
-    """The answer's extension field."""
+    """The answer's extension field; `certainty` is what the mode "auto" measured of the sheet's own answer."""
 
-    sources: list[Evidence]
+    sources: list[Evidence] = []
+    mode: Literal["sheet", "retrieval", "hybrid"]
+    certainty: float | None = None
 
 
 class ReplyMessage(Reply):
@@ -247,12 +253,24 @@ def completion_logprobs(tokens: Sequence[TokenLogprob] | None, offset: int = 0) 
     )
 
 
-def evidence(sources: Sequence[Source]) -> Extended:
-    """Sources as the extension field."""
-    return Extended(
-        sources=[
-            Evidence(document=s.document_id, start=s.start, stop=s.stop, weight=s.weight, text=s.text) for s in sources
-        ]
+def extension_of(answer: Answer, sources: Sequence[Source] | None, *, texts: bool) -> Extended:
+    """The extension field of an answer, with its sources if they are wanted and, if they may be shown, their texts."""
+    found: dict[str, Any] = {"mode": answer.mode}
+    if answer.certainty is not None:
+        found["certainty"] = answer.certainty
+    if sources is not None:
+        found["sources"] = [_evidence(source, source.text if texts else "") for source in sources]
+    return Extended(**found)
+
+
+def _evidence(source: Source, text: str) -> Evidence:
+    return Evidence(
+        document=source.document_id,
+        start=source.start,
+        stop=source.stop,
+        weight=source.weight,
+        text=text,
+        retrieved=source.retrieved,
     )
 
 

@@ -25,7 +25,7 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     ToolCallBlock,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
@@ -44,9 +44,13 @@ from llama_index.llms.cribsheet.structured import SchemaBoundLLM
 
 from cribsheet import Answer, CompressedKnowledgeLLM
 from cribsheet.errors import MismatchError, RequestError, SheetError
+from cribsheet.hybrid import Retrieval
+from cribsheet.retrieval import as_retriever
 from cribsheet.sampling import SamplingParams
+from cribsheet.streams import AsyncAnswerStream
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
+_PASSAGES = ("retriever", "mode", "passage_tokens", "sure")
 
 
 class CribsheetLLM(SchemaBoundLLM):
@@ -60,6 +64,12 @@ class CribsheetLLM(SchemaBoundLLM):
         folder or hub id of the model, and options for `Backbone.load`; without them, what the sheet says.
     digest
         the sheet must be this one (`Manifest.digest`); known as soon as it is open.
+
+    retriever, mode, passage_tokens, sure
+        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" for the sheet's own
+        documents, or any retriever; `top_k` then counts passages.
+    evidence
+        whether responses tell what the answer looked at, in `raw["sources"]`; they do unless it is false.
 
     All others are settings of an answer as in `SamplingParams`, and can also be given with each call. Unknown
     settings are errors.
@@ -81,6 +91,11 @@ class CribsheetLLM(SchemaBoundLLM):
     presence_penalty: float | None = None
     stop: list[str] | None = None
     timeout: float | None = Field(default=None, description="Seconds that an answer may take.")
+    retriever: Any = Field(default=None, description="What finds passages; bm25 for the sheet's own documents.")
+    mode: str | None = Field(default=None, description="sheet, retrieval, hybrid or auto.")
+    passage_tokens: int | None = Field(default=None, description="Most tokens of passages.")
+    sure: float | None = Field(default=None, description="How certain a draft must be in mode auto.")
+    evidence: bool | None = Field(default=None, description="Whether responses tell what was looked at.")
 
     _opened: CompressedKnowledgeLLM | None = PrivateAttr(default=None)
     _opening: Any = PrivateAttr(default_factory=threading.Lock)
@@ -100,11 +115,31 @@ class CribsheetLLM(SchemaBoundLLM):
         if sheet is None and knowledge is None:
             raise SheetError("No sheet was given; pass the path of one, or knowledge= with an open one.")
         super().__init__(**{"sheet": None if sheet is None else fspath(sheet), **settings})
-        SamplingParams(**self._given(_SAMPLING))  # out of range is told now rather than with the first question
+        retrieval, sampling = Retrieval.taken_from(self._given((*_SAMPLING, *_PASSAGES)))
+        SamplingParams(**sampling)  # out of range is told now rather than with the first question
+        if retrieval is not None and not isinstance(retrieval.retriever, str):
+            as_retriever(retrieval.retriever)
         if knowledge is not None:
             self._adopt(knowledge)
 
     # ---- what it is
+
+    @field_serializer("retriever")
+    def _plain(self, retriever: Any) -> str | None:
+        return retriever if isinstance(retriever, str) else None
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it tells passages of its own."""
+        return Retrieval.taken_from(self._given((*_PASSAGES, "top_k")))[0] is not None
+
+    def with_passages(self, **settings: Any) -> Self:
+        """The same LLM on the same sheet, with other settings of retrieval."""
+        made = self.model_copy(update={name: value for name, value in settings.items() if value is not None})
+        retrieval, _ = Retrieval.taken_from(made._given((*_PASSAGES, "top_k")))
+        if retrieval is not None and not isinstance(retrieval.retriever, str):
+            as_retriever(retrieval.retriever)
+        return made
 
     @classmethod
     def class_name(cls) -> str:
@@ -165,6 +200,11 @@ class CribsheetLLM(SchemaBoundLLM):
             raise SheetError(
                 "This LLM holds a sheet in memory; save it, and pass its path: kb.as_llama_index_llm(sheet=path)."
             )
+        if not isinstance(self.retriever, str | None):
+            raise RequestError(
+                f"This LLM holds a retriever of type {type(self.retriever).__name__}, which stays in this process; "
+                "give the copy its own."
+            )
         return type(self).from_dict, (self.to_dict(),)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
@@ -195,7 +235,7 @@ class CribsheetLLM(SchemaBoundLLM):
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` for `async for`."""
         asked, settings, reply = self._chatted(messages, kwargs)
-        return aresponses((await self._aopen()).astream(asked, **settings), partial_chat_response, reply)
+        return aresponses(await self._astream(asked, settings), partial_chat_response, reply)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -219,7 +259,12 @@ class CribsheetLLM(SchemaBoundLLM):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` for `async for`."""
         asked, settings, reply = self._prompted(prompt, formatted, kwargs)
-        return aresponses((await self._aopen()).astream(asked, **settings), partial_completion, reply)
+        return aresponses(await self._astream(asked, settings), partial_completion, reply)
+
+    async def _astream(self, asked: str | list[dict[str, Any]], settings: Mapping[str, Any]) -> AsyncAnswerStream:
+        """The stream of an answer; neither loading nor preparing holds up the event loop."""
+        knowledge = await self._aopen()
+        return knowledge.astream(await asyncio.to_thread(knowledge.prepare, asked, **settings))
 
     def _chatted(
         self, messages: Sequence[ChatMessage], given: Mapping[str, Any]
@@ -252,7 +297,8 @@ class CribsheetLLM(SchemaBoundLLM):
     def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of one answer: the fields', the form that a prompt's parser reads, then the call's."""
         form = {"json_schema": current()} if current() else {}
-        return {**self._given((*_SAMPLING, "timeout")), **form, **{k: v for k, v in given.items() if v is not None}}
+        own = self._given((*_SAMPLING, *_PASSAGES, "timeout", "evidence"))
+        return {**own, **form, **{k: v for k, v in given.items() if v is not None}}
 
     def _given(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import (
@@ -101,7 +102,14 @@ def as_completion(answer: Answer, facts: Mapping[str, Any], delta: str | None = 
 
 
 def _raw(answer: Answer, facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {**facts, "finish_reason": answer.finish_reason, "usage": usage(answer)}
+    return {
+        **facts,
+        "finish_reason": answer.finish_reason,
+        "usage": usage(answer),
+        "mode": answer.mode,
+        "certainty": answer.certainty,
+        "sources": [asdict(each) for each in answer.sources],
+    }
 
 
 def _openai_call(block: ToolCallBlock) -> dict[str, Any]:

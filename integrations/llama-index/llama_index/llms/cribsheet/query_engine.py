@@ -7,6 +7,8 @@ sheet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -37,11 +39,46 @@ _OF_SYNTHESIZER = (
 )
 
 
+_OF_CORE = ("mode", "passage_tokens", "sure")
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What a LlamaIndex retriever finds, after postprocessors, for the core to ask for when it wants to."""
+
+    retriever: BaseRetriever
+    postprocessors: Sequence[BaseNodePostprocessor]
+
+    @classmethod
+    def of(cls, retriever: Any, postprocessors: Sequence[BaseNodePostprocessor] | None) -> Any:
+        """The retriever; one of LlamaIndex's with its postprocessors."""
+        return cls(retriever, postprocessors or ()) if isinstance(retriever, BaseRetriever) else retriever
+
+    def retrieve(self, query: str) -> list[NodeWithScore]:
+        """Nodes for a query."""
+        nodes = self.retriever.retrieve(query)
+        for each in self.postprocessors:
+            nodes = each.postprocess_nodes(nodes, query_bundle=QueryBundle(query))
+        return nodes
+
+    async def aretrieve(self, query: str) -> list[NodeWithScore]:
+        """`retrieve` for async code."""
+        nodes = await self.retriever.aretrieve(query)
+        for each in self.postprocessors:
+            nodes = await each.apostprocess_nodes(nodes, query_bundle=QueryBundle(query))
+        return nodes
+
+
 class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
     """Answers queries from a sheet; made by `kb.as_query_engine()`, or `from_args`.
 
     retriever
-        where passages beside the sheet come from (`index.as_retriever()`); none by default.
+        where passages beside the sheet come from (`index.as_retriever()`); none by default. They are retrieved first,
+        and told as many as the window holds.
+    mode, passage_tokens, sure
+        leave it to the core instead when and how much is retrieved ("hybrid", "auto", "retrieval": see
+        `CompressedKnowledgeLLM.ask`), from `retriever`, which may be of any kind then, or from the sheet's own
+        documents. What was told becomes source nodes, in a stream when it has ended.
     similarity_top_k
         how many documents of the sheet become source nodes: those that the answer looked at most, or for a stream,
         which has to begin with them, the question. Reading that off costs about as much as reading the question; 0
@@ -77,7 +114,7 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
     @classmethod
     def from_args(  # type: ignore[override]
         cls,
-        retriever: BaseRetriever | None = None,
+        retriever: Any = None,
         llm: LLM | None = None,
         response_synthesizer: BaseSynthesizer | None = None,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
@@ -95,6 +132,10 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
         callback_manager = callback_manager or Settings.callback_manager
         own = {name: settings.pop(name) for name in _OF_SYNTHESIZER if name in settings}
         if response_synthesizer is None:
+            by_core = {name: settings.pop(name) for name in _OF_CORE if settings.get(name) is not None}
+            if by_core or not isinstance(retriever, BaseRetriever | None):
+                by_core["retriever"] = Searched.of(retriever, node_postprocessors)
+                retriever = None
             if own.get("text_qa_template") is not None and retriever is None:
                 raise RequestError(
                     "text_qa_template is for retrieved passages, but there is no retriever; give simple_template=, or "
@@ -104,6 +145,8 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
                 llm = CribsheetLLM(knowledge=knowledge, callback_manager=callback_manager, **settings)
                 settings = {}
             llm, own = _without_structure(llm or Settings.llm, own)
+            if by_core:
+                llm = llm.with_passages(**by_core)
             response_synthesizer = CribsheetSynthesizer(llm, callback_manager=callback_manager, **own)
             own = {}
         if unused := sorted({**own, **settings}):
@@ -130,7 +173,7 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
         ) as event:
             nodes = self.retrieve(query_bundle) if self._retrieves_first else []
             response = self._response_synthesizer.synthesize(query_bundle, nodes)
-            if self._response_synthesizer.calls:
+            if self._looks:
                 looked_at = self._sheet.retrieve(_answered(query_bundle, response))
                 if not self._is_hybrid:
                     looked_at = self._apply_node_postprocessors(looked_at, query_bundle)
@@ -144,13 +187,18 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
         ) as event:
             nodes = await self.aretrieve(query_bundle) if self._retrieves_first else []
             response = await self._response_synthesizer.asynthesize(query_bundle, nodes)
-            if self._response_synthesizer.calls:
+            if self._looks:
                 looked_at = await self._sheet.aretrieve(_answered(query_bundle, response))
                 if not self._is_hybrid:
                     looked_at = await self._async_apply_node_postprocessors(looked_at, query_bundle)
                 _add_sources(response, looked_at)
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the answer looks at the sheet."""
+        return self._response_synthesizer.calls and self._response_synthesizer.llm.mode != "retrieval"
 
     @property
     def _retrieves_first(self) -> bool:

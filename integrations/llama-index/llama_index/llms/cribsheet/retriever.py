@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Self
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -33,12 +33,12 @@ class AnsweredQuery(QueryBundle):
 
 
 class CribsheetRetriever(BaseRetriever):
-    """The documents of a sheet that get the most attention, each with its most attended passage.
+    """The passages of a sheet's documents that get the most attention (`CompressedKnowledgeLLM.passages`).
 
     similarity_top_k
-        how many documents. LlamaIndex's name for it; the score is a share of attention, 0 to 1.
+        how many. LlamaIndex's name for it; the score is a share of attention, 0 to 1.
     passage_characters
-        a document that is longer gives a passage of about this many characters around its most attended place.
+        a document that is longer gives passages of about this many characters around its most attended places.
 
     Nodes keep their documents' ids and metadata; a passage has the id `<document>:<start>` and its document as source.
     """
@@ -67,21 +67,22 @@ class CribsheetRetriever(BaseRetriever):
         if not self._top_k:
             return []
         answer = query_bundle.answer if isinstance(query_bundle, AnsweredQuery) else ""
-        found = self._knowledge.sources(query_bundle.query_str, answer, limit=self._top_k)
-        return [NodeWithScore(node=self._node(source), score=source.weight) for source in found]
+        found = self._knowledge.passages(query_bundle.query_str, answer, limit=self._top_k, characters=self._characters)
+        known = {document.id: document for document in self._knowledge.sheet.documents}  # they may have changed since
+        pairs = [(source, known[source.document_id]) for source in found if source.document_id in known]
+        return [NodeWithScore(node=self._node(*pair), score=pair[0].weight) for pair in pairs]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
-    def _node(self, source: Source) -> SheetNode:
-        document = self._documents[source.document_id]
-        start, stop = _passage(document.text, source, self._characters)
-        whole = stop - start == len(document.text)
+    def _node(self, source: Source, document: Document) -> SheetNode:
+        start, stop = source.start, source.stop
+        whole = stop - start >= len(document.text)
         metadata = dict(document.metadata)
         parent = metadata.pop("ref_doc_id", None) if whole else document.id
         node = SheetNode(
             id_=document.id if whole else f"{document.id}:{start}",
-            text=document.text[start:stop],
+            text=source.text,
             start_char_idx=start,
             end_char_idx=stop,
         )
@@ -90,20 +91,16 @@ class CribsheetRetriever(BaseRetriever):
             node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=parent)
         return node
 
-    @cached_property
-    def _documents(self) -> dict[str, Document]:
-        return {document.id: document for document in self._knowledge.sheet.documents}
 
-
-def _passage(text: str, source: Source, characters: int) -> tuple[int, int]:
-    """Where the passage begins and ends: the source's place, widened on both sides to whole words."""
-    if len(text) <= characters:
-        return 0, len(text)
-    spare = max(0, characters - (source.stop - source.start))
-    start = min(max(0, source.start - spare // 2), len(text) - characters)
-    stop = min(len(text), max(source.stop, start + characters))
-    while 0 < start < source.start and not text[start - 1].isspace():
-        start += 1
-    while source.stop < stop < len(text) and not text[stop].isspace():
-        stop -= 1
-    return start, stop
+def told_node(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> TextNode:
+    """A passage that was retrieved and told, as a node; `source` is an entry of a response's `raw["sources"]`."""
+    node = TextNode(
+        id_=f"{source['document_id']}:{source['start']}",
+        text=source["text"],
+        start_char_idx=source["start"],
+        end_char_idx=source["stop"],
+    )
+    node.metadata = dict(metadata)
+    if source["document_id"]:
+        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=source["document_id"])
+    return node

@@ -21,7 +21,7 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.llms.cribsheet.base import CribsheetLLM
 from llama_index.llms.cribsheet.forms import of_class
 from llama_index.llms.cribsheet.messages import as_conversation
-from llama_index.llms.cribsheet.retriever import SheetNode
+from llama_index.llms.cribsheet.retriever import SheetNode, told_node
 from llama_index_instrumentation import get_dispatcher
 
 from cribsheet.errors import RequestError
@@ -150,10 +150,31 @@ class CribsheetSynthesizer(BaseSynthesizer):
         dispatcher.event(SynthesizeEndEvent(query=query, response=made[0]))
 
     def _response(self, text: RESPONSE_TEXT_TYPE, sources: list[NodeWithScore], facts: dict[str, Any]) -> RESPONSE_TYPE:
+        def add_told() -> None:
+            nodes = self._told_by_itself(facts)
+            response.source_nodes[:0] = nodes
+            response.metadata = {**{each.node_id: each.metadata for each in nodes}, **(response.metadata or {})}
+
+        is_stream = isinstance(text, Generator | AsyncGenerator)
+        if isinstance(text, Generator):
+            text = _ending(text, add_told)
+        elif isinstance(text, AsyncGenerator):
+            text = _aending(text, add_told)
         response = self._prepare_response_output(text, sources)
         assert response.metadata is not None
         response.metadata["cribsheet"] = facts
+        if not is_stream:
+            add_told()
         return response
+
+    def _told_by_itself(self, facts: Mapping[str, Any]) -> list[NodeWithScore]:
+        """Passages that the LLM's own retriever found, as nodes."""
+        told = [each for each in facts.get("sources", ()) if each["retrieved"]]
+        if not told:
+            return []
+        known = {entry.id: entry.metadata for entry in self._llm.knowledge.sheet.manifest.documents}
+        nodes = [told_node(each, known.get(each["document_id"], {})) for each in told]
+        return [NodeWithScore(node=node, score=each["weight"]) for node, each in zip(nodes, told, strict=True)]
 
     # ---- from texts to an answer
 
@@ -175,9 +196,10 @@ class CribsheetSynthesizer(BaseSynthesizer):
         if not self.calls:
             return self._uncalled(texts)
         messages = self._messages(query, texts, more)
+        settings = self._settings(texts)
         if self._streaming:
-            return _deltas(self._llm.stream_chat(messages, **self._form), facts)
-        return self._parsed(self._llm.chat(messages, **self._form), facts)
+            return _deltas(self._llm.stream_chat(messages, **settings), facts)
+        return self._parsed(self._llm.chat(messages, **settings), facts)
 
     async def _arespond(
         self, query: str, texts: Sequence[str], facts: dict[str, Any], more: Mapping[str, Any]
@@ -185,9 +207,10 @@ class CribsheetSynthesizer(BaseSynthesizer):
         if not self.calls:
             return self._uncalled(texts)
         messages = self._messages(query, texts, more)
+        settings = self._settings(texts)
         if self._streaming:
-            return _adeltas(await self._llm.astream_chat(messages, **self._form), facts)
-        return self._parsed(await self._llm.achat(messages, **self._form), facts)
+            return _adeltas(await self._llm.astream_chat(messages, **settings), facts)
+        return self._parsed(await self._llm.achat(messages, **settings), facts)
 
     @property
     def calls(self) -> bool:
@@ -197,9 +220,16 @@ class CribsheetSynthesizer(BaseSynthesizer):
     def _uncalled(self, texts: Sequence[str]) -> str:
         return _JOINT.join(texts) if self._mode == ResponseMode.CONTEXT_ONLY else ""
 
-    @property
-    def _form(self) -> dict[str, Any]:
-        return {} if self._output_cls is None else {"json_schema": of_class(self._output_cls)}
+    def _settings(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Settings of the call: its form, and that nothing is retrieved where something was."""
+        form = {} if self._output_cls is None else {"json_schema": of_class(self._output_cls)}
+        if not texts or not self._llm.retrieves:
+            return form
+        logger.warning(
+            "passages were given, so nothing is retrieved again: the query engine and the LLM both have a retriever; "
+            "leave out one of them"
+        )
+        return {**form, "mode": "sheet"}
 
     def _parsed(self, response: ChatResponse, facts: dict[str, Any]) -> str | BaseModel:
         facts.update(response.raw or {})
@@ -267,6 +297,17 @@ def _contents(nodes: Sequence[NodeWithScore]) -> list[str]:
 
 def _content(node: NodeWithScore) -> str:
     return node.node.get_content(metadata_mode=MetadataMode.LLM)
+
+
+def _ending(texts: Generator[str, None, None], then: Callable[[], None]) -> Generator[str, None, None]:
+    yield from texts
+    then()
+
+
+async def _aending(texts: AsyncGenerator[str, None], then: Callable[[], None]) -> AsyncGenerator[str, None]:
+    async for text in texts:
+        yield text
+    then()
 
 
 def _deltas(responses: ChatResponseGen, facts: dict[str, Any]) -> Generator[str, None, None]:
