@@ -20,9 +20,10 @@ from cribsheet.server.record import Record, record_of
 from cribsheet.server.refusals import Refusal
 from cribsheet.server.replies import Extended, evidence
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Served, Shelf
+from cribsheet.server.shelf import Served, Sheets
 from cribsheet.server.streaming import ReaderLeft, while_connected
 from cribsheet.server.writing import Piece, Writing
+from cribsheet.sheet import Manifest
 
 T = TypeVar("T")
 _THREADS = 4  # that prepare questions: templates, tokens, grammars
@@ -31,7 +32,7 @@ _THREADS = 4  # that prepare questions: templates, tokens, grammars
 class Desk:
     """The sheets of a server with its limits."""
 
-    def __init__(self, shelf: Shelf, settings: ServerSettings) -> None:
+    def __init__(self, shelf: Sheets, settings: ServerSettings) -> None:
         self.shelf, self.settings = shelf, settings
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
@@ -46,13 +47,24 @@ class Desk:
         self.shelf.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def find(self, name: str, caller: Caller, record: Record) -> Served:
-        """A sheet that the caller may ask. Raises `Refusal` in the same words for one that is not there."""
-        served = self.shelf.get(name) if caller.may_ask(name) else None
+    async def find(self, name: str, caller: Caller, record: Record) -> Served:
+        """A sheet that the caller may ask, open. Raises `Refusal` as `known`."""
+        self.known(name, caller)
+        served = await self.shelf.find(name)
         if served is None:
-            raise Refusal(404, f"There is no sheet {name!r}; see /v1/models.", param="model", code="model_not_found")
+            raise _unknown(name)
         record.sheet = name
         return served
+
+    def known(self, name: str, caller: Caller) -> Manifest:
+        """What a sheet that the caller may ask was made with.
+
+        Raises `Refusal` in the same words for one that is not there.
+        """
+        manifest = self.shelf.manifests.get(name) if caller.may_ask(name) else None
+        if manifest is None:
+            raise _unknown(name)
+        return manifest
 
     async def begin(
         self,
@@ -137,6 +149,10 @@ class Answers:
         record.facts.setdefault("finish", []).append(answer.finish_reason)
         if self._desk.settings.log_text:
             record.facts.setdefault("answers", []).append(answer.text)
+
+
+def _unknown(name: str) -> Refusal:
+    return Refusal(404, f"There is no sheet {name!r}; see /v1/models.", param="model", code="model_not_found")
 
 
 def left() -> Response:
