@@ -132,5 +132,7 @@ def test_a_killed_driver_leaves_no_process():
 
 
 def test_nothing_but_its_own_package_imports_ray():
-    script = "import sys, cribsheet.llm, cribsheet.cli, cribsheet.server.app, cribsheet.ray; sys.exit('ray' in sys.modules)"
+    script = (
+        "import sys, cribsheet.llm, cribsheet.cli, cribsheet.server.app, cribsheet.ray; sys.exit('ray' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], env=environment("none")).returncode == 0

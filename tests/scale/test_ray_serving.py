@@ -46,9 +46,10 @@ def mark():
 def url(sheets, mark):
     command = [sys.executable, "-m", "cribsheet", "serve", "one.sheet", "two.sheet", "three.sheet", "--port", "0"]
     command += ["--ray", "--replicas", "2", "--open-sheets", "1", "--keys", "keys.toml", "--drain", "20"]
-    with open(sheets / "log.txt", "w") as log, subprocess.Popen(
-        command, env=environment(mark), cwd=sheets, stderr=log, stdout=log
-    ) as server:
+    with (
+        open(sheets / "log.txt", "w") as log,
+        subprocess.Popen(command, env=environment(mark), cwd=sheets, stderr=log, stdout=log) as server,
+    ):
         wait_until(lambda: "(page)" in (sheets / "log.txt").read_text() or server.poll() is not None)
         found = re.search(r"http://\S+?:\d+", (sheets / "log.txt").read_text().split("cribsheet: one")[-1])
         assert found, (sheets / "log.txt").read_text()

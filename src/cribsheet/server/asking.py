@@ -80,6 +80,7 @@ def _settings(
     settings: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     settings["max_tokens"] = max_tokens or limits.max_tokens
     settings["timeout"] = limits.answer_seconds
+    settings["evidence"] = bool(body.extension.sources)
     if body.logit_bias:
         size = kb.backbone.config.vocab_size
         beyond = [token for token in body.logit_bias if int(token) >= size]

@@ -11,7 +11,8 @@ from typing import TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from cribsheet.answer import Answer
+from cribsheet.answer import Answer, Source
+from cribsheet.evidence import LIMIT
 from cribsheet.server.asking import Ask, log_facts
 from cribsheet.server.auth import Caller
 from cribsheet.server.limits import Gate
@@ -85,9 +86,11 @@ class Desk:
         return Answers(self, request, served, body, prepared)
 
     async def evidence(self, served: Served, ask: Ask, answer: Answer, limit: int) -> Extended:
-        """Where in the documents the answer looked."""
-        async with self._tracing:
-            found = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
+        """Where in the documents the answer looked: as it brings it along, or read again for more than it brings."""
+        found: Sequence[Source] = answer.sources[:limit]
+        if limit > LIMIT:
+            async with self._tracing:
+                found = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
         shown = evidence(found)
         if not self.settings.show_documents:
             for each in shown.sources:
