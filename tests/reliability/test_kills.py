@@ -1,4 +1,7 @@
-"""kill -9 at random moments of build, save, extend, replace and remove, a full disk, no memory: the old file or the new, always valid."""
+"""kill -9 at random moments of build, save and changes, a full disk, no memory.
+
+What is left is the old file or the new, and always valid.
+"""
 
 from __future__ import annotations
 

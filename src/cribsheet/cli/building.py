@@ -113,8 +113,8 @@ def build(
         if ray:
             from cribsheet.cli.scaling import build_on_ray
 
-            place = {"address": ray_address, "cpus": task_cpus, "gpus": task_gpus}
-            sheet = build_on_ray(documents, purpose, progress=progress, **place, **options)
+            needs = (task_cpus, task_gpus)
+            sheet = build_on_ray(documents, purpose, address=ray_address, needs=needs, progress=progress, **options)
         else:
             from cribsheet.llm import CompressedKnowledgeLLM
 

@@ -102,19 +102,18 @@ def build_on_ray(
     task: Task,
     *,
     address: str | None,
-    cpus: float,
-    gpus: float,
-    checkpoint: Path | None,
+    needs: tuple[float, float],
     progress: Progress | None,
-    mode: str,
+    checkpoint: Path | None = None,
+    mode: str = "sequential",
     **options: Any,
 ) -> Sheet:
-    """One sheet, built by Ray tasks."""
+    """One sheet, built by Ray tasks of so many processors and accelerators each."""
     integration("ray", "cribsheet[ray]")
     from cribsheet.ray import Workers, build_each, build_independent, cluster
     from cribsheet.ray.building import Corpus
 
-    workers = Workers(cpus=cpus, gpus=gpus)
+    workers = Workers(cpus=needs[0], gpus=needs[1])
     shared = {**options, "workers": workers, "progress": progress}
     with cluster(address):
         if mode == "independent":

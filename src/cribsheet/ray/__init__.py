@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cribsheet.ray.building import Workers, build_each, build_independent
-    from cribsheet.ray.session import cluster
     from cribsheet.ray.serving import Serving, application
+    from cribsheet.ray.session import cluster
 
 __all__ = ["Serving", "Workers", "application", "build_each", "build_independent", "cluster"]
 _HOMES = {

@@ -20,7 +20,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from cribsheet import independent
 from cribsheet.build import Plan, Progress, build_sheet
 from cribsheet.documents import Document
 from cribsheet.errors import EngineError
@@ -76,8 +75,7 @@ def build_each(
     progress: Progress | None = None,
     **options: Any,
 ) -> Iterator[tuple[str, Sheet]]:
-    """Build one sheet for each corpus, as many at once as the cluster has room for; yields each with its name when it
-    is ready.
+    """Build one sheet for each corpus, as many at once as there is room for; yields each with its name when ready.
 
     `options` are those of `build_sheet`. `progress` counts the tokens of all corpora that were begun. Raises what the
     first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.

@@ -42,8 +42,20 @@ from cribsheet.storage import read_manifest
 
 _TRIES = 4  # replicas that are asked before a request is given up
 _PAUSE_SECONDS = 0.2
-_SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
-_SCOPE += ("headers", "client", "server")
+_SCOPE = [
+    "type",
+    "asgi",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "root_path",
+    "headers",
+    "client",
+    "server",
+]
 _ID, _LONGEST_ID = b"x-request-id", 128
 _LOST = "The replica that wrote the answer died; ask again."
 

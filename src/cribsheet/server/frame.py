@@ -104,6 +104,7 @@ class Receiving:
         self._deadline: float | None = None
 
     async def __call__(self) -> Message:
+        """The next piece of the body, or word that the caller left."""
         if self._complete:
             return await self._receive()
         loop = asyncio.get_running_loop()
