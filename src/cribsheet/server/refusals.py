@@ -120,8 +120,12 @@ def install(app: FastAPI) -> None:
 
 
 def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
-    """The fault that lies deepest: of the forms that a field may have, the one that was meant."""
-    path, fault = max(((_path(each, body), each) for each in errors), key=lambda pair: len(pair[0]))
+    """The fault that lies deepest: of the forms that a field may have, the one that was meant.
+
+    Of two as deep, the one that says more than that the form was another.
+    """
+    found = [(_path(each, body), each) for each in errors]
+    path, fault = max(found, key=lambda pair: (len(pair[0]), not _is_other_form(pair[1])))
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or None
     if fault["type"] == "extra_forbidden":
         return Refusal(400, f"The field {param!r} is not supported; leave it out.", param=param, code="unknown_field")
@@ -130,7 +134,20 @@ def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
     if fault["type"] in ("json_invalid", "json_type"):
         return Refusal(400, f"The body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}.")
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return Refusal(400, f"{param or 'The body'}: {message}", param=param)
+    if fault["type"] == "literal_error":  # of all forms
+        known = dict.fromkeys(each["ctx"]["expected"] for place, each in found if place == path and "ctx" in each)
+        message = f"Input should be {' or '.join(known)}"
+    if param is None:
+        first = message.partition(" ")[0]
+        param = first if isinstance(body, dict) and first in body else None
+        if isinstance(body, bytes | str):
+            message = "it is not declared as JSON; send the header Content-Type: application/json."
+        return Refusal(400, f"The body: {message}", param=param)
+    return Refusal(400, f"{param}: {message}", param=param)
+
+
+def _is_other_form(fault: Any) -> bool:
+    return fault["type"].endswith("_type") or fault["type"] == "literal_error"
 
 
 def _path(fault: Any, body: Any) -> list[str | int]:
