@@ -51,7 +51,14 @@ def test_only_one_file_reaches_into_the_insides_of_transformers():
 
 
 def test_the_core_does_not_import_what_stands_on_it():
-    upper = {"cribsheet.cli", "cribsheet.bench", "cribsheet.server", "cribsheet.demo", "cribsheet.testing", "cribsheet.ray"}
+    upper = {
+        "cribsheet.cli",
+        "cribsheet.bench",
+        "cribsheet.server",
+        "cribsheet.demo",
+        "cribsheet.testing",
+        "cribsheet.ray",
+    }
     for name, path in FILES.items():
         if not name.startswith((*UPPER, "__main__")):
             assert not {module for module in imports(path) if any(module.startswith(u) for u in upper)}, name

@@ -122,10 +122,17 @@ def install(app: FastAPI) -> None:
 def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
     """The fault that lies deepest: of the forms that a field may have, the one that was meant.
 
-    Of two as deep, the one that says more than that the form was another.
+    Of two as deep, one in a form whose `type` is right, then one about that type.
     """
     found = [(_path(each, body), each) for each in errors]
-    path, fault = max(found, key=lambda pair: (len(pair[0]), not _is_other_form(pair[1])))
+    other = {each["loc"][:-1] for each in errors if each["type"] == "literal_error"}
+
+    def weight(pair: tuple[list[str | int], Any]) -> tuple[int, int]:
+        kind, form = pair[1]["type"], pair[1]["loc"][:-1]
+        is_meant = form not in other and not kind.endswith("_type")
+        return len(pair[0]), 2 * is_meant + (kind == "literal_error")
+
+    path, fault = max(found, key=weight)
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or None
     if fault["type"] == "extra_forbidden":
         return Refusal(400, f"The field {param!r} is not supported; leave it out.", param=param, code="unknown_field")
@@ -144,10 +151,6 @@ def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
             message = "it is not declared as JSON; send the header Content-Type: application/json."
         return Refusal(400, f"The body: {message}", param=param)
     return Refusal(400, f"{param}: {message}", param=param)
-
-
-def _is_other_form(fault: Any) -> bool:
-    return fault["type"].endswith("_type") or fault["type"] == "literal_error"
 
 
 def _path(fault: Any, body: Any) -> list[str | int]:
