@@ -181,3 +181,9 @@ def test_a_body_that_is_not_declared_as_json_is_told_how(live):
     with live.http() as http:
         reply = http.post("/v1/chat/completions", content=b'{"model": "oslo"}')
     assert reply.status_code == 400 and "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+def test_turns_that_the_template_has_no_form_for_are_the_callers_fault(live):
+    turns = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Where?"}]
+    reply = live.post(model="oslo", messages=turns, max_tokens=3)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "messages"

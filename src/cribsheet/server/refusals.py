@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from cribsheet.errors import EngineError, RequestError
+from cribsheet.errors import EngineError, RequestError, TemplateError
 from cribsheet.server.record import record_of
 
 # status -> the type and the code that OpenAI's clients know
@@ -31,6 +31,7 @@ _KINDS = {
     504: ("server_error", "answer_timeout"),
 }
 RETRY_SECONDS = 1
+_ODD_TURNS = "The model's chat template has no form for these turns in this order; begin with the user's."
 
 
 class ErrorDetail(BaseModel):
@@ -90,6 +91,8 @@ def refusal_of(error: BaseException, *, late: bool = False) -> Refusal:
         return error
     if isinstance(error, RequestError):
         return Refusal(400, str(error))
+    if isinstance(error, TemplateError):
+        return Refusal(400, _ODD_TURNS, param="messages")
     if isinstance(error, EngineError):
         return Refusal(504 if late else 503, str(error))
     return Refusal(500, "The server failed on this request; its log tells more under the request's id.")
