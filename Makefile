@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test test-library test-pages oldest support check format lint types docs slow reliability page quality connectivity certainty \
+.PHONY: demo test test-library test-pages oldest support check format lint types docs slow reliability ray page quality connectivity certainty \
 	memory throughput living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
@@ -77,6 +77,10 @@ slow: $(READY)  ## the long proofs
 
 reliability: $(READY)  ## damage, crashes and crowds: make reliability [SEED=1] [SHARE=0.1 for a tenth of it]
 	CRIBSHEET_SEED=$(or $(SEED),0) CRIBSHEET_SHARE=$(or $(SHARE),1) $(RUN)/python -m pytest -m reliability -rs tests/reliability tests/server
+
+ray: $(READY)  ## two replicas, killed workers and replicas, a model over two processes; installs the extra `ray`
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
+	$(RUN)/python -m pytest -m reliability -rs tests/scale
 
 page: $(READY)  ## the server's page in a real headless Chromium
 	$(RUN)/python -m pytest -m reliability -rs tests/server/test_page.py

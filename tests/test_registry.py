@@ -130,7 +130,19 @@ def test_a_sheet_answers_from_wherever_it_is(tiny, registry, files):
     load = CompressedKnowledgeLLM.load
     with load(f"{registry.place}#staff", model=tiny) as there, load(files[0], model=tiny) as here:
         assert there.ask("Who?", max_tokens=5).text == here.ask("Who?", max_tokens=5).text
-    assert torch.equal(load_sheet(resolve(f"{registry.place}#staff")).indices, load_sheet(files[0]).indices)
+    assert torch.equal(load_sheet(f"{registry.place}#staff").indices, load_sheet(files[0]).indices)
+
+
+def test_a_sheet_is_inspected_wherever_it_is(files, tmp_path, capsys):
+    hub = Registry(tmp_path / "hub")
+    hub.push(files[0], "staff")
+    shown = []
+    for place in (str(files[0]), f"{tmp_path}/hub#staff@1", f"file://{files[0]}"):
+        assert run(["inspect", place, "--json", "--verify"]) == 0
+        shown.append(json.loads(capsys.readouterr().out)["manifest"])
+    assert shown[0] == shown[1] == shown[2]
+    assert run(["inspect", f"{tmp_path}/hub#nobody"]) == 1
+    assert "no version" in capsys.readouterr().err
 
 
 def test_the_command_line_pushes_and_pulls(files, tmp_path, capsys):

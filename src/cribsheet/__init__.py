@@ -25,7 +25,7 @@ _HOMES = {
     "Sheet": "sheet",
     "Task": "task",
     "build_sheet": "build",
-    "load_sheet": "storage",
+    "load_sheet": "registry",
     "read_documents": "documents",
     "save_sheet": "storage",
 }
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
     from cribsheet.documents import Document, read_documents
     from cribsheet.errors import CribsheetError
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.registry import load as load_sheet
     from cribsheet.scoring import SCORERS
     from cribsheet.sheet import Sheet
-    from cribsheet.storage import load as load_sheet
     from cribsheet.storage import save as save_sheet
     from cribsheet.task import Task
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
+
+if TYPE_CHECKING:
+    from cribsheet.independent import Reader
 
 Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
@@ -135,6 +138,7 @@ def build_sheet(
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
     allocation: Allocation | None = None,
+    read: Reader | None = None,
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
@@ -163,6 +167,9 @@ def build_sheet(
         mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many; independent
         sheets always are.
 
+    read
+        who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
+
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
@@ -186,6 +193,7 @@ def build_sheet(
             seed=seed,
             progress=progress,
             checkpoint=checkpoint,
+            read=read,
         )
     if mode != "sequential":
         raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")

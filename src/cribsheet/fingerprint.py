@@ -106,6 +106,8 @@ def _weight_samples(backbone: Backbone) -> Iterator[Tensor]:
         if weight.device.type == "meta" or not weight.is_floating_point():
             continue
         plain = weight.detach()
+        if hasattr(plain, "full_tensor"):  # divided among processes
+            plain = plain.full_tensor()
         if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
             plain = plain.dequantize()
         flat = plain.reshape(-1)

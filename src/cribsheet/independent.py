@@ -7,7 +7,7 @@ or taken away later at the cost of that document, and the result is what a build
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -103,6 +103,10 @@ class Terms:
         return TokenizedCorpus.build([document], self.layout.head(self.task.instruction), self.layout.encoder)
 
 
+# Reads documents on the terms of a sheet, somewhere else perhaps: segments in the order of their plans.
+Reader = Callable[[Terms, Manifest, Sequence[Plan]], Iterable[Segment]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Share(Budgets):
     """What one document of a sheet gets, behind a head of `head` tokens that is not its own."""
@@ -132,6 +136,7 @@ def build_independent(
     seed: int,
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
+    read: Reader | None = None,
 ) -> Sheet:
     """`build_sheet(mode="independent")`: `rate` is that of each document; head and resident guide come on top.
 
@@ -168,7 +173,7 @@ def build_independent(
         )
     )
     head = read_head(backbone, terms.head, dtype)
-    segments = read_all(backbone, terms, plans, base, head, progress, checkpoint)
+    segments = read_all(backbone, terms, plans, base, head, progress, checkpoint, read)
     made = changed(backbone, base, "built", len(documents), began)
     return assemble(backbone, made, head, segments, terms.guide)
 
@@ -181,8 +186,9 @@ def read_all(
     head: Segment,
     progress: Progress | None = None,
     checkpoint: str | Path | None = None,
+    read: Reader | None = None,
 ) -> list[Segment]:
-    """Read documents one by one, with progress in tokens.
+    """Read documents one by one, or as `read` does, with progress in tokens.
 
     A checkpoint is a sheet of the documents read so far; it is written whenever a chunk's worth was read.
     """
@@ -191,8 +197,10 @@ def read_all(
     done, saved = sum(lengths[: len(finished)]), 0
     if progress is not None:
         progress(done, sum(lengths))
-    for each, length in zip(plans[len(finished) :], lengths[len(finished) :], strict=True):
-        finished.append(read_segment(backbone, each, terms.dtype))
+    left = plans[len(finished) :]
+    segments = read(terms, base, left) if read else (read_segment(backbone, each, terms.dtype) for each in left)
+    for each, length, segment in zip(left, lengths[len(finished) :], segments, strict=True):
+        finished.append(segment)
         done, saved = done + length, saved + length
         if checkpoint is not None and (
             saved >= usual_chunk(backbone, each.reading.scorer.guide) or done == sum(lengths)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cribsheet import storage
 from cribsheet.errors import SheetError
+from cribsheet.sheet import Sheet
 
 CACHE = "CRIBSHEET_CACHE"  # names the folder for downloads
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -161,6 +162,14 @@ def resolve(place: str | Path) -> Path:
     if at and not version.isdecimal():
         raise SheetError(f"The version in {_shown(str(place))!r} is {version!r}; give a number, as in staff@3.")
     return Registry(registry).pull(name, int(version) if at else None)
+
+
+def load(place: str | Path) -> Sheet:
+    """Open a sheet wherever it is: a path, a URL, or `REGISTRY#NAME@VERSION`; without copying it into memory.
+
+    Raises `SheetError` for anything that cannot be fetched or is not a sound sheet.
+    """
+    return storage.load(resolve(place))
 
 
 def file_digest(path: str | Path) -> str:

@@ -119,7 +119,7 @@ def test_the_training_model_is_the_llama_that_transformers_loads(tmp_path: Path)
         strict=False,  # what training alone needs is not saved
     )
     ids = torch.randint(6, 8192, (2, 20))
-    loss, _ = reader(ids, ids.roll(-1, 1), torch.float32)
+    loss, _, _ = reader(ids, ids.roll(-1, 1), torch.float32)
     expected = torch.nn.functional.cross_entropy(
         llama(ids).logits.flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="none"
     )

@@ -1,4 +1,7 @@
-"""kill -9 at random moments of build and save, a full disk, no memory: the old file or the new, always valid."""
+"""kill -9 at random moments of build, save and changes, a full disk, no memory.
+
+What is left is the old file or the new, and always valid.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from cribsheet import Backbone, CompressedKnowledgeLLM, build_sheet, load_sheet, read_documents, save_sheet
 from cribsheet.storage import read_manifest, verify
+from cribsheet.task import Task
 from cribsheet.testing import save_tiny_model
 
 pytestmark = pytest.mark.reliability
@@ -25,7 +30,7 @@ _WRITER = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-from cribsheet import build_sheet, read_documents, save_sheet
+from cribsheet import CompressedKnowledgeLLM, build_sheet, read_documents, save_sheet
 from cribsheet.backbone import Backbone
 from cribsheet.task import Task
 what, model, target = sys.argv[1:]
@@ -34,6 +39,17 @@ texts = ["Alice Moreno lives in Lisbon. " * 20, "Bob Smith lives in Oslo. " * 20
 task = Task.of("Who lives where?")
 def build(number):
     return build_sheet(backbone, read_documents(texts), task, rate=4, scorer="recent", seed=number, chunk_tokens=64)
+def changed(number):
+    kb = CompressedKnowledgeLLM.load(target, model=backbone)
+    ids = [document.id for document in kb.sheet.documents]
+    text = {"id": f"new-{os.getpid()}-{number}", "text": f"Clara Berg lives in Town {number}. " * 5}
+    if what == "extend":
+        kb.extend([text]) if len(ids) < 6 else kb.remove(*ids[2:])
+    elif what == "replace":
+        kb.replace(ids[0], text["text"])
+    else:
+        kb.remove(ids[-1]) if len(ids) > 1 else kb.extend([text, {**text, "id": text["id"] + "b"}])
+    return kb.sheet
 one = build(1)
 print("ready", flush=True)
 for line in sys.stdin:
@@ -46,7 +62,7 @@ for line in sys.stdin:
     number = 1
     while True:
         number += 1
-        save_sheet(one if what == "save" else build(number), target)
+        save_sheet(one if what == "save" else build(number) if what == "build" else changed(number), target)
 """
 
 
@@ -75,6 +91,38 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new(what, model, sheet_file,
         writer.stdin.close()
     assert len(digests) > 1  # it was written indeed
     assert all(path == target or path.name.startswith(".") for path in tmp_path.iterdir())  # hidden leftovers
+
+
+@pytest.mark.parametrize("what", ["extend", "replace", "remove"])
+def test_a_killed_change_leaves_the_old_sheet_or_the_new(what, model, dice, times, tmp_path):
+    """And whatever it leaves can be asked, and changed again: each child goes on with what the last one left."""
+    target = tmp_path / "staff.sheet"
+    backbone = Backbone.load(model)
+    texts = ["Alice Moreno lives in Lisbon. " * 5, "Bob Smith lives in Oslo. " * 5]
+    terms = {"rate": 4, "scorer": "recent", "mode": "independent"}
+    save_sheet(build_sheet(backbone, read_documents(texts), Task.of("Who lives where?"), **terms), target)
+    command = [sys.executable, "-c", _WRITER, what, str(model), str(target)]
+    changes = 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        for _ in range(times(100)):
+            before = target.read_bytes()
+            print("go", file=writer.stdin, flush=True)
+            child = int(writer.stdout.readline())
+            time.sleep(dice.uniform(0.0, 0.4))
+            os.kill(child, signal.SIGKILL)
+            assert writer.stdout.readline() == "dead\n"
+            verify(target)
+            sheet = load_sheet(target)
+            changes += target.read_bytes() != before
+            assert len(sheet.texts) == len(sheet.manifest.documents) == len(sheet.manifest.segments)
+            for document, entry in zip(sheet.documents, sheet.manifest.documents, strict=True):
+                assert len(document.text) == entry.characters
+        writer.stdin.close()
+    assert changes > 0
+    with CompressedKnowledgeLLM.load(target, model=backbone) as kb:
+        assert kb.ask("Who?", max_tokens=3).usage.completion_tokens
 
 
 def test_a_full_disk_leaves_the_old_file(model, sheet_file, tmp_path):

@@ -167,3 +167,32 @@ def test_bytes_that_are_not_http_harm_nobody(live):
         with socket.create_connection((host, int(port))) as raw:
             raw.sendall(sent)
     assert live.http().get("/health").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"stop": ["a"] * 1001}, "stop", "1000"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object' or 'json_schema'"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
+        ({"stream_options": {}}, "stream_options", "stream=true"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+    ],
+)
+def test_a_refusal_names_the_field_that_was_meant_and_what_it_may_be(fields, param, says, live):
+    reply = live.post(model="oslo", messages=[{"role": "user", "content": "Where?"}], **fields)
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and error["param"] == param and says in error["message"]
+
+
+def test_a_body_that_is_not_declared_as_json_is_told_how(live):
+    with live.http() as http:
+        reply = http.post("/v1/chat/completions", content=b'{"model": "oslo"}')
+    assert reply.status_code == 400 and "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+def test_turns_that_the_template_has_no_form_for_are_the_callers_fault(live):
+    turns = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Where?"}]
+    reply = live.post(model="oslo", messages=turns, max_tokens=3)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "messages"

@@ -78,6 +78,14 @@ def build(
     ] = False,
     no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Build by tasks on a Ray cluster, which survive their workers.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The cluster; one on this machine by default.")
+    ] = None,
+    task_cpus: Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a task.")] = 1,
+    task_gpus: Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a task.")] = 0,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -95,26 +103,28 @@ def build(
     from cribsheet.documents import read_documents
 
     documents = read_documents([Path(path) for path in paths])
-    from cribsheet.llm import CompressedKnowledgeLLM
-
     options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
     options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint, "mode": mode}
     options |= {"allocation": allocation} | ({"scorer": scorer} if scorer else {})
-    model_options = {"device": device, "dtype": dtype, "revision": revision}
+    given = {"device": device, "dtype": dtype, "revision": revision}
+    options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
-        kb = CompressedKnowledgeLLM.build(
-            documents,
-            purpose,
-            model=model,
-            model_options={name: value for name, value in model_options.items() if value is not None},
-            progress=progress,
-            **options,
-        )
-    kb.save(output, texts=not no_texts)
+        if ray:
+            from cribsheet.cli.scaling import build_on_ray
+
+            needs = (task_cpus, task_gpus)
+            sheet = build_on_ray(documents, purpose, address=ray_address, needs=needs, progress=progress, **options)
+        else:
+            from cribsheet.llm import CompressedKnowledgeLLM
+
+            sheet = CompressedKnowledgeLLM.build(documents, purpose, progress=progress, **options).sheet
+    from cribsheet.storage import save
+
+    save(sheet, output, texts=not no_texts)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    _report(kb.sheet, output, time.perf_counter() - began, as_json=as_json)
+    _report(sheet, output, time.perf_counter() - began, as_json=as_json)
 
 
 def check_output(output: Path, *, force: bool) -> None:

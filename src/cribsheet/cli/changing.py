@@ -89,7 +89,7 @@ def remove(
 
 def merge(
     file: SheetFile,
-    others: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Sheets of the same model and task.")],
+    others: Annotated[list[str], typer.Argument(metavar="FILES...", help="Sheets of the same model and task.")],
     output: Output = None,
     model: Model = None,
     device: Device = None,
@@ -102,10 +102,10 @@ def merge(
     """Add the documents of other independent sheets; none is read again."""
 
     def take_over(kb: CompressedKnowledgeLLM, progress: Progress | None) -> None:
-        from cribsheet import storage
+        from cribsheet import load_sheet
 
         for other in others:
-            kb.merge(storage.load(other))
+            kb.merge(load_sheet(other))
 
     _change(file, output, (model, device, dtype, revision), as_json, take_over)
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cribsheet.cli.console import AsJson, Debug, Verbose, quiet_libraries, say, say_json
+from cribsheet.cli.reading import SheetFile
 
 if TYPE_CHECKING:
     from cribsheet.sheet import Sheet
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")],
+    file: SheetFile,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it and compare with the digest it was saved with.")
     ] = False,
@@ -29,14 +30,16 @@ def inspect(
     """
     quiet_libraries()
     from cribsheet import storage
+    from cribsheet.registry import resolve
 
+    found = resolve(file)
     if verify:
-        storage.verify(file)
-    sheet = storage.load(file)
+        storage.verify(found)
+    sheet = storage.load(found)
     if as_json:
-        say_json(sheet_data(sheet, file))
+        say_json(sheet_data(sheet, found))
         return
-    for line in sheet_lines(sheet, file):
+    for line in sheet_lines(sheet, found):
         say(line)
 
 

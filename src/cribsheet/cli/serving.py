@@ -51,6 +51,18 @@ def serve(
     ] = 30.0,
     hide_documents: Annotated[bool, typer.Option("--hide-documents", help="Do not show the documents' texts.")] = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Log questions and answers.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve by replicas on a Ray cluster, here or elsewhere.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The cluster; one on this machine by default.")
+    ] = None,
+    replicas: Annotated[
+        str, typer.Option(metavar="N[-M]", help="With --ray, how many replicas; from N to M by how much is asked.")
+    ] = "2",
+    open_sheets: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --ray, sheets that a replica holds open.")
+    ] = 8,
+    replica_cpus: Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a replica.")] = 1,
+    replica_gpus: Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a replica.")] = 0,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
@@ -85,7 +97,13 @@ def serve(
     )
     options = {"model": model, "device": device, "dtype": dtype, "revision": revision}
     given = {name: value for name, value in options.items() if value is not None}
-    _run(sheets, given, keys, settings, host, port, drain)
+    if ray:
+        from cribsheet.cli.scaling import serve_on_ray
+
+        scale = {"open_sheets": open_sheets, "cpus": replica_cpus, "gpus": replica_gpus, "drain_seconds": drain}
+        serve_on_ray(sheets, given, keys, settings, replicas, scale, host, port, ray_address)
+    else:
+        _run(sheets, given, keys, settings, host, port, drain)
 
 
 def _run(

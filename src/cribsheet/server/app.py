@@ -20,7 +20,7 @@ from cribsheet.server.metrics import Gauge, Metrics
 from cribsheet.server.refusals import install
 from cribsheet.server.routes import OPEN_ROUTES, router
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Shelf
+from cribsheet.server.shelf import Sheets
 
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _POLICY = (
@@ -28,13 +28,13 @@ _POLICY = (
 )
 
 
-def create_app(shelf: Shelf, *, keys: Keyring | None = None, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(shelf: Sheets, *, keys: Keyring | None = None, settings: ServerSettings | None = None) -> FastAPI:
     """An ASGI app that answers from the sheets of a shelf, and closes it when it ends.
 
     Without `keys` everybody may ask everything. Raises `RequestError` for keys to sheets that are not there.
     """
     for caller in keys.callers if keys else ():
-        unknown = (caller.sheets or frozenset()) - set(shelf)
+        unknown = (caller.sheets or frozenset()) - set(shelf.manifests)
         if unknown:
             raise RequestError(
                 f"The key {caller.name!r} is for the sheets {', '.join(sorted(unknown))}, not served here."
@@ -71,8 +71,8 @@ def _asset(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
     return asset
 
 
-def _sheet_tokens(shelf: Shelf) -> dict[tuple[tuple[str, str], ...], float]:
-    return {(("sheet", name),): served.kb.sheet.tokens for name, served in shelf.items()}
+def _sheet_tokens(shelf: Sheets) -> dict[tuple[tuple[str, str], ...], float]:
+    return {(("sheet", name),): manifest.budget for name, manifest in shelf.manifests.items()}
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
         parts.get("schemas", {}).pop(name, None)
     if app.state.keys is None:  # with keys, not everybody may know the names
         for name in ("ChatRequest", "CompletionRequest"):
-            parts["schemas"][name]["properties"]["model"]["enum"] = list(app.state.desk.shelf)
+            parts["schemas"][name]["properties"]["model"]["enum"] = list(app.state.desk.shelf.manifests)
     else:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     app.openapi_schema = described

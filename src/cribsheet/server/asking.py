@@ -114,7 +114,7 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any
         raise Refusal(400, f"{name} is about passages; give a mode that retrieves with it.", param=f"cribsheet.{name}")
     if "sure" in given and extension.mode != "auto":
         raise Refusal(400, "sure is for the mode 'auto' only.", param="cribsheet.sure")
-    settings: dict[str, Any] = {"evidence": bool(extension.evidence)}
+    settings: dict[str, Any] = {"evidence": bool(extension.evidence or extension.sources)}
     if not extension.retrieves:
         return settings
     if not any(kb.sheet.texts):

@@ -6,7 +6,8 @@ from typing import Literal
 
 from cribsheet.server.refusals import Refusal
 from cribsheet.server.replies import Reply
-from cribsheet.server.shelf import Served
+from cribsheet.server.shelf import Served, created
+from cribsheet.sheet import Manifest
 
 
 class ModelEntry(Reply):
@@ -66,9 +67,9 @@ class DocumentDetails(Reply):
     kept: list[KeptToken]
 
 
-def entry(served: Served) -> ModelEntry:
+def entry(name: str, manifest: Manifest) -> ModelEntry:
     """A sheet in the list of models."""
-    return ModelEntry(id=served.name, object="model", created=served.created, owned_by="cribsheet")
+    return ModelEntry(id=name, object="model", created=created(manifest), owned_by="cribsheet")
 
 
 def details(served: Served, *, texts: bool) -> SheetDetails:

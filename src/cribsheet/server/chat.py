@@ -34,7 +34,7 @@ from cribsheet.tools import ToolCall
 
 async def chat(desk: Desk, request: Request, body: ChatRequest, caller: Caller) -> Response:
     """Answer a conversation."""
-    served = desk.find(body.model, caller, record_of(request))
+    served = await desk.find(body.model, caller, record_of(request))
     answers = await desk.begin(
         request, caller, served, body, lambda: chat_asks(body, served.kb, desk.settings), body.choices
     )

@@ -30,7 +30,7 @@ from cribsheet.server.writing import Piece
 
 async def complete(desk: Desk, request: Request, body: CompletionRequest, caller: Caller) -> Response:
     """Answer prompts."""
-    served = desk.find(body.model, caller, record_of(request))
+    served = await desk.find(body.model, caller, record_of(request))
     wanted = len(body.prompts) * body.choices
     answers = await desk.begin(
         request, caller, served, body, lambda: completion_asks(body, served.kb, desk.settings), wanted

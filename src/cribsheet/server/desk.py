@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cribsheet.answer import Answer, Source
+from cribsheet.evidence import LIMIT
 from cribsheet.server.asking import Ask, log_facts
 from cribsheet.server.auth import Caller
 from cribsheet.server.limits import Gate
@@ -20,9 +21,10 @@ from cribsheet.server.record import Record, record_of
 from cribsheet.server.refusals import Refusal
 from cribsheet.server.replies import Extended, extension_of
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Served, Shelf
+from cribsheet.server.shelf import Served, Sheets
 from cribsheet.server.streaming import ReaderLeft, while_connected
 from cribsheet.server.writing import Piece, Writing
+from cribsheet.sheet import Manifest
 
 T = TypeVar("T")
 _THREADS = 4  # that prepare questions: templates, tokens, grammars
@@ -31,7 +33,7 @@ _THREADS = 4  # that prepare questions: templates, tokens, grammars
 class Desk:
     """The sheets of a server with its limits."""
 
-    def __init__(self, shelf: Shelf, settings: ServerSettings) -> None:
+    def __init__(self, shelf: Sheets, settings: ServerSettings) -> None:
         self.shelf, self.settings = shelf, settings
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
@@ -46,13 +48,24 @@ class Desk:
         self.shelf.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def find(self, name: str, caller: Caller, record: Record) -> Served:
-        """A sheet that the caller may ask. Raises `Refusal` in the same words for one that is not there."""
-        served = self.shelf.get(name) if caller.may_ask(name) else None
+    async def find(self, name: str, caller: Caller, record: Record) -> Served:
+        """A sheet that the caller may ask, open. Raises `Refusal` as `known`."""
+        self.known(name, caller)
+        served = await self.shelf.find(name)
         if served is None:
-            raise Refusal(404, f"There is no sheet {name!r}; see /v1/models.", param="model", code="model_not_found")
+            raise _unknown(name)
         record.sheet = name
         return served
+
+    def known(self, name: str, caller: Caller) -> Manifest:
+        """What a sheet that the caller may ask was made with.
+
+        Raises `Refusal` in the same words for one that is not there.
+        """
+        manifest = self.shelf.manifests.get(name) if caller.may_ask(name) else None
+        if manifest is None:
+            raise _unknown(name)
+        return manifest
 
     async def begin(
         self,
@@ -73,13 +86,21 @@ class Desk:
         return Answers(self, request, served, body, prepared)
 
     async def extended(self, served: Served, ask: Ask, answer: Answer, wanted: Extension) -> Extended | None:
-        """The reply's extension field, if the request asked for one: where the answer is from."""
+        """The reply's extension field, if the request asked for one: where the answer is from.
+
+        The question is read again only for more sources than an answer brings along.
+        """
         if not wanted.replies:
             return None
-        sources: Sequence[Source] | None = answer.sources if wanted.evidence else None
-        if limit := wanted.sources:
+        limit = wanted.sources or 0
+        sources: Sequence[Source] | None = None
+        if limit > LIMIT:
             async with self._tracing:
                 sources = await self.in_thread(lambda: served.kb.sources(ask.question, answer, limit=limit))
+        elif limit:
+            sources = answer.sources[:limit]
+        elif wanted.evidence:
+            sources = answer.sources
         return extension_of(answer, sources, texts=self.settings.show_documents)
 
 
@@ -136,6 +157,10 @@ class Answers:
         record.facts.setdefault("finish", []).append(answer.finish_reason)
         if self._desk.settings.log_text:
             record.facts.setdefault("answers", []).append(answer.text)
+
+
+def _unknown(name: str) -> Refusal:
+    return Refusal(404, f"There is no sheet {name!r}; see /v1/models.", param="model", code="model_not_found")
 
 
 def left() -> Response:

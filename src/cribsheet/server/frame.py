@@ -30,7 +30,7 @@ class Frame:
             await self._app(scope, receive, send)
             return
         record = keep(scope)
-        sending, receiving = _Sending(send, record, self._settings), _Receiving(receive, self._settings)
+        sending, receiving = _Sending(send, record, self._settings), Receiving(receive, self._settings)
         try:
             with record.cleanup:
                 await self._served(scope, receiving, sending)
@@ -95,7 +95,7 @@ class _Sending:
             raise
 
 
-class _Receiving:
+class Receiving:
     """Receive that bounds size and time of the body; afterwards it waits for a disconnect as long as it takes."""
 
     def __init__(self, receive: Receive, settings: ServerSettings) -> None:
@@ -104,6 +104,7 @@ class _Receiving:
         self._deadline: float | None = None
 
     async def __call__(self) -> Message:
+        """The next piece of the body, or word that the caller left."""
         if self._complete:
             return await self._receive()
         loop = asyncio.get_running_loop()

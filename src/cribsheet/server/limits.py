@@ -30,9 +30,7 @@ class Gate:
         limits = self._settings
         own = min(limits.max_answers, limits.max_answers_per_caller)
         if answers > own:
-            raise Refusal(
-                400, f"n is {answers}, but at most {own} answers are written at once; ask for fewer.", param="n"
-            )
+            raise Refusal(400, f"{answers} answers are asked for, but at most {own} are written at once.", param="n")
         if self.in_flight + answers > limits.max_answers:
             raise Refusal(503, f"{self.in_flight} answers are being written already; try again later.")
         if self._of_caller[caller] + answers > own:

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 
 _PLACE = "cribsheet.record"
+ID = "cribsheet.id"  # in a request's scope, where whoever handed it on has named it already
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class Record:
 def keep(scope: MutableMapping[str, Any]) -> Record:
     """A record for a request that arrives."""
     record = scope[_PLACE] = Record(scope["method"], scope["path"])
+    record.id = scope.get(ID, record.id)
     return record
 
 

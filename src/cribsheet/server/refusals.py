@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from cribsheet.errors import EngineError, RequestError
+from cribsheet.errors import EngineError, RequestError, TemplateError
 from cribsheet.server.record import record_of
 
 # status -> the type and the code that OpenAI's clients know
@@ -31,6 +31,7 @@ _KINDS = {
     504: ("server_error", "answer_timeout"),
 }
 RETRY_SECONDS = 1
+_ODD_TURNS = "The model's chat template has no form for these turns in this order; begin with the user's."
 
 
 class ErrorDetail(BaseModel):
@@ -90,6 +91,8 @@ def refusal_of(error: BaseException, *, late: bool = False) -> Refusal:
         return error
     if isinstance(error, RequestError):
         return Refusal(400, str(error))
+    if isinstance(error, TemplateError):
+        return Refusal(400, _ODD_TURNS, param="messages")
     if isinstance(error, EngineError):
         return Refusal(504 if late else 503, str(error))
     return Refusal(500, "The server failed on this request; its log tells more under the request's id.")
@@ -120,8 +123,19 @@ def install(app: FastAPI) -> None:
 
 
 def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
-    """The fault that lies deepest: of the forms that a field may have, the one that was meant."""
-    path, fault = max(((_path(each, body), each) for each in errors), key=lambda pair: len(pair[0]))
+    """The fault that lies deepest: of the forms that a field may have, the one that was meant.
+
+    Of two as deep, one in a form whose `type` is right, then one about that type.
+    """
+    found = [(_path(each, body), each) for each in errors]
+    other = {each["loc"][:-1] for each in errors if each["type"] == "literal_error"}
+
+    def weight(pair: tuple[list[str | int], Any]) -> tuple[int, int]:
+        kind, form = pair[1]["type"], pair[1]["loc"][:-1]
+        is_meant = form not in other and not kind.endswith("_type")
+        return len(pair[0]), 2 * is_meant + (kind == "literal_error")
+
+    path, fault = max(found, key=weight)
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or None
     if fault["type"] == "extra_forbidden":
         return Refusal(400, f"The field {param!r} is not supported; leave it out.", param=param, code="unknown_field")
@@ -130,7 +144,16 @@ def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
     if fault["type"] in ("json_invalid", "json_type"):
         return Refusal(400, f"The body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}.")
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return Refusal(400, f"{param or 'The body'}: {message}", param=param)
+    if fault["type"] == "literal_error":  # of all forms
+        known = dict.fromkeys(each["ctx"]["expected"] for place, each in found if place == path and "ctx" in each)
+        message = f"Input should be {' or '.join(known)}"
+    if param is None:
+        first = message.partition(" ")[0]
+        param = first if isinstance(body, dict) and first in body else None
+        if isinstance(body, bytes | str):
+            message = "it is not declared as JSON; send the header Content-Type: application/json."
+        return Refusal(400, f"The body: {message}", param=param)
+    return Refusal(400, f"{param}: {message}", param=param)
 
 
 def _path(fault: Any, body: Any) -> list[str | int]:

@@ -48,10 +48,11 @@ DeskOf = Annotated[Desk, Depends(_desk_of)]
 CallerOf = Annotated[Caller, Depends(_caller_of)]
 
 
-async def _served_of(
-    request: Request, name: Annotated[str, Path(max_length=128)], desk: DeskOf, caller: CallerOf
-) -> Served:
-    return desk.find(name, caller, record_of(request))
+Name = Annotated[str, Path(max_length=128)]
+
+
+async def _served_of(request: Request, name: Name, desk: DeskOf, caller: CallerOf) -> Served:
+    return await desk.find(name, caller, record_of(request))
 
 
 ServedOf = Annotated[Served, Depends(_served_of)]
@@ -80,14 +81,14 @@ async def complete(request: Request, body: CompletionRequest, desk: DeskOf, call
 @router.get("/v1/models", responses=_replies(catalogue.ModelList, 401))
 async def models(desk: DeskOf, caller: CallerOf) -> Response:
     """The sheets that may be asked."""
-    entries = [catalogue.entry(served) for name, served in desk.shelf.items() if caller.may_ask(name)]
+    entries = [catalogue.entry(*each) for each in desk.shelf.manifests.items() if caller.may_ask(each[0])]
     return _json(catalogue.ModelList(object="list", data=entries))
 
 
 @router.get("/v1/models/{name}", responses=_replies(catalogue.ModelEntry, 401, 404))
-async def model(served: ServedOf) -> Response:
+async def model(name: Name, desk: DeskOf, caller: CallerOf) -> Response:
     """One of the sheets."""
-    return _json(catalogue.entry(served))
+    return _json(catalogue.entry(name, desk.known(name, caller)))
 
 
 @router.get("/v1/sheets/{name}", responses=_replies(catalogue.SheetDetails, 401, 404))

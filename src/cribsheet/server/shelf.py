@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from cribsheet.errors import SheetError
 from cribsheet.llm import CompressedKnowledgeLLM
+from cribsheet.sheet import Manifest
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -26,17 +27,23 @@ class Served:
     kb: CompressedKnowledgeLLM
 
     @property
-    def created(self) -> int:
-        """When the sheet was built, in seconds since 1970."""
-        try:
-            return int(datetime.datetime.fromisoformat(self.kb.sheet.manifest.created).timestamp())
-        except ValueError:
-            return 0
-
-    @property
     def digest(self) -> str:
         """What tells it from other sheets, and from other versions of itself."""
         return self.kb.sheet.manifest.digest
+
+
+class Sheets(Protocol):
+    """What a server answers from: it knows all of its sheets by their manifests, and may open them when asked."""
+
+    @property
+    def manifests(self) -> Mapping[str, Manifest]:
+        """What there is, by name."""
+
+    async def find(self, name: str) -> Served | None:
+        """The sheet of that name, open; none if there is none."""
+
+    def close(self) -> None:
+        """Close all of them; running answers end."""
 
 
 class Shelf(Mapping[str, Served]):
@@ -65,6 +72,15 @@ class Shelf(Mapping[str, Served]):
             undo.pop_all()
         return cls(opened)
 
+    @property
+    def manifests(self) -> Mapping[str, Manifest]:
+        """What each of them was made with."""
+        return {name: served.kb.sheet.manifest for name, served in self.items()}
+
+    async def find(self, name: str) -> Served | None:
+        """A sheet, or none."""
+        return self.get(name)
+
     def close(self) -> None:
         """Close all of them; running answers end."""
         for served in self._sheets.values():
@@ -78,6 +94,14 @@ class Shelf(Mapping[str, Served]):
 
     def __len__(self) -> int:
         return len(self._sheets)
+
+
+def created(manifest: Manifest) -> int:
+    """When a sheet was built, in seconds since 1970."""
+    try:
+        return int(datetime.datetime.fromisoformat(manifest.created).timestamp())
+    except ValueError:
+        return 0
 
 
 def named(sheet: str | Path) -> tuple[str, str]:

@@ -71,5 +71,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+# Some clients end a line at these too; inside JSON they may be written as escapes.
+_BREAKS = {place: f"\\u{place:04x}" for place in (0x85, 0x2028, 0x2029)}
+
+
 async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+    line = f"data: {data.translate(_BREAKS)}\n\n".encode()
+    await send({"type": "http.response.body", "body": line, "more_body": True})

@@ -1,0 +1,34 @@
+"""More machines: builds as Ray tasks, and replicas of the server on Ray Serve.
+
+`building.py`: one task for each corpus or, for independent sheets, for each document; killed workers are followed by
+others that go on where they were. `serving.py`: the app of `cribsheet serve` in every replica, behind one address.
+Needs the extra: `pip install 'cribsheet[ray]'`; nothing else in cribsheet imports Ray.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cribsheet.ray.building import Workers, build_each, build_independent
+    from cribsheet.ray.serving import Serving, application
+    from cribsheet.ray.session import cluster
+
+__all__ = ["Serving", "Workers", "application", "build_each", "build_independent", "cluster"]
+_HOMES = {
+    "Serving": "serving",
+    "Workers": "building",
+    "application": "serving",
+    "build_each": "building",
+    "build_independent": "building",
+    "cluster": "session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cribsheet.ray' has no attribute {name!r}")
+    from cribsheet.handover import integration
+
+    integration("ray", "cribsheet[ray]")
+    return getattr(integration(f"cribsheet.ray.{_HOMES[name]}", "cribsheet[ray]"), name)
