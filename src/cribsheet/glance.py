@@ -46,8 +46,9 @@ class Glance:
 
     def _look(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
         layer.watch = None
-        groups = [keys for keys, _ in layer.prefix.groups]
-        sizes = [keys.shape[0] * query.shape[1] // layer.prefix.heads for keys in groups]  # query heads of each
+        prefix = layer.prefix
+        groups = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
+        sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in groups]  # query heads of each
         parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
         masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
         self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
