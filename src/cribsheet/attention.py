@@ -19,6 +19,7 @@ from torch import Tensor
 from cribsheet import flash
 
 _MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB in float32
+_CACHED_SCORES = 1 << 20  # as many as stay in a CPU's cache until they are looked at again
 
 
 def attend(
@@ -187,10 +188,32 @@ def column_peak(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
+    if softcap is None:
+        return _peak_of_products(q, k, lse, scale, row_weight)
     peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
     for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
         peak = torch.maximum(peak, weights.amax(1))
     return peak
+
+
+def _peak_of_products(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None) -> Tensor:
+    """`column_peak` without a soft cap: the largest logit wins, so only that one goes through the exponential.
+
+    A row's log-sum-exp and weight are one more dimension of the dot product: nothing of size rows x keys is gone
+    over but by the product itself and the search for its largest.
+    """
+    h, t, d = q.shape
+    kv_heads, s, _ = k.shape
+    offset = -lse if row_weight is None else row_weight.log() - lse
+    left = torch.cat([q.float() * scale, offset.unsqueeze(-1)], -1).reshape(kv_heads, h // kv_heads, t, d + 1)
+    right = torch.cat([k.float(), k.new_ones(kv_heads, s, 1, dtype=torch.float32)], -1).transpose(1, 2)
+    peak = q.new_full((kv_heads, h // kv_heads, s), float("-inf"), dtype=torch.float32)
+    rows = max(1, (_CACHED_SCORES if q.device.type == "cpu" else _MAX_SCORES) // (h * max(1, s)))
+    for start in range(0, t, rows):
+        block = left[:, :, start : start + rows]
+        logits = (block.reshape(kv_heads, -1, d + 1) @ right).reshape(*block.shape[:3], s)
+        torch.maximum(peak, logits.amax(2), out=peak)
+    return peak.exp_().reshape(h, s)
 
 
 def _weight_blocks(

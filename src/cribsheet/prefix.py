@@ -290,31 +290,51 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ReadingLayer(PrefixLayer):
-    """A layer that reads `[chunk; guide]` in one go and remembers how the guide looked.
+    """A layer that reads `[chunk; guide]` in one go, or the guide on a chunk read before, and remembers how it looked.
 
     After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
     """
 
-    def __init__(self, prefix: LayerPrefix, start: int, guide_tokens: int) -> None:
+    def __init__(
+        self, prefix: LayerPrefix, start: int, guide_tokens: int, known: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         super().__init__(prefix, start)
         self.guide_tokens = guide_tokens
+        self._known = known  # keys and values (1, K, c, D) of the chunk
+        self._before = known[0].shape[2] if known else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep a reference to the chunk's keys and values; nothing is copied."""
-        self.length = key_states.shape[2]
-        chunk = self.length - self.guide_tokens
-        self.chunk_keys, self.chunk_values = key_states[0, :, :chunk], value_states[0, :, :chunk]
+        chunk = key_states.shape[2] - self.guide_tokens
+        read = self._known or (key_states[:, :, :chunk], value_states[:, :, :chunk])
+        self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
         self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
+        self.length = self._before + key_states.shape[2]
         return self.tag(key_states), value_states
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        out, lse = super()._attend(query, key, value, mask, scale, softcap)
+        if self._known is None:
+            out, lse = super()._attend(query, key, value, mask, scale, softcap)
+        elif self.window is not None and self.prefix.longest + self.length > self.window:
+            keys, values = torch.cat([self._known[0], key], 2), torch.cat([self._known[1], value], 2)
+            out, lse = self._attend_window(query, keys, values, None, scale, softcap, self.window)
+        else:
+            chunk = attend(query, *self._known, scale=scale, softcap=softcap)
+            out, lse = merge(super()._attend(query, key, value, mask, scale, softcap), chunk)
         first = query.shape[2] - self.guide_tokens
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out, lse
+
+    def get_seq_length(self) -> int:
+        """Tokens before the next one, prefix and known chunk included."""
+        return self.start + self._before
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The new tokens see all that is before them, so masks begin with them."""
+        return query_length, self.start + self._before
 
 
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:

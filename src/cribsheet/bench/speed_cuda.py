@@ -10,9 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from cribsheet import flash
+from cribsheet.answering import Request
 from cribsheet.bench import speed_sides as sides
 from cribsheet.bench.speed_parts import ALLOCATIONS, QUESTION, Report
 from cribsheet.bench.speed_setting import Setting
+from cribsheet.engine import Engine
+from cribsheet.sampling import SamplingParams
 
 
 def ceilings(setting: Setting, report: Report) -> None:
@@ -99,14 +102,16 @@ def build_long(setting: Setting, report: Report, length: int) -> None:
     report.point("plain prefill", length, best)
     for rate, target in ((8, 2.0), (64, 2.3)):
         for name in ALLOCATIONS:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            on_gpu = setting.device.type == "cuda"
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             kind = "adaptive" if name == "adaptive" else "uniform"
             took = setting.once(lambda: sides.build(setting, corpus, rate, allocation=kind))  # noqa: B023
             report.point(f"build, task, {name}, {rate}×", length, took)
             report.fact(
                 f"build {length}, {name}, {rate}×: peak GiB above the model",
-                (torch.cuda.max_memory_allocated() - before) / 2**30,
+                (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0,
             )
             report.row(f"build against plain prefill, {length} tokens, {rate}×, {name}", took, best, target=target)
 
@@ -117,16 +122,23 @@ def profile(setting: Setting, report: Report) -> str:
     from torch.profiler import profile as profiled
 
     prefix, question = setting.prefix(2048, ragged=True), setting.ids(QUESTION)
-    asker = sides.Asker(setting)
-    asker.ask(prefix, [question], 16)
+    engine = Engine(setting.backbone)
+
+    def answer() -> None:
+        """All steps in this thread, which is the one that the profiler sees."""
+        params = SamplingParams(max_tokens=16)
+        engine._waiting.append(Request(prefix, question, params, lambda event: None, evidence=True))
+        while engine.step():
+            pass
+        setting.now()
+
+    answer()
+    answer()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setting.device.type == "cuda" else [])
     began = time.perf_counter()
     with profiled(activities=activities) as found:
-        asker.ask(prefix, [question], 16)
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize()
+        answer()
     report.fact("profiled answer, s", time.perf_counter() - began)
-    asker.close()
     sort = "self_cuda_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
     table = found.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=60)
     cpu = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=60)
