@@ -24,7 +24,9 @@ def on_cuda(q: Tensor) -> bool:
     return q.device.type == "cuda" and q.dtype in _CUDA_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-def flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`attend` on a CPU."""
     bias = None
     if mask is not None:

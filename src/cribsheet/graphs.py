@@ -1,8 +1,8 @@
 """Decoding steps that are captured once and replayed, on GPUs.
 
 A step of a large model is a thousand kernels that each run for microseconds: launching them one by one from Python
-takes several times longer than running them. A CUDA graph launches them all at once. It works on fixed buffers, so there
-is one for each bucket of batch sizes and suffix lengths, and it is captured when a bucket has been used a few times.
+takes several times longer than running them. A CUDA graph launches them all at once. It works on fixed buffers, so
+there is one for each bucket of batch sizes and suffix lengths, captured when the bucket has been used a few times.
 """
 
 from __future__ import annotations

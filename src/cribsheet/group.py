@@ -13,13 +13,16 @@ from cribsheet.glance import Glance
 from cribsheet.graphs import StepGraphs
 from cribsheet.prefix import Prefix
 
+Buffers = tuple[Rows, list[SlotLayer], StepGraphs]
+
 
 class Group:
     """The sequences that run over one prefix, in slots 0..B-1 of one batch."""
 
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
-        self.rows, self.layers, self._graphs = prefix.resting.pop() if prefix.resting else _buffers(prefix)
+        buffers: Buffers = prefix.resting.pop() if prefix.resting else _buffers(prefix)
+        self.rows, self.layers, self._graphs = buffers
         self.running: list[Answering] = []
 
     def decode(self, backbone: Backbone) -> Tensor:
@@ -80,6 +83,6 @@ class Group:
         self.rows.lengths.pop()
 
 
-def _buffers(prefix: Prefix) -> tuple[Rows, list[SlotLayer], StepGraphs]:
+def _buffers(prefix: Prefix) -> Buffers:
     rows = Rows()
     return rows, [SlotLayer(layer, prefix.tokens, rows) for layer in prefix.layers], StepGraphs()

@@ -1,4 +1,4 @@
-"""That what is timed is right: fused attention against the plain float32 one, models with it and without, whole answers.
+"""That what is timed is right: fused attention against plain, models with it and without, whole answers.
 
 Each check returns its errors; the bench reports them, and fails where one is above its bound.
 """
@@ -98,11 +98,15 @@ def _logits(kb: CompressedKnowledgeLLM) -> Tensor:
 
 
 def whole_answers(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A sheet of the pocket model, asked on this device and, in float32, on the CPU: the same words, also in a batch."""
+    """Answers of the pocket model in float32 on a CPU, on this device, and fast; in a batch and one by one."""
     questions = ["Where does person 17 live?", "Where does person 4 live?", "How many goats has person 30?"]
     documents = [Document(text=_TEXT, id="street")]
     answers = {}
-    for name, place, kind in (("reference", "cpu", torch.float32), ("here", device, torch.float32), ("fast", device, dtype)):
+    for name, place, kind in (
+        ("reference", "cpu", torch.float32),
+        ("here", device, torch.float32),
+        ("fast", device, dtype),
+    ):
         backbone = Backbone.load("pocket", device=place, dtype=kind)
         kb = CompressedKnowledgeLLM.build(documents, "Who lives where?", model=backbone, rate=4)
         streams = [kb.stream(question, max_tokens=24) for question in questions]
@@ -125,10 +129,22 @@ def steps_agree(setting: Setting) -> dict[str, float]:
         question, logits = setting.ids(40), []
         for graphs in (False, True):
             group = Group(prefix)
-            keys = [torch.randn(setting.backbone.kv_heads, 40, setting.backbone.head_size, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+            keys = [
+                torch.randn(
+                    setting.backbone.kv_heads,
+                    40,
+                    setting.backbone.head_size,
+                    generator=torch.Generator().manual_seed(n),
+                )
+                for n in range(2)
+            ]
             suffix = [tuple(each.to(setting.device, setting.backbone.dtype) for each in keys)] * len(prefix.layers)
             for _ in range(3):
-                sequence = Answering(Request(prefix, question, SamplingParams(), print, evidence=True), setting.backbone.tokenizer, frozenset())
+                sequence = Answering(
+                    Request(prefix, question, SamplingParams(), print, evidence=True),
+                    setting.backbone.tokenizer,
+                    frozenset(),
+                )
                 group.insert(sequence, suffix)  # type: ignore[arg-type]
                 sequence.last = 25 + len(group.running)
             if not graphs:

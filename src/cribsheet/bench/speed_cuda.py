@@ -1,12 +1,14 @@
-"""What only a GPU has to show: its ceilings, its attention kernels, the floor of decoding, and where an answer's time goes."""
+"""What only a GPU has to show: its ceilings and kernels, the floor of decoding, and where an answer's time goes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from cribsheet import flash
@@ -15,7 +17,9 @@ from cribsheet.bench import speed_sides as sides
 from cribsheet.bench.speed_parts import ALLOCATIONS, QUESTION, Report
 from cribsheet.bench.speed_setting import Setting
 from cribsheet.engine import Engine
+from cribsheet.prefix import LayerPrefix
 from cribsheet.sampling import SamplingParams
+from cribsheet.selection import Allocation
 
 
 def ceilings(setting: Setting, report: Report) -> None:
@@ -24,7 +28,6 @@ def ceilings(setting: Setting, report: Report) -> None:
     target = torch.empty_like(source)
     best = setting.interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
     report.fact("copy, TB/s (read and written)", 2 * source.nbytes / best / 1e12)
-    del source, target
     left = torch.randn(8192, 8192, device=setting.device, dtype=torch.bfloat16)
     right = torch.randn_like(left)
     best = setting.interleaved({"product": lambda: left @ right}, 5)["product"]
@@ -40,8 +43,9 @@ def kernels(setting: Setting, report: Report) -> None:
         v = torch.randn_like(k)
         flops = 4 * made.num_heads * made.head_size * rows * keys * (0.5 if causal else 1)
         for name, run in (("flash", flash.flash_cuda), ("cudnn", flash.cudnn_cuda)):
-            first = setting.once(lambda: run(q, k, v, 0.1, causal))  # noqa: B023
-            best = setting.interleaved({name: lambda: run(q, k, v, 0.1, causal)}, 5)[name]  # noqa: B023
+            call = partial(run, q, k, v, 0.1, causal)
+            first = setting.once(call)
+            best = setting.interleaved({name: call}, 5)[name]
             found = {"first call, ms": first * 1e3, "ms": best * 1e3, "TFLOP/s": flops / best / 1e12}
             report.fact(f"{name}, {rows} rows, {keys} keys, causal {causal}", found)
     for batch in (1, 32):
@@ -49,9 +53,14 @@ def kernels(setting: Setting, report: Report) -> None:
         for name, ragged in ALLOCATIONS.items():
             prefix = setting.prefix(16384, ragged=ragged).layers[:8]
             moved = sum(layer.keys.nbytes * 2 for layer in prefix)
-            run = _graphed(lambda: [layer.attend(q, 0.1) for layer in prefix])  # noqa: B023
-            best = setting.interleaved({"run": run}, 5)["run"]
+            replay = _graphed(partial(_attend_all, prefix, q))
+            best = setting.interleaved({"run": replay}, 5)["run"]
             report.fact(f"prefix of 16384, {name}, batch {batch}: TB/s", moved / best / 1e12)
+
+
+def _attend_all(layers: Sequence[LayerPrefix], q: Tensor) -> None:
+    for layer in layers:
+        layer.attend(q, 0.1)
 
 
 def _graphed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -77,7 +86,7 @@ def floor(setting: Setting, report: Report, length: int, tbs: float) -> None:
             for evidence in (True, False):
                 asker = sides.Asker(setting, evidence=evidence)
                 few, many = 8, 72
-                runs = {n: (lambda n=n: asker.ask(prefix, [question] * size, n)) for n in (few, many)}  # noqa: B023
+                runs = {n: partial(asker.ask, prefix, [question] * size, n) for n in (few, many)}
                 best = setting.interleaved({str(n): run for n, run in runs.items()})
                 asker.close()
                 step = (best[str(many)] - best[str(few)]) / (many - few)
@@ -93,7 +102,7 @@ def build_long(setting: Setting, report: Report, length: int) -> None:
     plain = {}
     for name, backends in (("flash", [SDPBackend.FLASH_ATTENTION]), ("cudnn", [SDPBackend.CUDNN_ATTENTION])):
         try:
-            plain[name] = setting.once(lambda: sides.plain_prefill(setting, corpus, backends))  # noqa: B023
+            plain[name] = setting.once(partial(sides.plain_prefill, setting, corpus, backends))
         except Exception as error:
             report.fact(f"plain prefill by {name}", repr(error)[:300])
         torch.cuda.empty_cache()
@@ -106,8 +115,8 @@ def build_long(setting: Setting, report: Report, length: int) -> None:
             before = torch.cuda.memory_allocated() if on_gpu else 0
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            kind = "adaptive" if name == "adaptive" else "uniform"
-            took = setting.once(lambda: sides.build(setting, corpus, rate, allocation=kind))  # noqa: B023
+            kind: Allocation = "adaptive" if name == "adaptive" else "uniform"
+            took = setting.once(partial(sides.build, setting, corpus, rate, allocation=kind))
             report.point(f"build, task, {name}, {rate}×", length, took)
             report.fact(
                 f"build {length}, {name}, {rate}×: peak GiB above the model",

@@ -7,12 +7,14 @@ A ratio is the peer's figure over ours, so more is better; `limit` is what physi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cribsheet.bench import speed_sides as sides
 from cribsheet.bench.speed_setting import Setting
@@ -31,6 +33,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    model: str = ""  # what is being measured
 
     def row(
         self,
@@ -45,15 +48,21 @@ class Report:
         """A ratio."""
         self.rows.append(
             {
-                "name": name, "ours": ours, "peer": peer, "ratio": peer / max(ours, 1e-12), "limit": limit,
-                "target": target, "unit": unit,
+                "model": self.model,
+                "name": name,
+                "ours": ours,
+                "peer": peer,
+                "ratio": peer / max(ours, 1e-12),
+                "limit": limit,
+                "target": target,
+                "unit": unit,
             }
-        )  # fmt: skip
+        )
         self.keep()
 
     def point(self, curve: str, x: float, y: float, unit: str = "s") -> None:
         """A point of a curve."""
-        self.curves.append({"curve": curve, "x": x, "y": y, "unit": unit})
+        self.curves.append({"model": self.model, "curve": curve, "x": x, "y": y, "unit": unit})
         self.keep()
 
     def fact(self, name: str, value: Any) -> None:
@@ -66,7 +75,7 @@ def build(setting: Setting, report: Report, lengths: Sequence[int], rates: Seque
     """Building with the published score against stock prefill of the same tokens in one pass."""
     for length in lengths:
         corpus = setting.corpus(length)
-        runs: dict[str, Callable[[], Any]] = {"plain": lambda corpus=corpus: sides.plain_prefill(setting, corpus)}
+        runs: dict[str, Callable[[], Any]] = {"plain": partial(sides.plain_prefill, setting, corpus)}
         for rate in rates:
             for name in ALLOCATIONS:
                 runs[f"{name} {rate:g}"] = _builder(setting, corpus, rate, "task", name)
@@ -101,7 +110,9 @@ def default_build(setting: Setting, report: Report, length: int, rate: float) ->
     runs["plain prefill"] = lambda: sides.plain_prefill(setting, corpus)
     best = setting.interleaved(runs, 1)
     for name in named:
-        report.row(f"build, {name}, {length} tokens, {rate:g}×, against plain prefill", best[name], best["plain prefill"])
+        report.row(
+            f"build, {name}, {length} tokens, {rate:g}×, against plain prefill", best[name], best["plain prefill"]
+        )
 
 
 def _builder(setting: Setting, corpus: Any, rate: float, scorer: str, allocation: str) -> Callable[[], Any]:
@@ -121,14 +132,16 @@ def first_token(setting: Setting, report: Report, length: int, rate: float, targ
     asker.close()
     full = setting.once(lambda: sides.plain_prefill(setting, setting.corpus(length)))
     for name in ALLOCATIONS:
-        report.row(f"first token against CAG, {length} tokens, {rate:g}×, {name}", best[name], best["cag"], target=targets[0])
+        report.row(
+            f"first token against CAG, {length} tokens, {rate:g}×, {name}", best[name], best["cag"], target=targets[0]
+        )
         report.row(
             f"first token against full prefill, {length} tokens, {rate:g}×, {name}", best[name], full, target=targets[1]
         )
 
 
 def _asker(asker: sides.Asker, prefix: Prefix, questions: Sequence[Any], new: int) -> Callable[[], Any]:
-    return lambda: asker.ask(prefix, questions, new)
+    return partial(asker.ask, prefix, questions, new)
 
 
 def decode(setting: Setting, report: Report, lengths: Sequence[int], rate: float, target: float) -> None:
@@ -136,7 +149,7 @@ def decode(setting: Setting, report: Report, lengths: Sequence[int], rate: float
     question = setting.ids(QUESTION)
     for length in lengths:
         whole = sides.copied(setting, setting.prefix(length))
-        best = _per_token(setting, {"cag": lambda new, whole=whole: sides.stock(setting, whole, [question], new)})["cag"]
+        best = _per_token(setting, {"cag": partial(sides.stock, setting, whole, [question])})["cag"]
         del whole
         report.point("token, CAG", length, best)
         for name, ragged in ALLOCATIONS.items():
@@ -144,8 +157,7 @@ def decode(setting: Setting, report: Report, lengths: Sequence[int], rate: float
             found = {}
             for evidence in (True, False):
                 asker = sides.Asker(setting, evidence=evidence)
-                ask = {"ours": lambda new, asker=asker, prefix=prefix: asker.ask(prefix, [question], new)}
-                found[evidence] = _per_token(setting, ask)["ours"]
+                found[evidence] = _per_token(setting, {"ours": partial(asker.ask, prefix, [question])})["ours"]
                 asker.close()
             report.point(f"token, {name}, {rate:g}×", length, found[True])
             report.point(f"token, {name}, {rate:g}×, no sources", length, found[False])
@@ -153,13 +165,13 @@ def decode(setting: Setting, report: Report, lengths: Sequence[int], rate: float
                 report.row(f"token against CAG, {length} tokens, {rate:g}×, {name}", found[True], best, target=target)
 
 
-def _per_token(setting: Setting, asks: dict[str, Callable[[int], Any]]) -> dict[str, float]:
+def _per_token(setting: Setting, asks: Mapping[str, Callable[[int], Any]]) -> dict[str, float]:
     """Seconds a token, from answers of two lengths; the shorter is long enough for whatever is made at first use."""
     few, many = 2, 2 + NEW
     runs: dict[str, Callable[[], Any]] = {}
     for name, ask in asks.items():
-        runs[f"{name} few"] = lambda ask=ask: ask(few)
-        runs[f"{name} many"] = lambda ask=ask: ask(many)
+        runs[f"{name} few"] = partial(ask, few)
+        runs[f"{name} many"] = partial(ask, many)
     best = setting.interleaved(runs)
     return {name: (best[f"{name} many"] - best[f"{name} few"]) / NEW for name in asks}
 
@@ -172,14 +184,9 @@ def batch(setting: Setting, report: Report, length: int, sizes: Sequence[int], t
         asks: dict[str, Callable[[int], Any]] = {}
         asker = sides.Asker(setting)
         for name, prefix in shared.items():
-            asks[name] = lambda new, prefix=prefix, questions=questions: asker.ask(prefix, questions, new)
+            asks[name] = partial(asker.ask, prefix, questions)
         best = _per_token(setting, asks)
-        try:
-            copies = sides.copied(setting, shared["uniform"], size)
-            peer = _per_token(setting, {"p": lambda new: sides.stock(setting, copies, questions, new)})["p"]  # noqa: B023
-            del copies
-        except torch.OutOfMemoryError:
-            peer = float("nan")
+        peer = _repeated(setting, shared["uniform"], questions)
         asker.close()
         report.point(f"token of a batch, repeated prefix of {length}", size, peer)
         for name in shared:
@@ -193,17 +200,28 @@ def batch(setting: Setting, report: Report, length: int, sizes: Sequence[int], t
                 )
 
 
+def _repeated(setting: Setting, prefix: Prefix, questions: Sequence[Tensor]) -> float:
+    """Seconds a step of stock transformers with the prefix once for each question; NaN if that does not fit."""
+    try:
+        copies = sides.copied(setting, prefix, len(questions))
+        return _per_token(setting, {"stock": partial(sides.stock, setting, copies, questions)})["stock"]
+    except torch.OutOfMemoryError:
+        return float("nan")
+
+
 def equal_length(setting: Setting, report: Report, length: int) -> None:
     """Our attention against stock transformers where both hold equally many tokens."""
     question, prefix = setting.ids(QUESTION), setting.prefix(length)
     whole, asker = sides.copied(setting, prefix), sides.Asker(setting, evidence=False)
     asks: dict[str, Callable[[int], Any]] = {
-        "stock": lambda new: sides.stock(setting, whole, [question], new),
-        "ours": lambda new: asker.ask(prefix, [question], new),
+        "stock": partial(sides.stock, setting, whole, [question]),
+        "ours": partial(asker.ask, prefix, [question]),
     }
     best = _per_token(setting, asks)
     asker.close()
-    report.row(f"token, ours against stock at equal length, {length} tokens", best["ours"], best["stock"], target=1 / 1.05)
+    report.row(
+        f"token, ours against stock at equal length, {length} tokens", best["ours"], best["stock"], target=1 / 1.05
+    )
 
 
 def opening(setting: Setting, report: Report, mib: int = 512) -> None:

@@ -48,10 +48,7 @@ def build(
         allocation=allocation,
         most=len(corpus),
     )
-    state = None
-    for state in compress(setting.backbone, corpus, how):
-        pass
-    assert state is not None
+    *_, state = compress(setting.backbone, corpus, how)
     return state
 
 
