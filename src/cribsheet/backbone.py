@@ -166,7 +166,7 @@ class Backbone:
         guide's queries and log-sum-exps.
         """
         known = known if len(guide) else None  # a pass needs something to read
-        before = known or [None] * len(prefix)
+        before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
         layers = [ReadingLayer(layer, start, len(guide), part) for layer, part in zip(prefix, before, strict=True)]
         ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
         first = start + len(chunk) if known else start
