@@ -70,9 +70,12 @@ def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: flo
 
     `query` is (B, H, 1, D), `keys` (K, P, D), `lse` (B, H, 1) over all that the rows saw.
     """
-    grouped = query.reshape(query.shape[0], keys.shape[0], -1, query.shape[3])  # (B, K, H/K, D)
-    logits = capped((grouped @ keys.transpose(-1, -2)).float() * scale, softcap)
-    return (logits - lse.reshape(*grouped.shape[:3], 1)).exp_().sum(2)
+    batch, heads = query.shape[0], keys.shape[0]
+    rows = query.reshape(batch, heads, -1, query.shape[3]).transpose(0, 1)  # (K, B, H/K, D)
+    seen = lse.reshape(batch, heads, -1).transpose(0, 1).unsqueeze(-1)
+    logits = (rows.flatten(1, 2) @ keys.transpose(-1, -2)).float() * scale  # keys are read once for all sequences
+    weights = (capped(logits, softcap).reshape(*rows.shape[:3], -1) - seen).exp_()
+    return weights.sum(2).transpose(0, 1)
 
 
 def question_weights(tokens: int) -> Tensor:
