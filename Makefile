@@ -8,7 +8,7 @@ FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
 .PHONY: demo test test-library test-pages oldest support check format lint types docs slow reliability ray page quality connectivity certainty \
-	memory throughput living evidence routing pocket clean
+	memory throughput speed speed-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -58,6 +58,12 @@ memory: $(READY)  ## peak memory of a build against the length of the corpus
 
 throughput: $(READY)  ## many questions at once against stock generate
 	$(RUN)/python -m cribsheet.bench.throughput
+
+speed: $(READY)  ## building and answering against their peers, on a CPU (half an hour)
+	$(RUN)/cribsheet bench speed --json docs/benchmarks/speed.json --page docs/benchmarks/speed.md
+
+speed-gpu:  ## the same on one large GPU, with the python that has torch there (five minutes)
+	PYTHONPATH=src $(PYTHON) -m cribsheet.bench.speed --device cuda --shape 8b --seconds 270 --json speed-gpu.json
 
 living: $(READY)  ## what changing one of a hundred documents costs, and what independent sheets lose (half an hour)
 	$(RUN)/python -m cribsheet.bench.living --json docs/benchmarks/living.json

@@ -9,7 +9,7 @@ import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
-from cribsheet.attention import attend_groups, attend_plain
+from cribsheet.attention import attend_plain
 from cribsheet.build import build_sheet
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.evidence import looked_at
@@ -55,13 +55,13 @@ def test_what_is_absent_is_never_kept():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_by_groups_of_heads_is_attention_with_the_absent_masked_out(dtype):
+def test_attention_over_packed_heads_is_attention_with_the_absent_masked_out(dtype):
     torch.manual_seed(1)
     keys, values, q = torch.randn(3, 9, 8), torch.randn(3, 9, 8), torch.randn(2, 6, 5, 8)
     absent = torch.arange(9) < torch.tensor([[0], [4], [7]])
     layer = LayerPrefix.of(keys.to(dtype), values.to(dtype), absent)
     assert layer.counts == (9, 5, 2) and layer.longest == 9 and layer.heads == 3
-    out, lse = attend_groups(q.to(dtype), layer.groups, scale=0.3)
+    out, lse = layer.attend(q.to(dtype), 0.3)
     mask = ~absent.repeat_interleave(2, 0)[None, :, None]  # (1, H, 1, P)
     for head in range(6):
         k, v = keys[None, head // 2, None], values[None, head // 2, None]
@@ -87,9 +87,9 @@ def test_the_whole_corpus_in_one_head_looks_as_the_full_context_does_to_it(tiny)
         DOCUMENTS, FEW_SHOT, model=tiny, rate=3, scorer=OneHead(), allocation="adaptive", guide="dropped"
     )
     full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1, scorer="recent")
-    whole, mine = full.prefix.layers[0].groups[0], kb.prefix.layers[0].groups[0]
-    torch.testing.assert_close(mine[0][0], whole[0][0], atol=1e-4, rtol=1e-4)
-    assert torch.equal(mine[1][0], whole[1][0])
+    whole, mine = full.prefix.layers[0].each[0], kb.prefix.layers[0].each[0]
+    torch.testing.assert_close(mine[0], whole[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(mine[1], whole[1])
 
 
 @pytest.mark.parametrize("guide", ["resident", "dropped"])

@@ -16,7 +16,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cribsheet import flash
+
 _MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB in float32
+_CACHED_SCORES = 1 << 20  # as many as stay in a CPU's cache until they are looked at again
 
 
 def attend(
@@ -38,24 +41,11 @@ def attend(
     """
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-    if softcap is None and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return _attend_cpu(q, k, v, scale, causal, mask)
+    if softcap is None and flash.on_cpu(q):
+        return flash.flash_cpu(q, k, v, scale, causal, mask)
+    if softcap is None and mask is None and flash.on_cuda(q):
+        return flash.flash_cuda(q, k, v, scale, causal)
     return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
-
-
-def _attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    bias = None
-    if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-    )
-    if mask is not None:  # for a row that may look at nothing the kernel yields NaN or a log-sum-exp of 0
-        blind = ~mask.any(-1)  # (B, 1, T)
-        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
-    return out, lse
 
 
 def attend_plain(
@@ -120,22 +110,34 @@ def attend_shared(
     return out, lse
 
 
-def attend_groups(
-    q: Tensor, groups: Sequence[tuple[Tensor, Tensor]], *, scale: float, softcap: float | None = None
+def attend_ragged(
+    q: Tensor,
+    heads: Sequence[tuple[Tensor, Tensor]],
+    packed: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend_shared` over a prefix whose heads hold different numbers of tokens: keys and values (G, P, D) by group.
+    """`attend_shared` over a prefix whose K heads hold different numbers of tokens.
 
-    `q` is (B, H, T, D); the groups hold the K key/value heads in order.
+    `heads` are keys and values (P, D) of each head, `packed` the same one behind the other, (N, D), and where each
+    begins (K + 1,), as `flash_ragged` takes them.
     """
-    if len(groups) == 1:
-        return attend_shared(q, groups[0][0].unsqueeze(0), groups[0][1].unsqueeze(0), scale=scale, softcap=softcap)
-    heads = [keys.shape[0] for keys, _ in groups]
-    size = q.shape[1] // sum(heads)
-    found = [
-        attend_shared(part, keys.unsqueeze(0), values.unsqueeze(0), scale=scale, softcap=softcap)
-        for part, (keys, values) in zip(q.split([n * size for n in heads], 1), groups, strict=True)
-    ]
-    return torch.cat([out for out, _ in found], 1), torch.cat([lse for _, lse in found], 1)
+    b, h, t, d = q.shape
+    kv_heads = len(heads)
+    group = h // kv_heads
+    rows = q.reshape(b, kv_heads, group, t, d).transpose(0, 1).reshape(kv_heads, b * group * t, d)
+    if softcap is None and flash.on_cuda(q):
+        longest = max(keys.shape[0] for keys, _ in heads)
+        out, lse = flash.flash_ragged(rows, *packed, longest, scale)
+    else:
+        found = [
+            attend(own[None, None], keys[None, None], values[None, None], scale=scale, softcap=softcap)
+            for own, (keys, values) in zip(rows, heads, strict=True)
+        ]
+        out, lse = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
+    out = out.reshape(kv_heads, b, group, t, d).transpose(0, 1).reshape(b, h, t, d)
+    return out, lse.reshape(kv_heads, b, group, t).transpose(0, 1).reshape(b, h, t)
 
 
 def attend_each(
@@ -186,10 +188,32 @@ def column_peak(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
+    if softcap is None:
+        return _peak_of_products(q, k, lse, scale, row_weight)
     peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
     for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
         peak = torch.maximum(peak, weights.amax(1))
     return peak
+
+
+def _peak_of_products(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None) -> Tensor:
+    """`column_peak` without a soft cap: the largest logit wins, so only that one goes through the exponential.
+
+    A row's log-sum-exp and weight are one more dimension of the dot product: nothing of size rows x keys is gone
+    over but by the product itself and the search for its largest.
+    """
+    h, t, d = q.shape
+    kv_heads, s, _ = k.shape
+    offset = -lse if row_weight is None else row_weight.log() - lse
+    left = torch.cat([q.float() * scale, offset.unsqueeze(-1)], -1).reshape(kv_heads, h // kv_heads, t, d + 1)
+    right = torch.cat([k.float(), k.new_ones(kv_heads, s, 1, dtype=torch.float32)], -1).transpose(1, 2)
+    peak = q.new_full((kv_heads, h // kv_heads, s), float("-inf"), dtype=torch.float32)
+    rows = max(1, (_CACHED_SCORES if q.device.type == "cpu" else _MAX_SCORES) // (h * max(1, s)))
+    for start in range(0, t, rows):
+        block = left[:, :, start : start + rows]
+        logits = (block.reshape(kv_heads, -1, d + 1) @ right).reshape(*block.shape[:3], s)
+        torch.maximum(peak, logits.amax(2), out=peak)
+    return peak.exp_().reshape(h, s)
 
 
 def _weight_blocks(

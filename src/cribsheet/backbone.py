@@ -151,15 +151,26 @@ class Backbone:
         return self._attachment
 
     @torch.no_grad()
-    def read(self, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, guide: Tensor) -> list[ReadingLayer]:
+    def read(
+        self,
+        prefix: Sequence[LayerPrefix],
+        start: int,
+        chunk: Tensor,
+        guide: Tensor,
+        known: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
 
-        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. Returns one layer each with the chunk's keys and
-        values and the guide's queries and log-sum-exps.
+        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. If the chunk's keys and values (1, K, c, D) of each
+        layer are `known`, only the guide is read. Returns one layer each with the chunk's keys and values and the
+        guide's queries and log-sum-exps.
         """
-        layers = [ReadingLayer(layer, start, len(guide)) for layer in prefix]
-        ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
-        positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
+        known = known if len(guide) else None  # a pass needs something to read
+        before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
+        layers = [ReadingLayer(layer, start, len(guide), part) for layer, part in zip(prefix, before, strict=True)]
+        ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
+        first = start + len(chunk) if known else start
+        positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
         with self.attached():
             self.model.base_model(
                 input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True

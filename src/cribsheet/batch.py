@@ -23,7 +23,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
-        self.longest = 0
+        self.count = self.longest = 0
         self.index = torch.empty(0)
         self.mask: Tensor | None = None
         self.bias: Tensor | None = None
@@ -31,19 +31,31 @@ class Rows:
 
     def prepare(self, device: torch.device) -> None:
         """Make room for one more token in every row."""
-        self.longest = max(self.lengths) + 1
-        self.index = torch.tensor(self.lengths, device=device)
+        self._begin(torch.tensor(self.lengths, device=device), max(self.lengths) + 1)
+        if min(self.lengths) + 1 < self.longest:
+            self._hide()
+
+    def fix(self, index: Tensor, tokens: int) -> None:
+        """Rows of any lengths (B,) below `tokens`, which only the device needs to know."""
+        self._begin(index, tokens)
+        self._hide()
+
+    def _begin(self, index: Tensor, longest: int) -> None:
+        self.index, self.count, self.longest = index, len(index), longest
         self._places.clear()
         self.mask = self.bias = None
-        if min(self.lengths) + 1 < self.longest:
-            self.mask = (torch.arange(self.longest, device=device) <= self.index[:, None])[:, None, None, :]
-            self.bias = torch.zeros(self.mask.shape, device=device).masked_fill_(~self.mask, float("-inf"))
+
+    def _hide(self) -> None:
+        """No row sees what is behind its new token."""
+        device = self.index.device
+        self.mask = (torch.arange(self.longest, device=device) <= self.index[:, None])[:, None, None, :]
+        self.bias = torch.zeros(self.mask.shape, device=device).masked_fill_(~self.mask, float("-inf"))
 
     def places(self, heads: int, tokens: int) -> Tensor:
         """(B * K,) where the new tokens go in buffers of `tokens` a slot, seen as one list of vectors."""
         found = self._places.get((heads, tokens))
         if found is None:
-            firsts = torch.arange(len(self.lengths) * heads, device=self.index.device) * tokens
+            firsts = torch.arange(self.count * heads, device=self.index.device) * tokens
             found = self._places[heads, tokens] = firsts + self.index.repeat_interleave(heads)
         return found
 
@@ -57,7 +69,7 @@ class SlotLayer(PrefixLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token (B, K, 1, D) behind each row and return the filled part of the buffers."""
-        rows, count = self.rows, len(self.rows.lengths)
+        rows, count = self.rows, self.rows.count
         self.reserve(count, rows.longest, key_states)
         _, heads, tokens, size = self.keys.shape
         places = rows.places(heads, tokens)

@@ -23,6 +23,8 @@ from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
 from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, take
 
+Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
+
 LEAST_SHARE = 0.1  # of the budget that every head keeps, however little it is looked at
 
 
@@ -66,26 +68,33 @@ class Reading:
     most: int = 0
     seed: int = 0
 
-    def after(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
-        """The tokens that are read after a chunk, on a prefix of `start` tokens, to score it."""
+    def read(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> list[ReadingLayer]:
+        """Read a chunk, and what scores it, on a prefix of `start` tokens."""
+        known: Known = None
+        room = backbone.window - start - len(chunk.ids)
         match self.scorer.guide:
             case "task":
-                return self.guide
+                guide = self.guide
             case "notes":
-                return self._notes(backbone, prefix, start, chunk)[: backbone.window - start - len(chunk.ids)]
+                guide, known = self._notes(backbone, prefix, start, chunk)
+                guide = guide[:room]
             case "repeat":
-                return torch.cat([self.repeat, chunk.ids])
+                guide = torch.cat([self.repeat, chunk.ids])
             case "notes and repeat":
                 repetition = torch.cat([self.repeat, chunk.ids])
-                room = backbone.window - start - len(chunk.ids) - len(repetition)
-                return torch.cat([self._notes(backbone, prefix, start, chunk)[:room], repetition])
+                guide, known = self._notes(backbone, prefix, start, chunk)
+                guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
-                return self.guide[:0]
+                guide = self.guide[:0]
+        return backbone.read(prefix, start, chunk.ids, guide, known)
 
-    def _notes(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> Tensor:
-        """Task, notes that the model writes about the chunk, and examples, as tokens (T,)."""
+    def _notes(
+        self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk
+    ) -> tuple[Tensor, Known]:
+        """Task, notes that the model writes about the chunk, and examples, as tokens (T,); and the chunk as read."""
         limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
-        return self.noted(write_notes(backbone, prefix, start, chunk.ids, self.request, limit))
+        notes, known = write_notes(backbone, prefix, start, chunk.ids, self.request, limit)
+        return self.noted(notes), known
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +124,7 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
 def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -> list[ReadingLayer]:
     """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
     prefix, start = as_prefix(backbone, kept), kept_tokens(backbone, kept)
-    return backbone.read(prefix, start, chunk.ids, how.after(backbone, prefix, start, chunk))
+    return how.read(backbone, prefix, start, chunk)
 
 
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:

@@ -17,16 +17,13 @@ import time
 import weakref
 from collections import deque
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from cribsheet.answering import Answering, Request, tell
 from cribsheet.backbone import Backbone
 from cribsheet.errors import EngineError
-from cribsheet.glance import Glance
 from cribsheet.group import Group
-from cribsheet.prefill import LongRead, Read, reads, told_in, watches
+from cribsheet.prefill import LongRead, Read, reads
 from cribsheet.prefix import Prefix
 
 logger = logging.getLogger(__name__)
@@ -104,6 +101,9 @@ class Engine:
         self._read_on(self._long)
         for group in list(self._groups):
             self._decode(group)
+        for group in self._groups:
+            if not group.running:
+                group.rest()
         self._groups = [group for group in self._groups if group.running]
         return bool(self._groups or self._waiting or self._short or self._long)
 
@@ -198,17 +198,7 @@ class Engine:
         if not group.running:
             return
         try:
-            device = self.backbone.device
-            group.rows.prepare(device)
-            ids = torch.tensor([[sequence.last] for sequence in group.running])
-            positions = torch.tensor([[group.prefix.tokens + n] for n in group.rows.lengths])
-            running = group.running
-            glance = Glance(group.layers, self.backbone.full, told_in(running)) if watches(running) else None
-            logits = self.backbone.step(ids, positions, Cache(layers=list(group.layers)))[:, -1]
-            if glance is not None:
-                for sequence, mass in zip(group.running, glance.masses, strict=True):
-                    sequence.look(mass)
-            group.rows.lengths = [n + 1 for n in group.rows.lengths]
+            logits = group.decode(self.backbone)
             self._advance(group.running, logits)
             group.prune()
         except Exception as error:

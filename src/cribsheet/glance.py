@@ -64,11 +64,12 @@ class Glance:
         for row, (first, last) in enumerate(self._told):
             if last > first:
                 self._on_told[row].append(self._on_passages(row, layer, query, lse, scale, softcap))
-        if layer.prefix.longest == 0:
-            self._masses.append(torch.zeros(query.shape[0], layer.prefix.heads, layer.start, device=query.device))
+        prefix = layer.prefix
+        if prefix.longest == 0:
+            self._masses.append(torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device))
             return
-        groups = [keys for keys, _ in layer.prefix.groups]
-        sizes = [keys.shape[0] * query.shape[1] // layer.prefix.heads for keys in groups]  # query heads of each
+        groups = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
+        sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in groups]  # query heads of each
         parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
         masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
         self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
@@ -108,9 +109,12 @@ def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: flo
 
     `query` is (B, H, 1, D), `keys` (K, P, D), `lse` (B, H, 1) over all that the rows saw.
     """
-    grouped = query.reshape(query.shape[0], keys.shape[0], -1, query.shape[3])  # (B, K, H/K, D)
-    logits = capped((grouped @ keys.transpose(-1, -2)).float() * scale, softcap)
-    return (logits - lse.reshape(*grouped.shape[:3], 1)).exp_().sum(2)
+    batch, heads = query.shape[0], keys.shape[0]
+    rows = query.reshape(batch, heads, -1, query.shape[3]).transpose(0, 1)  # (K, B, H/K, D)
+    seen = lse.reshape(batch, heads, -1).transpose(0, 1).unsqueeze(-1)
+    logits = (rows.flatten(1, 2) @ keys.transpose(-1, -2)).float() * scale  # keys are read once for all sequences
+    weights = (capped(logits, softcap).reshape(*rows.shape[:3], -1) - seen).exp_()
+    return weights.sum(2).transpose(0, 1)
 
 
 def question_weights(tokens: int, lead: int = 0) -> Tensor:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
 from cribsheet.answering import Answering, Suffix
+from cribsheet.backbone import Backbone
 from cribsheet.batch import Rows, SlotLayer
+from cribsheet.glance import Glance
+from cribsheet.graphs import StepGraphs
+from cribsheet.prefill import told_in, watches
 from cribsheet.prefix import Prefix
+
+Buffers = tuple[Rows, list[SlotLayer], StepGraphs]
 
 
 class Group:
@@ -12,9 +22,35 @@ class Group:
 
     def __init__(self, prefix: Prefix) -> None:
         self.prefix = prefix
-        self.rows = Rows()
-        self.layers = [SlotLayer(layer, prefix.tokens, self.rows) for layer in prefix.layers]
+        buffers: Buffers = prefix.resting.pop() if prefix.resting else _buffers(prefix)
+        self.rows, self.layers, self._graphs = buffers
         self.running: list[Answering] = []
+
+    def decode(self, backbone: Backbone) -> Tensor:
+        """Logits (B, V) of the next token of every sequence, noting what they look at."""
+        start, rows = self.prefix.tokens, self.rows
+        ids, positions = [each.last for each in self.running], [start + n for n in rows.lengths]
+        told, evidence = told_in(self.running), watches(self.running)
+        passages = any(last > first for first, last in told)  # which lie elsewhere in each sequence: no graph fits
+        graph = None if passages else self._graphs.find(backbone, self.layers, rows, evidence)
+        if graph is not None:
+            logits, masses = graph.replay(ids, positions, rows.lengths)
+        else:
+            rows.prepare(backbone.device)
+            glance = Glance(self.layers, backbone.full, told) if evidence else None
+            given = torch.tensor(ids).unsqueeze(1), torch.tensor(positions).unsqueeze(1)
+            logits = backbone.step(*given, Cache(layers=list(self.layers)))[:, -1]
+            masses = glance.masses if glance else None
+        if masses is not None:
+            for sequence, mass in zip(self.running, masses, strict=True):
+                sequence.look(mass)
+        rows.lengths = [n + 1 for n in rows.lengths]
+        return logits
+
+    def rest(self) -> None:
+        """Leave buffers and captured steps to the next batch over this prefix; only graphs make that worth while."""
+        if self._graphs and not self.prefix.resting:
+            self.prefix.resting.append((self.rows, self.layers, self._graphs))
 
     def insert(self, sequence: Answering, suffix: Suffix) -> None:
         """Give a sequence a slot, with the keys and values of all that was read and written so far."""
@@ -47,3 +83,8 @@ class Group:
         self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
         self.running.pop()
         self.rows.lengths.pop()
+
+
+def _buffers(prefix: Prefix) -> Buffers:
+    rows = Rows()
+    return rows, [SlotLayer(layer, prefix.tokens, rows) for layer in prefix.layers], StepGraphs()

@@ -33,8 +33,10 @@ def notes_request(tokenizer: Any) -> str:
 
 def write_notes(
     backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, request: Tensor, limit: int
-) -> str:
+) -> tuple[str, list[tuple[Tensor, Tensor]]]:
     """Notes about a chunk (c,) that stands on a prefix of `start` tokens, greedy, at most `limit` tokens.
+
+    Also the chunk's keys and values (1, K, c, D) of each layer, so that nobody has to read it again.
 
     `request` (R,) is the rendered turn that asks for them. A line that was there before ends the notes: small models
     go round in circles when they have run out of facts.
@@ -55,9 +57,11 @@ def write_notes(
             lines = text.count("\n")
             *before, last = text.rstrip("\n").split("\n")
             if last in before:
-                return "\n".join(before)
+                text = "\n".join(before)
+                break
         ids = torch.tensor([[token]])
-    return text.strip()
+    read = [(layer.keys[:, :, : len(chunk)], layer.values[:, :, : len(chunk)]) for layer in cache.layers]
+    return text.strip(), read
 
 
 def self_asked(notes: str, examples: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

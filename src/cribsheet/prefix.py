@@ -10,22 +10,24 @@ Letters as in `attention.py`: `B` sequences, `H` query heads, `K` key/value head
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cribsheet.attention import attend, attend_groups, attend_shared, merge
+from cribsheet.attention import attend, attend_ragged, attend_shared, merge
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerPrefix:
     """Rotated keys and values (K, P, D) of one layer, shared by every sequence; nobody writes to them.
 
@@ -57,13 +59,24 @@ class LayerPrefix:
         """Tokens of the head that keeps most."""
         return max(self.counts) if self.counts else self.keys.shape[1]
 
-    @property
-    def groups(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (G, P, D) of neighbouring heads that keep equally many tokens."""
+    @cached_property
+    def each(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (P, D) of each head."""
         if not self.counts:
-            return [(self.keys, self.values)]
-        halves = zip(self.keys.split(self.counts), self.values.split(self.counts), strict=True)
-        return [(keys.unsqueeze(0), values.unsqueeze(0)) for keys, values in halves]
+            return list(zip(self.keys, self.values, strict=True))
+        return list(zip(self.keys.split(self.counts), self.values.split(self.counts), strict=True))
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(K + 1,) int32 where each head begins in packed keys and values, and where the last one ends."""
+        return torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.keys.device)
+
+    def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+        """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""
+        if self.counts:
+            packed = self.keys, self.values, self.starts
+            return attend_ragged(query, self.each, packed, scale=scale, softcap=softcap)
+        return attend_shared(query, self.keys.unsqueeze(0), self.values.unsqueeze(0), scale=scale, softcap=softcap)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:
         """With more tokens (K, T, D) behind it, as far back as its window reaches."""
@@ -80,10 +93,14 @@ class LayerPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A sheet as it lies on the model's device: layers and their length in tokens."""
+    """A sheet as it lies on the model's device: layers and their length in tokens.
+
+    `resting` are the buffers of a batch over it that ended, with what was captured of its steps (`group.py`).
+    """
 
     layers: Sequence[LayerPrefix]
     tokens: int
+    resting: list[Any] = field(default_factory=list, compare=False, repr=False)
 
 
 # Called after attention with the layer, queries (B, H, T, D), log-sum-exps (B, H, T), scale and softcap (`glance.py`).
@@ -160,7 +177,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         suffix = self._attend_suffix(query, key, value, mask, scale, softcap)
         if self.prefix.longest == 0:
             return suffix
-        return merge(attend_groups(query, self.prefix.groups, scale=scale, softcap=softcap), suffix)
+        return merge(self.prefix.attend(query, scale, softcap), suffix)
 
     def _attend_suffix(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
@@ -180,7 +197,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         window: int,
     ) -> tuple[Tensor, Tensor]:
         """As `_attend` where some tokens are out of sight."""
-        if query.shape[0] > 1 and self.prefix.longest:
+        if self.prefix.longest and (query.shape[0] > 1 or query.shape[2] == 1):
             return self._share_window(query, key, value, mask, scale, softcap, window)
         return self._read_window(query, key, value, mask, scale, softcap, window)
 
@@ -194,7 +211,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         softcap: float | None,
         window: int,
     ) -> tuple[Tensor, Tensor]:
-        """Many sequences over one prefix, which is not copied for any of them; they bring few rows each."""
+        """Few rows each of one or many sequences over one prefix, which is not copied for any of them."""
         rows, columns = self.suffix_positions(query.shape[2], key.shape[2], query.device)
         row, column = rows.unsqueeze(-1), columns.unsqueeze(1)  # (B or 1, T, 1), (B or 1, 1, n)
         place = torch.arange(-self.prefix.longest, 0, device=query.device)  # of the prefix, counted from its end
@@ -273,31 +290,51 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ReadingLayer(PrefixLayer):
-    """A layer that reads `[chunk; guide]` in one go and remembers how the guide looked.
+    """A layer that reads `[chunk; guide]` in one go, or the guide on a chunk read before, and remembers how it looked.
 
     After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
     """
 
-    def __init__(self, prefix: LayerPrefix, start: int, guide_tokens: int) -> None:
+    def __init__(
+        self, prefix: LayerPrefix, start: int, guide_tokens: int, known: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         super().__init__(prefix, start)
         self.guide_tokens = guide_tokens
+        self._known = known  # keys and values (1, K, c, D) of the chunk
+        self._before = known[0].shape[2] if known else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep a reference to the chunk's keys and values; nothing is copied."""
-        self.length = key_states.shape[2]
-        chunk = self.length - self.guide_tokens
-        self.chunk_keys, self.chunk_values = key_states[0, :, :chunk], value_states[0, :, :chunk]
+        chunk = key_states.shape[2] - self.guide_tokens
+        read = self._known or (key_states[:, :, :chunk], value_states[:, :, :chunk])
+        self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
         self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
+        self.length = self._before + key_states.shape[2]
         return self.tag(key_states), value_states
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        out, lse = super()._attend(query, key, value, mask, scale, softcap)
+        if self._known is None:
+            out, lse = super()._attend(query, key, value, mask, scale, softcap)
+        elif self.window is not None and self.prefix.longest + self.length > self.window:
+            keys, values = torch.cat([self._known[0], key], 2), torch.cat([self._known[1], value], 2)
+            out, lse = self._attend_window(query, keys, values, None, scale, softcap, self.window)
+        else:
+            chunk = attend(query, *self._known, scale=scale, softcap=softcap)
+            out, lse = merge(super()._attend(query, key, value, mask, scale, softcap), chunk)
         first = query.shape[2] - self.guide_tokens
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out, lse
+
+    def get_seq_length(self) -> int:
+        """Tokens before the next one, prefix and known chunk included."""
+        return self.start + self._before
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The new tokens see all that is before them, so masks begin with them."""
+        return query_length, self.start + self._before
 
 
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:

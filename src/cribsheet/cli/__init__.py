@@ -1,4 +1,4 @@
-"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `serve`, `compare`, `demo`, and verbs for sheets.
+"""The command line: `cribsheet build`, `ask`, `chat`, `inspect`, `serve`, `compare`, `bench`, `demo`, and more.
 
 Answers and results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 misuse (wrong arguments or
 unusable input), 130 and 143 interrupted. torch is imported inside commands only, so that `--help` is instant.
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from cribsheet import __version__
+from cribsheet.cli.benching import bench
 from cribsheet.cli.building import build
 from cribsheet.cli.changing import extend, merge, remove, replace
 from cribsheet.cli.comparing import compare
@@ -47,6 +48,7 @@ for _command in (
     demo,
 ):
     app.command()(_command)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

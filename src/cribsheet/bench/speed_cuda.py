@@ -1,0 +1,156 @@
+"""What only a GPU has to show: its ceilings and kernels, the floor of decoding, and where an answer's time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from cribsheet import flash
+from cribsheet.answering import Request
+from cribsheet.bench import speed_sides as sides
+from cribsheet.bench.speed_parts import ALLOCATIONS, QUESTION, Report
+from cribsheet.bench.speed_setting import Setting
+from cribsheet.engine import Engine
+from cribsheet.prefix import LayerPrefix
+from cribsheet.sampling import SamplingParams
+from cribsheet.selection import Allocation
+
+
+def ceilings(setting: Setting, report: Report) -> None:
+    """Bytes and operations a second that this card does at best."""
+    source = torch.randn(1 << 29, device=setting.device)  # 2 GiB
+    target = torch.empty_like(source)
+    best = setting.interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    report.fact("copy, TB/s (read and written)", 2 * source.nbytes / best / 1e12)
+    left = torch.randn(8192, 8192, device=setting.device, dtype=torch.bfloat16)
+    right = torch.randn_like(left)
+    best = setting.interleaved({"product": lambda: left @ right}, 5)["product"]
+    report.fact("bfloat16 product, TFLOP/s", 2 * 8192**3 / best / 1e12)
+
+
+def kernels(setting: Setting, report: Report) -> None:
+    """FlashAttention against cuDNN at the shapes of a build, their first call apart."""
+    made, dtype = setting.backbone, torch.bfloat16
+    for rows, keys, causal in ((8192, 8192, True), (8192, 16384, False), (1024, 16384, False)):
+        q = torch.randn(1, made.num_heads, rows, made.head_size, device=setting.device, dtype=dtype)
+        k = torch.randn(1, made.kv_heads, keys, made.head_size, device=setting.device, dtype=dtype)
+        v = torch.randn_like(k)
+        flops = 4 * made.num_heads * made.head_size * rows * keys * (0.5 if causal else 1)
+        for name, run in (("flash", flash.flash_cuda), ("cudnn", flash.cudnn_cuda)):
+            call = partial(run, q, k, v, 0.1, causal)
+            first = setting.once(call)
+            best = setting.interleaved({name: call}, 5)[name]
+            found = {"first call, ms": first * 1e3, "ms": best * 1e3, "TFLOP/s": flops / best / 1e12}
+            report.fact(f"{name}, {rows} rows, {keys} keys, causal {causal}", found)
+    for batch in (1, 32):
+        q = torch.randn(batch, made.num_heads, 1, made.head_size, device=setting.device, dtype=dtype)
+        for name, ragged in ALLOCATIONS.items():
+            prefix = setting.prefix(16384, ragged=ragged).layers[:8]
+            moved = sum(layer.keys.nbytes * 2 for layer in prefix)
+            replay = _graphed(partial(_attend_all, prefix, q))
+            best = setting.interleaved({"run": replay}, 5)["run"]
+            report.fact(f"prefix of 16384, {name}, batch {batch}: TB/s", moved / best / 1e12)
+
+
+def _attend_all(layers: Sequence[LayerPrefix], q: Tensor) -> None:
+    for layer in layers:
+        layer.attend(q, 0.1)
+
+
+def _graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def floor(setting: Setting, report: Report, length: int, tbs: float) -> None:
+    """A step of one answer against streaming the weights once, and of 32 answers against weights and prefix."""
+    body = sum(w.nbytes for name, w in setting.backbone.model.named_parameters() if "embed_tokens" not in name)
+    question = setting.ids(QUESTION)
+    for size, tokens, most in ((1, length, 1 / 1.3), (32, length, 0.8)):
+        for name, ragged in ALLOCATIONS.items():
+            prefix = setting.prefix(tokens, ragged=ragged)
+            held = sum(layer.keys.nbytes * 2 for layer in prefix.layers)
+            for evidence in (True, False):
+                asker = sides.Asker(setting, evidence=evidence)
+                few, many = 8, 72
+                runs = {n: partial(asker.ask, prefix, [question] * size, n) for n in (few, many)}
+                best = setting.interleaved({str(n): run for n, run in runs.items()})
+                asker.close()
+                step = (best[str(many)] - best[str(few)]) / (many - few)
+                label = f"{size} answers, prefix {tokens}, {name}{'' if evidence else ', no sources'}"
+                lowest = body / tbs / 1e12
+                report.row(f"step against weights alone: {label}", step, lowest, limit=1.0, target=most)
+                report.row(f"step against weights and prefix: {label}", step, lowest + held / tbs / 1e12, limit=1.0)
+
+
+def build_long(setting: Setting, report: Report, length: int) -> None:
+    """A build at length against the fastest stock prefill that there is."""
+    corpus = setting.corpus(length)
+    plain = {}
+    for name, backends in (("flash", [SDPBackend.FLASH_ATTENTION]), ("cudnn", [SDPBackend.CUDNN_ATTENTION])):
+        try:
+            plain[name] = setting.once(partial(sides.plain_prefill, setting, corpus, backends))
+        except Exception as error:
+            report.fact(f"plain prefill by {name}", repr(error)[:300])
+        torch.cuda.empty_cache()
+    report.fact(f"plain prefill, {length} tokens, s", plain)
+    best = min(plain.values())
+    report.point("plain prefill", length, best)
+    for rate, target in ((8, 2.0), (64, 2.3)):
+        for name in ALLOCATIONS:
+            on_gpu = setting.device.type == "cuda"
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            kind: Allocation = "adaptive" if name == "adaptive" else "uniform"
+            took = setting.once(partial(sides.build, setting, corpus, rate, allocation=kind))
+            report.point(f"build, task, {name}, {rate}×", length, took)
+            report.fact(
+                f"build {length}, {name}, {rate}×: peak GiB above the model",
+                (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0,
+            )
+            report.row(f"build against plain prefill, {length} tokens, {rate}×, {name}", took, best, target=target)
+
+
+def profile(setting: Setting, report: Report) -> str:
+    """Where the time of one answer goes: kernels, and Python."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    prefix, question = setting.prefix(2048, ragged=True), setting.ids(QUESTION)
+    engine = Engine(setting.backbone)
+
+    def answer() -> None:
+        """All steps in this thread, which is the one that the profiler sees."""
+        params = SamplingParams(max_tokens=16)
+        engine._waiting.append(Request(prefix, question, params, lambda event: None, evidence=True))
+        while engine.step():
+            pass
+        setting.now()
+
+    answer()
+    answer()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setting.device.type == "cuda" else [])
+    began = time.perf_counter()
+    with profiled(activities=activities) as found:
+        answer()
+    report.fact("profiled answer, s", time.perf_counter() - began)
+    sort = "self_cuda_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
+    table = found.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=60)
+    cpu = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=60)
+    report.fact("profile", table)
+    report.fact("profile, CPU side", cpu)
+    return f"{table}\n{cpu}"
