@@ -8,11 +8,12 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, living, load_sheet, save_sheet
 from cribsheet.chunks import TokenizedCorpus
+from cribsheet.cutting import cut
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
 from cribsheet.independent import LEAST, share
 from cribsheet.prefix import prefix_cache
 from cribsheet.scoring import SCORERS
-from cribsheet.segments import cut, sheet_layers
+from cribsheet.segments import sheet_layers
 from cribsheet.storage import read_manifest
 from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone

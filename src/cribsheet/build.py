@@ -43,7 +43,7 @@ _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products r
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
 _REPEAT = "Repeat the documents."
-_QUESTION_SHARE = 0.25  # of the window that no head fills
+QUESTION_SHARE = 0.25  # of the window that no head fills
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
 
 
@@ -169,10 +169,6 @@ def build_sheet(
     scorer, allocation = _defaults(scorer, allocation, mode)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     if mode == "independent":
-        if budgets.allocation != "uniform":
-            raise BudgetError(
-                "An independent sheet is uniform; leave out allocation='adaptive', or mode='independent'."
-            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         return build_independent(
@@ -355,7 +351,7 @@ def _chunk_tokens(
 
 def _most_tokens(backbone: Backbone, keep: int, resident: int, read: int) -> int:
     """The most tokens that one head may keep: besides them a chunk is `read`, and later questions want some room."""
-    return max(keep, min(backbone.window - read, int(backbone.window * (1 - _QUESTION_SHARE)) - resident))
+    return max(keep, min(backbone.window - read, int(backbone.window * (1 - QUESTION_SHARE)) - resident))
 
 
 def _times_read(guide: Guide) -> int:
