@@ -167,7 +167,7 @@ def test_the_template_s_head_stays_in_every_head(tiny):
         ({"scorer": "finch"}, ("finch", "uniform")),
         ({"allocation": "uniform"}, ("notes", "uniform")),
         ({"scorer": "task", "allocation": "adaptive"}, ("task", "adaptive")),
-        ({"mode": "independent"}, ("notes", "uniform")),
+        ({"mode": "independent"}, ("recall", "adaptive")),
     ],
 )
 def test_the_default_is_adaptive_and_published_methods_are_as_published(tiny, asked, made):

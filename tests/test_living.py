@@ -88,7 +88,7 @@ def test_each_head_of_a_document_keeps_what_it_needs_and_stands_close_behind_the
             wanted = torch.cat([kept[0][1], *(own[start:] for _, own in kept[1:])])
             torch.testing.assert_close(values, wanted)
             indices = sheet.indices[row, place, -len(values) :]
-            assert (indices.diff() > 0).all() and 0 <= indices[0] and indices[-1] < corpus
+            assert (indices.diff() > 0).all() and indices[0] >= 0 and indices[-1] < corpus
             unrotated = [rotate(own, -ending(own, each.length), family.inv_freqs[number]) for (own, _), each in
                          zip(kept, alone, strict=True)]  # fmt: skip
             joined = torch.cat([unrotated[0], *(own[start:] for own in unrotated[1:])])
@@ -187,11 +187,12 @@ def test_history_tells_what_was_done_and_nothing_of_what_is_gone(tiny):
     assert "zelda" not in sheet.manifest.model_dump_json()
 
 
-def test_every_document_keeps_its_share_and_none_vanishes(tiny):
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_every_document_keeps_its_share_and_none_vanishes(tiny, allocation):
     short = Document(text="Oslo.", id="short")
-    sheet = build(tiny, [ALICE, short, BOB], rate=16)
+    sheet, least = build(tiny, [ALICE, short, BOB], rate=16, allocation=allocation), LEAST[allocation]
     for entry in sheet.manifest.segments:
-        assert entry.kept == share(entry.read, 16) == min(entry.read, max(LEAST, entry.read // 16))
+        assert entry.kept == share(entry.read, 16, allocation) == min(entry.read, max(least, entry.read // 16))
     assert all(kept > 0 for kept in sheet.kept_per_document().values())
 
 
@@ -215,7 +216,8 @@ def test_no_head_of_a_long_corpus_keeps_more_than_the_window_has_room_for():
     grown = living.extend(small, fewer, [next(d for d in many if d.id == "bob2")], scorer=OneHead())
     assert grown.manifest.document_most == most and grown.length == sheet.length
     with pytest.raises(BudgetError, match="window"):
-        living.extend(small, sheet, [Document(text=d.text, id=d.id) for d in DOCUMENTS * 1], scorer=OneHead())
+        living.extend(small, sheet, [Document(text=d.text, id=f"{d.id} {n}") for n in range(3) for d in DOCUMENTS],
+                      scorer=OneHead())  # fmt: skip
 
 
 def test_merging_keeps_to_the_lesser_of_two_most():
@@ -302,9 +304,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_sheet(tiny, tmp_pat
         build(tiny, allocation=allocation, checkpoint=file, progress=stop_at(reading[0].read + reading[1].read))
     assert [entry.id for entry in load_sheet(file).manifest.documents] == ["alice", "bob"]
     steps = []
-    resumed = build(
-        tiny, allocation=allocation, checkpoint=file, progress=lambda done, total: steps.append(done)
-    )
+    resumed = build(tiny, allocation=allocation, checkpoint=file, progress=lambda done, total: steps.append(done))
     assert steps[0] == reading[0].read + reading[1].read and len(steps) == 3
     assert_same(resumed, whole)
     with pytest.raises(SheetError, match="another build"):

@@ -160,13 +160,12 @@ def build_sheet(
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
         `"adaptive"`, the default with the default scorer: heads that need more tokens keep more, and the budget is the
-        mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many; independent
-        sheets always are.
+        mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = _defaults(scorer, allocation, mode)
+    scorer, allocation = _defaults(scorer, allocation)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     if mode == "independent":
         from cribsheet.independent import build_independent  # it is made of what is here
@@ -206,13 +205,11 @@ def build_sheet(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def _defaults(
-    scorer: str | Scorer | None, allocation: Allocation | None, mode: Mode
-) -> tuple[str | Scorer, Allocation]:
+def _defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
         is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
-        allocation = "adaptive" if is_default and mode == "sequential" else "uniform"
+        allocation = "adaptive" if is_default else "uniform"
     return DEFAULT_SCORERS.get(allocation, "") if scorer is None else scorer, allocation
 
 

@@ -40,7 +40,8 @@ from cribsheet.stored import StorageDtype
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
-LEAST = 4  # tokens that are kept of any document, or all of a shorter one: none vanishes
+# Tokens that are kept of any document, or all of a shorter one: none vanishes. Heads that share may have fewer each.
+LEAST: dict[Allocation, int] = {"uniform": 4, "adaptive": 1}
 _WIDEST = 1e9  # a rate at which every document keeps the least
 _NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", "guide", "guide_tokens"} | {
     "corpus_digest",
@@ -134,17 +135,17 @@ class _Share(Budgets):
     def tokens(self, corpus_tokens: int) -> int:
         """Tokens of head and document that are kept."""
         assert self.rate is not None
-        return self.head + share(corpus_tokens - self.head, self.rate)
+        return self.head + share(corpus_tokens - self.head, self.rate, self.allocation)
 
 
-def share(tokens: int, rate: float) -> int:
+def share(tokens: int, rate: float, allocation: Allocation) -> int:
     """How many tokens are kept of a document of so many."""
-    return min(tokens, max(LEAST, int(tokens / rate)))
+    return min(tokens, max(LEAST[allocation], int(tokens / rate)))
 
 
 def most_kept(tokens: int, rate: float, most: float | None) -> int:
     """How many tokens of a document of so many any head may keep: `most` times its share, or all."""
-    return tokens if most is None else min(tokens, int(share(tokens, rate) * most))
+    return tokens if most is None else min(tokens, int(share(tokens, rate, "adaptive") * most))
 
 
 def least_most(manifests: Sequence[Manifest]) -> float | None:
@@ -264,7 +265,7 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], bud
     budget = budgets.tokens(len(terms_at(1.0).head) + sum(lengths))
 
     def whole(rate: float) -> int:
-        return fixed + sum(share(length, rate) for length in lengths)
+        return fixed + sum(share(length, rate, budgets.allocation) for length in lengths)
 
     low, high = 1.0, _WIDEST
     if whole(high) > budget:
