@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
+
 from cribsheet.documents import Document
 from cribsheet.task import Task
 
@@ -14,3 +18,15 @@ DOCUMENTS = [
 ZERO_SHOT = Task("Answer questions about where people live.")
 FEW_SHOT = Task(ZERO_SHOT.description, examples=(("Where does Bob Smith live?", "Oslo"), ("Where is Eve?", "Unknown")))
 QUESTION = "Where does Hugo Ali live?"
+
+
+class OneHead:
+    """A scorer to which only the first head of the first layer matters, and in it everything."""
+
+    guide: ClassVar[str] = "nothing"
+    pins_head: ClassVar[bool] = True
+
+    def score(self, view):
+        scores = torch.zeros(view.keys.shape[:2])
+        scores[0] = float(view.layer == 0)
+        return scores

@@ -11,6 +11,7 @@ from cribsheet import CompressedKnowledgeLLM, Document, Task, living
 from cribsheet.build import build_sheet
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.combine import Router, combine, likelihood
+from cribsheet.cutting import cut
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.rope import move
 from cribsheet.segments import sheet_layers
@@ -46,6 +47,29 @@ def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(ti
     ):
         moved = move(theirs.keys[:, head:], old, old + first.tokens - head, inv_freq)
         torch.testing.assert_close(mine.keys[:, first.tokens :], moved, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("first", [SEQUENTIAL, INDEPENDENT], ids=["sequential", "independent"])
+@pytest.mark.parametrize("second", ["uniform", "adaptive"])
+def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_are_combined(tiny, first, second):
+    one = build(tiny, [ALICE, BOB], rate=3, allocation="adaptive", **first)
+    two = build(tiny, [CLARA, HUGO], rate=3, allocation=second)
+    both, head = combine(tiny, [one, two]), one.manifest.head_tokens
+    assert both.manifest.allocation == "adaptive" and both.tokens == one.tokens + two.tokens - head
+    for mine, *parts in zip(*(sheet_layers(tiny, sheet) for sheet in (both, one, two)), strict=True):
+        for (keys, values), (_, before), (_, behind) in zip(*map(heads_of, (mine, *parts)), strict=True):
+            assert torch.equal(values, torch.cat([before, behind[head:]])) and len(keys) == len(values)
+    assert both.kept_per_document() == {**one.kept_per_document(), **two.kept_per_document()}
+    kb = CompressedKnowledgeLLM(tiny, both)
+    assert kb.ask(QUESTION, max_tokens=6).sources
+    apart = cut(tiny, both)[1]
+    again = living.remove(tiny, both, "alice") if first is INDEPENDENT else both
+    assert len(apart) == (3 if first is INDEPENDENT else 2) and again.length <= both.length
+
+
+def heads_of(layer):
+    """Keys and values (P, D) of each head of a layer."""
+    return [half for keys, values in layer.groups for half in zip(keys, values, strict=True)]
 
 
 def test_combining_independent_sheets_of_one_task_is_merging_them(family):

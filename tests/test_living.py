@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, living, load_sheet, save_sheet
 from cribsheet.chunks import TokenizedCorpus
+from cribsheet.cutting import cut
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
 from cribsheet.independent import LEAST, share
 from cribsheet.prefix import prefix_cache
+from cribsheet.rope import rotate
 from cribsheet.scoring import SCORERS
-from cribsheet.segments import cut, sheet_layers
+from cribsheet.segments import sheet_layers
+from cribsheet.selection import ABSENT
 from cribsheet.storage import read_manifest
 from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone
 
 ALICE, BOB, CLARA, HUGO = DOCUMENTS
+ADAPTIVE = {"allocation": "adaptive", "scorer": "recall"}
 SECRET = Document(
     text="Zelda Quorn keeps the passphrase heliotrope-9917 in Ulaanbaatar.",
     id="zelda-file",
@@ -34,6 +40,7 @@ def assert_same(first, second):
     """Two sheets with the same bits, apart from when and how they were made."""
     for mine, theirs in zip(first.layers, second.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
+        assert mine.counts == theirs.counts
         assert (mine.key_scales is None) == (theirs.key_scales is None)
         assert mine.key_scales is None or torch.equal(mine.key_scales, theirs.key_scales)
     assert torch.equal(first.indices, second.indices) and torch.equal(first.origins, second.origins)
@@ -42,24 +49,63 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("guide", ["resident", "dropped"])
-def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide):
-    sheet, never = build(family, guide=guide), build(family, [ALICE, CLARA, HUGO], guide=guide)
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide, allocation):
+    settings = {"guide": guide, "allocation": allocation}
+    sheet, never = build(family, **settings), build(family, [ALICE, CLARA, HUGO], **settings)
     assert_same(living.remove(family, sheet, "bob"), never)
     assert len(sheet.documents) == 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype, tmp_path):
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype, allocation, tmp_path):
+    settings = {"dtype": dtype, "allocation": allocation}
+
     def stored(sheet):
         return load_sheet(save_sheet(sheet, tmp_path / "living.sheet"))
 
-    grown = living.extend(tiny, stored(build(tiny, [ALICE, BOB], dtype=dtype)), [CLARA, HUGO])
-    assert_same(grown, build(tiny, dtype=dtype))
+    grown = living.extend(tiny, stored(build(tiny, [ALICE, BOB], **settings)), [CLARA, HUGO])
+    assert_same(grown, build(tiny, **settings))
     moved = Document(text="Bob Smith has moved to Riga, where he sells amber.", id="bob")
     replaced = living.replace(tiny, stored(grown), "bob", moved)
-    assert_same(replaced, build(tiny, [ALICE, moved, CLARA, HUGO], dtype=dtype))
-    merged = living.merge(tiny, build(tiny, [ALICE], dtype=dtype), build(tiny, [moved, CLARA, HUGO], dtype=dtype))
+    assert_same(replaced, build(tiny, [ALICE, moved, CLARA, HUGO], **settings))
+    merged = living.merge(tiny, build(tiny, [ALICE], **settings), build(tiny, [moved, CLARA, HUGO], **settings))
     assert_same(merged, replaced)
+
+
+def test_each_head_of_a_document_keeps_what_it_needs_and_stands_close_behind_the_one_before(family):
+    """Written out: of each head the head's tokens, then what it keeps of each document, ending with the sheet."""
+    sheet = build(family, rate=4, guide="dropped", **ADAPTIVE)
+    layers, corpus = sheet_layers(family, sheet), sheet.manifest.corpus_tokens
+    alone = [build(family, [document], rate=4, guide="dropped", **ADAPTIVE) for document in DOCUMENTS]
+    parts = [sheet_layers(family, each) for each in alone]
+    start = sheet.manifest.head_tokens
+    for row, number in enumerate(family.full):
+        heads = [heads_of(layers[number])] + [heads_of(part[number]) for part in parts]
+        for place, (keys, values) in enumerate(heads[0]):
+            kept = [part[place] for part in heads[1:]]
+            wanted = torch.cat([kept[0][1], *(own[start:] for _, own in kept[1:])])
+            torch.testing.assert_close(values, wanted)
+            indices = sheet.indices[row, place, -len(values) :]
+            assert (indices.diff() > 0).all() and indices[0] >= 0 and indices[-1] < corpus
+            unrotated = [rotate(own, -ending(own, each.length), family.inv_freqs[number]) for (own, _), each in
+                         zip(kept, alone, strict=True)]  # fmt: skip
+            joined = torch.cat([unrotated[0], *(own[start:] for own in unrotated[1:])])
+            expected = rotate(joined, ending(joined, sheet.length), family.inv_freqs[number])
+            torch.testing.assert_close(keys, expected, atol=1e-4, rtol=1e-4)
+    counts = (sheet.indices != ABSENT).sum(-1)
+    assert counts.min() < counts.max() == sheet.length and sheet.tokens == sheet.manifest.budget
+
+
+def heads_of(layer):
+    """Keys and values (P, D) of each head of a layer."""
+    return [half for keys, values in layer.groups for half in zip(keys, values, strict=True)]
+
+
+def ending(tokens, length):
+    """Positions of tokens that end where a sheet does."""
+    return torch.arange(length - len(tokens), length)
 
 
 def test_removing_leaves_no_trace_in_the_file(tiny, tmp_path):
@@ -84,16 +130,19 @@ def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
     assert_same(left, build(tiny, [ALICE, HUGO]))
 
 
-def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it(family):
-    alone = build(family, [BOB], guide="dropped")
-    usual = build_sheet(family, [BOB], FEW_SHOT, budget=alone.tokens, guide="dropped", scorer="task")
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it(family, allocation):
+    settings = {"guide": "dropped", "scorer": "task", "allocation": allocation}
+    alone = build(family, [BOB], **settings)
+    usual = build_sheet(family, [BOB], FEW_SHOT, budget=alone.tokens, **settings)
     assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)
     for mine, theirs in zip(sheet_layers(family, alone), sheet_layers(family, usual), strict=True):
-        first = max(0, theirs.keys.shape[1] - mine.keys.shape[1])  # a window may reach into the head
-        assert mine.window is not None or first == 0
-        size = min(mine.keys.shape[1], theirs.keys.shape[1])
-        torch.testing.assert_close(mine.keys[:, -size:], theirs.keys[:, -size:], atol=5e-4, rtol=1e-3)
-        torch.testing.assert_close(mine.values[:, -size:], theirs.values[:, -size:], atol=5e-4, rtol=1e-3)
+        assert mine.window is not None or mine.counts == theirs.counts
+        for own, other in zip(heads_of(mine), heads_of(theirs), strict=True):
+            size = min(len(own[0]), len(other[0]))  # a window may reach into the head
+            assert mine.window is not None or size == len(own[0]) == len(other[0])
+            for half, expected in zip(own, other, strict=True):
+                torch.testing.assert_close(half[-size:], expected[-size:], atol=5e-4, rtol=1e-3)
 
 
 def test_an_independent_sheet_of_rate_1_is_every_document_read_behind_the_head(family):
@@ -138,11 +187,12 @@ def test_history_tells_what_was_done_and_nothing_of_what_is_gone(tiny):
     assert "zelda" not in sheet.manifest.model_dump_json()
 
 
-def test_every_document_keeps_its_share_and_none_vanishes(tiny):
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_every_document_keeps_its_share_and_none_vanishes(tiny, allocation):
     short = Document(text="Oslo.", id="short")
-    sheet = build(tiny, [ALICE, short, BOB], rate=16)
+    sheet, least = build(tiny, [ALICE, short, BOB], rate=16, allocation=allocation), LEAST[allocation]
     for entry in sheet.manifest.segments:
-        assert entry.kept == share(entry.read, 16) == min(entry.read, max(LEAST, entry.read // 16))
+        assert entry.kept == share(entry.read, 16, allocation) == min(entry.read, max(least, entry.read // 16))
     assert all(kept > 0 for kept in sheet.kept_per_document().values())
 
 
@@ -152,6 +202,49 @@ def test_a_budget_is_the_most_that_the_whole_sheet_may_have(tiny):
     assert whole // 2 - len(DOCUMENTS) <= sheet.tokens <= whole // 2
     with pytest.raises(BudgetError, match="at least"):
         build(tiny, rate=None, budget=sheet.manifest.head_tokens + 3, guide="dropped")
+
+
+def test_no_head_of_a_long_corpus_keeps_more_than_the_window_has_room_for():
+    small = tiny_backbone(max_position_embeddings=400)
+    sheet = build(small, rate=4, scorer=OneHead(), allocation="adaptive", guide="dropped")
+    assert sheet.manifest.document_most is None and sheet.length > 3 * sheet.tokens
+    many = [Document(text=f"{d.text} {n}", id=f"{d.id}{n}") for n in range(4) for d in DOCUMENTS]
+    sheet = build(small, many, rate=4, scorer=OneHead(), allocation="adaptive", guide="dropped")
+    most = sheet.manifest.document_most
+    assert 1 < most < 4 and 250 < sheet.length <= 300
+    fewer = living.remove(small, sheet, "bob2")
+    grown = living.extend(small, fewer, [next(d for d in many if d.id == "bob2")], scorer=OneHead())
+    assert grown.manifest.document_most == most and grown.length == sheet.length
+    with pytest.raises(BudgetError, match="window"):
+        living.extend(small, sheet, [Document(text=d.text, id=f"{d.id} {n}") for n in range(3) for d in DOCUMENTS],
+                      scorer=OneHead())  # fmt: skip
+
+
+def test_merging_keeps_to_the_lesser_of_two_most():
+    small = tiny_backbone(max_position_embeddings=400)
+    many = [Document(text=f"{d.text} {n}", id=f"{d.id}{n}") for n in range(3) for d in DOCUMENTS]
+    first = build(small, many, rate=4, allocation="adaptive", guide="dropped")
+    second = build(small, [HUGO], rate=4, allocation="adaptive", guide="dropped")
+    assert second.manifest.document_most is None
+    assert living.merge(small, second, first).manifest.document_most == first.manifest.document_most > 1
+
+
+@pytest.mark.parametrize("harm", ["order", "kept", "guide", "beyond"])
+def test_segments_that_do_not_add_up_are_damage(tiny, tmp_path, harm):
+    sheet = build(tiny, **ADAPTIVE)
+    indices, manifest = sheet.indices.clone(), sheet.manifest.model_copy(deep=True)
+    guide = manifest.guide_tokens
+    if harm == "order":
+        indices[0, 0, -guide - 2 : -guide] = indices[0, 0, -guide - 2 : -guide].flip(0)
+    elif harm == "kept":
+        manifest.segments[0].kept += 1
+    elif harm == "guide":
+        indices[0, 0, -1] = manifest.corpus_tokens - 1
+    else:
+        indices[0, 0, -guide - 1] = manifest.corpus_tokens
+    broken = replace(sheet, indices=indices, manifest=manifest)
+    with pytest.raises(SheetError, match="do not fit its manifest"):
+        load_sheet(save_sheet(broken, tmp_path / "broken.sheet"))
 
 
 def test_texts_that_were_left_out_stay_out(tiny, tmp_path):
@@ -181,6 +274,8 @@ def test_what_cannot_be_is_refused_and_nothing_changes(tiny):
         living.replace(tiny, sheet, "bob", [ALICE, SECRET])
     with pytest.raises(SheetError, match="task"):
         living.merge(tiny, sheet, build(tiny, [SECRET], ZERO_SHOT))
+    with pytest.raises(SheetError, match="allocation"):
+        living.merge(tiny, sheet, build(tiny, [SECRET], allocation="adaptive"))
     with pytest.raises(SheetError, match="rate"):
         living.merge(tiny, sheet, build(tiny, [SECRET], rate=3))
     with pytest.raises(MismatchError):
@@ -190,7 +285,8 @@ def test_what_cannot_be_is_refused_and_nothing_changes(tiny):
         living.extend(small, build(small, [ALICE], rate=1), [BOB, CLARA, HUGO])
 
 
-def test_an_interrupted_build_goes_on_and_ends_with_the_same_sheet(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_an_interrupted_build_goes_on_and_ends_with_the_same_sheet(tiny, tmp_path, monkeypatch, allocation):
     class Stop(Exception):
         pass
 
@@ -202,13 +298,13 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_sheet(tiny, tmp_pat
         return progress
 
     monkeypatch.setattr("cribsheet.independent.usual_chunk", lambda backbone, guide: 1)
-    file, whole = tmp_path / "half.partial", build(tiny)
+    file, whole = tmp_path / "half.partial", build(tiny, allocation=allocation)
     reading = whole.manifest.segments
     with pytest.raises(Stop):
-        build(tiny, checkpoint=file, progress=stop_at(reading[0].read + reading[1].read))
+        build(tiny, allocation=allocation, checkpoint=file, progress=stop_at(reading[0].read + reading[1].read))
     assert [entry.id for entry in load_sheet(file).manifest.documents] == ["alice", "bob"]
     steps = []
-    resumed = build(tiny, checkpoint=file, progress=lambda done, total: steps.append(done))
+    resumed = build(tiny, allocation=allocation, checkpoint=file, progress=lambda done, total: steps.append(done))
     assert steps[0] == reading[0].read + reading[1].read and len(steps) == 3
     assert_same(resumed, whole)
     with pytest.raises(SheetError, match="another build"):
@@ -227,12 +323,14 @@ def test_a_scorer_of_your_own_is_asked_for_again(tiny):
         living.extend(tiny, sheet, [BOB], scorer="recent")
 
 
-def test_long_documents_are_read_in_chunks_and_windows_hold_what_they_can_see(family):
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_long_documents_are_read_in_chunks_and_windows_hold_what_they_can_see(family, allocation):
     long = Document(text=" ".join(f"Room {n} belongs to {d.id}. {d.text}" for n, d in enumerate(DOCUMENTS)), id="long")
-    sheet = build(family, [ALICE, long, BOB], chunk_tokens=50)
-    assert_same(living.remove(family, sheet, "alice", "bob"), build(family, [long], chunk_tokens=50))
+    settings = {"chunk_tokens": 50, "allocation": allocation}
+    sheet = build(family, [ALICE, long, BOB], **settings)
+    assert_same(living.remove(family, sheet, "alice", "bob"), build(family, [long], **settings))
     for layer, window in zip(sheet_layers(family, sheet), family.windows, strict=True):
-        assert layer.keys.shape[1] == (sheet.tokens if window is None else min(sheet.tokens, window - 1))
+        assert window is None or layer.keys.shape[1] == min(sheet.length, window - 1)
     ids = torch.arange(10, 18).unsqueeze(0)
-    positions = torch.arange(sheet.tokens, sheet.tokens + 8).unsqueeze(0)
-    assert family.step(ids, positions, prefix_cache(sheet_layers(family, sheet), sheet.tokens)).isfinite().all()
+    positions = torch.arange(sheet.length, sheet.length + 8).unsqueeze(0)
+    assert family.step(ids, positions, prefix_cache(sheet_layers(family, sheet), sheet.length)).isfinite().all()

@@ -46,7 +46,7 @@ _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products r
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
 _REPEAT = "Repeat the documents."
-_QUESTION_SHARE = 0.25  # of the window that no head fills
+QUESTION_SHARE = 0.25  # of the window that no head fills
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
 
 
@@ -164,8 +164,7 @@ def build_sheet(
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
         `"adaptive"`, the default with the default scorer: heads that need more tokens keep more, and the budget is the
-        mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many; independent
-        sheets always are.
+        mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many.
 
     read
         who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
@@ -173,13 +172,9 @@ def build_sheet(
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = _defaults(scorer, allocation, mode)
+    scorer, allocation = _defaults(scorer, allocation)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     if mode == "independent":
-        if budgets.allocation != "uniform":
-            raise BudgetError(
-                "An independent sheet is uniform; leave out allocation='adaptive', or mode='independent'."
-            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         return build_independent(
@@ -218,13 +213,11 @@ def build_sheet(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def _defaults(
-    scorer: str | Scorer | None, allocation: Allocation | None, mode: Mode
-) -> tuple[str | Scorer, Allocation]:
+def _defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
         is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
-        allocation = "adaptive" if is_default and mode == "sequential" else "uniform"
+        allocation = "adaptive" if is_default else "uniform"
     return DEFAULT_SCORERS.get(allocation, "") if scorer is None else scorer, allocation
 
 
@@ -363,7 +356,7 @@ def _chunk_tokens(
 
 def _most_tokens(backbone: Backbone, keep: int, resident: int, read: int) -> int:
     """The most tokens that one head may keep: besides them a chunk is `read`, and later questions want some room."""
-    return max(keep, min(backbone.window - read, int(backbone.window * (1 - _QUESTION_SHARE)) - resident))
+    return max(keep, min(backbone.window - read, int(backbone.window * (1 - QUESTION_SHARE)) - resident))
 
 
 def _times_read(guide: Guide) -> int:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from cribsheet.answer import Answer
 from cribsheet.backbone import Backbone
+from cribsheet.cutting import cut
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.fingerprint import fingerprint
-from cribsheet.independent import changed
+from cribsheet.independent import changed, least_most
 from cribsheet.prefix import prefix_cache
-from cribsheet.segments import assemble, cut
+from cribsheet.segments import assemble
+from cribsheet.selection import Allocation
 from cribsheet.sheet import Sheet
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
@@ -53,10 +55,14 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
     if not any(sheet.resident for sheet in sheets):
         guide = guide[:0]
     rates = {sheet.manifest.document_rate for sheet in sheets}
+    adaptive = any(sheet.manifest.allocation == "adaptive" for sheet in sheets)
+    allocation: Allocation = "adaptive" if adaptive else "uniform"
     manifest = first.model_copy(
         update={
             "task": purpose.to_dict(),
             "document_rate": first.document_rate if len(rates) == 1 else None,
+            "document_most": least_most([sheet.manifest for sheet in sheets]),
+            "allocation": allocation,
             "history": [entry for sheet in sheets for entry in sheet.manifest.history],
         }
     )

@@ -17,18 +17,31 @@ from torch import Tensor
 
 from cribsheet import storage
 from cribsheet.backbone import Backbone
-from cribsheet.build import DEFAULT_RATE, Budgets, Plan, Progress, circumstances, list_documents, plan, usual_chunk
+from cribsheet.build import (
+    DEFAULT_RATE,
+    QUESTION_SHARE,
+    Budgets,
+    Plan,
+    Progress,
+    circumstances,
+    list_documents,
+    plan,
+    usual_chunk,
+)
 from cribsheet.chunks import TokenizedCorpus
+from cribsheet.cutting import cut
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, DocumentError, SheetError
 from cribsheet.scoring import Scorer, make_scorer
-from cribsheet.segments import Segment, assemble, check_fits, cut, read_head, read_segment
+from cribsheet.segments import Segment, assemble, check_fits, read_head, read_segment
+from cribsheet.selection import Allocation
 from cribsheet.sheet import Change, Manifest, Operation, Sheet
 from cribsheet.stored import StorageDtype
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
-LEAST = 4  # tokens that are kept of any document, or all of a shorter one: none vanishes
+# Tokens that are kept of any document, or all of a shorter one: none vanishes. Heads that share may have fewer each.
+LEAST: dict[Allocation, int] = {"uniform": 4, "adaptive": 1}
 _WIDEST = 1e9  # a rate at which every document keeps the least
 _NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", "guide", "guide_tokens"} | {
     "corpus_digest",
@@ -40,7 +53,8 @@ _NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", 
 class Terms:
     """What all documents of a sheet have in common; `rate` is by how much each of them is condensed.
 
-    `chunk_tokens` is how much of a document is read at once; none: by device and window.
+    `chunk_tokens` is how much of a document is read at once; none: by device and window. If the `allocation` is
+    adaptive, no head keeps more of a document than `most` times its share; none: all of it.
     """
 
     layout: ChatLayout
@@ -51,6 +65,8 @@ class Terms:
     dtype: StorageDtype
     seed: int
     resident: bool
+    allocation: Allocation = "uniform"
+    most: float | None = None
 
     @classmethod
     def of(cls, backbone: Backbone, manifest: Manifest) -> Terms:
@@ -64,6 +80,8 @@ class Terms:
             dtype=manifest.dtype,
             seed=manifest.seed,
             resident=manifest.guide == "resident",
+            allocation=manifest.allocation,
+            most=manifest.document_most,
         )
 
     def with_scorer(self, scorer: str | Scorer | None) -> Terms:
@@ -96,8 +114,13 @@ class Terms:
         """How to read one document; whatever can be refused is refused here."""
         usual = usual_chunk(backbone, make_scorer(self.scorer)[1].guide)
         chunk = None if self.chunk_tokens == usual else self.chunk_tokens
-        share = _Share(guide="dropped", chunk_tokens=chunk, rate=self.rate, head=len(self.head))
-        return plan(backbone, self.layout, [document], self.task, share, scorer=self.scorer, seed=self.seed)
+        budgets = _Share(self.rate, None, "dropped", chunk, self.allocation, len(self.head))
+        made = plan(backbone, self.layout, [document], self.task, budgets, scorer=self.scorer, seed=self.seed)
+        if self.most is None:
+            return made
+        length = len(made.corpus) - made.corpus.head_tokens
+        most = made.corpus.head_tokens + most_kept(length, self.rate, self.most)
+        return replace(made, reading=replace(made.reading, most=min(made.reading.most, most)))
 
     def _tokenized(self, document: Document) -> TokenizedCorpus:
         return TokenizedCorpus.build([document], self.layout.head(self.task.instruction), self.layout.encoder)
@@ -116,12 +139,22 @@ class _Share(Budgets):
     def tokens(self, corpus_tokens: int) -> int:
         """Tokens of head and document that are kept."""
         assert self.rate is not None
-        return self.head + share(corpus_tokens - self.head, self.rate)
+        return self.head + share(corpus_tokens - self.head, self.rate, self.allocation)
 
 
-def share(tokens: int, rate: float) -> int:
+def share(tokens: int, rate: float, allocation: Allocation) -> int:
     """How many tokens are kept of a document of so many."""
-    return min(tokens, max(LEAST, int(tokens / rate)))
+    return min(tokens, max(LEAST[allocation], int(tokens / rate)))
+
+
+def most_kept(tokens: int, rate: float, most: float | None) -> int:
+    """How many tokens of a document of so many any head may keep: `most` times its share, or all."""
+    return tokens if most is None else min(tokens, int(share(tokens, rate, "adaptive") * most))
+
+
+def least_most(manifests: Sequence[Manifest]) -> float | None:
+    """The `document_most` of several sheets that become one: the least that any of them has."""
+    return min((each.document_most for each in manifests if each.document_most is not None), default=None)
 
 
 def build_independent(
@@ -150,9 +183,10 @@ def build_independent(
 
     def terms_at(rate: float) -> Terms:
         resident = budgets.guide == "resident" or (budgets.guide == "auto" and rate > 1)
-        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident)
+        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, budgets.allocation)
 
     terms = terms_at(_rate(terms_at, documents, budgets))
+    terms = replace(terms, most=_most(backbone, terms, documents))
     plans = [terms.plan(backbone, document) for document in documents]
     corpus = plans[0].corpus
     layout.verify(plans[0].head, corpus.text, layout.guide(task).resident if terms.resident else "", task)
@@ -167,6 +201,7 @@ def build_independent(
             update={
                 "mode": "independent",
                 "document_rate": terms.rate,
+                "document_most": terms.most,
                 "chunk_tokens": usual if budgets.chunk_tokens is None else budgets.chunk_tokens,
                 "head_tokens": len(terms.head),
             }
@@ -238,7 +273,7 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], bud
     budget = budgets.tokens(len(terms_at(1.0).head) + sum(lengths))
 
     def whole(rate: float) -> int:
-        return fixed + sum(share(length, rate) for length in lengths)
+        return fixed + sum(share(length, rate, budgets.allocation) for length in lengths)
 
     low, high = 1.0, _WIDEST
     if whole(high) > budget:
@@ -250,6 +285,28 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], bud
         middle = (low * high) ** 0.5
         low, high = (low, middle) if whole(middle) <= budget else (middle, high)
     return round(high, 4) if whole(round(high, 4)) <= budget else high
+
+
+def _most(backbone: Backbone, terms: Terms, documents: Sequence[Document]) -> float | None:
+    """How many times its share of a document a head may keep: as often as leaves room in the window; none: all of it.
+
+    A sheet is as long as the head that keeps most.
+    """
+    if terms.allocation == "uniform":
+        return None
+    lengths = [terms.length(document) for document in documents]
+    room = int(backbone.window * (1 - QUESTION_SHARE)) - len(terms.head) - len(terms.guide)
+
+    def fits(most: float | None) -> bool:
+        return sum(most_kept(length, terms.rate, most) for length in lengths) <= room
+
+    if fits(None):
+        return None
+    low, high = 1.0, terms.rate
+    while high - low > 0.005:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return round(low, 2) if fits(round(low, 2)) else low
 
 
 def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Path) -> list[Segment]:

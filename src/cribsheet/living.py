@@ -16,16 +16,24 @@ from typing import Any
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Progress
+from cribsheet.cutting import cut
 from cribsheet.documents import Document, read_documents
 from cribsheet.errors import DocumentError, SheetError
 from cribsheet.fingerprint import fingerprint
-from cribsheet.independent import Terms, changed, read_all, refuse_twice
+from cribsheet.independent import Terms, changed, least_most, read_all, refuse_twice
 from cribsheet.loaded import LoadedModel
 from cribsheet.scoring import Scorer
-from cribsheet.segments import Segment, assemble, cut
+from cribsheet.segments import Segment, assemble
 from cribsheet.sheet import Operation, Sheet
 
-_SAME = {"head": "head", "task": "task", "guide": "guide", "dtype": "storage dtype", "document_rate": "document rate"}
+_SAME = {
+    "head": "head",
+    "task": "task",
+    "guide": "guide",
+    "dtype": "storage dtype",
+    "document_rate": "document rate",
+    "allocation": "allocation",
+}
 
 
 def extend(
@@ -101,7 +109,9 @@ def merge(backbone: Backbone, first: Sheet, second: Sheet, *, check: bool = True
                 "`combine`."
             )
     refuse_twice([*mine.ids, *theirs.ids])
-    mine.manifest = first.manifest.model_copy(update={"history": [*first.manifest.history, *second.manifest.history]})
+    both = (first.manifest, second.manifest)
+    history = [entry for each in both for entry in each.history]
+    mine.manifest = first.manifest.model_copy(update={"history": history, "document_most": least_most(both)})
     mine.with_texts = mine.with_texts and theirs.with_texts
     return mine.done([*mine.segments, *theirs.segments], "merged", len(theirs.ids))
 

@@ -1,9 +1,12 @@
-"""A sheet in segments: stretches of the corpus that were read alone, so that each can be taken out and put in.
+"""A sheet in segments: stretches of the corpus that were read alone, so that each can be put in and taken out.
 
 A segment was read right behind the shared head and knows nothing of its neighbours. Its keys are kept before rotation,
 so it may stand at any position: the sheet is rotated as a whole when it is put on a device, and a segment that stays
 is bit for bit the same whatever comes and goes around it. Only a resident guide sees all segments; it is read anew
 whenever they change.
+
+Where heads keep different numbers of tokens they do so in each segment; joined, each head's tokens lie close together
+and end where the sheet does. Taking a sheet apart is in `cutting.py`.
 
 Letters as in `sheet.py`: `F` layers that see everything, `K` key/value heads, `P` kept tokens, `D` head size.
 """
@@ -14,15 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
 from cribsheet.compress import compress, nothing_kept
-from cribsheet.errors import BudgetError, SheetError
+from cribsheet.errors import BudgetError
 from cribsheet.prefix import LayerPrefix, empty_prefix
 from cribsheet.rope import rotate
-from cribsheet.sheet import DocumentEntry, Manifest, SegmentEntry, Sheet
+from cribsheet.selection import ABSENT
+from cribsheet.sheet import DocumentEntry, Manifest, SegmentEntry, Sheet, mean_kept
 from cribsheet.stored import StorageDtype, StoredLayer
 
 
@@ -34,7 +39,9 @@ class Segment:
         keys before rotation and values (K, P, D) as they are stored; a layer with a sliding window holds only the last
         tokens, fewer than its window.
     indices
-        (F, K, P) int32, counted from the segment's first token.
+        (F, K, P) int32, counted from the segment's first token; `ABSENT` in front of heads that keep fewer than P.
+    kept
+        how many tokens of it are kept, on average over the layers and heads that see everything.
     origins
         (U, 4) int32 as in `Sheet`, with indices and documents counted from the segment's first ones.
     read
@@ -44,14 +51,10 @@ class Segment:
     layers: Sequence[StoredLayer]
     indices: Tensor
     origins: Tensor
+    kept: int
     read: int
     documents: Sequence[DocumentEntry] = ()
     texts: Sequence[str] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of it that are kept."""
-        return self.indices.shape[2]
 
 
 def read_head(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
@@ -67,16 +70,18 @@ def read_head(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
         _all_heads(backbone, rows),
         torch.cat([rows[:, None], nowhere], 1),
         len(ids),
+        len(ids),
     )
 
 
 def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype: StorageDtype) -> Segment:
     """The resident guide's tokens (T,), read behind everything that stands `before` it."""
-    tokens = sum(segment.tokens for segment in before)
-    layers = _unrotated(backbone, placed(backbone, _joined_layers(before), tokens), tokens, ids)
+    joined = _joined_layers(before)
+    length = joined_indices([segment.indices for segment in before]).shape[2]
+    layers = _unrotated(backbone, placed(backbone, joined, length), length, ids)
     nothing = torch.empty(0, 4, dtype=torch.int32)
     rows = torch.full((len(ids),), -1, dtype=torch.int32)
-    return Segment(_stored(backbone, layers, len(ids), dtype), _all_heads(backbone, rows), nothing, 0)
+    return Segment(_stored(backbone, layers, len(ids), dtype), _all_heads(backbone, rows), nothing, len(ids), 0)
 
 
 def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment:
@@ -85,42 +90,55 @@ def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment
     for state in compress(backbone, plan.corpus, replace(plan.reading, pins_head=True)):
         kept = state.kept
     head = plan.corpus.head_tokens
-    size = plan.reading.budget - head
-    layers = [
-        LayerPrefix(layer.keys[:, -size:], layer.values[:, -size:], window)
-        for layer, window in zip(kept, backbone.windows, strict=True)
-    ]
-    indices = torch.stack([kept[number].indices[:, head:] for number in backbone.full]).cpu().to(torch.int32)
-    origins = kept_origins(plan.corpus, indices)
+    full = [kept[number].indices.cpu() for number in backbone.full]
+    indices = joined_indices([_aligned([torch.where(each < head, ABSENT, each - head) for each in full])])
+    counts = (indices != ABSENT).sum(-1)
+    size = mean_kept(counts)
+    layers, rows = [], iter(counts.tolist())
+    for layer, window in zip(kept, backbone.windows, strict=True):
+        last = layer.keys.shape[1]
+        own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
+        whole = StoredLayer.of(LayerPrefix(layer.keys, layer.values, window), dtype)
+        layers.append(whole.part([last - count for count in own], [last] * len(own)))
+    origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
     origins[:, 0] -= head
-    documents = plan.corpus.documents
     return Segment(
-        _stored(backbone, layers, size, dtype),
-        indices - head,
+        layers,
+        indices.to(torch.int32),
         origins,
+        size,
         len(plan.corpus) - head,
         list_documents(plan.corpus),
-        [document.text for document in documents],
+        [document.text for document in plan.corpus.documents],
     )
 
 
-def placed(backbone: Backbone, layers: Sequence[StoredLayer], tokens: int) -> list[LayerPrefix]:
-    """Unrotated layers of a sheet of `tokens` tokens as attention reads them, keys at positions 0 to `tokens` - 1."""
+def placed(backbone: Backbone, layers: Sequence[StoredLayer], length: int) -> list[LayerPrefix]:
+    """Unrotated layers of a sheet of `length` positions as attention reads them, each head's last key at the last."""
     found = []
     for layer, inv_freq in zip(layers, backbone.inv_freqs, strict=True):
         size = layer.keys.shape[1]
-        seen = layer if layer.window is None else layer.part(max(0, size - layer.window + 1), size)
+        seen = layer
+        if layer.window is not None:
+            first = max(0, size - layer.window + 1)
+            seen = layer.part([first] * backbone.kv_heads, [size] * backbone.kv_heads)
         restored = seen.restored(backbone.device, torch.float32)
-        positions = torch.arange(tokens - restored.keys.shape[1], tokens, device=backbone.device)
-        keys = rotate(restored.keys, positions, inv_freq).to(backbone.dtype)
-        found.append(LayerPrefix(keys, restored.values.to(backbone.dtype), layer.window))
+        keys = rotate(restored.keys, end_positions(restored, length).to(backbone.device), inv_freq).to(backbone.dtype)
+        found.append(replace(restored, keys=keys, values=restored.values.to(backbone.dtype)))
     return found
+
+
+def end_positions(layer: LayerPrefix, length: int) -> Tensor:
+    """Positions (P,) or, where heads keep different numbers of tokens, (N,) of keys that end where the sheet does."""
+    if not layer.counts:
+        return torch.arange(length - layer.keys.shape[1], length)
+    return torch.cat([torch.arange(length - count, length) for count in layer.counts])
 
 
 def sheet_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
     """The layers of any sheet on the model's device and in its dtype."""
     if sheet.manifest.mode == "independent":
-        return placed(backbone, sheet.layers, sheet.tokens)
+        return placed(backbone, sheet.layers, sheet.length)
     return [layer.restored(backbone.device, backbone.dtype) for layer in sheet.layers]
 
 
@@ -139,80 +157,55 @@ def assemble(
     model's window.
     """
     parts = [head, *segments]
-    tokens = sum(part.tokens for part in parts) + len(resident)
-    check_fits(backbone, tokens)
-    if len(resident):
-        parts.append(read_guide(backbone, parts, resident, manifest.dtype))
-    documents = [entry for segment in segments for entry in segment.documents]
     origins, indices, read, number = [], [], 0, 0
     for part in parts:
-        origins.append(_shifted(part.origins, read, number))
-        indices.append(torch.where(part.indices < 0, -1, part.indices + read))
+        origins.append(shifted(part.origins, read, number))
+        indices.append(torch.where(part.indices < 0, part.indices, part.indices + read))
         read, number = read + part.read, number + len(part.documents)
+    joined = joined_indices(indices)
+    check_fits(backbone, joined.shape[2] + len(resident))
+    if len(resident):
+        parts.append(read_guide(backbone, parts, resident, manifest.dtype))
+        joined = torch.cat([joined, parts[-1].indices], 2)
+    documents = [entry for segment in segments for entry in segment.documents]
     made = {
         "guide": "resident" if len(resident) else "dropped",
         "guide_tokens": len(resident),
         "corpus_digest": corpus_digest(documents),
         "corpus_tokens": read,
-        "head_tokens": head.tokens,
+        "head_tokens": head.kept,
         "documents": documents,
-        "budget": tokens,
+        "budget": sum(part.kept for part in parts),
         "mode": "independent",
-        "segments": [SegmentEntry(documents=len(s.documents), read=s.read, kept=s.tokens) for s in segments],
+        "segments": [SegmentEntry(documents=len(s.documents), read=s.read, kept=s.kept) for s in segments],
     }
     texts = [text for segment in segments for text in segment.texts] if with_texts else []
     return Sheet(
         _joined_layers(parts),
-        torch.cat(indices, 2).to(torch.int32),
+        joined,
         torch.cat(origins).to(torch.int32),
         manifest.model_copy(update=made),
         texts,
     )
 
 
-def check_fits(backbone: Backbone, tokens: int) -> None:
-    """Raise `BudgetError` unless a sheet of so many tokens leaves room for a question."""
-    if tokens >= backbone.window:
+def check_fits(backbone: Backbone, length: int) -> None:
+    """Raise `BudgetError` unless a sheet of so many positions leaves room for a question."""
+    if length >= backbone.window:
         raise BudgetError(
-            f"The sheet would have {tokens} tokens, which leaves no room for a question in the model's window of "
-            f"{backbone.window}; build with a higher rate, or spread the documents over several sheets."
+            f"The sheet would take {length} tokens of the model's window of {backbone.window}, which leaves no room "
+            "for a question; build with a higher rate, or spread the documents over several sheets."
         )
 
 
-def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
-    """The head and the segments of an independent sheet; a sequential one is one segment. The guide is left out.
-
-    Raises `SheetError` for a sequential sheet that cannot be cut behind its head or before its guide.
-    """
-    made = sheet.manifest
-    if made.allocation == "adaptive":
-        raise SheetError(
-            "The heads of this sheet keep different numbers of tokens, so it cannot be taken apart; build it with "
-            "allocation='uniform'."
-        )
-    independent = made.mode == "independent"
-    layers = sheet.layers if independent else _cuttable(backbone, sheet)
-    entries = made.segments if independent else [_whole(sheet)]
-    head = SegmentEntry(documents=0, read=made.head_tokens, kept=made.head_tokens)
-    found: list[Segment] = []
-    kept = read = number = 0
-    sizes = [0] * len(layers)  # tokens of each layer so far
-    for entry in (head, *entries):
-        last = [size + held(entry.kept, layer.window) for size, layer in zip(sizes, layers, strict=True)]
-        rows = torch.searchsorted(sheet.origins[:, 0].contiguous(), torch.tensor([read, read + entry.read]).int())
-        texts = sheet.texts[number : number + entry.documents] if sheet.texts else [""] * entry.documents
-        found.append(
-            Segment(
-                [layer.part(a, b) for layer, a, b in zip(layers, sizes, last, strict=True)],
-                sheet.indices[:, :, kept : kept + entry.kept] - read,
-                _shifted(sheet.origins[int(rows[0]) : int(rows[1])], -read, -number),
-                entry.read,
-                made.documents[number : number + entry.documents],
-                texts,
-            )
-        )
-        kept, read, number, sizes = kept + entry.kept, read + entry.read, number + entry.documents, last
-    return found[0], found[1:]
+def joined_indices(parts: Sequence[Tensor]) -> Tensor:
+    """Indices (F, K, P) of stretches that stand one behind the other, each head's without gaps and at the end."""
+    joined = torch.cat(list(parts), 2)
+    absent = joined == ABSENT
+    if not absent.any():
+        return joined
+    order = absent.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
+    return joined.gather(-1, order)[..., int(absent.sum(-1).min()) :].contiguous()
 
 
 def held(tokens: int, window: int | None) -> int:
@@ -220,31 +213,10 @@ def held(tokens: int, window: int | None) -> int:
     return tokens if window is None else min(tokens, window - 1)
 
 
-def _whole(sheet: Sheet) -> SegmentEntry:
-    made = sheet.manifest
-    kept = sheet.tokens - made.head_tokens - made.guide_tokens
-    return SegmentEntry(documents=len(made.documents), read=made.corpus_tokens - made.head_tokens, kept=kept)
-
-
-def _cuttable(backbone: Backbone, sheet: Sheet) -> list[StoredLayer]:
-    """The layers of a sequential sheet with their keys turned back to no rotation."""
-    made = sheet.manifest
-    if any(window is not None for window in made.fingerprint.windows):
-        raise SheetError(
-            "Layers with a sliding window hold only the end of a sequential sheet, so it cannot be joined to another; "
-            "build both with mode='independent'."
-        )
-    if (sheet.indices[:, :, : made.head_tokens] != torch.arange(made.head_tokens)).any():
-        raise SheetError(
-            f"The scorer {made.scorer!r} does not keep the head of the template, which sheets have in common; "
-            "build with another scorer, or with mode='independent'."
-        )
-    turned = []
-    for layer, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
-        plain = layer.restored(torch.device("cpu"), torch.float32)
-        keys = rotate(plain.keys, -torch.arange(sheet.tokens), inv_freq.cpu())
-        turned.append(StoredLayer.of(LayerPrefix(keys, plain.values, None), made.dtype))
-    return turned
+def shifted(origins: Tensor, tokens: int, documents: int) -> Tensor:
+    """Origins (U, 4) with so much added to their indices and documents."""
+    inside = (origins[:, 1:2] >= 0) * documents
+    return torch.cat([origins[:, :1] + tokens, origins[:, 1:2] + inside, origins[:, 2:]], 1)
 
 
 def _unrotated(backbone: Backbone, before: Sequence[LayerPrefix], start: int, ids: Tensor) -> list[LayerPrefix]:
@@ -269,11 +241,11 @@ def _all_heads(backbone: Backbone, rows: Tensor) -> Tensor:
     return rows.expand(len(backbone.full), backbone.kv_heads, -1)
 
 
+def _aligned(layers: Sequence[Tensor]) -> Tensor:
+    """Indices (K, P) of layers of different lengths, at the end of the longest: (F, K, P)."""
+    longest = max(layer.shape[1] for layer in layers)
+    return torch.stack([F.pad(layer, (longest - layer.shape[1], 0), value=ABSENT) for layer in layers])
+
+
 def _joined_layers(segments: Sequence[Segment]) -> list[StoredLayer]:
     return [StoredLayer.joined(parts) for parts in zip(*(segment.layers for segment in segments), strict=True)]
-
-
-def _shifted(origins: Tensor, tokens: int, documents: int) -> Tensor:
-    """Origins (U, 4) with so much added to their indices and documents."""
-    inside = (origins[:, 1:2] >= 0) * documents
-    return torch.cat([origins[:, :1] + tokens, origins[:, 1:2] + inside, origins[:, 2:]], 1)

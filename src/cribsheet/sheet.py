@@ -37,7 +37,10 @@ class DocumentEntry(BaseModel):
 
 
 class SegmentEntry(BaseModel):
-    """A stretch of the corpus that was read alone: so many documents, tokens `read`, and tokens `kept` of them."""
+    """A stretch of the corpus that was read alone: so many documents, tokens `read`, and tokens `kept` of them.
+
+    Where heads keep different numbers of tokens, `kept` is their mean.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -84,6 +87,7 @@ class Manifest(BaseModel):
     mode: Mode = "sequential"
     allocation: Allocation = "uniform"
     document_rate: float | None = None
+    document_most: float | None = None
     segments: list[SegmentEntry] = []
     history: list[Change] = []
 
@@ -227,3 +231,18 @@ class Sheet:
                 found.append(Span(document_id, start, stop, share))
             previous_index = index
         return found
+
+
+def mean_kept(counts: Tensor) -> int:
+    """Tokens that the heads of all layers keep (F, K), as one number."""
+    return round(int(counts.sum()) / counts.numel())
+
+
+def segment_bounds(indices: Tensor, guide_tokens: int, read: Sequence[int]) -> Tensor:
+    """Where in `Sheet.indices` (F, K, P) each head's tokens of some stretches of the corpus begin: (F, K, n + 1).
+
+    The stretches stand one behind the other and had `read` tokens (n,); the guide begins where the last one ends.
+    """
+    first = torch.tensor([0, *read]).cumsum(0).to(indices.dtype)
+    corpus = indices[..., : indices.shape[-1] - guide_tokens].contiguous()
+    return torch.searchsorted(corpus, first.expand(*indices.shape[:2], -1).contiguous())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cribsheet.errors import SheetError
 from cribsheet.selection import ABSENT
-from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet
+from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet, mean_kept, segment_bounds
 from cribsheet.stored import StoredLayer
 from cribsheet.task import Task
 
@@ -177,8 +177,8 @@ def _check_shapes(
     sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0 and made.layers == len(layers)
     sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
     sound = sound and indices.dtype == origins.dtype == torch.int32
-    sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices.shape[-1]))
     sound = sound and _allocation_is_sound(manifest, indices == ABSENT)
+    sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices))
     longest = iter((indices != ABSENT).sum(-1).amax(-1).tolist() if sound else ())
     for layer in layers if sound else ():
         tokens = _held(manifest, layer, next(longest) if layer.window is None else indices.shape[-1])
@@ -223,14 +223,20 @@ def _held(manifest: Manifest, layer: StoredLayer, tokens: int) -> int:
     return found if found < layer.window else -1
 
 
-def _segments_are_sound(manifest: Manifest, tokens: int) -> bool:
-    """Whether the segments add up to the sheet."""
-    segments, fixed = manifest.segments, manifest.head_tokens + manifest.guide_tokens
+def _segments_are_sound(manifest: Manifest, indices: Tensor) -> bool:
+    """Whether the segments add up to the sheet, and every head keeps something of each, in order."""
+    segments, guide = manifest.segments, manifest.guide_tokens
+    if not 0 <= guide < indices.shape[-1] or any(segment.read < 1 for segment in segments):
+        return False
+    corpus, end = indices.split([indices.shape[-1] - guide, guide], -1)
+    counts = segment_bounds(indices, guide, [manifest.head_tokens, *(each.read for each in segments)]).diff()
+    ordered = (corpus[..., 1:] > corpus[..., :-1]) | (corpus[..., :-1] == ABSENT)
     return (
-        sum(segment.kept for segment in segments) + fixed == tokens
-        and sum(segment.read for segment in segments) + manifest.head_tokens == manifest.corpus_tokens
+        sum(segment.read for segment in segments) + manifest.head_tokens == manifest.corpus_tokens
         and sum(segment.documents for segment in segments) == len(manifest.documents)
-        and all(segment.kept > 0 for segment in segments)
+        and bool(ordered.all() and (corpus != -1).all() and (corpus < manifest.corpus_tokens).all())
+        and bool((end == -1).all() and (counts[..., 0] == manifest.head_tokens).all() and (counts[..., 1:] > 0).all())
+        and [mean_kept(each) for each in counts[..., 1:].unbind(-1)] == [segment.kept for segment in segments]
     )
 
 

@@ -47,18 +47,22 @@ class StoredLayer:
         keys, values = (_restore(*half, device, dtype) for half in self._halves())
         return LayerPrefix(keys, values, self.window, self.counts)
 
-    def part(self, first: int, last: int) -> Self:
-        """Tokens `first` to `last` of the layer."""
-        halves = [None if half is None else half[:, first:last] for half in self._tensors()]
-        return self._of(halves)
+    def part(self, first: Sequence[int], last: Sequence[int]) -> Self:
+        """Of each head its tokens `first` to `last`."""
+        if not self.counts and len({*zip(first, last, strict=True)}) == 1:
+            return self._of([None if half is None else half[:, first[0] : last[0]] for half in self._tensors()])
+        places = [*zip(first, last, strict=True)]
+        halves = [[heads[n][a:b] for n, (a, b) in enumerate(places) if heads] for heads in self._by_head()]
+        return self._packed(halves)
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Stretches of tokens of one layer, one behind the other."""
-        halves = [
-            None if half[0] is None else torch.cat(half, 1) for half in zip(*(p._tensors() for p in parts), strict=True)
-        ]
-        return parts[0]._of(halves)
+        """Stretches of tokens of one layer, one behind the other in each head."""
+        if any(part.counts for part in parts):
+            halves = zip(*(part._by_head() for part in parts), strict=True)
+            return parts[0]._packed([[torch.cat(head) for head in zip(*half, strict=True)] for half in halves])
+        tensors = zip(*(part._tensors() for part in parts), strict=True)
+        return parts[0]._of([None if half[0] is None else torch.cat(half, 1) for half in tensors])
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +77,21 @@ class StoredLayer:
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.keys, self.values, self.key_scales, self.value_scales
 
-    def _of(self, tensors: Sequence[Any]) -> Self:
+    def _by_head(self) -> list[Sequence[Tensor]]:
+        """The tensors of each head: (P, D) or (P,) of its own P; nothing for scales that there are not."""
+        found = self._tensors()
+        return [() if half is None else half.split(self.counts) if self.counts else half.unbind(0) for half in found]
+
+    def _packed(self, halves: Sequence[Sequence[Tensor]]) -> Self:
+        """A layer of these heads, one behind the other unless all are of one length."""
+        counts = tuple(len(head) for head in halves[0])
+        if len(set(counts)) == 1:
+            return self._of([torch.stack(list(half)) if half else None for half in halves])
+        return self._of([torch.cat(list(half)) if half else None for half in halves], counts)
+
+    def _of(self, tensors: Sequence[Any], counts: tuple[int, ...] = ()) -> Self:
         keys, values, key_scales, value_scales = tensors
-        return type(self)(keys, values, self.window, key_scales, value_scales)
+        return type(self)(keys, values, self.window, key_scales, value_scales, counts)
 
     def _halves(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         return (self.keys, self.key_scales), (self.values, self.value_scales)

@@ -31,10 +31,7 @@ logger = logging.getLogger(__name__)
 def measure(model: LoadedModel, cases: Sequence[Case], rate: float, scorer: str) -> dict[str, Any]:
     """Shares of all questions: routed to their own sheet, and answered right by each way."""
     sheets = [
-        CompressedKnowledgeLLM.build(
-            _renamed(case), case.task, model=model, rate=rate, scorer=scorer, allocation="uniform"
-        )
-        for case in cases
+        CompressedKnowledgeLLM.build(_renamed(case), case.task, model=model, rate=rate, scorer=scorer) for case in cases
     ]
     router = Router(sheets)
     found: dict[str, list[float]] = {"routed": [], "own sheet": [], "router": [], "combined": []}
@@ -56,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--worlds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--rate", type=float, default=4.0)
-    parser.add_argument("--scorer", default="notes")
+    parser.add_argument("--scorer", default="recall")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the result there")
