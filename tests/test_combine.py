@@ -69,7 +69,7 @@ def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_a
 
 def heads_of(layer):
     """Keys and values (P, D) of each head of a layer."""
-    return [half for keys, values in layer.groups for half in zip(keys, values, strict=True)]
+    return layer.each
 
 
 def test_combining_independent_sheets_of_one_task_is_merging_them(family):

@@ -100,7 +100,7 @@ def test_each_head_of_a_document_keeps_what_it_needs_and_stands_close_behind_the
 
 def heads_of(layer):
     """Keys and values (P, D) of each head of a layer."""
-    return [half for keys, values in layer.groups for half in zip(keys, values, strict=True)]
+    return layer.each
 
 
 def ending(tokens, length):

@@ -169,6 +169,11 @@ def prefill_cache(layers: Sequence[LayerPrefix], start: int, mask: Tensor | None
     return Cache(layers=[PaddedLayer(layer, start, placed) for layer in layers])
 
 
+def step_cache(layers: Sequence[SlotLayer]) -> Cache:
+    """A cache for one decoding step of a batch."""
+    return Cache(layers=list(layers))
+
+
 def _enlarged(buffer: Tensor, slots: int, tokens: int, like: Tensor) -> Tensor:
     _, heads, _, size = like.shape
     grown = like.new_zeros(slots, heads, tokens, size)

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from cribsheet.backbone import Backbone
-from cribsheet.batch import Rows, SlotLayer
+from cribsheet.batch import Rows, SlotLayer, step_cache
 from cribsheet.glance import Glance
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class StepGraph:
         def step() -> tuple[Tensor, list[Tensor] | None]:
             rows.fix(index, tokens)
             glance = Glance(layers, backbone.full, [(0, 0)] * slots) if evidence else None
-            logits = backbone.step(ids, positions, Cache(layers=list(layers)))[:, -1]
+            logits = backbone.step(ids, positions, step_cache(layers))[:, -1]
             return logits, glance.masses if glance else None
 
         self._inputs[1].fill_(layers[0].start)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from cribsheet.answering import Answering, Suffix
 from cribsheet.backbone import Backbone
-from cribsheet.batch import Rows, SlotLayer
+from cribsheet.batch import Rows, SlotLayer, step_cache
 from cribsheet.glance import Glance
 from cribsheet.graphs import StepGraphs
 from cribsheet.prefill import told_in, watches
@@ -39,7 +38,7 @@ class Group:
             rows.prepare(backbone.device)
             glance = Glance(self.layers, backbone.full, told) if evidence else None
             given = torch.tensor(ids).unsqueeze(1), torch.tensor(positions).unsqueeze(1)
-            logits = backbone.step(*given, Cache(layers=list(self.layers)))[:, -1]
+            logits = backbone.step(*given, step_cache(self.layers))[:, -1]
             masses = glance.masses if glance else None
         if masses is not None:
             for sequence, mass in zip(self.running, masses, strict=True):

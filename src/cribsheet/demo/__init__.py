@@ -40,7 +40,7 @@ def read_script(*, fast: bool = False) -> Script:
     chosen = {name: [row for row in data[name] if row.get("fast") or not fast] for name in ("documents", "questions")}
     return Script(
         files=tuple(FOLDER / "documents" / row["file"] for row in chosen["documents"]),
-        task=Task.from_dict(data["task"]),
+        task=Task.from_dict(data["task_fast" if fast else "task"]),
         rate=data["rate"],
         max_tokens=data["max_tokens"],
         questions=tuple(DemoQuestion(row["question"], tuple(row["expected"])) for row in chosen["questions"]),
