@@ -84,18 +84,30 @@ def _retrieved(sheet: Sheet, passage: Passage, weight: float) -> Source:
 def _documents(sheet: Sheet, looked: Tensor, per_document: Tensor, limit: int, total: float) -> list[Source]:
     """The `limit` documents of most weight (D,), with their most attended stretches (M, K, P)."""
     best = per_document.topk(min(limit, len(per_document)))
-    mass = mass_per_origin(sheet, looked) if len(per_document) else torch.zeros(0)
+    most = _most_of_a_head(sheet, looked) if len(per_document) else torch.zeros(0)
     found = []
     for weight, document in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         if weight <= 0:
             continue
-        token = int(mass.where(sheet.origins[:, 1] == document, -1.0).argmax())
+        token = int(most.where(sheet.origins[:, 1] == document, -1.0).argmax())
         start, stop = sheet.origins[token, 2:].tolist()
         text = sheet.texts[document] if sheet.texts else ""
         if text:
             start, stop = _widened(text, start, stop)
         found.append(Source(sheet.manifest.documents[document].id, start, stop, weight / total, text[start:stop]))
     return found
+
+
+def _most_of_a_head(sheet: Sheet, looked: Tensor) -> Tensor:
+    """The largest attention (U,) that any head pays to each token of `sheet.origins` (M, K, P).
+
+    A token that every head attends to a little, as where a chapter's key terms begin, has the largest sum for any
+    question; what answers it has the largest weight of one head.
+    """
+    places = sheet.places[-len(looked) :].flatten()
+    from_corpus = sheet.indices[-len(looked) :].flatten() >= 0
+    most = torch.zeros(len(sheet.origins))
+    return most.scatter_reduce_(0, places[from_corpus], looked.flatten()[from_corpus], "amax")
 
 
 def mass_per_origin(sheet: Sheet, looked: Tensor) -> Tensor:
