@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import schemathesis
 from live import random_sheet, says, serving
 
 from cribsheet.cli import run
@@ -106,6 +107,30 @@ def test_the_description_says_that_keys_are_needed(keyed, live):
     assert described["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
     assert "security" not in described["paths"]["/health"]["get"]
     assert "securitySchemes" not in httpx.get(f"{live.url}/openapi.json").json()["components"]
+
+
+STREAMED = {
+    "model": "noise",
+    "cribsheet": {"evidence": True},
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "max_tokens": 4,
+}
+STREAMS = {
+    "/v1/chat/completions": {**ASK, **STREAMED, "logprobs": True, "top_logprobs": 2},
+    "/v1/completions": {"prompt": "Where?", **STREAMED, "logprobs": 2},
+}
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_every_event_of_a_stream_is_as_described(live, path):
+    operation = schemathesis.openapi.from_url(f"{live.url}/openapi.json")[path]["POST"]
+    case = operation.Case(body=STREAMS[path], media_type="application/json")
+    reply, damaged = case.call(), case.call()
+    assert b'"usage":{' in reply.content and b'"sources":[' in reply.content and b"logprob" in reply.content
+    assert operation.is_valid_response(reply)
+    damaged.content = damaged.content.replace(b'"choices"', b'"chosen"')
+    assert not operation.is_valid_response(damaged)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from cribsheet.server.desk import Desk
 from cribsheet.server.frame import Frame
 from cribsheet.server.metrics import Gauge, Metrics
 from cribsheet.server.refusals import install
+from cribsheet.server.replies import ChatChunk
 from cribsheet.server.routes import OPEN_ROUTES, router
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Sheets
@@ -86,6 +87,8 @@ def _described(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             if app.state.keys is not None and path not in OPEN_ROUTES:
                 operation["security"] = [{"key": []}]
+    chunk = ChatChunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+    parts["schemas"] |= {**chunk.pop("$defs"), "ChatChunk": chunk}  # FastAPI knows of whole replies only
     for name in ("HTTPValidationError", "ValidationError"):
         parts.get("schemas", {}).pop(name, None)
     if app.state.keys is None:  # with keys, not everybody may know the names

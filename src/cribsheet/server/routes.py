@@ -15,12 +15,12 @@ from cribsheet.server.metrics import Metrics
 from cribsheet.server.protocol import ChatRequest, CompletionRequest
 from cribsheet.server.record import record_of
 from cribsheet.server.refusals import ErrorReply, Refusal
-from cribsheet.server.replies import ChatReply, CompletionReply, Reply
+from cribsheet.server.replies import ChatChunk, ChatReply, CompletionReply, Reply
 from cribsheet.server.shelf import Served
+from cribsheet.server.streaming import DONE
 
 OPEN_ROUTES = ("/health",)  # need no key
 _ALWAYS = (400, 408, 413, 421, 500)
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 router = APIRouter()
@@ -66,13 +66,23 @@ def _replies(reply: type[Reply], *statuses: int, **more: Any) -> dict[int | str,
     return {200: {"model": reply, **more}, **_errors(*statuses)}
 
 
-@router.post("/v1/chat/completions", responses=_replies(ChatReply, 401, 404, 429, 503, 504, content=_EVENTS))
+def _events(piece: type[Reply]) -> dict[str, Any]:
+    """A stream as OpenAPI 3.1 describes one, by its single event: a piece, an error, or the mark of the end."""
+    kinds = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in (piece, ErrorReply)]
+    told = {"contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    data = {"type": "string", "anyOf": [{"const": DONE}, told]}
+    return {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}}
+
+
+@router.post("/v1/chat/completions", responses=_replies(ChatReply, 401, 404, 429, 503, 504, content=_events(ChatChunk)))
 async def chat_completions(request: Request, body: ChatRequest, desk: DeskOf, caller: CallerOf) -> Response:
     """Answer a conversation from a sheet, whole or as a stream of events."""
     return await chat.chat(desk, request, body, caller)
 
 
-@router.post("/v1/completions", responses=_replies(CompletionReply, 401, 404, 429, 503, 504, content=_EVENTS))
+@router.post(
+    "/v1/completions", responses=_replies(CompletionReply, 401, 404, 429, 503, 504, content=_events(CompletionReply))
+)
 async def complete(request: Request, body: CompletionRequest, desk: DeskOf, caller: CallerOf) -> Response:
     """Answer prompts from a sheet, whole or as a stream of events."""
     return await completions.complete(desk, request, body, caller)
