@@ -75,8 +75,9 @@ def alone(sheets):
 
 
 def without_chance(reply):
-    """Status, kind, and text without ids and times."""
+    """Status, kind, and text without ids and times; numbers to three places, as processes add in other orders."""
     text = re.sub(r'"(id|created)":\s*("[^"]*"|\d+)', "", reply.text)
+    text = re.sub(r"-?\d+\.\d{4,}", lambda found: f"{float(found[0]):.3f}", text)
     return reply.status_code, reply.headers["content-type"], text
 
 
