@@ -71,24 +71,30 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("what", ["build", "save"])
-def test_a_killed_writer_leaves_the_old_file_or_the_new(what, model, sheet_file, dice, times, tmp_path):
-    target = tmp_path / "staff.sheet"
-    shutil.copy(sheet_file, target)
+def killed(what, model, target, wait, dice, times):
+    """Goes on after each child of a writer that was killed within `wait` seconds; the file it left is valid."""
     command = [sys.executable, "-c", _WRITER, what, str(model), str(target)]
-    digests = {read_manifest(target).created}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as writer:
         assert writer.stdout.readline() == "ready\n"
         for _ in range(times(100)):
             print("go", file=writer.stdin, flush=True)
             child = int(writer.stdout.readline())
-            time.sleep(dice.uniform(0.0, 0.15))
+            time.sleep(dice.uniform(0.0, wait))
             os.kill(child, signal.SIGKILL)
             assert writer.stdout.readline() == "dead\n"
             verify(target)
-            digests.add(read_manifest(target).created + read_manifest(target).digest)
+            yield
         writer.stdin.close()
+
+
+@pytest.mark.parametrize("what", ["build", "save"])
+def test_a_killed_writer_leaves_the_old_file_or_the_new(what, model, sheet_file, dice, times, tmp_path):
+    target = tmp_path / "staff.sheet"
+    shutil.copy(sheet_file, target)
+    digests = {read_manifest(target).created}
+    for _ in killed(what, model, target, 0.15, dice, times):
+        digests.add(read_manifest(target).created + read_manifest(target).digest)
     assert len(digests) > 1  # it was written indeed
     assert all(path == target or path.name.startswith(".") for path in tmp_path.iterdir())  # hidden leftovers
 
@@ -101,25 +107,14 @@ def test_a_killed_change_leaves_the_old_sheet_or_the_new(what, model, dice, time
     texts = ["Alice Moreno lives in Lisbon. " * 5, "Bob Smith lives in Oslo. " * 5]
     terms = {"rate": 4, "scorer": "recent", "mode": "independent"}
     save_sheet(build_sheet(backbone, read_documents(texts), Task.of("Who lives where?"), **terms), target)
-    command = [sys.executable, "-c", _WRITER, what, str(model), str(target)]
-    changes = 0
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as writer:
-        assert writer.stdout.readline() == "ready\n"
-        for _ in range(times(100)):
-            before = target.read_bytes()
-            print("go", file=writer.stdin, flush=True)
-            child = int(writer.stdout.readline())
-            time.sleep(dice.uniform(0.0, 0.4))
-            os.kill(child, signal.SIGKILL)
-            assert writer.stdout.readline() == "dead\n"
-            verify(target)
-            sheet = load_sheet(target)
-            changes += target.read_bytes() != before
-            assert len(sheet.texts) == len(sheet.manifest.documents) == len(sheet.manifest.segments)
-            for document, entry in zip(sheet.documents, sheet.manifest.documents, strict=True):
-                assert len(document.text) == entry.characters
-        writer.stdin.close()
+    changes, before = 0, target.read_bytes()
+    for _ in killed(what, model, target, 0.4, dice, times):
+        sheet = load_sheet(target)
+        after = target.read_bytes()
+        changes, before = changes + (after != before), after
+        assert len(sheet.texts) == len(sheet.manifest.documents) == len(sheet.manifest.segments)
+        for document, entry in zip(sheet.documents, sheet.manifest.documents, strict=True):
+            assert len(document.text) == entry.characters
     assert changes > 0
     with CompressedKnowledgeLLM.load(target, model=backbone) as kb:
         assert kb.ask("Who?", max_tokens=3).usage.completion_tokens
