@@ -104,17 +104,19 @@ def _most_of_a_head(sheet: Sheet, looked: Tensor) -> Tensor:
     A token that every head attends to a little, as where a chapter's key terms begin, has the largest sum for any
     question; what answers it has the largest weight of one head.
     """
-    places = sheet.places[-len(looked) :].flatten()
-    from_corpus = sheet.indices[-len(looked) :].flatten() >= 0
-    most = torch.zeros(len(sheet.origins))
-    return most.scatter_reduce_(0, places[from_corpus], looked.flatten()[from_corpus], "amax")
+    return _per_origin(sheet, looked, "amax")
 
 
 def mass_per_origin(sheet: Sheet, looked: Tensor) -> Tensor:
     """Attention (U,) on each token of `sheet.origins`, of what was looked at (M, K, P)."""
+    return _per_origin(sheet, looked, "sum")
+
+
+def _per_origin(sheet: Sheet, looked: Tensor, reduce: str) -> Tensor:
+    """What was looked at (M, K, P), put together for each token of `sheet.origins`: (U,)."""
     from_corpus = sheet.indices[-len(looked) :] >= 0
     places = sheet.places[-len(looked) :][from_corpus]
-    return torch.zeros(len(sheet.origins)).index_add_(0, places, looked.float().cpu()[from_corpus])
+    return torch.zeros(len(sheet.origins)).scatter_reduce_(0, places, looked.float().cpu()[from_corpus], reduce)
 
 
 def find_passages(sheet: Sheet, looked: Tensor, limit: int, characters: int) -> list[Source]:
