@@ -165,7 +165,8 @@ class Evaluation:
         """Held-out worlds by length."""
         for n in self.lengths(WORLDS):
             texts, each = WORLDS[n]
-            self.result["worlds"][str(n)] = measure_worlds(
+            key = "worlds" if self.a.kind == "mixed" else self.a.kind
+            self.result.setdefault(key, {})[str(n)] = measure_worlds(
                 self.reader, n, self.count(texts), each, self.a.seed, self.a.kind, self.note
             )
 

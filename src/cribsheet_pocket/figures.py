@@ -86,8 +86,9 @@ def _table(name: str, heads: Sequence[str], rows: Sequence[str], columns: Sequen
 def summary(result: dict[str, Any]) -> str:
     """The figures as Markdown tables, as the card shows them."""
     lines: list[str] = []
-    if worlds := result.get("worlds"):
-        lines += _table("question", list(worlds), (*QUESTION_KINDS, "all"), list(worlds.values()))
+    for kind, name in (("worlds", "question"), ("connected", "people in groups")):
+        if worlds := result.get(kind):
+            lines += ["", *_table(name, list(worlds), (*QUESTION_KINDS, "all"), list(worlds.values()))]
     if closed := result.get("closed_book_worlds"):
         lines += ["", f"Worlds closed book: {100 * closed['all']['exact']:.1f} % of {closed['all']['n']}."]
     if notes := result.get("notes"):
@@ -100,4 +101,4 @@ def summary(result: dict[str, Any]) -> str:
     if p := result.get("packing"):
         lines += ["", f"Loss per token on held-out text: {p['packed']:.4f} as shipped (8-bit rows), {p['original']:.4f} as trained (bf16).",  # noqa: E501
                   f"Right answers on the same {p['n']} questions: {100 * p['packed_exact']:.1f} % and {100 * p['original_exact']:.1f} %."]  # fmt: skip  # noqa: E501
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).strip() + "\n"

@@ -1,6 +1,7 @@
 """Ship the weights as 8-bit numbers with one scale per row, and unpack them again.
 
-`python -m cribsheet_pocket.quantize FOLDER` packs a trained folder into the package's data.
+`python -m cribsheet_pocket.quantize FOLDER [FOLDER ...]` packs a trained folder, or the mean of several runs that go
+on from each other (arXiv 2203.05482), into the package's data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,21 +52,29 @@ def load_folder(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def pack(folder: Path, data: Path = DATA) -> int:
-    """Write `folder`'s weights into `data` with 8-bit rows; the size in bytes."""
+def mean_of(folders: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of model folders of one shape, averaged in float32."""
+    import torch
+
+    tensors = [load_folder(folder) for folder in folders]
+    return {name: torch.stack([each[name].float() for each in tensors]).mean(0) for name in tensors[0]}
+
+
+def pack(*folders: Path, data: Path = DATA) -> int:
+    """Write the mean of the folders' weights into `data` with 8-bit rows; the size in bytes."""
     import torch
     from safetensors.torch import save_file
 
     data.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Tensor] = {}
-    for name, tensor in load_folder(folder).items():
+    for name, tensor in mean_of(folders).items():
         if tensor.dim() == 2:
             packed[name], packed[name + ".scale"] = pack_matrix(tensor)
         else:
             packed[name] = tensor.to(torch.bfloat16)
     save_file(packed, data / PACKED)
     (data / PACKED).chmod(0o644)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
     (data / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} | {"do_sample": False}
     (data / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n", encoding="utf-8")
@@ -149,8 +159,8 @@ def _whole(place: Path) -> bool:
 def main() -> None:
     """Pack a trained folder."""
     parser = argparse.ArgumentParser(prog="python -m cribsheet_pocket.quantize", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="a folder with bf16 weights and config.json")
-    size = pack(parser.parse_args().folder)
+    parser.add_argument("folders", type=Path, nargs="+", help="with bf16 weights and config.json; several are averaged")
+    size = pack(*parser.parse_args().folders)
     sys.stdout.write(f"{DATA / PACKED}: {size / 2**20:.1f} MiB\n")
 
 
