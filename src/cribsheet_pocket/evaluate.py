@@ -1,4 +1,4 @@
-"""Measure the pocket model: `python -m cribsheet_pocket.evaluate --out FILE [--wiki PATH] [--original FOLDER]`.
+"""Measure the pocket model: `python -m cribsheet_pocket.evaluate --out FILE [--wiki PATH] [--peps FOLDER] ...`.
 
 Everything is held out: worlds with other seeds and names than training's, and articles that training never drew.
 Every question is asked alone after the documents (default instruction, no task line, no examples), answered greedily,
@@ -21,13 +21,15 @@ from typing import Any
 from . import path, reading
 from .feeding import held_out_article, read_wiki
 from .figures import Asked, Score, f1, joined, summary
+from .peps import pep_files, pep_set
 from .reader import Reader
 from .worlds import World, make_world
 
 WORLDS = {600: (40, 5), 1000: (30, 5), 2000: (24, 6), 4000: (20, 8), 8000: (14, 12)}  # worlds, questions of each kind
 NOTES = {600: 24, 1500: 16, 4000: 8}  # requests for notes
 READING = {1000: 24, 2000: 16, 4000: 12, 8000: 8}  # sets of articles
-PARTS = ("worlds", "closed", "notes", "reading", "packing")
+PEPS = 5  # sets of four
+PARTS = ("worlds", "closed", "notes", "reading", "peps", "packing")
 Note = Callable[[str], None]
 
 
@@ -123,6 +125,15 @@ def measure_reading(
     return {"open": opened.table(), "closed": closed.table()}
 
 
+def measure_peps(reader: Reader, files: Sequence[Path], sets: int, note: Note) -> dict[str, Any]:
+    """Accuracy by field of PEPs' headers."""
+    score = Score()
+    for index in range(sets):
+        ask(reader, score, *pep_set(files, str(index)))
+        note(f"peps: {index + 1}/{sets} {score.table()['all']}")
+    return score.table()
+
+
 def packing_loss(packed: Reader, original: Reader, texts: Sequence[str]) -> dict[str, Any]:
     """What 8-bit rows cost: loss on held-out text and answers in worlds of 600 tokens."""
     scores = (Score(), Score())
@@ -185,6 +196,11 @@ class Evaluation:
             sets = self.count(READING[n])
             self.result["reading"][str(n)] = measure_reading(self.reader, self.articles, n, sets, 6, self.note)
 
+    def peps(self) -> None:
+        """Headers of PEPs."""
+        if self.a.peps:
+            self.result["peps"] = measure_peps(self.reader, pep_files(self.a.peps), self.count(PEPS), self.note)
+
     def packing(self) -> None:
         """The weights as shipped against those that were trained."""
         if self.a.original and self.articles:
@@ -206,6 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--model", type=Path, help="a plain model folder, instead of the package's own")
     parser.add_argument("--wiki", type=Path, help="wiki.txt.xz, for real text (a build-time input)")
+    parser.add_argument("--peps", type=Path, help="a folder of PEPs (pep-0020.rst, ...)")
     parser.add_argument("--original", type=Path, help="the trained bf16 folder, to tell what packing costs")
     parser.add_argument("--only", nargs="*", choices=PARTS, help="measure these parts")
     parser.add_argument("--lengths", type=int, nargs="*", help="measure texts of these lengths, in tokens")

@@ -98,6 +98,9 @@ def summary(result: dict[str, Any]) -> str:
         heads = [head for length in read for head in (length, "closed book")]
         columns = [row[form] for row in read.values() for form in ("open", "closed")]
         lines += ["", *_table("real text", heads, (*reading.TASKS, "all"), columns)]
+    if peps := result.get("peps"):
+        rows = [row for row in peps if row not in ("all", "prompt_tokens")]
+        lines += ["", *_table("PEPs", [str(peps["prompt_tokens"])], (*rows, "all"), [peps])]
     if p := result.get("packing"):
         lines += ["", f"Loss per token on held-out text: {p['packed']:.4f} as shipped (8-bit rows), {p['original']:.4f} as trained (bf16).",  # noqa: E501
                   f"Right answers on the same {p['n']} questions: {100 * p['packed_exact']:.1f} % and {100 * p['original_exact']:.1f} %."]  # fmt: skip  # noqa: E501

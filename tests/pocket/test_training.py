@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from cribsheet_pocket import prompts, reading, tokenizer, verbs, worlds
-from cribsheet_pocket.quantize import load_folder
+from cribsheet_pocket.peps import pep_files, pep_set
+from cribsheet_pocket.quantize import load_folder, mean_of
 
 TOKENIZER = Tokenizer.from_file(str(Path(tokenizer.__file__).parent / "data" / "tokenizer.json"))
 ARTICLE = (
@@ -141,3 +144,23 @@ def test_training_runs_and_another_run_continues_it(tmp_path: Path) -> None:
     assert [line["event"] for line in lines if line.get("event") in ("start", "end")] == ["start", "end"] * 2
     saved = load_folder(tmp_path / "run" / "weights")
     assert "model.layers.1.mlp.up_proj.weight" in saved and not any("bridges" in name for name in saved)
+
+
+def test_the_weights_of_two_runs_are_packed_as_their_mean(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        save_file({"norm.weight": torch.full((4,), value)}, tmp_path / name / "model.safetensors")
+    mean = mean_of([tmp_path / "a", tmp_path / "b"])
+    assert mean["norm.weight"].tolist() == [2.0] * 4
+
+
+def test_the_fields_of_pep_headers_are_asked_for(tmp_path: Path) -> None:
+    for number in range(4):
+        head = (
+            f"PEP: {number}\nTitle: On {number}\nAuthor: Ada Lund <ada@example.org>\nStatus: Final\nCreated: 1-Jan-2001"
+        )
+        (tmp_path / f"pep-{number:04d}.rst").write_text(f"{head}\n\nA line\nand another.", encoding="utf-8")
+    text, asked = pep_set(pep_files(tmp_path), "0")
+    assert "A line and another." in text and len(asked) == 16
+    assert ("What is the title of PEP 2?", "On 2") in [(each.text, each.answer) for each in asked]
+    assert {each.answer for each in asked if each.sort == "Author"} == {"Ada Lund"}
