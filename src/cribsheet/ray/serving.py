@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
+from cribsheet.parallel import Leader
+from cribsheet.ray.dividing import Team
 from cribsheet.ray.totals import added
 from cribsheet.registry import resolve
 from cribsheet.server.app import create_app
@@ -77,8 +80,10 @@ class Serving(BaseModel):
         requests under way in a replica at which the cluster adds another.
     open_sheets
         sheets that a replica holds open; beyond it, the one that was not asked for longest is let go.
+    processes
+        that divide the model of each replica among them (`parallel.py`); 1 leaves it whole.
     cpus, gpus
-        what each replica needs.
+        what each process needs.
     drain_seconds
         how long a replica that is to end may finish its answers.
     """
@@ -93,6 +98,7 @@ class Serving(BaseModel):
     most_replicas: int | None = Field(default=None, ge=1)
     answers_per_replica: float = Field(default=16, gt=0)
     open_sheets: int = Field(default=8, ge=1)
+    processes: int = Field(default=1, ge=1)
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
     drain_seconds: float = Field(default=30, ge=1)
@@ -109,6 +115,9 @@ def application(serving: Serving) -> serve.Application:
     if serving.most_replicas is not None:
         bounds = {"min_replicas": serving.replicas, "max_replicas": max(serving.replicas, serving.most_replicas)}
         scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": serving.answers_per_replica}}
+    if serving.processes > 1:
+        bundle = {name: need for name, need in (("CPU", serving.cpus), ("GPU", serving.gpus)) if need}
+        scale |= {"placement_group_bundles": [bundle] * serving.processes, "placement_group_strategy": "PACK"}
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     replica = serve.deployment(Replica).options(
         name="replicas",
@@ -136,8 +145,10 @@ application.__annotations__["serving"] = Serving
 class OpenSheets:
     """The sheets of a replica: all are known by their manifests, those asked last are open."""
 
-    def __init__(self, places: Mapping[str, str], options: Mapping[str, str], most: int) -> None:
-        self._places, self._options = places, options
+    def __init__(
+        self, places: Mapping[str, str], options: Mapping[str, str], most: int, leader: Leader | None = None
+    ) -> None:
+        self._places, self._options, self._leader = places, options, leader
         self._manifests = {name: read_manifest(resolve(place)) for name, place in places.items()}
         self._models: dict[int, LoadedModel] = {}  # they stay when their sheets go
 
@@ -159,11 +170,20 @@ class OpenSheets:
         """Nothing to do: the process ends."""
 
     def _open(self, name: str) -> CompressedKnowledgeLLM:
-        kb = CompressedKnowledgeLLM.load(self._places[name], **self._options)
+        kb = CompressedKnowledgeLLM.load(self._places[name], **self._model_of(name))
         _ = kb.prefix  # on the device before the first question
         model = LoadedModel.get(kb.backbone)
         self._models[id(model)] = model
         return kb
+
+    def _model_of(self, name: str) -> dict[str, Any]:
+        """What `CompressedKnowledgeLLM.load` is told of the model: options, or the one that processes divide."""
+        if self._leader is None:
+            return dict(self._options)
+        made = self._manifests[name].fingerprint
+        options = dict(self._options)
+        name = options.pop("model", made.model)
+        return {"model": self._leader.load(name, **{"revision": made.revision, **options})}
 
 
 class Replica:
@@ -171,7 +191,12 @@ class Replica:
 
     def __init__(self, serving: Serving) -> None:
         log_to_stderr()
-        sheets = OpenSheets(serving.places(), serving.model_options, serving.open_sheets)
+        self._team = None
+        if serving.processes > 1:
+            needs = {"cpus": serving.cpus, "gpus": serving.gpus}
+            self._team = Team(serving.processes, **needs, lost=_end)
+        leader = self._team.leader if self._team else None
+        sheets = OpenSheets(serving.places(), serving.model_options, serving.open_sheets, leader)
         keys = Keyring.of(serving.keys) if serving.keys else None
         self._app = create_app(sheets, keys=keys, settings=ServerSettings(**serving.settings))
 
@@ -204,10 +229,20 @@ class Replica:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await working
 
+    def check_health(self) -> None:
+        """Asked by Ray, which replaces a replica that raises."""
+        if self._team is not None:
+            self._team.check()
+
     async def metrics(self) -> str:
         """What this replica counts."""
         text: str = self._app.state.metrics.render()
         return text
+
+
+def _end() -> None:
+    """End this replica at once: a divided model is lost, and others answer what was not begun."""
+    os._exit(1)
 
 
 class Front:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -22,8 +23,9 @@ def cluster(
 ) -> Iterator[None]:
     """Inside, Ray is connected: to the cluster at `address` or `RAY_ADDRESS`, or to one made here for the while.
 
-    A cluster of our own has `cpus` processors (all by default), listens to this machine only, and leaves neither
-    processes nor files. A connection that is there already is used, and left as it was. No usage is reported.
+    A cluster of our own has `cpus` processors (all by default), answers only to who has its token, which is made anew
+    and known to its processes only, and leaves neither processes nor files. A connection that is there already is
+    used, and left as it was. No usage is reported.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
@@ -39,6 +41,9 @@ def cluster(
         if address == "local":
             options |= {"num_cpus": cpus, "object_store_memory": store_bytes, "include_dashboard": False}
             options["_temp_dir"] = stack.enter_context(_folder())
+            os.environ.setdefault(
+                "RAY_AUTH_TOKEN", secrets.token_hex(32)
+            )  # Ray listens at all of the machine's addresses
         with _signals_kept():
             ray.init(address=address, **options)
         stack.callback(ray.shutdown)
