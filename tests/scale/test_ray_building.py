@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from cribsheet.testing import save_tiny_model
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore::FutureWarning:ray")]
 
+FOLDERS = Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir())
 TASK = Task.of("Who lives where?")
 DOCUMENTS = read_documents([{"id": f"d{n}", "text": f"Person {n} lives in Town {n * 7}. " * 60} for n in range(6)])
 OPTIONS = {"rate": 4, "scorer": "recent"}
@@ -120,15 +123,20 @@ def test_what_cannot_be_built_is_refused_as_without_ray(mark, model):
         build_independent([*DOCUMENTS, DOCUMENTS[0]], TASK, model=model, rate=4)
 
 
-def test_a_killed_driver_leaves_no_process():
+def test_a_killed_driver_leaves_no_process_and_the_next_one_deletes_its_folder():
     mark = uuid.uuid4().hex
     script = "import time\nfrom cribsheet.ray import cluster\nwith cluster(cpus=1):\n print('up', flush=True)\n input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment(mark), **pipes) as driver:
-        assert driver.stdout.readline() == "up\n"
-        assert len(marked(mark)) > 2
-        os.kill(driver.pid, 9)
-    wait_until(lambda: not marked(mark))
+    left = []
+    for _ in range(2):
+        with subprocess.Popen([sys.executable, "-c", script], env=environment(mark), **pipes) as driver:
+            assert driver.stdout.readline() == "up\n"
+            assert len(marked(mark)) > 2
+            assert not any(folder.exists() for folder in left)  # the next one has cleaned up
+            left = [owner.parent for owner in FOLDERS.glob("*/owner") if owner.read_text().startswith(f"{driver.pid} ")]
+            os.kill(driver.pid, 9)
+        wait_until(lambda: not marked(mark))
+        assert len(left) == 1 and left[0].exists()
 
 
 def test_nothing_but_its_own_package_imports_ray():

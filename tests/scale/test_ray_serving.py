@@ -127,6 +127,23 @@ def test_large_bodies_are_refused(http):
     assert http.post("/v1/chat/completions", content=b"x" * 2_100_000).status_code == 413
 
 
+def test_limits_hold_for_all_replicas_together(http):
+    """64 answers of one caller at once, whichever replica writes them; refused in the words of a single server."""
+    many = asked(n=40, max_tokens=3000, logit_bias={"2": -100}, stream=True)
+    with http.stream("POST", "/v1/chat/completions", json=many) as reply:
+        lines = reply.iter_lines()  # httpx closes the connection with it
+        next(lines)
+        refused = [http.post("/v1/chat/completions", json=asked(n=25)) for _ in range(4)]
+        prompts = http.post("/v1/completions", json={"model": "two", "prompt": ["a"] * 25, "max_tokens": 1})
+        for each in (*refused, prompts):
+            assert each.status_code == 429 and int(each.headers["retry-after"]) >= 1
+            assert each.json()["error"]["code"] == "rate_limit_exceeded"
+        assert http.post("/v1/chat/completions", json=asked(n=2)).status_code == 200
+    wait_until(lambda: http.post("/v1/chat/completions", json=asked(n=25)).status_code == 200, 30)
+    assert http.post("/v1/chat/completions", json=asked(n=65)).json()["error"]["param"] == "n"
+    assert 'cribsheet_requests_total{route="front",sheet="",status="429"} 5' in http.get("/metrics").text
+
+
 def test_metrics_are_those_of_all_replicas(http):
     def count():
         found = re.search(r'requests_total\{route="/health",sheet="",status="200"\} (\d+)', http.get("/metrics").text)

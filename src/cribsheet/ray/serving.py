@@ -1,66 +1,35 @@
 """The server on Ray Serve: the app of `cribsheet serve` in every replica, behind one address.
 
-A front reads which sheet is asked for and hands the request to a replica, if it can to one that has the sheet open; the
-replica runs the very app that a single server runs, over an engine that batches whatever arrives. A replica that dies
-takes nothing along that was not begun: the front asks the next one. What was begun as a stream ends with an error in
-the stream, as the API describes.
+A front (`front.py`) reads which sheet is asked for and hands the request to a replica, if it can to one that has the
+sheet open; the replica runs the very app that a single server runs, over an engine that batches whatever arrives. A
+replica may be several processes that divide its model (`dividing.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message
 
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
 from cribsheet.parallel import Leader
 from cribsheet.ray.dividing import Team
-from cribsheet.ray.totals import added
+from cribsheet.ray.front import Front
 from cribsheet.registry import resolve
 from cribsheet.server.app import create_app
 from cribsheet.server.auth import Keyring
-from cribsheet.server.frame import Receiving
 from cribsheet.server.logs import log_to_stderr
-from cribsheet.server.record import ID
-from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Served, named
-from cribsheet.server.streaming import ReaderLeft, while_connected
 from cribsheet.sheet import Manifest
 from cribsheet.storage import read_manifest
-
-_TRIES = 4  # replicas that are asked before a request is given up
-_PAUSE_SECONDS = 0.2
-_SCOPE = [
-    "type",
-    "asgi",
-    "http_version",
-    "method",
-    "scheme",
-    "path",
-    "raw_path",
-    "query_string",
-    "root_path",
-    "headers",
-    "client",
-    "server",
-]
-_ID, _LONGEST_ID = b"x-request-id", 128
-_LOST = "The replica that wrote the answer died; ask again."
 
 
 class Serving(BaseModel):
@@ -73,7 +42,7 @@ class Serving(BaseModel):
     keys
         a table as in a key file; none: everybody may ask.
     settings
-        fields of `ServerSettings`; its limits hold for each replica.
+        fields of `ServerSettings`; its limits hold for all replicas together.
     replicas, most_replicas
         how many there are; with `most_replicas`, from so many to so many, by how much is asked.
     answers_per_replica
@@ -243,113 +212,3 @@ class Replica:
 def _end() -> None:
     """End this replica at once: a divided model is lost, and others answer what was not begun."""
     os._exit(1)
-
-
-class Front:
-    """Which replica is asked."""
-
-    def __init__(self, replicas: DeploymentHandle, serving: Serving) -> None:
-        self._replicas, self._names = replicas, frozenset(serving.places())
-        self._limits = ServerSettings(**serving.settings)
-
-    async def __call__(self, request: Request) -> Response:
-        """Hand a request on."""
-        return _Relayed(self)
-
-    async def relay(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        try:
-            receiving = Receiving(receive, self._limits)
-            body = await _body(receiving)
-            with contextlib.suppress(ReaderLeft):
-                await while_connected(receiving, self._answer(scope, body, send))
-        except HTTPException as error:
-            await Refusal(error.status_code, str(error.detail)).response()(scope, receive, send)
-
-    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        plain = {name: scope[name] for name in _SCOPE if name in scope}
-        if given := dict(scope["headers"]).get(_ID):  # Ray's, which it sends back itself
-            plain[ID] = given.decode("latin-1")[:_LONGEST_ID]
-        counted = scope["path"] == "/metrics"
-        kind = ""
-        for attempt in range(_TRIES):
-            try:
-                async for message in self._asked(plain, body):
-                    if message["type"] == "http.response.start":
-                        message["headers"] = [pair for pair in message["headers"] if pair[0] != _ID]
-                        kind = _type_of(message)
-                        counted = counted and message["status"] == 200
-                    elif counted:
-                        message = {**message, "body": await self._metrics()}
-                        await send({"type": "http.response.start", "status": 200, "headers": _TEXT})
-                    if not counted or message["type"] == "http.response.body":
-                        await send(message)
-                return
-            except (RayActorError, BackPressureError, DeploymentUnavailableError):
-                if kind:  # too late for another: the answer has begun
-                    if kind != "text/event-stream":
-                        raise
-                    lost = json.dumps(Refusal(503, _LOST).body)
-                    await send({"type": "http.response.body", "body": f"data: {lost}\n\n".encode()})
-                    return
-                await asyncio.sleep(_PAUSE_SECONDS * 2**attempt)
-        await Refusal(503, "No replica could take the request; try again later.").response()(scope, _nothing, send)
-
-    async def _asked(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[Message]:
-        name = _sheet_of(scope["path"], body)
-        known = name if name in self._names else ""
-        handle = self._replicas.options(stream=True, multiplexed_model_id=known)
-        answer = handle.answer.remote(dict(scope), body)
-        try:
-            async for messages in answer:
-                for message in messages:
-                    yield message
-        finally:
-            answer.cancel()
-
-    async def _metrics(self) -> bytes:
-        """What all replicas count, added up."""
-        texts = await asyncio.to_thread(self._replicas.broadcast("metrics").results, timeout_s=10)
-        return added(texts).encode()
-
-
-_TEXT = [(b"content-type", b"text/plain; version=0.0.4"), (b"cache-control", b"no-store")]
-
-
-class _Relayed(Response):
-    def __init__(self, front: Front) -> None:
-        super().__init__()
-        self._front = front
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._front.relay(scope, receive, send)
-
-
-async def _body(receive: Receive) -> bytes:
-    parts = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _sheet_of(path: str, body: bytes) -> str:
-    """The sheet that a request is about, where it is easily seen; whether it may be asked, the replica decides."""
-    parts = path.strip("/").split("/")
-    if parts[:2] == ["v1", "sheets"] and len(parts) > 2:
-        return parts[2]
-    with contextlib.suppress(ValueError, RecursionError):
-        asked = json.loads(body) if body else None
-        if isinstance(asked, dict) and isinstance(asked.get("model"), str):
-            return str(asked["model"])
-    return ""
-
-
-def _type_of(message: Message) -> str:
-    kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
-    return (kinds[0] if kinds else b"none").decode("latin-1").partition(";")[0]
-
-
-async def _nothing() -> Message:
-    return {"type": "http.disconnect"}

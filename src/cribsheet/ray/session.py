@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 STORE_BYTES = 128 << 20  # of a cluster of our own: what is in flight between its processes; more goes to its folder
+_PREFIX, _OWNER = "cribsheet-", "owner"  # of the folder of such a cluster, and the file in it that tells whose it is
 ADDRESS = "RAY_ADDRESS"  # how Ray's own tools name a cluster
 
 
@@ -54,8 +56,30 @@ def cluster(
 def _folder() -> Iterator[str]:
     """For sockets and logs; its name is short, for that of a socket may have a hundred characters only."""
     place = "/tmp" if Path("/tmp").is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="cribsheet-", dir=place, ignore_cleanup_errors=True) as folder:
+    _clean(Path(place or tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=place, ignore_cleanup_errors=True) as folder:
+        Path(folder, _OWNER).write_text(f"{os.getpid()} {_began(os.getpid())}")
         yield folder
+
+
+def _clean(place: Path) -> None:
+    """Delete what processes of this user that were killed have left; what belongs to a live one stays."""
+    for owner in place.glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            if owner.parent.is_symlink() or owner.parent.stat().st_uid != os.geteuid():
+                continue
+            number, began = owner.read_text().split()
+            if began and _began(int(number)) != began:
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _began(number: int) -> str:
+    """When a process began, in ticks since the machine did; nothing if there is no such process."""
+    try:
+        told = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return ""
+    return told.rpartition(")")[2].split()[19]
 
 
 @contextlib.contextmanager

@@ -37,8 +37,7 @@ async def _caller_of(request: Request) -> Caller:
     keys: Keyring | None = request.app.state.keys
     if keys is None:
         return Caller(request.client.host if request.client else "")
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    caller = keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+    caller = keys.holder(request.headers.get("authorization", ""))
     if caller is None:
         raise Refusal(401, "This server needs one of its API keys, as 'Authorization: Bearer KEY'.")
     record_of(request).caller = caller.name
