@@ -5,14 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import re
 import signal
-import subprocess
-import sys
 import uuid
 
 import httpx
 import pytest
 from live import STAFF, serving
-from processes import environment, kill, marked, wait_until
+from processes import kill, marked, started, wait_until
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.testing import save_tiny_model
@@ -44,16 +42,10 @@ def mark():
 
 @pytest.fixture(scope="module")
 def url(sheets, mark):
-    command = [sys.executable, "-m", "cribsheet", "serve", "one.sheet", "two.sheet", "three.sheet", "--port", "0"]
-    command += ["--ray", "--replicas", "2", "--open-sheets", "1", "--keys", "keys.toml", "--drain", "20"]
-    with (
-        open(sheets / "log.txt", "w") as log,
-        subprocess.Popen(command, env=environment(mark), cwd=sheets, stderr=log, stdout=log) as server,
-    ):
-        wait_until(lambda: "(page)" in (sheets / "log.txt").read_text() or server.poll() is not None)
-        found = re.search(r"http://\S+?:\d+", (sheets / "log.txt").read_text().split("cribsheet: one")[-1])
-        assert found, (sheets / "log.txt").read_text()
-        yield found[0]
+    command = ["one.sheet", "two.sheet", "three.sheet", "--port", "0", "--ray", "--replicas", "2"]
+    with started([*command, "--open-sheets", "1", "--keys", "keys.toml", "--drain", "20"], sheets, mark) as each:
+        server, address = each
+        yield address
         server.send_signal(signal.SIGTERM)
         assert server.wait(90) == 0
     wait_until(lambda: not marked(mark))
