@@ -103,6 +103,13 @@ def test_passages_that_were_told_are_sources_beside_the_sheet_s_documents(kb, mo
     assert kb.ask(QUESTION, max_tokens=5, mode=mode, retriever=Retriever(), evidence=False).sources == ()
 
 
+def test_what_a_retriever_knows_of_a_passage_stays_with_it(kb):
+    found = {"text": NEWS[0].text, "metadata": {"source": "news", "page": 7}}
+    answer = kb.ask(QUESTION, max_tokens=2, retriever=lambda query: [(found, 0.5)])
+    (told,) = [each for each in answer.sources if each.retrieved]
+    assert told.document_id == "news" and told.metadata == answer.passages[0].metadata == found["metadata"]
+
+
 def test_a_passage_that_is_looked_up_in_the_sheet_has_its_place_there(kb):
     text = next(document.text for document in kb.sheet.documents if document.id == "hugo")
     foreign, own = Passage("Nobody knows of it.", "elsewhere"), Passage(text[10:60].strip(), "hugo")
@@ -140,7 +147,7 @@ def test_everybody_s_passages_are_traced_also_in_one_batch_and_after_long_questi
 
 def test_nothing_found_means_the_sheet_alone_answers(kb):
     answer = kb.ask(QUESTION, max_tokens=9, retriever=lambda query: [])
-    assert answer.text == kb.ask(QUESTION, max_tokens=9).text and answer.passages == ()
+    assert answer.text == kb.ask(QUESTION, max_tokens=9).text and answer.passages == () and answer.mode == "sheet"
 
 
 def test_mode_sheet_never_retrieves(kb):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from cribsheet.answering import FinishReason
 from cribsheet.retrieval import Passage
@@ -33,8 +34,9 @@ class Source:
     """A stretch of a document that an answer looked at; `weight` is its share of that attention, 0 to 1.
 
     One that was `retrieved` is a passage that was told, whole; where its retriever does not say where in the document
-    it stands, and the sheet does not know either, `start` and `stop` count its own characters. All others are of the
-    sheet: the most attended place of a document.
+    it stands, and the sheet does not know either, `start` and `stop` count its own characters; its `metadata` are those
+    that were retrieved with it. All others are of the sheet, the most attended place of a document, whose metadata
+    stand in `sheet.manifest.documents`.
     """
 
     document_id: str
@@ -43,6 +45,7 @@ class Source:
     weight: float
     text: str
     retrieved: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,8 @@ class Answer:
 
     `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `sources` are
     the documents that question and answer looked at most in the sheet, and every passage that was told, by weight.
-    `mode` is how it was found: from the sheet, from `passages` that were retrieved, or from both; `certainty`, 0 to 1,
-    is what mode "auto" measured of the sheet's own answer.
+    `mode` is how it was found: from the sheet, which it is too where "hybrid" found nothing to tell, from `passages`
+    that were retrieved, or from both; `certainty`, 0 to 1, is what mode "auto" measured of the sheet's own answer.
     """
 
     text: str

@@ -78,7 +78,8 @@ def _retrieved(sheet: Sheet, passage: Passage, weight: float) -> Source:
         number = next(numbers, None) if sheet.texts else None
         start = -1 if number is None else sheet.texts[number].find(passage.text)
     start = max(0, start)
-    return Source(passage.document_id, start, start + len(passage.text), weight, passage.text, retrieved=True)
+    stop = start + len(passage.text)
+    return Source(passage.document_id, start, stop, weight, passage.text, retrieved=True, metadata=passage.metadata)
 
 
 def _documents(sheet: Sheet, looked: Tensor, per_document: Tensor, limit: int, total: float) -> list[Source]:

@@ -233,11 +233,12 @@ def _tell(
     elif found and not chosen:
         logger.warning("of %d retrieved passages none is told: all are said already, or %d tokens hold none of them",
                        len(found), tokens)  # fmt: skip
+    mode: Literal["sheet", "retrieval", "hybrid"] = "retrieval" if alone else "hybrid" if chosen else "sheet"
     for stream in streams:
         before = stream.request
         request = llm._ask_request(turns, sampling, chosen, alone=alone).request
         stream.request = replace(
             request, sink=before.sink, cancelled=before.cancelled, asked=before.asked, choice=before.choice
         )
-        stream.mode, stream.passages = ("retrieval" if alone else "hybrid"), tuple(chosen)
+        stream.mode, stream.passages = mode, tuple(chosen)
     llm._submit(*streams)

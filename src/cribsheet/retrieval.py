@@ -11,7 +11,7 @@ import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cribsheet.documents import Document
@@ -33,7 +33,8 @@ class Passage:
     """A stretch of text that was retrieved.
 
     `document_id` is where it came from, as the retriever says, or empty; `start` and `stop` are its characters in
-    that document's text, if known; `score` is the retriever's own, higher is better.
+    that document's text, if known; `score` is the retriever's own, higher is better; `metadata` are those of what
+    was retrieved, as the retriever gives them.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Passage:
     start: int | None = None
     stop: int | None = None
     score: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def cut_into_passages(documents: Sequence[Document], characters: int = PASSAGE_CHARACTERS) -> list[Passage]:
@@ -53,7 +55,7 @@ def cut_into_passages(documents: Sequence[Document], characters: int = PASSAGE_C
             f"Passages of {characters} characters hold nothing; allow at least 1, better {PASSAGE_CHARACTERS}."
         )
     return [
-        Passage(document.text[start:stop], document.id, start, stop)
+        Passage(document.text[start:stop], document.id, start, stop, metadata=document.metadata)
         for document in documents
         for start, stop in _cut(document.text, 0, len(document.text), characters)
         if document.text[start:stop].strip()
@@ -88,8 +90,7 @@ class BM25Retriever:
             return []
         scores = self._index.get_scores(words).tolist()
         best = sorted((n for n, score in enumerate(scores) if score > 0), key=lambda n: -scores[n])
-        found = [(self.passages[n], scores[n]) for n in best[:top_k]]
-        return [Passage(each.text, each.document_id, each.start, each.stop, score) for each, score in found]
+        return [replace(self.passages[n], score=scores[n]) for n in best[:top_k]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +167,7 @@ def _passage(item: Any, name: str) -> Passage:
     if isinstance(item, str):
         return Passage(item.strip())
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float):  # (document, score)
-        inner = _passage(item[0], name)
-        return Passage(inner.text, inner.document_id, inner.start, inner.stop, float(item[1]))
+        return replace(_passage(item[0], name), score=float(item[1]))
     node = getattr(item, "node", item)
     read: Callable[[str], Any] = node.get if isinstance(node, Mapping) else lambda key: getattr(node, key, None)
     metadata = read("metadata")
@@ -186,7 +186,7 @@ def _passage(item: Any, name: str) -> Passage:
     if start is not None:
         start += text.index(bare)
     stop = None if start is None else start + len(bare)
-    return Passage(bare, document_id, start, stop, None if score is None else float(score))
+    return Passage(bare, document_id, start, stop, None if score is None else float(score), dict(metadata))
 
 
 def _texts(node: Any, read: Callable[[str], Any]) -> Iterator[Any]:

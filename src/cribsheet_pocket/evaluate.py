@@ -50,11 +50,13 @@ def ask(reader: Reader, score: Score, text: str, asked: Sequence[Asked]) -> None
         score.add(a, answer)
 
 
-def measure_worlds(reader: Reader, length: int, worlds: int, each: int, seed: int, note: Note) -> dict[str, Any]:
+def measure_worlds(
+    reader: Reader, length: int, worlds: int, each: int, seed: int, kind: str, note: Note
+) -> dict[str, Any]:
     """Accuracy by kind of question in `worlds` held-out worlds of `length` tokens."""
     score = Score()
     for index in range(worlds):
-        world = make_world(f"evaluate.{seed}.{length}.{index}", length, questions=150)
+        world = make_world(f"evaluate.{seed}.{length}.{index}", length, kind, questions=150)
         ask(reader, score, world.text, chosen(world, each))
         note(f"worlds {length}: {index + 1}/{worlds} {score.table()['all']}")
     return score.table()
@@ -164,7 +166,7 @@ class Evaluation:
         for n in self.lengths(WORLDS):
             texts, each = WORLDS[n]
             self.result["worlds"][str(n)] = measure_worlds(
-                self.reader, n, self.count(texts), each, self.a.seed, self.note
+                self.reader, n, self.count(texts), each, self.a.seed, self.a.kind, self.note
             )
 
     def closed(self) -> None:
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, help="the trained bf16 folder, to tell what packing costs")
     parser.add_argument("--only", nargs="*", choices=PARTS, help="measure these parts")
     parser.add_argument("--lengths", type=int, nargs="*", help="measure texts of these lengths, in tokens")
+    parser.add_argument("--kind", default="mixed", help="of worlds, as `make_world` takes it")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of texts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)

@@ -78,6 +78,17 @@ PLANS = {
         0.0012,
         0.2,
     ),
+    # From trained weights that answer at 1,000 tokens and lose the thread at 8,000: long rows from the start.
+    "lengthened": Plan(
+        (
+            Stage(0.0, (10240, 1024, 4096, 2048, 4096), 0.01, 0.4),
+            Stage(0.4, (10240, 4096, 10240, 1024, 4096), 0.01, 0.4),
+            Stage(0.75, (10240, 4096, 10240, 2048, 10240), 0.005, 0.4),
+        ),
+        0.008,
+        0.0012,
+        0.25,
+    ),
     # After "continued": mostly long rows, at a rate that only falls.
     "settled": Plan(
         (Stage(0.0, (1024, 2048, 4096, 4096, 10240), 0.01, 0.4), Stage(0.5, (1024, 4096, 10240), 0.01, 0.4)),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+from .connected import Connected
 from .names import Narrow
 from .needles import Needles, Variables
 from .records import Records
@@ -39,27 +40,31 @@ def make_world(
 ) -> World:
     """A world of about `tokens` tokens of documents.
 
-    `kind` is a kind of entity ("person", "spec", ...), "needles", "variables", or "mixed" for any of them.  `filler`
-    makes paragraphs that say nothing about the world; they are strewn between its documents.  `emphasis` multiplies how
-    often a kind of question is asked.  Training used `held_out=False`, whose seeds and names never meet those of the
-    default.
+    `kind` is a kind of entity ("person", "spec", ...), "needles", "variables", "connected" (people in groups), or
+    "mixed" for any but the last.  `filler` makes paragraphs that say nothing about the world; they are strewn between
+    its documents.  `emphasis` multiplies how often a kind of question is asked.  Training used `held_out=False`, whose
+    seeds and names never meet those of the default; there "mixed" draws connected worlds too.
     """
     r = random.Random(f"{'held-out' if held_out else 'training'}:{seed}")
     if not held_out and r.random() < 0.5:
         r = Narrow(f"narrow:{seed}", r.choice((3, 5, 8, 16)))
     if kind == "mixed":
-        kind = r.choices((*KINDS, "needles", "variables"), (*(_SHARE.get(k, 1.0) for k in KINDS), 2.0, 0.5))[0]
-    builder: Needles | Variables | Records
+        if not held_out and r.random() < 0.18:
+            kind = "connected"
+        else:
+            kind = r.choices((*KINDS, "needles", "variables"), (*(_SHARE.get(k, 1.0) for k in KINDS), 2.0, 0.5))[0]
+    builder: Needles | Variables | Connected | Records
     if kind == "needles":
         builder = Needles(r, held_out, tokens, filler)
     elif kind == "variables":
         builder = Variables(r, held_out, tokens, filler)
+    elif kind == "connected":
+        builder = Connected(r, held_out, tokens, filler)
     elif kind in KINDS:
         builder = Records(r, held_out, tokens, KINDS[kind], style, filler)
     else:
-        raise ValueError(f"There is no world of kind {kind!r}; the kinds are {', '.join(KINDS)}, needles, variables.")
+        raise ValueError(
+            f"There is no world of kind {kind!r}; the kinds are {', '.join(KINDS)}, needles, variables, connected."
+        )
     drawn = builder.questions(questions, kinds_of_question, emphasis)
     return World(seed, kind, tuple(builder.documents), tuple(drawn), tuple(builder.tasks(drawn)))
-
-
-_SHARE = {"person": 4.5, "company": 1.5, "project": 1.5, "spec": 3.0, "package": 1.2}

@@ -32,7 +32,7 @@ def test_training_never_sees_a_held_out_world() -> None:
         assert training and held_out and not training & held_out
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "needles"])
+@pytest.mark.parametrize("kind", [*KINDS, "needles", "connected"])
 def test_answers_stand_in_the_documents_that_hold_them(kind: str) -> None:
     for seed in range(3):
         world = make_world(seed, 400, kind=kind, questions=60)

@@ -56,13 +56,15 @@ def source_documents(message: BaseMessage) -> list[Document]:
     """What an answer of `ChatCribsheet` looked at, by weight, as documents; none where evidence was turned off.
 
     Metadata are those of `CribsheetRetriever`: `document_id`, `source`, `start_index`, `end_index`, `score`; and
-    `retrieved`, which tells passages that were retrieved from what the sheet keeps.
+    `retrieved`, which tells passages that were retrieved from what the sheet keeps. A retrieved passage keeps the
+    metadata it came with, under other names.
     """
     return [
         Document(
             page_content=each["text"],
             id=f"{each['document_id']}:{each['start']}",
             metadata={
+                **each["metadata"],
                 "source": each["document_id"],
                 "document_id": each["document_id"],
                 "start_index": each["start"],

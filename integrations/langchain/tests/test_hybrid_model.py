@@ -12,7 +12,7 @@ from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_cribsheet import source_documents
 from pydantic import Field, ValidationError
 
-NEWS = Document("Eve Lund lives in Turin.", metadata={"source": "news.txt", "start_index": 10})
+NEWS = Document("Eve Lund lives in Turin.", metadata={"source": "news.txt", "start_index": 10, "page": 3})
 EVE, BOB = "Where does Eve Lund live?", "Where does Bob Smith live?"
 
 
@@ -39,7 +39,7 @@ async def test_a_retriever_of_the_model_serves_every_way_to_call_it(kb):
         (told,) = [each for each in source_documents(message) if each.metadata["retrieved"]]
         assert told.page_content == NEWS.page_content
         place = told.metadata
-        assert (place["source"], place["start_index"], place["end_index"]) == ("news.txt", 10, 34)
+        assert (place["source"], place["start_index"], place["end_index"], place["page"]) == ("news.txt", 10, 34, 3)
         assert 0 < place["score"] <= 1
 
 

@@ -60,6 +60,7 @@ def test_an_engine_in_a_mode_asks_its_retriever_once_and_has_its_nodes(kb, retri
     response = engine.query(KARL)
     assert "Turin" in ("".join(response.response_gen) if streaming else str(response))
     assert retriever.asked == [KARL] and len(told(response.source_nodes)) == 1
+    assert {"page": 6} in [node.metadata for node in response.source_nodes]
     assert len(response.source_nodes) == 4 and response.metadata["cribsheet"]["mode"] == "hybrid"
     assert set(response.metadata) == {node.node_id for node in response.source_nodes} | {"cribsheet"}
 

@@ -92,7 +92,7 @@ class CribsheetRetriever(BaseRetriever):
         return node
 
 
-def told_node(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> TextNode:
+def told_node(source: Mapping[str, Any]) -> TextNode:
     """A passage that was retrieved and told, as a node; `source` is an entry of a response's `raw["sources"]`."""
     node = TextNode(
         id_=f"{source['document_id']}:{source['start']}",
@@ -100,7 +100,7 @@ def told_node(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> TextNod
         start_char_idx=source["start"],
         end_char_idx=source["stop"],
     )
-    node.metadata = dict(metadata)
+    node.metadata = dict(source["metadata"])
     if source["document_id"]:
         node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=source["document_id"])
     return node

@@ -172,8 +172,7 @@ class CribsheetSynthesizer(BaseSynthesizer):
         told = [each for each in facts.get("sources", ()) if each["retrieved"]]
         if not told:
             return []
-        known = {entry.id: entry.metadata for entry in self._llm.knowledge.sheet.manifest.documents}
-        nodes = [told_node(each, known.get(each["document_id"], {})) for each in told]
+        nodes = list(map(told_node, told))
         return [NodeWithScore(node=node, score=each["weight"]) for node, each in zip(nodes, told, strict=True)]
 
     # ---- from texts to an answer
