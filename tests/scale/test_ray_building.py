@@ -123,6 +123,18 @@ def test_what_cannot_be_built_is_refused_as_without_ray(mark, model):
         build_independent([*DOCUMENTS, DOCUMENTS[0]], TASK, model=model, rate=4)
 
 
+def test_a_cluster_of_our_own_takes_work_only_from_those_who_have_its_token(mark):
+    import ray
+
+    script = f"import ray; ray.init({ray.get_runtime_context().gcs_address!r}, log_to_driver=False)"
+    command = [sys.executable, "-c", f"{script}; print(ray.get(ray.remote(lambda: 'ran').remote()))"]
+    for name, works in (("RAY_AUTH_TOKEN", True), ("NO_TOKEN", False)):
+        own = {key: value for key, value in environment("none").items() if not key.startswith("RAY_AUTH")}
+        own |= {"RAY_AUTH_MODE": "token", name: os.environ["RAY_AUTH_TOKEN"], "HOME": "/nowhere"}
+        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        assert (done.returncode == 0, "ran" in done.stdout) == (works, works), done.stderr
+
+
 def test_a_killed_driver_leaves_no_process_and_the_next_one_deletes_its_folder():
     mark = uuid.uuid4().hex
     script = "import time\nfrom cribsheet.ray import cluster\nwith cluster(cpus=1):\n print('up', flush=True)\n input()"

@@ -25,9 +25,9 @@ def cluster(
 ) -> Iterator[None]:
     """Inside, Ray is connected: to the cluster at `address` or `RAY_ADDRESS`, or to one made here for the while.
 
-    A cluster of our own has `cpus` processors (all by default), answers only to who has its token, which is made anew
-    and known to its processes only, and leaves neither processes nor files. A connection that is there already is
-    used, and left as it was. No usage is reported.
+    A cluster of our own has `cpus` processors (all by default), takes work only from those who have its token, which is
+    made anew and known to its processes only, and leaves neither processes nor files. A connection that is there
+    already is used, and left as it was. No usage is reported.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
