@@ -13,7 +13,7 @@ import pytest
 import torch
 from processes import MARK, environment, kill, marked, wait_until
 
-from cribsheet import Backbone, build_sheet, read_documents
+from cribsheet import Backbone, build_sheet, load_sheet, read_documents
 from cribsheet.errors import BudgetError, DocumentError
 from cribsheet.task import Task
 from cribsheet.testing import save_tiny_model
@@ -60,7 +60,7 @@ def same(one, other):
     layers = zip(one.layers, other.layers, strict=True)
     assert all(torch.equal(getattr(a, part), getattr(b, part)) for a, b in layers for part in ("keys", "values"))
     assert torch.equal(one.indices, other.indices) and torch.equal(one.origins, other.origins)
-    assert one.texts == other.texts and one.manifest.digest == other.manifest.digest
+    assert [*one.texts] == [*other.texts] and one.manifest.digest == other.manifest.digest
     return True
 
 
@@ -121,6 +121,40 @@ def test_what_cannot_be_built_is_refused_as_without_ray(mark, model):
         list(build_each({"a": Corpus(DOCUMENTS)}, TASK, model=model, rate=0.5))
     with pytest.raises(DocumentError, match="d0"):
         build_independent([*DOCUMENTS, DOCUMENTS[0]], TASK, model=model, rate=4)
+
+
+def test_a_command_that_is_killed_goes_on_where_it_was(model, tmp_path):
+    mark, documents = uuid.uuid4().hex, tmp_path / "docs"
+    documents.mkdir()
+    for document in DOCUMENTS:
+        (documents / f"{document.id}.txt").write_text(document.text)
+    command = [
+        sys.executable,
+        "-m",
+        "cribsheet",
+        "build",
+        "docs",
+        "-o",
+        "a.sheet",
+        "--ray",
+        "--resume",
+        "--task",
+        "Who?",
+    ]
+    command += ["--model", str(model), "--rate", "4", "--scorer", "recent", "--chunk-tokens", "8"]
+    options = {"cwd": tmp_path, "env": environment(mark)}
+    with subprocess.Popen(command, **options, stderr=subprocess.DEVNULL) as first:
+        partial = tmp_path / "a.sheet.partial"
+        wait_until(lambda: partial.exists() and partial.stat().st_size)
+        os.kill(first.pid, 9)
+    wait_until(lambda: not marked(mark))
+    begun = partial.stat().st_size
+    again = subprocess.run(command, **options, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert begun and not partial.exists()
+    read = read_documents(documents)
+    terms = {**OPTIONS, "chunk_tokens": 8}
+    assert same(load_sheet(tmp_path / "a.sheet"), build_sheet(Backbone.load(model), read, Task.of("Who?"), **terms))
 
 
 def test_a_cluster_of_our_own_takes_work_only_from_those_who_have_its_token(mark):
