@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -152,7 +153,8 @@ def test_a_command_that_is_killed_goes_on_where_it_was(model, tmp_path):
     again = subprocess.run(command, **options, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert begun and not partial.exists()
-    read = read_documents(documents)
+    with contextlib.chdir(tmp_path):
+        read = read_documents("docs")  # what is read tells where from
     terms = {**OPTIONS, "chunk_tokens": 8}
     assert same(load_sheet(tmp_path / "a.sheet"), build_sheet(Backbone.load(model), read, Task.of("Who?"), **terms))
 
