@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -14,7 +15,8 @@ from transformers import AttentionInterface
 
 from cribsheet.backbone import FAMILIES, ROPE_TYPES, Backbone, check_supported
 from cribsheet.errors import ModelError
-from cribsheet.prefix import empty_prefix
+from cribsheet.parallel import Leader, divided
+from cribsheet.prefix import LayerPrefix, empty_prefix, prefix_cache
 from cribsheet.testing import save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
 
 
@@ -278,3 +280,42 @@ def test_a_model_in_training_mode_is_evaluated_and_left_in_training_mode():
     with wrapped.attached():
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == modes and model.training
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "smollm3", "mixtral"])
+def test_a_model_without_sheet_goes_along_with_what_the_attention_of_another_gives(kind):
+    """As the processes of a divided model do: from layer to layer both have the same queries."""
+    leader, follower = tiny_backbone(kind), tiny_backbone(kind)
+    told, given, asked = [], [], []
+
+    def give(out, query):
+        given.append((out, query))
+        return out
+
+    def take(out, query):
+        assert out is None
+        asked.append(query)
+        return given[len(asked) - 1][0]
+
+    def announce(*what):
+        told.append(what)
+        return contextlib.nullcontext()
+
+    leader.announce, leader.attached().share, follower.attached().share = announce, give, take
+    chunk, guide = torch.arange(10, 40), torch.arange(40, 45)
+    nothing = empty_prefix(leader.num_layers, leader.kv_heads, leader.head_size, torch.empty(0))
+    read = leader.read(nothing, 0, chunk, guide)
+    layers = [LayerPrefix(each.chunk_keys, each.chunk_values) for each in read]
+    leader.step(guide.unsqueeze(0), torch.arange(30, 35).unsqueeze(0), prefix_cache(layers, 30))
+    assert [what[2] for what in told] == [None, 1]
+    for what in told:
+        follower.accompany(*what)
+    assert len(asked) == len(given) == 2 * leader.num_layers
+    for mine, (_, theirs) in zip(asked, given, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_leads_outside_of_a_group():
+    for make in (Leader, lambda: divided("pocket")):
+        with pytest.raises(ModelError, match="group"):
+            make()

@@ -217,6 +217,16 @@ def test_many_answers_share_one_search(kb):
     assert len(retriever.queries) == 1 and all(answer.mode == "hybrid" for answer in answers)
     assert answers[0].text == kb.ask(QUESTION, max_tokens=8, temperature=1.0, seed=3, retriever=retriever).text
     assert len({answer.text for answer in answers}) > 1
+    settings = {"max_tokens": 8, "temperature": 1.0, "seed": 3, "retriever": retriever}
+    retriever.queries.clear()
+    assert [each.text for each in asyncio.run(kb.aask_many(QUESTION, 3, **settings))] == [each.text for each in answers]
+
+    async def streamed():
+        streams = kb.astream_many(QUESTION, 3, **settings)
+        return ["".join([piece async for piece in stream]) for stream in streams]
+
+    assert asyncio.run(streamed()) == [each.text for each in answers]
+    assert len(retriever.queries) == 2
     drafted = kb.ask_many(QUESTION, 2, max_tokens=8, mode="auto", sure=0.0, regex="[a-z]{4}")
     assert [answer.mode for answer in drafted] == ["sheet"] * 2 and all(len(answer.text) == 4 for answer in drafted)
 

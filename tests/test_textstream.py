@@ -7,7 +7,9 @@ import time
 
 import pytest
 from test_tokens import TOKENIZERS
+from transformers import AutoTokenizer
 
+import cribsheet_pocket
 from cribsheet.testing import tiny_tokenizer
 from cribsheet.textstream import TextStream
 
@@ -47,6 +49,23 @@ def test_pieces_join_to_the_text_that_the_tokenizer_decodes(name, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True).lstrip(" ")
     assert not stopped
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS, "pocket"])
+def test_the_texts_of_tokens_in_their_places_are_the_text(name):
+    tokenizer = TOKENIZERS[name]() if name in TOKENIZERS else AutoTokenizer.from_pretrained(cribsheet_pocket.path())
+    for text in ("Alice lives in Lisbon (Bob's): 12 x 3.\n\nYes", "one 🙂 two three"):
+        known = set(tokenizer(text, add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids)
+        ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in known]
+        written = tokenizer.decode(ids, skip_special_tokens=True).lstrip(" ")
+        here, told = TextStream(tokenizer), []
+        for token in ids:
+            told.append(here.text_of(token))
+            here.push(token)
+        if any("\ufffd" in each for each in told):  # a character of several tokens
+            assert "".join(told).replace("\ufffd", "") == written.replace("🙂", "")
+        else:
+            assert "".join(told) == written
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -125,7 +125,7 @@ class Answering:
             self.last, logprobs = form.choose(logits, self.sampler.pick) if form else self.sampler.pick(logits)
             self.sampler.took(self.last)
             if params.logprobs is not None and self.last not in self.eos:
-                self._pending.append(describe(self.last, logprobs, params.logprobs, self.tokenizer))
+                self._pending.append(describe(self.last, logprobs, params.logprobs, self.text.text_of))
         if self.last in self.eos:
             return self._finish("stop")
         self.produced += 1

@@ -28,6 +28,9 @@ _EAGER = "eager"
 _inside = threading.local()
 _Function = Callable[..., tuple[Tensor, Tensor | None]]
 
+# Gives what attention gives (B, T, H, D) to the other processes, or takes it from the leader for queries (B, H, T, D).
+Share = Callable[[Tensor | None, Tensor], Tensor]
+
 
 class Attachment:
     """Evaluates a model with our attention while inside; nests, and across threads. One per model: `of` finds it."""
@@ -43,6 +46,7 @@ class Attachment:
         self._config = config
         self._lock, self._depth = threading.Lock(), 0
         self.own: str = config._attn_implementation  # the attention that the model has otherwise
+        self.share: Share | None = None  # where a model is divided and one process leads (`parallel.py`)
         self._in_training: list[nn.Module] = []  # what was in training mode before
 
     @classmethod
@@ -118,7 +122,10 @@ def _attention(
     """The registered attention function: tagged keys go to their cache layer, all others to the model's own."""
     tag: Callable[[], PrefixLayer | None] | None = getattr(key, "_cribsheet", None)
     layer = tag() if tag else None
+    share = _share(getattr(module, "config", None))
     if layer is None:
+        if share is not None and _is_inside():
+            return share(None, query), None
         return _stock(module)(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -126,7 +133,13 @@ def _attention(
     if mask is not None and mask.is_floating_point():  # made for eager attention: zero where a row may look
         mask = mask == 0
     out = layer.attend(query, key, value, mask, scale, kwargs.get("softcap"))
-    return out.transpose(1, 2).contiguous(), None
+    given = out.transpose(1, 2).contiguous()
+    return given if share is None else share(given, query), None
+
+
+def _share(config: Any) -> Share | None:
+    found = Attachment._known.get(id(config))
+    return found.share if found else None
 
 
 def _stock(module: nn.Module) -> _Function:

@@ -6,7 +6,8 @@ Everything that is not listed here is refused by name. How our attention gets in
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class Backbone:
         self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self._attachment = Attachment.of(model)
+        self.announce: Callable[[Tensor, Tensor, int | None], AbstractContextManager[None]] = _alone  # `parallel.py`
+        self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
         self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
     @classmethod
@@ -171,7 +174,7 @@ class Backbone:
         ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
         first = start + len(chunk) if known else start
         positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
-        with self.attached():
+        with self.announce(ids, positions, None), self.attached():
             self.model.base_model(
                 input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True
             )
@@ -180,7 +183,7 @@ class Backbone:
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int = 1) -> Tensor:
         """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens."""
-        with self.attached():
+        with self.announce(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -190,11 +193,26 @@ class Backbone:
             ).logits
         return logits
 
+    @torch.no_grad()
+    def accompany(self, ids: Tensor, positions: Tensor, keep: int | None) -> None:
+        """Compute along with the leader of a divided model, which reads (none) or steps; attention is the leader's."""
+        given = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
+        with self.attached():
+            if keep is None:
+                self.model.base_model(**given)
+            else:
+                self.model(**given, logits_to_keep=keep)
+
     @property
     def scale(self) -> float:
         """Factor of the attention logits."""
         scaling: float = self.model.base_model.layers[0].self_attn.scaling
         return scaling
+
+
+def _alone(ids: Tensor, positions: Tensor, keep: int | None) -> AbstractContextManager[None]:
+    """A forward pass of which nobody needs to be told."""
+    return nullcontext()
 
 
 def check_supported(config: Any) -> None:

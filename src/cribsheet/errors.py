@@ -9,6 +9,7 @@
     ├── SheetError         a sheet file is damaged, foreign, or of an unknown format version
     │   └── MismatchError  a sound sheet that belongs to another model, tokenizer, template or rotary setting
     ├── RequestError       a question or its sampling settings cannot be served
+    │   └── WindowError    a question that leaves no room for an answer in the model's window
     ├── EngineError        the engine is closed, full, or died
     └── IntegrationError   a framework's integration is not installed
 
@@ -53,6 +54,10 @@ class MismatchError(SheetError):
 
 class RequestError(CribsheetError, ValueError):
     """A question or its sampling settings cannot be served."""
+
+
+class WindowError(RequestError):
+    """A question that leaves no room for an answer in the model's window."""
 
 
 class EngineError(CribsheetError, RuntimeError):

@@ -81,7 +81,7 @@ _MUST_MATCH = {
 
 def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
     """The print of a loaded model; reads a few values of each weight, not all of them."""
-    samples = torch.cat(list(_weight_samples(backbone)))
+    samples = weight_samples(backbone) if backbone.samples is None else backbone.samples
     step = max(1, len(samples) // _PROBES)
     return Fingerprint(
         model=backbone.name,
@@ -99,6 +99,11 @@ def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
         tokenizer=_tokenizer_digest(backbone.tokenizer),
         template=layout.digest,
     )
+
+
+def weight_samples(backbone: Backbone) -> Tensor:
+    """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
+    return torch.cat(list(_weight_samples(backbone)))
 
 
 def _weight_samples(backbone: Backbone) -> Iterator[Tensor]:

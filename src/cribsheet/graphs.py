@@ -78,7 +78,7 @@ class StepGraphs:
     def find(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, evidence: bool) -> StepGraph | None:
         """The graph for the batch as it is, capturing it if it is time; none if this step is run kernel by kernel."""
         longest = max(rows.lengths) + 1
-        if backbone.device.type != "cuda" or longest > _MOST_TOKENS:
+        if backbone.device.type != "cuda" or longest > _MOST_TOKENS or backbone.attached().share is not None:
             return None
         slots = 1 << (len(rows.lengths) - 1).bit_length()
         tokens = max(_FIRST_TOKENS, 1 << (longest - 1).bit_length())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cribsheet.answer import Answer
-from cribsheet.answering import Delta, Finished, Request
+from cribsheet.answering import Delta, Finished, Request, tell
 from cribsheet.errors import RequestError
 from cribsheet.passages import choose, is_told_already, query_of, says
 from cribsheet.prefix import prefix_cache
@@ -128,26 +128,27 @@ def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking
     _tell(llm, streams, asking, turns, retrieval.search(llm).fetch(query_of(turns)))
 
 
-async def begin_later(llm: CompressedKnowledgeLLM, stream: Stream, asking: Asking) -> None:
-    """`begin` without blocking the event loop; what goes wrong is raised by the stream."""
+async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
+    """`begin` without blocking the event loop; what goes wrong is raised by the streams."""
     retrieval = asking.retrieval
     try:
         turns = as_turns(asking.question)
         if await asyncio.to_thread(_is_retrieved, llm, turns):
-            return await asyncio.to_thread(llm._submit, stream)
+            return await asyncio.to_thread(llm._submit, *streams)
         if retrieval.mode == "auto":
-            made = await asyncio.to_thread(_draft, llm, stream, asking)
+            made = await asyncio.to_thread(_draft, llm, streams[0], asking)
             draft = AsyncAnswerStream(made, None, asyncio.get_running_loop())
             await asyncio.to_thread(llm._submit, draft)
             async for _ in draft:
                 pass
-            if await asyncio.to_thread(_judge, llm, [stream], draft) >= retrieval.sure:
-                return _take(llm, [stream], draft.answer)
+            if await asyncio.to_thread(_judge, llm, streams, draft) >= retrieval.sure:
+                return await asyncio.to_thread(_take, llm, streams, draft.answer)
         search = await asyncio.to_thread(retrieval.search, llm)
         found = await search.afetch(query_of(turns))
-        await asyncio.to_thread(_tell, llm, [stream], asking, turns, found)
+        await asyncio.to_thread(_tell, llm, streams, asking, turns, found)
     except Exception as error:
-        stream.request.sink(error)
+        for stream in streams:
+            tell(stream.request, error)
 
 
 def certainty(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:

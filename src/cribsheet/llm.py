@@ -15,13 +15,13 @@ import torch
 
 from cribsheet import living, storage
 from cribsheet.answer import Answer, Source
-from cribsheet.answering import Event, Request
+from cribsheet.answering import Event, Request, tell
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.combine import combine
 from cribsheet.compress import as_prefix, nothing_kept
 from cribsheet.documents import read_documents
-from cribsheet.errors import EngineError, RequestError, SheetError
+from cribsheet.errors import EngineError, RequestError, SheetError, WindowError
 from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
@@ -271,11 +271,8 @@ class CompressedKnowledgeLLM:
 
     async def aask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
-        loop = asyncio.get_running_loop()
-        asked = await asyncio.to_thread(self._ask_requests, question, n, sampling)
-        streams = [AsyncAnswerStream(request, toolbox, loop) for request, toolbox, _ in asked]
+        streams = self._astreams(await asyncio.to_thread(self._ask_requests, question, n, sampling), None)
         try:
-            await asyncio.to_thread(self._begin, streams, asked[0].search)
             for stream in streams:
                 async for _ in stream:
                     pass
@@ -293,16 +290,31 @@ class CompressedKnowledgeLLM:
         raised by the stream. With `loop`, the one where it will be read, it may be called from any other thread, which
         then does all of the preparing.
         """
-        request, toolbox, search = self.prepare(question, **sampling)
-        stream = AsyncAnswerStream(request, toolbox, loop or asyncio.get_running_loop())
+        return self._astreams([self.prepare(question, **sampling)], loop)[0]
+
+    def astream_many(
+        self, question: Question, n: int, *, loop: asyncio.AbstractEventLoop | None = None, **sampling: Any
+    ) -> list[AsyncAnswerStream]:
+        """The answers of `ask_many` while they are written, each a stream as of `astream`; passages are searched once.
+
+        Whoever stops reading closes all of them.
+        """
+        return self._astreams(self._ask_requests(question, n, sampling), loop)
+
+    def _astreams(self, asked: Sequence[Prepared], loop: asyncio.AbstractEventLoop | None) -> list[AsyncAnswerStream]:
+        """Streams of one question, begun."""
+        reading, search = loop or asyncio.get_running_loop(), asked[0].search
+        streams = [AsyncAnswerStream(request, toolbox, reading) for request, toolbox, _ in asked]
         if search is not None:
-            work = begin_later(self, stream, search)
-            stream.work = asyncio.run_coroutine_threadsafe(work, loop) if loop else asyncio.create_task(work)
+            beginning = begin_later(self, streams, search)
+            work = asyncio.run_coroutine_threadsafe(beginning, loop) if loop else asyncio.create_task(beginning)
+            for stream in streams:
+                stream.work = work
         elif loop is not None or self._prefix is not None:
-            self._submit(stream)
+            self._submit(*streams)
         else:
-            asyncio.get_running_loop().run_in_executor(None, self._submit_later, stream)
-        return stream
+            reading.run_in_executor(None, self._submit_later, streams)
+        return streams
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:
         """Which documents the answer looks at most, and where in them (see `evidence.py` for what that means).
@@ -406,11 +418,12 @@ class CompressedKnowledgeLLM:
             self._streams.update(streams)
         self._loaded.engine.submit(*(stream.request for stream in streams))
 
-    def _submit_later(self, stream: Stream) -> None:
+    def _submit_later(self, streams: Sequence[Stream]) -> None:
         try:
-            self._submit(stream)
+            self._submit(*streams)
         except Exception as error:
-            stream.request.sink(error)
+            for stream in streams:
+                tell(stream.request, error)
 
     def _check_room(self, tokens: int, before: int | None = None) -> int:
         """What a question of so many tokens, after the sheet or what else stands `before` it, leaves of the window.
@@ -419,7 +432,7 @@ class CompressedKnowledgeLLM:
         """
         left = self.backbone.window - (self.sheet.length if before is None else before) - tokens
         if left < 1:
-            raise RequestError(
+            raise WindowError(
                 f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
                 f"{self.room} for question and answer beside the sheet of {self.sheet.length}; ask a shorter question "
                 "or raise the rate."

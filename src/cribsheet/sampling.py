@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,12 +150,12 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-def describe(token: int, logprobs: Tensor, wanted: int, tokenizer: Any) -> TokenLogprob:
-    """The reportable form of a choice; alternatives that a grammar forbids are none."""
+def describe(token: int, logprobs: Tensor, wanted: int, text_of: Callable[[int], str]) -> TokenLogprob:
+    """The reportable form of a choice, in texts of tokens as they are here; what a grammar forbids is left out."""
     best = logprobs.topk(min(wanted, len(logprobs)))
     ranked = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    top = tuple((tokenizer.decode([number]), value) for value, number in ranked if value > -math.inf)
-    return TokenLogprob(token, tokenizer.decode([token]), float(logprobs[token]), top)
+    top = tuple((text_of(number), value) for value, number in ranked if value > -math.inf)
+    return TokenLogprob(token, text_of(token), float(logprobs[token]), top)
 
 
 def _within(name: str, value: float, low: float, high: float, *, open_below: bool = False, whole: bool = False) -> None:

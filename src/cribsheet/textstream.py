@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _BROKEN = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+_LONGEST_CHARACTER = 4  # tokens of a character whose bytes are a token each
 
 
 class TextStream:
@@ -39,6 +40,19 @@ class TextStream:
             self._append(after[len(before) :])
             self._context, self._read = self._read, len(self._ids)
         return self._emit(len(self.text) - self._held())
+
+    def text_of(self, token: int) -> str:
+        """What a token would add here, as it is written; a part of a character is the replacement character.
+
+        The same token may stand for a word with the space before it and without: what is before decides.
+        """
+        starts = range(len(self._ids) - 1, max(-1, len(self._ids) - 1 - _LONGEST_CHARACTER), -1)
+        windows = ([*self._ids[at:]] for at in starts)
+        window = next((ids for ids in windows if (text := self._decode(ids)) and not text.endswith(_BROKEN)), [])
+        text = self._decode([*window, token])[len(self._decode(window)) :]
+        if not self.text and not self._exact:
+            text = text.lstrip(" ")
+        return text or str(self._tokenizer.decode([token])).lstrip(" ")
 
     def finish(self) -> str:
         """The text that was held back, once no token will follow."""

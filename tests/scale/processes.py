@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,3 +47,21 @@ def environment(mark):
     paths = os.pathsep.join(filter(None, [str(SRC), os.environ.get("PYTHONPATH", "")]))
     own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", MARK: mark}
+
+
+@contextlib.contextmanager
+def started(arguments, folder, mark):
+    """`cribsheet serve` in a folder: the process and its address. It ends with the block, of its own accord or not."""
+    log = folder / f"log-{time.monotonic_ns()}.txt"
+    command = [sys.executable, "-m", "cribsheet", "serve", *arguments]
+    with (
+        open(log, "w") as out,
+        subprocess.Popen(command, env=environment(mark), cwd=folder, stderr=out, stdout=out) as server,
+    ):
+        try:
+            wait_until(lambda: "(page)" in log.read_text() or server.poll() is not None)
+            found = re.search(r"at (http://\S+?:\d+)/ \(page\)", log.read_text())
+            assert found, log.read_text()
+            yield server, found[1]
+        finally:
+            server.terminate()

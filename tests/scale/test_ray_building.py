@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
 from processes import MARK, environment, kill, marked, wait_until
 
-from cribsheet import Backbone, build_sheet, read_documents
+from cribsheet import Backbone, build_sheet, load_sheet, read_documents
 from cribsheet.errors import BudgetError, DocumentError
 from cribsheet.task import Task
 from cribsheet.testing import save_tiny_model
@@ -19,6 +22,7 @@ from cribsheet.testing import save_tiny_model
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore::FutureWarning:ray")]
 
+FOLDERS = Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir())
 TASK = Task.of("Who lives where?")
 DOCUMENTS = read_documents([{"id": f"d{n}", "text": f"Person {n} lives in Town {n * 7}. " * 60} for n in range(6)])
 OPTIONS = {"rate": 4, "scorer": "recent"}
@@ -57,7 +61,7 @@ def same(one, other):
     layers = zip(one.layers, other.layers, strict=True)
     assert all(torch.equal(getattr(a, part), getattr(b, part)) for a, b in layers for part in ("keys", "values"))
     assert torch.equal(one.indices, other.indices) and torch.equal(one.origins, other.origins)
-    assert one.texts == other.texts and one.manifest.digest == other.manifest.digest
+    assert [*one.texts] == [*other.texts] and one.manifest.digest == other.manifest.digest
     return True
 
 
@@ -120,15 +124,67 @@ def test_what_cannot_be_built_is_refused_as_without_ray(mark, model):
         build_independent([*DOCUMENTS, DOCUMENTS[0]], TASK, model=model, rate=4)
 
 
-def test_a_killed_driver_leaves_no_process():
+def test_a_command_that_is_killed_goes_on_where_it_was(model, tmp_path):
+    mark, documents = uuid.uuid4().hex, tmp_path / "docs"
+    documents.mkdir()
+    for document in DOCUMENTS:
+        (documents / f"{document.id}.txt").write_text(document.text)
+    command = [
+        sys.executable,
+        "-m",
+        "cribsheet",
+        "build",
+        "docs",
+        "-o",
+        "a.sheet",
+        "--ray",
+        "--resume",
+        "--task",
+        "Who?",
+    ]
+    command += ["--model", str(model), "--rate", "4", "--scorer", "recent", "--chunk-tokens", "8"]
+    options = {"cwd": tmp_path, "env": environment(mark)}
+    with subprocess.Popen(command, **options, stderr=subprocess.DEVNULL) as first:
+        partial = tmp_path / "a.sheet.partial"
+        wait_until(lambda: partial.exists() and partial.stat().st_size)
+        os.kill(first.pid, 9)
+    wait_until(lambda: not marked(mark))
+    begun = partial.stat().st_size
+    again = subprocess.run(command, **options, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert begun and not partial.exists()
+    with contextlib.chdir(tmp_path):
+        read = read_documents("docs")  # what is read tells where from
+    terms = {**OPTIONS, "chunk_tokens": 8}
+    assert same(load_sheet(tmp_path / "a.sheet"), build_sheet(Backbone.load(model), read, Task.of("Who?"), **terms))
+
+
+def test_a_cluster_of_our_own_takes_work_only_from_those_who_have_its_token(mark):
+    import ray
+
+    script = f"import ray; ray.init({ray.get_runtime_context().gcs_address!r}, log_to_driver=False)"
+    command = [sys.executable, "-c", f"{script}; print(ray.get(ray.remote(lambda: 'ran').remote()))"]
+    for name, works in (("RAY_AUTH_TOKEN", True), ("NO_TOKEN", False)):
+        own = {key: value for key, value in environment("none").items() if not key.startswith("RAY_AUTH")}
+        own |= {"RAY_AUTH_MODE": "token", name: os.environ["RAY_AUTH_TOKEN"], "HOME": "/nowhere"}
+        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        assert (done.returncode == 0, "ran" in done.stdout) == (works, works), done.stderr
+
+
+def test_a_killed_driver_leaves_no_process_and_the_next_one_deletes_its_folder():
     mark = uuid.uuid4().hex
     script = "import time\nfrom cribsheet.ray import cluster\nwith cluster(cpus=1):\n print('up', flush=True)\n input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment(mark), **pipes) as driver:
-        assert driver.stdout.readline() == "up\n"
-        assert len(marked(mark)) > 2
-        os.kill(driver.pid, 9)
-    wait_until(lambda: not marked(mark))
+    left = []
+    for _ in range(2):
+        with subprocess.Popen([sys.executable, "-c", script], env=environment(mark), **pipes) as driver:
+            assert driver.stdout.readline() == "up\n"
+            assert len(marked(mark)) > 2
+            assert not any(folder.exists() for folder in left)  # the next one has cleaned up
+            left = [owner.parent for owner in FOLDERS.glob("*/owner") if owner.read_text().startswith(f"{driver.pid} ")]
+            os.kill(driver.pid, 9)
+        wait_until(lambda: not marked(mark))
+        assert len(left) == 1 and left[0].exists()
 
 
 def test_nothing_but_its_own_package_imports_ray():

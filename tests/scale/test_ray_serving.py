@@ -5,14 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import re
 import signal
-import subprocess
-import sys
 import uuid
 
 import httpx
 import pytest
 from live import STAFF, serving
-from processes import environment, kill, marked, wait_until
+from processes import kill, marked, started, wait_until
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.testing import save_tiny_model
@@ -44,16 +42,10 @@ def mark():
 
 @pytest.fixture(scope="module")
 def url(sheets, mark):
-    command = [sys.executable, "-m", "cribsheet", "serve", "one.sheet", "two.sheet", "three.sheet", "--port", "0"]
-    command += ["--ray", "--replicas", "2", "--open-sheets", "1", "--keys", "keys.toml", "--drain", "20"]
-    with (
-        open(sheets / "log.txt", "w") as log,
-        subprocess.Popen(command, env=environment(mark), cwd=sheets, stderr=log, stdout=log) as server,
-    ):
-        wait_until(lambda: "(page)" in (sheets / "log.txt").read_text() or server.poll() is not None)
-        found = re.search(r"http://\S+?:\d+", (sheets / "log.txt").read_text().split("cribsheet: one")[-1])
-        assert found, (sheets / "log.txt").read_text()
-        yield found[0]
+    command = ["one.sheet", "two.sheet", "three.sheet", "--port", "0", "--ray", "--replicas", "2"]
+    with started([*command, "--open-sheets", "1", "--keys", "keys.toml", "--drain", "20"], sheets, mark) as each:
+        server, address = each
+        yield address
         server.send_signal(signal.SIGTERM)
         assert server.wait(90) == 0
     wait_until(lambda: not marked(mark))
@@ -125,6 +117,23 @@ def test_without_a_key_nothing_is_told(url):
 
 def test_large_bodies_are_refused(http):
     assert http.post("/v1/chat/completions", content=b"x" * 2_100_000).status_code == 413
+
+
+def test_limits_hold_for_all_replicas_together(http):
+    """64 answers of one caller at once, whichever replica writes them; refused in the words of a single server."""
+    many = asked(n=40, max_tokens=3000, logit_bias={"2": -100}, stream=True)
+    with http.stream("POST", "/v1/chat/completions", json=many) as reply:
+        lines = reply.iter_lines()  # httpx closes the connection with it
+        next(lines)
+        refused = [http.post("/v1/chat/completions", json=asked(n=25)) for _ in range(4)]
+        prompts = http.post("/v1/completions", json={"model": "two", "prompt": ["a"] * 25, "max_tokens": 1})
+        for each in (*refused, prompts):
+            assert each.status_code == 429 and int(each.headers["retry-after"]) >= 1
+            assert each.json()["error"]["code"] == "rate_limit_exceeded"
+        assert http.post("/v1/chat/completions", json=asked(n=2)).status_code == 200
+    wait_until(lambda: http.post("/v1/chat/completions", json=asked(n=25)).status_code == 200, 30)
+    assert http.post("/v1/chat/completions", json=asked(n=65)).json()["error"]["param"] == "n"
+    assert 'cribsheet_requests_total{route="front",sheet="",status="429"} 5' in http.get("/metrics").text
 
 
 def test_metrics_are_those_of_all_replicas(http):

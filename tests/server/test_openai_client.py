@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import openai
 import pytest
@@ -90,7 +91,12 @@ def test_logprobs_come_with_every_token(client, stream):
         found = chat(client, **fields).choices[0].logprobs.content
     assert len(found) == 6
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in found)
-    assert all(bytes(token.bytes).decode() == token.token for token in found)
+    assert all(bytes(token.bytes).decode() == token.token for token in found if token.bytes is not None)
+    said = chat(client, logprobs=True).choices[0]
+    assert "".join(token.token for token in said.logprobs.content) == said.message.content
+    old = client.completions.create(model="oslo", prompt="Where does Bob live?", logprobs=0).choices[0]
+    offsets = [*old.logprobs.text_offset, len(old.text)]
+    assert old.logprobs.tokens == [old.text[a:b] for a, b in pairwise(offsets)]
 
 
 def test_penalties_and_bias_have_an_effect(client):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from langchain_core.exceptions import ContextOverflowError
+from langchain_openai import ChatOpenAI
 from llama_index.core import PromptTemplate
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
@@ -29,6 +31,12 @@ def test_openai_like_chats_and_completes(live):
     assert "".join(part.delta for part in llm.stream_chat(asked)) == "Bob lives in Oslo."
     assert llm.complete("Where does Bob live?").text == "Bob lives in Oslo."
     assert like(live).complete("Where does Bob live?").text == "Bob lives in Oslo."  # by /v1/completions
+
+
+def test_langchain_hears_that_a_question_does_not_fit(live):
+    model = ChatOpenAI(base_url=f"{live.url}/v1", api_key="none", model="oslo", max_retries=0)
+    with pytest.raises(ContextOverflowError, match="window"):
+        model.invoke("word " * 5000)
 
 
 async def test_openai_like_chats_without_blocking(live):

@@ -9,6 +9,8 @@ import pytest
 
 ASK = {"model": "oslo", "messages": [{"role": "user", "content": "Where?"}]}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
+WORDY = {"type": "function", "function": {"name": "f", "description": "word " * 5000}}
+ONE_TEXT = {"type": "object", "required": ["a"], "additionalProperties": False}
 
 
 def part(**fields):
@@ -125,6 +127,46 @@ def test_forms_exclude_each_other(live):
 def test_a_question_longer_than_the_window_is_refused_with_numbers(live):
     reply = live.post(**{**ASK, "messages": [{"role": "user", "content": "word " * 5000}]})
     assert reply.status_code == 400 and "window" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5000}]}, "messages"),
+        ("/v1/chat/completions", {**ASK, "cribsheet": {"mode": "hybrid"}, "tools": [WORDY]}, "messages"),
+        ("/v1/completions", {"prompt": "word " * 5000}, "prompt"),
+        ("/v1/completions", {"prompt": ["Where?", "word " * 5000]}, "prompt[1]"),
+    ],
+)
+def test_a_question_that_does_not_fit_is_refused_by_name_and_in_the_code_that_clients_know(live, path, fields, param):
+    for more in ({}, {"n": 2}, {"stream": True}):
+        reply = live.post(path, **{"model": "oslo", **fields, **more})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+
+
+def test_a_form_that_no_answer_fits_is_refused_by_name(live):
+    schema = {"type": "string", "minLength": 40, "maxLength": 40}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {**ONE_TEXT, "properties": {"a": schema}}}}
+    assert live.post(**ASK, response_format=form, max_tokens=2).json()["error"]["param"] == "response_format"
+    forced = live.post(**ASK, tools=[tool], tool_choice="required", max_tokens=2)
+    assert forced.json()["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ('{"model": "oslo", "messages": [], "model": "noise"}', "model"),
+        ('{"model": "oslo", "messages": [{"role": "user", "content": "x", "role": "system"}]}', "messages[0].role"),
+        ('{"model": "oslo", "stream_options": {"a": 1, "a": 1}, "messages": []}', "stream_options.a"),
+        ('{"a": {"b": 1, "b": 2}, "a": 3}', "a"),
+    ],
+)
+def test_a_name_that_is_given_twice_is_refused_by_name(live, body, param):
+    reply = live.http().post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == param
+    assert "more than once" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -143,4 +143,5 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _plain(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    whole = "\ufffd" not in text  # a part of a character has bytes that its text does not tell
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}

@@ -56,7 +56,7 @@ def serve_on_ray(
         **scale,
     )
     names = ", ".join(serving.places())
-    needed = round(serving.cpus * (serving.most_replicas or serving.replicas)) + 1
+    needed = round(serving.cpus * serving.processes * (serving.most_replicas or serving.replicas)) + 1
     with cluster(address, cpus=max(needed, os.cpu_count() or 1), show_logs=True):
         from ray import serve
 

@@ -61,8 +61,15 @@ def serve(
     open_sheets: Annotated[
         int, typer.Option(metavar="N", min=1, help="With --ray, sheets that a replica holds open.")
     ] = 8,
-    replica_cpus: Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a replica.")] = 1,
-    replica_gpus: Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a replica.")] = 0,
+    replica_processes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --ray, processes that divide the model of a replica.")
+    ] = 1,
+    replica_cpus: Annotated[
+        float, typer.Option(metavar="N", help="With --ray, processors of a replica, or of each of its processes.")
+    ] = 1,
+    replica_gpus: Annotated[
+        float, typer.Option(metavar="N", help="With --ray, accelerators of a replica, or of each of its processes.")
+    ] = 0,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
@@ -100,7 +107,8 @@ def serve(
     if ray:
         from cribsheet.cli.scaling import serve_on_ray
 
-        scale = {"open_sheets": open_sheets, "cpus": replica_cpus, "gpus": replica_gpus, "drain_seconds": drain}
+        needs = {"processes": replica_processes, "cpus": replica_cpus, "gpus": replica_gpus}
+        scale = {"open_sheets": open_sheets, "drain_seconds": drain, **needs}
         serve_on_ray(sheets, given, keys, settings, replicas, scale, host, port, ray_address)
     else:
         _run(sheets, given, keys, settings, host, port, drain)

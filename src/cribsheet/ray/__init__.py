@@ -1,7 +1,8 @@
 """More machines: builds as Ray tasks, and replicas of the server on Ray Serve.
 
 `building.py`: one task for each corpus or, for independent sheets, for each document; killed workers are followed by
-others that go on where they were. `serving.py`: the app of `cribsheet serve` in every replica, behind one address.
+others that go on where they were. `serving.py`: the app of `cribsheet serve` in every replica, behind one address;
+`front.py`: where all requests pass; `dividing.py`: replicas of several processes each.
 Needs the extra: `pip install 'cribsheet[ray]'`; nothing else in cribsheet imports Ray.
 """
 

@@ -1,63 +1,35 @@
 """The server on Ray Serve: the app of `cribsheet serve` in every replica, behind one address.
 
-A front reads which sheet is asked for and hands the request to a replica, if it can to one that has the sheet open; the
-replica runs the very app that a single server runs, over an engine that batches whatever arrives. A replica that dies
-takes nothing along that was not begun: the front asks the next one. What was begun as a stream ends with an error in
-the stream, as the API describes.
+A front (`front.py`) reads which sheet is asked for and hands the request to a replica, if it can to one that has the
+sheet open; the replica runs the very app that a single server runs, over an engine that batches whatever arrives. A
+replica may be several processes that divide its model (`dividing.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message
 
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
-from cribsheet.ray.totals import added
+from cribsheet.parallel import Leader
+from cribsheet.ray.dividing import Team
+from cribsheet.ray.front import Front
 from cribsheet.registry import resolve
 from cribsheet.server.app import create_app
 from cribsheet.server.auth import Keyring
-from cribsheet.server.frame import Receiving
 from cribsheet.server.logs import log_to_stderr
-from cribsheet.server.record import ID
-from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Served, named
-from cribsheet.server.streaming import ReaderLeft, while_connected
 from cribsheet.sheet import Manifest
 from cribsheet.storage import read_manifest
-
-_TRIES = 4  # replicas that are asked before a request is given up
-_PAUSE_SECONDS = 0.2
-_SCOPE = [
-    "type",
-    "asgi",
-    "http_version",
-    "method",
-    "scheme",
-    "path",
-    "raw_path",
-    "query_string",
-    "root_path",
-    "headers",
-    "client",
-    "server",
-]
-_ID, _LONGEST_ID = b"x-request-id", 128
-_LOST = "The replica that wrote the answer died; ask again."
 
 
 class Serving(BaseModel):
@@ -70,15 +42,17 @@ class Serving(BaseModel):
     keys
         a table as in a key file; none: everybody may ask.
     settings
-        fields of `ServerSettings`; its limits hold for each replica.
+        fields of `ServerSettings`; its limits hold for all replicas together.
     replicas, most_replicas
         how many there are; with `most_replicas`, from so many to so many, by how much is asked.
     answers_per_replica
         requests under way in a replica at which the cluster adds another.
     open_sheets
         sheets that a replica holds open; beyond it, the one that was not asked for longest is let go.
+    processes
+        that divide the model of each replica among them (`parallel.py`); 1 leaves it whole.
     cpus, gpus
-        what each replica needs.
+        what each process needs.
     drain_seconds
         how long a replica that is to end may finish its answers.
     """
@@ -93,6 +67,7 @@ class Serving(BaseModel):
     most_replicas: int | None = Field(default=None, ge=1)
     answers_per_replica: float = Field(default=16, gt=0)
     open_sheets: int = Field(default=8, ge=1)
+    processes: int = Field(default=1, ge=1)
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
     drain_seconds: float = Field(default=30, ge=1)
@@ -109,6 +84,9 @@ def application(serving: Serving) -> serve.Application:
     if serving.most_replicas is not None:
         bounds = {"min_replicas": serving.replicas, "max_replicas": max(serving.replicas, serving.most_replicas)}
         scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": serving.answers_per_replica}}
+    if serving.processes > 1:
+        bundle = {name: need for name, need in (("CPU", serving.cpus), ("GPU", serving.gpus)) if need}
+        scale |= {"placement_group_bundles": [bundle] * serving.processes, "placement_group_strategy": "PACK"}
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     replica = serve.deployment(Replica).options(
         name="replicas",
@@ -136,8 +114,10 @@ application.__annotations__["serving"] = Serving
 class OpenSheets:
     """The sheets of a replica: all are known by their manifests, those asked last are open."""
 
-    def __init__(self, places: Mapping[str, str], options: Mapping[str, str], most: int) -> None:
-        self._places, self._options = places, options
+    def __init__(
+        self, places: Mapping[str, str], options: Mapping[str, str], most: int, leader: Leader | None = None
+    ) -> None:
+        self._places, self._options, self._leader = places, options, leader
         self._manifests = {name: read_manifest(resolve(place)) for name, place in places.items()}
         self._models: dict[int, LoadedModel] = {}  # they stay when their sheets go
 
@@ -159,11 +139,20 @@ class OpenSheets:
         """Nothing to do: the process ends."""
 
     def _open(self, name: str) -> CompressedKnowledgeLLM:
-        kb = CompressedKnowledgeLLM.load(self._places[name], **self._options)
+        kb = CompressedKnowledgeLLM.load(self._places[name], **self._model_of(name))
         _ = kb.prefix  # on the device before the first question
         model = LoadedModel.get(kb.backbone)
         self._models[id(model)] = model
         return kb
+
+    def _model_of(self, name: str) -> dict[str, Any]:
+        """What `CompressedKnowledgeLLM.load` is told of the model: options, or the one that processes divide."""
+        if self._leader is None:
+            return dict(self._options)
+        made = self._manifests[name].fingerprint
+        options = dict(self._options)
+        name = options.pop("model", made.model)
+        return {"model": self._leader.load(name, **{"revision": made.revision, **options})}
 
 
 class Replica:
@@ -171,7 +160,12 @@ class Replica:
 
     def __init__(self, serving: Serving) -> None:
         log_to_stderr()
-        sheets = OpenSheets(serving.places(), serving.model_options, serving.open_sheets)
+        self._team = None
+        if serving.processes > 1:
+            needs = {"cpus": serving.cpus, "gpus": serving.gpus}
+            self._team = Team(serving.processes, **needs, lost=_end)
+        leader = self._team.leader if self._team else None
+        sheets = OpenSheets(serving.places(), serving.model_options, serving.open_sheets, leader)
         keys = Keyring.of(serving.keys) if serving.keys else None
         self._app = create_app(sheets, keys=keys, settings=ServerSettings(**serving.settings))
 
@@ -204,117 +198,17 @@ class Replica:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await working
 
+    def check_health(self) -> None:
+        """Asked by Ray, which replaces a replica that raises."""
+        if self._team is not None:
+            self._team.check()
+
     async def metrics(self) -> str:
         """What this replica counts."""
         text: str = self._app.state.metrics.render()
         return text
 
 
-class Front:
-    """Which replica is asked."""
-
-    def __init__(self, replicas: DeploymentHandle, serving: Serving) -> None:
-        self._replicas, self._names = replicas, frozenset(serving.places())
-        self._limits = ServerSettings(**serving.settings)
-
-    async def __call__(self, request: Request) -> Response:
-        """Hand a request on."""
-        return _Relayed(self)
-
-    async def relay(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        try:
-            receiving = Receiving(receive, self._limits)
-            body = await _body(receiving)
-            with contextlib.suppress(ReaderLeft):
-                await while_connected(receiving, self._answer(scope, body, send))
-        except HTTPException as error:
-            await Refusal(error.status_code, str(error.detail)).response()(scope, receive, send)
-
-    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        plain = {name: scope[name] for name in _SCOPE if name in scope}
-        if given := dict(scope["headers"]).get(_ID):  # Ray's, which it sends back itself
-            plain[ID] = given.decode("latin-1")[:_LONGEST_ID]
-        counted = scope["path"] == "/metrics"
-        kind = ""
-        for attempt in range(_TRIES):
-            try:
-                async for message in self._asked(plain, body):
-                    if message["type"] == "http.response.start":
-                        message["headers"] = [pair for pair in message["headers"] if pair[0] != _ID]
-                        kind = _type_of(message)
-                        counted = counted and message["status"] == 200
-                    elif counted:
-                        message = {**message, "body": await self._metrics()}
-                        await send({"type": "http.response.start", "status": 200, "headers": _TEXT})
-                    if not counted or message["type"] == "http.response.body":
-                        await send(message)
-                return
-            except (RayActorError, BackPressureError, DeploymentUnavailableError):
-                if kind:  # too late for another: the answer has begun
-                    if kind != "text/event-stream":
-                        raise
-                    lost = json.dumps(Refusal(503, _LOST).body)
-                    await send({"type": "http.response.body", "body": f"data: {lost}\n\n".encode()})
-                    return
-                await asyncio.sleep(_PAUSE_SECONDS * 2**attempt)
-        await Refusal(503, "No replica could take the request; try again later.").response()(scope, _nothing, send)
-
-    async def _asked(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[Message]:
-        name = _sheet_of(scope["path"], body)
-        known = name if name in self._names else ""
-        handle = self._replicas.options(stream=True, multiplexed_model_id=known)
-        answer = handle.answer.remote(dict(scope), body)
-        try:
-            async for messages in answer:
-                for message in messages:
-                    yield message
-        finally:
-            answer.cancel()
-
-    async def _metrics(self) -> bytes:
-        """What all replicas count, added up."""
-        texts = await asyncio.to_thread(self._replicas.broadcast("metrics").results, timeout_s=10)
-        return added(texts).encode()
-
-
-_TEXT = [(b"content-type", b"text/plain; version=0.0.4"), (b"cache-control", b"no-store")]
-
-
-class _Relayed(Response):
-    def __init__(self, front: Front) -> None:
-        super().__init__()
-        self._front = front
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._front.relay(scope, receive, send)
-
-
-async def _body(receive: Receive) -> bytes:
-    parts = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _sheet_of(path: str, body: bytes) -> str:
-    """The sheet that a request is about, where it is easily seen; whether it may be asked, the replica decides."""
-    parts = path.strip("/").split("/")
-    if parts[:2] == ["v1", "sheets"] and len(parts) > 2:
-        return parts[2]
-    with contextlib.suppress(ValueError, RecursionError):
-        asked = json.loads(body) if body else None
-        if isinstance(asked, dict) and isinstance(asked.get("model"), str):
-            return str(asked["model"])
-    return ""
-
-
-def _type_of(message: Message) -> str:
-    kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
-    return (kinds[0] if kinds else b"none").decode("latin-1").partition(";")[0]
-
-
-async def _nothing() -> Message:
-    return {"type": "http.disconnect"}
+def _end() -> None:
+    """End this replica at once: a divided model is lost, and others answer what was not begun."""
+    os._exit(1)

@@ -29,14 +29,20 @@ _SAME = ("frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One answer to be written: the question, and what `CompressedKnowledgeLLM.ask` takes beside it."""
+    """A question and how many answers to it are written, with what `CompressedKnowledgeLLM.ask` takes beside it.
+
+    `field` is where the request has the question, and `form` what in it gives the answers a form, if anything does.
+    """
 
     question: Question
     settings: Mapping[str, Any]
+    field: str
+    answers: int = 1
+    form: str | None = None
 
 
-def chat_asks(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> list[Ask]:
-    """The answers that a conversation asks for. Raises `Refusal` that names the field at fault."""
+def chat_ask(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> Ask:
+    """What a conversation asks. Raises `Refusal` that names the field at fault."""
     settings = _settings(body, kb, limits, body.max_completion_tokens or body.max_tokens)
     tools = [_plain_tool(tool.function.model_dump()) for tool in body.tools or ()]
     choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.model_dump()
@@ -59,18 +65,23 @@ def chat_asks(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSetti
         settings["logprobs"] = body.top_logprobs or 0
     if tools:
         settings |= {"tools": tools, "tool_choice": choice}
-    return _choices(turns, settings, body)
+    shaped = "tool_choice" if form is not None else "response_format" if "grammar" in settings else None
+    return Ask(turns, settings, "messages", body.choices, shaped)
 
 
 def completion_asks(body: CompletionRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> list[Ask]:
-    """The answers to all prompts, those to one prompt together. Raises `Refusal` that names the field at fault."""
+    """What each prompt asks. Raises `Refusal` that names the field at fault."""
     settings = _settings(body, kb, limits, body.max_tokens)
     if body.logprobs is not None:
         settings["logprobs"] = body.logprobs
-    with naming("prompt"):
-        for prompt in body.prompts:
+    alone = isinstance(body.prompt, str)
+    asks = []
+    for number, prompt in enumerate(body.prompts):
+        place = "prompt" if alone else f"prompt[{number}]"
+        with naming(place):
             as_turns(prompt)
-    return [ask for prompt in body.prompts for ask in _choices(prompt, settings, body)]
+        asks.append(Ask(prompt, settings, place, body.choices))
+    return asks
 
 
 def log_facts(body: Asked) -> dict[str, Any]:
@@ -126,13 +137,6 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any
         )
     assert extension.mode is not None
     return {**settings, "mode": Retrieval(extension.mode, **given)}
-
-
-def _choices(question: Question, settings: Mapping[str, Any], body: Asked) -> list[Ask]:
-    """One for each choice; a seed counts up, as in `CompressedKnowledgeLLM.ask_many`."""
-    seed = settings.get("seed")
-    seeds = [{} if seed is None else {"seed": seed + choice} for choice in range(body.choices)]
-    return [Ask(question, {**settings, **own}) for own in seeds]
 
 
 def _schema(form: AsJsonObject | AsJsonSchema | Any) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class Keyring:
         """Everybody with a key."""
         return [caller for _, caller in self._keys.values()]
 
+    def holder(self, header: str) -> Caller | None:
+        """Whose key an `Authorization` header holds."""
+        scheme, _, key = header.partition(" ")
+        return self.caller(key.strip()) if scheme.lower() == "bearer" else None
+
     def caller(self, key: str) -> Caller | None:
         """Whose key it is; takes the same time for every wrong key."""
         given = hashlib.sha256(key.encode(errors="replace")).digest()

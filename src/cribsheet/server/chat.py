@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cribsheet.answer import Answer
-from cribsheet.server.asking import chat_asks
+from cribsheet.server.asking import chat_ask
 from cribsheet.server.auth import Caller
 from cribsheet.server.desk import Answers, Desk, left
 from cribsheet.server.protocol import ChatRequest
@@ -36,7 +36,7 @@ async def chat(desk: Desk, request: Request, body: ChatRequest, caller: Caller) 
     """Answer a conversation."""
     served = await desk.find(body.model, caller, record_of(request))
     answers = await desk.begin(
-        request, caller, served, body, lambda: chat_asks(body, served.kb, desk.settings), body.choices
+        request, caller, served, body, lambda: [chat_ask(body, served.kb, desk.settings)], body.choices
     )
     if body.stream:
         pieces = await answers.stream()

@@ -144,7 +144,7 @@ class Answers:
             extended = None
             if piece.answer is not None:
                 self._note(piece.choice, piece.answer)
-                ask = self._asks[piece.choice]
+                ask = self._asks[piece.choice // self._body.choices]
                 extended = await self._desk.extended(self.served, ask, piece.answer, self._body.extension)
             yield piece, extended
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from cribsheet.errors import EngineError, RequestError, TemplateError
+from cribsheet.errors import EngineError, RequestError, TemplateError, WindowError
 from cribsheet.server.record import record_of
 
 # status -> the type and the code that OpenAI's clients know
@@ -85,12 +85,19 @@ def naming(param: str | None) -> Iterator[None]:
         raise Refusal(400, str(error), param=param) from error
 
 
-def refusal_of(error: BaseException, *, late: bool = False) -> Refusal:
-    """What a caller is told of an error; of one that nobody foresaw only that it happened."""
+def refusal_of(
+    error: BaseException, *, late: bool = False, field: str | None = None, form: str | None = None
+) -> Refusal:
+    """What a caller is told of an error; of one that nobody foresaw only that it happened.
+
+    `field` is where the request has the question, `form` where it has the form of the answer.
+    """
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, WindowError):
+        return Refusal(400, str(error), param=field, code="context_length_exceeded")
     if isinstance(error, RequestError):
-        return Refusal(400, str(error))
+        return Refusal(400, str(error), param=form)
     if isinstance(error, TemplateError):
         return Refusal(400, _ODD_TURNS, param="messages")
     if isinstance(error, EngineError):
@@ -113,7 +120,8 @@ def install(app: FastAPI) -> None:
     async def by_framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         status = error.status_code if error.status_code in _KINDS else 400
-        refusal = Refusal(status, str(error.detail))
+        detail: Any = error.detail  # a refusal where a body is read, which may raise nothing else
+        refusal = detail if isinstance(detail, Refusal) else Refusal(status, str(detail))
         record_of(request).error = refusal.detail.code
         return refusal.response(dict(error.headers or {}))
 
@@ -136,13 +144,11 @@ def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
         return len(pair[0]), 2 * is_meant + (kind == "literal_error")
 
     path, fault = max(found, key=weight)
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or None
+    param = written(path) or None
     if fault["type"] == "extra_forbidden":
         return Refusal(400, f"The field {param!r} is not supported; leave it out.", param=param, code="unknown_field")
     if fault["type"] == "missing":
         return Refusal(400, f"The field {param or 'body'!r} is missing.", param=param, code="missing_field")
-    if fault["type"] in ("json_invalid", "json_type"):
-        return Refusal(400, f"The body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}.")
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "literal_error":  # of all forms
         known = dict.fromkeys(each["ctx"]["expected"] for place, each in found if place == path and "ctx" in each)
@@ -154,6 +160,11 @@ def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
             message = "it is not declared as JSON; send the header Content-Type: application/json."
         return Refusal(400, f"The body: {message}", param=param)
     return Refusal(400, f"{param}: {message}", param=param)
+
+
+def written(path: Sequence[str | int]) -> str:
+    """A place in a body, as refusals name it."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
 
 
 def _path(fault: Any, body: Any) -> list[str | int]:

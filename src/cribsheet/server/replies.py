@@ -275,4 +275,5 @@ def _evidence(source: Source, text: str) -> Evidence:
 
 
 def _alternative(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    whole = "\ufffd" not in token  # a part of a character has bytes that its text does not tell
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}

@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 from cribsheet import __version__
 from cribsheet.server import catalogue, chat, completions
 from cribsheet.server.auth import Caller, Keyring
+from cribsheet.server.bodies import StrictRoute
 from cribsheet.server.desk import Desk
 from cribsheet.server.metrics import Metrics
 from cribsheet.server.protocol import ChatRequest, CompletionRequest
@@ -23,7 +24,7 @@ OPEN_ROUTES = ("/health",)  # need no key
 _ALWAYS = (400, 408, 413, 421, 500)
 _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 
 
 async def _desk_of(request: Request) -> Desk:
@@ -36,8 +37,7 @@ async def _caller_of(request: Request) -> Caller:
     keys: Keyring | None = request.app.state.keys
     if keys is None:
         return Caller(request.client.host if request.client else "")
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    caller = keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+    caller = keys.holder(request.headers.get("authorization", ""))
     if caller is None:
         raise Refusal(401, "This server needs one of its API keys, as 'Authorization: Bearer KEY'.")
     record_of(request).caller = caller.name

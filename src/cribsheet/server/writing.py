@@ -28,6 +28,7 @@ class Writing:
     """Answers that are being written. `stop` ends the work within one token; safe to call at any time."""
 
     def __init__(self) -> None:
+        self._asks: list[Ask] = []  # of each stream
         self._streams: list[AsyncAnswerStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -40,9 +41,10 @@ class Writing:
         """
         try:
             for ask in asks:
-                self._streams.append(kb.astream(ask.question, loop=loop, **ask.settings))
+                self._asks += [ask] * ask.answers
+                self._streams += kb.astream_many(ask.question, ask.answers, loop=loop, **ask.settings)
         except Exception as error:
-            refusal = refusal_of(error)
+            refusal = refusal_of(error, field=ask.field, form=ask.form)
             raise (error if refusal.status == 500 else refusal) from error
         if self._stopped:
             self.stop()
@@ -83,7 +85,8 @@ class Writing:
                 self._pieces.put_nowait(Piece(choice, text, logprobs))
         except Exception as error:
             late = stream.request.is_late
-            refusal = refusal_of(error, late=late)
+            ask = self._asks[choice]
+            refusal = refusal_of(error, late=late, field=ask.field, form=ask.form)
             self._pieces.put_nowait(error if refusal.status == 500 else refusal)
             return
         answer = stream.answer
