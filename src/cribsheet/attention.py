@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cribsheet import flash
+from cribsheet import flash, fused
 
 _MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB in float32
 _CACHED_SCORES = 1 << 20  # as many as stay in a CPU's cache until they are looked at again
@@ -178,18 +178,36 @@ def column_mass(
     that nothing of size rows x keys x heads is ever held whole. `q` is (H, T, D), `k` (K, S, D), `lse` (H, T) over
     *all* keys that the rows saw (also those not in `k`); `row_weight` (T,) multiplies each row.
     """
-    total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
-    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
-        total += weights.sum(1)
-    return total
+    if fused.usable(q, k.shape[0], softcap):
+        return fused.columns(q, k, lse, scale, row_weight, peak=False)
+    return plain_mass(q, k, lse, scale, row_weight, softcap)
 
 
 def column_peak(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
+    if fused.usable(q, k.shape[0], softcap):
+        return fused.columns(q, k, lse, scale, row_weight, peak=True)
     if softcap is None:
         return _peak_of_products(q, k, lse, scale, row_weight)
+    return plain_peak(q, k, lse, scale, row_weight, softcap)
+
+
+def plain_mass(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`column_mass` on any device."""
+    total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
+    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
+        total += weights.sum(1)
+    return total
+
+
+def plain_peak(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`column_peak` on any device."""
     peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
     for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
         peak = torch.maximum(peak, weights.amax(1))
