@@ -42,6 +42,28 @@ def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor 
     return found.transpose(0, 1).reshape(-1, size)
 
 
+def on_prefix(q: Tensor, lse: Tensor, keys: Tensor, starts: Tensor, longest: int, width: int, scale: float) -> Tensor:
+    """Weights (B, K, width) of the keys (N, D) of a prefix, summed over the rows of q (B, H, T, D).
+
+    `lse` (B, H, T) holds the rows' weights already (`weighted`); the others are as in `kernels.columns`.
+    """
+    from cribsheet import kernels
+
+    batch, heads = q.shape[0], len(starts) - 1
+    rows = q.reshape(batch, heads, -1, q.shape[-1]).transpose(0, 1)  # (K, B, G * T, D)
+    seen = lse.reshape(batch, heads, -1).transpose(0, 1)
+    return kernels.columns(rows, seen, keys, starts, longest, width, scale, peak=False)
+
+
+def newest(
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, scale: float, before: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """What `kernels.newest` does, for whoever must not import it."""
+    from cribsheet import kernels
+
+    return kernels.newest(q, keys, values, index, scale, before)
+
+
 def weighted(lse: Tensor, weight: Tensor) -> Tensor:
     """Log-sum-exps of rows less the logarithm of their weights; plus infinity for rows that weigh nothing."""
     return torch.where(weight > 0, lse - weight.log(), float("inf"))

@@ -68,7 +68,9 @@ class LayerPrefix:
 
     @cached_property
     def starts(self) -> Tensor:
-        """(K + 1,) int32 where each head begins in packed keys and values, and where the last one ends."""
+        """(K + 1,) int32 where each head begins when all stand one behind the other, and where the last one ends."""
+        if not self.counts:
+            return torch.arange(self.heads + 1, dtype=torch.int32, device=self.keys.device) * self.keys.shape[1]
         return torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.keys.device)
 
     def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
