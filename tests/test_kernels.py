@@ -1,6 +1,7 @@
 """Our own kernels beside their slow references, interpreted on a CPU: `make kernels`.
 
-The interpreter must be asked for before anything imports Triton, so elsewhere these tests are skipped. On a card the speed bench compares them first (`speed_checks.kernel_errors`), and the library does before it uses them.
+The interpreter must be asked for before anything imports Triton, so elsewhere these tests are skipped. On a card the
+library compares the kernels before it uses them, and so does the speed bench.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from cribsheet.prefill import ShortRead
 from cribsheet.prefix import LayerPrefix, Prefix, prefix_cache
 from cribsheet.sampling import SamplingParams
 from cribsheet.testing import tiny_backbone
-
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
 

@@ -178,8 +178,11 @@ class Backbone:
         return layers
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int = 1) -> Tensor:
-        """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens."""
+    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
+        """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens.
+
+        As a tensor (n,), `keep` names the places of the tokens whose logits are wanted.
+        """
         with self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),

@@ -72,9 +72,10 @@ def weighted(lse: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def _agree(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
     """Whether both kernels can be compiled for such heads and give what the plain path gives."""
+    known: tuple[type[Exception], ...] = (ImportError, RuntimeError, OSError, subprocess.SubprocessError)
     try:
         error = max(check(device, dtype, size, group).values())
-    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, *_triton_errors()) as failure:
+    except (*known, *_triton_errors()) as failure:
         if isinstance(failure, torch.OutOfMemoryError):
             raise
         logger.warning("our kernels cannot be used on %s and are replaced by slower ones: %r", device, failure)

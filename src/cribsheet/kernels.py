@@ -7,6 +7,8 @@ heads of a key/value head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +19,9 @@ _KEYS, _MANY_ROWS = 128, 64  # a program's block
 
 @triton.jit
 def _columns(
-    q, seen, keys, starts, out, scale, batch, rows, width,
+    q: Any, seen: Any, keys: Any, starts: Any, out: Any, scale: Any, batch: Any, rows: Any, width: Any,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PEAK: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202
+) -> None:  # fmt: skip
     """A block of keys of one head against all rows, which pass by: no weight is ever written down."""
     block, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     first = tl.load(starts + head)
@@ -70,9 +72,10 @@ def columns(
 
 @triton.jit
 def _newest(
-    q, keys, values, index, before, before_lse, out, lse, scale, tokens,
-    GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREFIX: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202
+    q: Any, keys: Any, values: Any, index: Any, before: Any, before_lse: Any, out: Any, lse: Any, scale: Any,
+    tokens: Any, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    PREFIX: tl.constexpr,
+) -> None:  # fmt: skip
     """One sequence and key/value head: its suffix as far as it goes, then the merge with what the prefix gave."""
     pair = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     visible = tl.load(index + tl.program_id(0)) + 1

@@ -14,6 +14,7 @@ from cribsheet.answering import Answering, Suffix
 from cribsheet.backbone import Backbone
 from cribsheet.batch import padded_batch, prefill_cache
 from cribsheet.glance import Glance, question_weights
+from cribsheet.graphs import find_read
 from cribsheet.prefix import Prefix, PrefixLayer, prefix_cache
 
 PIECE = 1024  # tokens that are read in one step, padding included
@@ -25,6 +26,7 @@ class Read:
     def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
         self.sequences, self.prefix = list(sequences), prefix
         self.cache = prefix_cache((), prefix.tokens)
+        self.spare = 0  # tokens of padding behind the questions
 
     def next(self, backbone: Backbone) -> Tensor | None:
         """Read on; logits (B, V) of the first new tokens once everything is read."""
@@ -56,7 +58,8 @@ class Read:
         found: Suffix = []
         for layer in self.cache.layers:
             assert isinstance(layer, PrefixLayer)
-            first, last = layer.length - length, layer.length
+            last = layer.length - self.spare
+            first = last - length
             found.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
         return found
 
@@ -67,10 +70,26 @@ class ShortRead(Read):
     def next(self, backbone: Backbone) -> Tensor:
         """Read them all: logits (B, V)."""
         prefix = self.prefix
+        if (logits := self._replayed(backbone)) is not None:
+            return logits
         ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
         self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
         weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
         return self.step(backbone, ids, positions, weights)
+
+    def _replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of a question that is alone and of a length that was captured."""
+        if len(self.sequences) > 1 or any(last > first for first, last in told_in(self.sequences)):
+            return None  # passages lie elsewhere in each question: no graph fits
+        sequence, request = self.sequences[0], self.sequences[0].request
+        graph = find_read(backbone, self.prefix, len(request.question), watches(self.sequences))
+        if graph is None:
+            return None
+        logits, mass, self.cache = graph.replay(request.question, question_weights(len(request.question), request.lead))
+        self.spare = graph.tokens - len(request.question)
+        if mass is not None:
+            sequence.look(mass)
+        return logits
 
 
 class LongRead(Read):
