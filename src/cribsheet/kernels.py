@@ -7,8 +7,6 @@ heads of a key/value head.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,8 @@ _KEYS, _MANY_ROWS = 128, 64  # a program's block
 
 @triton.jit
 def _columns(
-    q: Any, seen: Any, keys: Any, starts: Any, out: Any, scale: Any, batch: Any, rows: Any, width: Any,
+    q: tl.tensor, seen: tl.tensor, keys: tl.tensor, starts: tl.tensor, out: tl.tensor, scale: tl.tensor,
+    batch: tl.tensor, rows: tl.tensor, width: tl.tensor,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PEAK: tl.constexpr,
 ) -> None:  # fmt: skip
     """A block of keys of one head against all rows, which pass by: no weight is ever written down."""
@@ -72,8 +71,9 @@ def columns(
 
 @triton.jit
 def _newest(
-    q: Any, keys: Any, values: Any, index: Any, before: Any, before_lse: Any, out: Any, lse: Any, scale: Any,
-    tokens: Any, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, index: tl.tensor, before: tl.tensor, before_lse: tl.tensor,
+    out: tl.tensor, lse: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
+    GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     PREFIX: tl.constexpr,
 ) -> None:  # fmt: skip
     """One sequence and key/value head: its suffix as far as it goes, then the merge with what the prefix gave."""
