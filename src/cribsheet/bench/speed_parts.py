@@ -120,24 +120,59 @@ def _builder(setting: Setting, corpus: Any, rate: float, scorer: str, allocation
     return lambda: sides.build(setting, corpus, rate, scorer=scorer, allocation=kind)
 
 
-def first_token(setting: Setting, report: Report, length: int, rate: float, targets: tuple[float, float]) -> None:
-    """Time to the first token of an answer: against full prefill, and against a cache that holds everything (CAG)."""
+def first_token(
+    setting: Setting,
+    report: Report,
+    length: int,
+    rates: Sequence[float],
+    targets: tuple[float, float],
+    full: float | None = None,
+) -> None:
+    """Time to the first token of an answer: against full prefill, and against a cache that holds everything (CAG).
+
+    `full` are the seconds of a full prefill, if they were measured before.
+    """
     question = setting.ids(QUESTION)
     whole = sides.copied(setting, setting.prefix(length))
     asker = sides.Asker(setting)
-    prefixes = {name: setting.prefix(int(length / rate), ragged=ragged) for name, ragged in ALLOCATIONS.items()}
+    prefixes = {
+        f"{rate:g}×, {name}": setting.prefix(int(length / rate), ragged=ragged)
+        for rate in rates
+        for name, ragged in ALLOCATIONS.items()
+    }
     runs: dict[str, Callable[[], Any]] = {"cag": lambda: sides.stock(setting, whole, [question], 1)}
     runs |= {name: _asker(asker, prefix, [question], 1) for name, prefix in prefixes.items()}
+    for _ in range(2):  # the second question of a length is captured, where questions are
+        for name in prefixes:
+            runs[name]()
     best = setting.interleaved(runs)
     asker.close()
-    full = setting.once(lambda: sides.plain_prefill(setting, setting.corpus(length)))
-    for name in ALLOCATIONS:
-        report.row(
-            f"first token against CAG, {length} tokens, {rate:g}×, {name}", best[name], best["cag"], target=targets[0]
-        )
-        report.row(
-            f"first token against full prefill, {length} tokens, {rate:g}×, {name}", best[name], full, target=targets[1]
-        )
+    full = full or setting.once(lambda: sides.plain_prefill(setting, setting.corpus(length)))
+    for name in prefixes:
+        report.row(f"first token against CAG, {length} tokens, {name}", best[name], best["cag"], target=targets[0])
+        report.row(f"first token against full prefill, {length} tokens, {name}", best[name], full, target=targets[1])
+
+
+def retrieval(setting: Setting, report: Report, lengths: Sequence[int], kept: int, target: float) -> None:
+    """First token and whole answer against stock transformers that read so many retrieved tokens with each question.
+
+    Our sheet holds `kept` tokens; finding the passages is not counted.
+    """
+    asker, question, prefix = sides.Asker(setting), setting.ids(QUESTION), setting.prefix(kept, ragged=True)
+    for new, what in ((1, "first token"), (NEW, f"answer of {NEW} tokens")):
+        runs: dict[str, Callable[[], Any]] = {"ours": _asker(asker, prefix, [question], new)}
+        for length in lengths:
+            runs[str(length)] = partial(sides.fresh, setting, setting.ids(length + QUESTION), new)
+        runs["ours"]()
+        best = setting.interleaved(runs)
+        for length in lengths:
+            report.row(
+                f"{what} against {length} retrieved tokens, sheet of {kept}, adaptive",
+                best["ours"],
+                best[str(length)],
+                target=target if new == 1 and length == lengths[-1] else None,
+            )
+    asker.close()
 
 
 def _asker(asker: sides.Asker, prefix: Prefix, questions: Sequence[Any], new: int) -> Callable[[], Any]:
