@@ -45,6 +45,7 @@ class Run:
         self.setup: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
         self.took: dict[str, float] = {}
+        self.depth = 0  # of parts within parts
         self.report = Report(self.keep)
 
     def keep(self) -> None:
@@ -66,19 +67,21 @@ class Run:
 
     def part(self, name: str, run: Callable[[], Any]) -> Any:
         """One part, guarded; nothing if it failed, if time is up, or if only others are wanted."""
-        if self.only and name.split(": ")[-1] not in self.only:
+        if self.only and not self.depth and name.split(": ")[-1] not in self.only:
             return None
         if time.perf_counter() - self.began > self.seconds:
             self.errors[name] = "left out: time was up"
             return None
         began = time.perf_counter()
         self.console.print(f"[dim]{began - self.began:6.1f} s  {name}[/]", highlight=False)
+        self.depth += 1
         try:
             return run()
         except Exception:
             self.errors[name] = traceback.format_exc()
             self.console.print(self.errors[name][-1500:], markup=False, highlight=False)
         finally:
+            self.depth -= 1
             self.took[name] = round(time.perf_counter() - began, 2)
             self.keep()
             gc.collect()
@@ -157,21 +160,22 @@ def on_cuda(run: Run, shape: str, *, device: str) -> None:
         ("build at length", lambda: cuda.build_long(setting, report, 128 * k)),
         ("first token", lambda: parts.first_token(setting, report, 128 * k, [8, 64], (2, 300), full())),
         ("floor", floor),
+        ("correctness", lambda: correctness(run, device, [torch.bfloat16], answers=False)),
         ("profile of a build", lambda: shown(cuda.profile_build)),
         ("profile", lambda: shown(cuda.profile)),
         ("batch", lambda: parts.batch(setting, report, 16 * k, [16], 3.5)),
         ("decode", lambda: parts.decode(setting, report, [128 * k], 8, 3)),
         ("retrieval", lambda: parts.retrieval(setting, report, [2 * k, 4 * k, 8 * k], 16 * k, 4)),
-        ("default build", lambda: parts.default_build(setting, report, 8 * k, 8)),
         ("growth", lambda: parts.decode(setting, report, [16 * k, 64 * k], 8, 3)),
         ("batches", lambda: parts.batch(setting, report, 16 * k, [1, 8], 3.5)),
         ("opening", lambda: parts.opening(setting, report, 512 if real else 4)),
+        ("answers", lambda: correctness(run, device, [torch.float16, torch.bfloat16], answers=True)),
+        ("default build", lambda: parts.default_build(setting, report, 2 * k, 8)),
         ("compiled", lambda: cuda.compiled(setting, report, 16 * k)),
         ("kernels", lambda: cuda.kernels(setting, report)),
     ]
     for name, part in [*first, *todo] if real else todo[:-2]:
         run.part(name, part)
-    correctness(run, device, [torch.float16, torch.bfloat16], answers=True)
 
 
 def print_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
