@@ -212,7 +212,7 @@ def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tenso
 
 def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
     """What one layer keeps (K, P) of its old and new tokens, given their corpus indices and scores (K, S)."""
-    before, new = old.keys.shape[1], read.chunk_keys.shape[1]
+    before = old.keys.shape[1]
     absent, is_new = keep < 0, (keep >= before).unsqueeze(-1)
     place = (keep - before).clamp(min=0)  # in the chunk, of those that come from there
     unrotated = rotate(take(read.chunk_keys, place), -(read.start + place), inv_freq)

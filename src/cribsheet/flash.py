@@ -55,7 +55,7 @@ def flash_cpu(
 
 def flash_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """`attend` without a mask on CUDA; key/value heads are shared, not repeated."""
-    if _is_planned(q, k, v, scale, causal):
+    if is_planned(q, k, v, scale, causal):
         return cudnn_cuda(q, k, v, scale, causal)
     return _flash_2(q, k, v, scale, causal)
 
@@ -72,14 +72,14 @@ def cudnn_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> t
     return found[0], found[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]
 
 
-def _is_planned(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
+def is_planned(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
     """Whether cuDNN is to be used: on Hopper, for a large shape that came so often that a plan will have paid.
 
     The first time, both are compared on what is at hand.
     """
     if q.shape[2] < _PLANNED_ROWS or k.shape[2] < _PLANNED_ROWS or not _is_hopper(q.device):
         return False
-    shape = (q.device, q.dtype, *q.shape, *k.shape[1:3], causal)
+    shape = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal)  # as plans are kept
     if shape not in _planned:
         _seen[shape] += 1
         if _seen[shape] <= _USES_THAT_PAY:

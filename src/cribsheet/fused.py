@@ -25,7 +25,12 @@ def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
     """Whether the kernels take these queries (B, H, T, D) or (H, T, D)."""
     if softcap is not None or not on_cuda(q):
         return False
-    return _agree(q.device, q.dtype, q.shape[-1], q.shape[-3] // kv_heads)
+    return _agree(_attending, q.device, q.dtype, q.shape[-1], q.shape[-3] // kv_heads)
+
+
+def can_merge(out: Tensor) -> bool:
+    """Whether `merge` takes such outputs (B, H, T, D)."""
+    return on_cuda(out) and _agree(_merging, out.device, out.dtype, out.shape[-1], 1)
 
 
 def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, *, peak: bool) -> Tensor:
@@ -64,14 +69,24 @@ def newest(
     return kernels.newest(q, keys, values, index, scale, before)
 
 
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What `kernels.merge` does, for whoever must not import it."""
+    from cribsheet import kernels
+
+    return kernels.merge(first, second)
+
+
 def weighted(lse: Tensor, weight: Tensor) -> Tensor:
     """Log-sum-exps of rows less the logarithm of their weights; plus infinity for rows that weigh nothing."""
     return torch.where(weight > 0, lse - weight.log(), float("inf"))
 
 
+Check = Callable[[torch.device, torch.dtype, int, int], dict[str, float]]
+
+
 @functools.cache
-def _agree(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
-    """Whether both kernels can be compiled for such heads and give what the plain path gives."""
+def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
+    """Whether kernels can be compiled for such heads and give what the plain path gives."""
     known: tuple[type[Exception], ...] = (ImportError, RuntimeError, OSError, subprocess.SubprocessError)
     try:
         error = max(check(device, dtype, size, group).values())
@@ -94,25 +109,20 @@ def _triton_errors() -> tuple[type[Exception], ...]:
 
 
 def check(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
-    """Relative L2 errors of both kernels on small random examples, by case."""
-    from cribsheet import attention, kernels
+    """Relative L2 errors of all kernels on small random examples, by case."""
+    return _attending(device, dtype, size, group) | _merging(device, dtype, size, group)
 
-    generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+def _attending(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
+    from cribsheet import attention
 
     found: dict[str, float] = {}
-    scale = size**-0.5
+    scale, random = size**-0.5, _Random(device, dtype)
     for rows in (1, 70):
         q, k, v = random(2 * group, rows, size), random(2, 300, size), random(2, 300, size)
         lse = attention.attend_plain(q[None], k[None], v[None], scale=scale)[1][0]
         weight = torch.linspace(0, 1, rows + 1, device=device)[1:]
-        pairs: dict[str, tuple[bool, Callable[..., Tensor]]] = {
-            "mass": (False, attention.plain_mass),
-            "peak": (True, attention.plain_peak),
-        }
-        for name, (peak, plain) in pairs.items():
+        for name, peak, plain in (("mass", False, attention.plain_mass), ("peak", True, attention.plain_peak)):
             got = columns(q, k, lse, scale, weight, peak=peak)
             found[f"{name} of {rows}"] = _error(got, plain(q, k, lse, scale, weight, None))
     q, keys, values = random(3, 2 * group, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
@@ -120,13 +130,34 @@ def check(device: torch.device, dtype: torch.dtype, size: int, group: int) -> di
     mask = (torch.arange(130, device=device) <= index[:, None])[:, None, None]
     suffix = attention.attend_plain(q, keys[:3], values[:3], scale=scale, mask=mask)
     before = random(3, 2 * group, 1, size), random(3, 2 * group, 1).float() + suffix[1]
-    for name, given, wanted in (
-        ("suffix", None, suffix),
-        ("merge", before, attention.merge(before, suffix)),
-    ):
-        got, lse = kernels.newest(q, keys, values, index, scale, given)
-        found[name] = max(_error(got, wanted[0]), _error(lse, wanted[1]))
+    cases = {"suffix": (None, suffix), "suffix and prefix": (before, attention.plain_merge(before, suffix))}
+    for name, (given, wanted) in cases.items():
+        found[name] = _worse(newest(q, keys, values, index, scale, given), wanted)
     return found
+
+
+def _merging(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
+    from cribsheet import attention
+
+    random = _Random(device, dtype)
+    first = random(2, 37, 3 * group, size).transpose(1, 2), random(2, 3 * group, 37).float()
+    second = random(2, 3 * group, 37, size), random(2, 3 * group, 37).float()
+    second[1][:, 0] = float("-inf")  # a part in which rows saw nothing
+    return {"merge": _worse(merge(first, second), attention.plain_merge(first, second))}
+
+
+class _Random:
+    """The same random tensors every time."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype, self._generator = device, dtype, torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self._device, self._dtype)
+
+
+def _worse(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
+    return max(_error(one, other) for one, other in zip(got, wanted, strict=True))
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Two kernels of our own for CUDA, in Triton: what keys are looked at, and a decoding step's suffix with the merge.
+"""Kernels of our own for CUDA, in Triton: what keys are looked at, a step's suffix with its merge, and any merge.
 
 Only `fused.py` imports this file, because importing it needs Triton. Their slow references are `attention.column_mass`,
 `attention.column_peak`, and `attention.attend_each` with `attention.merge`. Letters as in `attention.py`; `G` query
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_KEYS, _MANY_ROWS = 128, 64  # a program's block
+_KEYS, _MANY_ROWS, _MERGED = 128, 64, 16  # a program's block
 
 
 @triton.jit
@@ -125,5 +125,44 @@ def newest(
         q.contiguous(), keys, values, index, given, given_lse, out, lse, scale, keys.shape[2],
         GROUP=group, BG=max(16, triton.next_power_of_2(group)), D=size, BD=max(16, triton.next_power_of_2(size)),
         BN=64, PREFIX=before is not None, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def _merge(
+    first: tl.tensor, first_lse: tl.tensor, second: tl.tensor, second_lse: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    count: tl.tensor, heads: tl.tensor, rows: tl.tensor,
+    b1: tl.tensor, h1: tl.tensor, t1: tl.tensor, b2: tl.tensor, h2: tl.tensor, t2: tl.tensor,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+) -> None:  # fmt: skip
+    """A block of rows of two parts of one softmax; the result lies as (B, T, H, D)."""
+    row, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BD)
+    t, h, b = row % rows, row // rows % heads, row // (rows * heads)
+    inside, real = row < count, (row[:, None] < count) & (d[None, :] < D)
+    one = tl.load(first_lse + row, mask=inside, other=0.0)
+    two = tl.load(second_lse + row, mask=inside, other=0.0)
+    higher = tl.maximum(one, two)
+    both = higher + tl.log(tl.exp(one - higher) + tl.exp(two - higher))
+    left = tl.load(first + (b * b1 + h * h1 + t * t1)[:, None] + d[None, :], mask=real, other=0.0).to(tl.float32)
+    right = tl.load(second + (b * b2 + h * h2 + t * t2)[:, None] + d[None, :], mask=real, other=0.0).to(tl.float32)
+    found = left * tl.exp(one - both)[:, None] + right * tl.exp(two - both)[:, None]
+    place = ((b * rows + t) * heads + h) * D
+    tl.store(out + place[:, None] + d[None, :], found.to(out.dtype.element_ty), mask=real)
+    tl.store(lse + row, both, mask=inside)
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`attention.merge`."""
+    (one, one_lse), (two, two_lse) = (
+        (out if out.stride(-1) == 1 else out.contiguous(), lse) for out, lse in (first, second)
+    )
+    batch, heads, rows, size = one.shape
+    out = one.new_empty(batch, rows, heads, size).transpose(1, 2)
+    lse = torch.empty(batch, heads, rows, device=one.device)
+    _merge[(triton.cdiv(lse.numel(), _MERGED),)](
+        one, one_lse.contiguous(), two, two_lse.contiguous(), out, lse, lse.numel(), heads, rows,
+        *one.stride()[:3], *two.stride()[:3],
+        D=size, BD=triton.next_power_of_2(size), BM=_MERGED, num_warps=4,
     )  # fmt: skip
     return out, lse
