@@ -62,4 +62,4 @@ def test_a_part_that_fails_is_reported_and_what_was_measured_is_written(tmp_path
     written = json.loads((tmp_path / "speed.json").read_text())
     assert "ZeroDivisionError" in written["errors"]["broken"] and not late.report.rows
     assert written["rows"][0]["ratio"] == 3.0
-    assert "| a thing | 1.00 s | 3.00 s | 3.00× | 2.00 |" in page(written, command="x")
+    assert "| a thing | 1.00 s | 3.00 s | 3.00× |  | 2.00 |" in page(written, command="x")

@@ -45,7 +45,6 @@ class Run:
         self.setup: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
         self.took: dict[str, float] = {}
-        self.depth = 0  # of parts within parts
         self.report = Report(self.keep)
 
     def keep(self) -> None:
@@ -65,23 +64,21 @@ class Run:
             "seconds": self.took,
         }
 
-    def part(self, name: str, run: Callable[[], Any]) -> Any:
-        """One part, guarded; nothing if it failed, if time is up, or if only others are wanted."""
-        if self.only and not self.depth and name.split(": ")[-1] not in self.only:
+    def part(self, name: str, run: Callable[[], Any], *, always: bool = False) -> Any:
+        """One part, guarded; nothing if it failed, if time is up, or if only others are wanted, unless `always`."""
+        if self.only and not always and name.split(": ")[-1] not in self.only:
             return None
         if time.perf_counter() - self.began > self.seconds:
             self.errors[name] = "left out: time was up"
             return None
         began = time.perf_counter()
         self.console.print(f"[dim]{began - self.began:6.1f} s  {name}[/]", highlight=False)
-        self.depth += 1
         try:
             return run()
         except Exception:
             self.errors[name] = traceback.format_exc()
             self.console.print(self.errors[name][-1500:], markup=False, highlight=False)
         finally:
-            self.depth -= 1
             self.took[name] = round(time.perf_counter() - began, 2)
             self.keep()
             gc.collect()
@@ -97,7 +94,7 @@ def correctness(run: Run, device: str, dtypes: Sequence[torch.dtype], *, answers
         if dtype != torch.float16 and not quick:
             tests.append((f"models, {kind}", partial(checks.model_errors, device, dtype)))
         for name, test in tests:
-            found = run.part(name, test)
+            found = run.part(name, test, always=True)
             if found is None:
                 continue
             bound = checks.BOUND[dtype] * (1 if name.startswith("attention") else 4)
@@ -125,9 +122,9 @@ def on_cpu(run: Run, shape: str, dtype: torch.dtype, *, quick: bool) -> None:
         ("batch", lambda: parts.batch(setting, report, prefix, [many] if quick else [4, many], 2.5)),
         ("equal length", lambda: parts.equal_length(setting, report, prefix)),
         ("opening", lambda: parts.opening(setting, report, 64 if small else 512)),
-        ("retrieval", lambda: parts.retrieval(setting, report, [length // 4, length // 2], length // 8, 3)),
     ]
     if not quick:
+        todo.append(("retrieval", lambda: parts.retrieval(setting, report, [length // 4, length // 2], length // 8, 3)))
         todo.append(("default build", lambda: parts.default_build(setting, report, length // 2, 8)))
     for name, part in todo:
         run.part(f"{shape}: {name}", part)
@@ -234,7 +231,8 @@ def run(
         console.print(f"{name}: {error[-600:]}", markup=False, highlight=False)
     made.keep()
     if page is not None:
-        command = f"cribsheet bench speed --device {device}{' --quick' if quick else ''}"
+        flags = [f"--device {device}", *(f"--shape {name}" for name in shape or ()), *["--quick"] * quick]
+        command = " ".join(["cribsheet bench speed", *flags, *(f'--only "{part}"' for part in only)])
         page.write_text(markdown(made.result(), command=command), encoding="utf-8")
     return 1 if made.errors else 0
 

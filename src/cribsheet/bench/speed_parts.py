@@ -134,21 +134,26 @@ def first_token(
     """
     question = setting.ids(QUESTION)
     whole = sides.copied(setting, setting.prefix(length))
-    asker = sides.Asker(setting)
+    askers = {"": sides.Asker(setting), ", no sources": sides.Asker(setting, evidence=False)}
     prefixes = {
         f"{rate:g}×, {name}": setting.prefix(int(length / rate), ragged=ragged)
         for rate in rates
         for name, ragged in ALLOCATIONS.items()
     }
     runs: dict[str, Callable[[], Any]] = {"cag": lambda: sides.stock(setting, whole, [question], 1)}
-    runs |= {name: _asker(asker, prefix, [question], 1) for name, prefix in prefixes.items()}
+    ours = {
+        name + how: _asker(asker, prefix, [question], 1)
+        for name, prefix in prefixes.items()
+        for how, asker in askers.items()
+    }
     for _ in range(2):  # the second question of a length is captured, where questions are
-        for name in prefixes:
-            runs[name]()
-    best = setting.interleaved(runs)
-    asker.close()
+        for run in ours.values():
+            run()
+    best = setting.interleaved(runs | ours)
+    for asker in askers.values():
+        asker.close()
     full = full or setting.once(lambda: sides.plain_prefill(setting, setting.corpus(length)))
-    for name in prefixes:
+    for name in ours:
         report.row(f"first token against CAG, {length} tokens, {name}", best[name], best["cag"], target=targets[0])
         report.row(f"first token against full prefill, {length} tokens, {name}", best[name], full, target=targets[1])
 
@@ -220,6 +225,7 @@ def batch(setting: Setting, report: Report, length: int, sizes: Sequence[int], t
         asker = sides.Asker(setting)
         for name, prefix in shared.items():
             asks[name] = partial(asker.ask, prefix, questions)
+        asks["no prefix"] = partial(asker.ask, setting.prefix(1), questions)
         best = _per_token(setting, asks)
         peer = _repeated(setting, shared["uniform"], questions)
         asker.close()
@@ -231,6 +237,7 @@ def batch(setting: Setting, report: Report, length: int, sizes: Sequence[int], t
                     f"token of {size} answers, shared prefix of {length} against repeated, {name}",
                     best[name],
                     peer,
+                    limit=peer / best["no prefix"],
                     target=target,
                 )
 
