@@ -118,3 +118,11 @@ def test_sums_and_peaks_of_a_build_are_the_same_with_kernels(request):
     wanted = [run() for run in runs]
     request.getfixturevalue("kernels_are_used")
     torch.testing.assert_close([run() for run in runs], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_that_saw_nothing_in_either_part_is_zero_and_says_so():
+    out, nothing = torch.ones(1, 2, 3, 16), torch.full((1, 2, 3), float("-inf"))
+    found, lse = kernels.merge((out, nothing), (out, nothing))
+    assert (found == 0).all() and lse.isneginf().all()
+    found, lse = kernels.merge((out, nothing), (out * 2, torch.zeros(1, 2, 3)))
+    assert (found == 2).all() and (lse == 0).all()

@@ -143,10 +143,12 @@ def _merge(
     one = tl.load(first_lse + row, mask=inside, other=0.0)
     two = tl.load(second_lse + row, mask=inside, other=0.0)
     higher = tl.maximum(one, two)
+    higher = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing in either part
     both = higher + tl.log(tl.exp(one - higher) + tl.exp(two - higher))
+    base = tl.where(both == float("-inf"), 0.0, both)
     left = tl.load(first + (b * b1 + h * h1 + t * t1)[:, None] + d[None, :], mask=real, other=0.0).to(tl.float32)
     right = tl.load(second + (b * b2 + h * h2 + t * t2)[:, None] + d[None, :], mask=real, other=0.0).to(tl.float32)
-    found = left * tl.exp(one - both)[:, None] + right * tl.exp(two - both)[:, None]
+    found = left * tl.exp(one - base)[:, None] + right * tl.exp(two - base)[:, None]
     place = ((b * rows + t) * heads + h) * D
     tl.store(out + place[:, None] + d[None, :], found.to(out.dtype.element_ty), mask=real)
     tl.store(lse + row, both, mask=inside)
