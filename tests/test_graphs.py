@@ -49,7 +49,7 @@ def test_padding_behind_a_question_changes_nothing(backbone, prefix):
     logits, mass, found = padded_read(backbone, prefix, inputs, padded, evidence=True)
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mass, glance.masses[0], atol=1e-5, rtol=1e-4)
-    for mine, other in zip(found.layers, cache.layers, strict=True):
+    for mine, other in zip(found, cache.layers, strict=True):
         assert isinstance(mine, PrefixLayer)
         torch.testing.assert_close(mine.keys[:, :, :9], other.keys[:, :, :9], atol=1e-5, rtol=1e-4)
 

@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from cribsheet.backbone import Backbone
 from cribsheet.batch import Rows, SlotLayer, prefill_cache, step_cache
@@ -46,8 +45,8 @@ def fixed_step(
 
 def padded_read(
     backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool
-) -> tuple[Tensor, Tensor | None, Cache]:
-    """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache.
+) -> tuple[Tensor, Tensor | None, Sequence[object]]:
+    """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
 
     `inputs` (T + 1,) are its tokens, anything behind them, and the place of the last one. No row sees what stands
     behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding.
@@ -57,7 +56,7 @@ def padded_read(
     glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights]) if evidence else None
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
     logits = backbone.step(inputs[None, :size], positions[None], cache, inputs[size:])[:, -1]
-    return logits, glance.masses[0] if glance else None, cache
+    return logits, glance.masses[0] if glance else None, cache.layers
 
 
 class _Staged:
@@ -160,7 +159,7 @@ class ReadGraph:
             lambda: padded_read(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
         )
 
-    def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Cache]:
+    def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Sequence[object]]:
         """As `padded_read` for the tokens (n,) of a question and the weights (n,) of its rows; valid until the next."""
         count = len(question)
 

@@ -26,6 +26,7 @@ class Read:
     def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
         self.sequences, self.prefix = list(sequences), prefix
         self.cache = prefix_cache((), prefix.tokens)
+        self.layers: Sequence[object] = ()  # what was read lies in them
         self.spare = 0  # tokens of padding behind the questions
 
     def next(self, backbone: Backbone) -> Tensor | None:
@@ -47,6 +48,7 @@ class Read:
             told = [(first + pad, last + pad) for (first, last), pad in zip(told_in(self.sequences), pads, strict=True)]
             glance = Glance(self.cache.layers, backbone.full, told, weights)
         logits = backbone.step(ids, positions, self.cache)[:, -1]
+        self.layers = self.cache.layers
         if glance is not None:
             for sequence, mass in zip(self.sequences, glance.masses, strict=True):
                 sequence.look(mass)
@@ -56,7 +58,7 @@ class Read:
         """The keys and values of a question that was read, padding left out."""
         length = self.sequences[row].length
         found: Suffix = []
-        for layer in self.cache.layers:
+        for layer in self.layers:
             assert isinstance(layer, PrefixLayer)
             last = layer.length - self.spare
             first = last - length
@@ -85,7 +87,9 @@ class ShortRead(Read):
         graph = find_read(backbone, self.prefix, len(request.question), watches(self.sequences))
         if graph is None:
             return None
-        logits, mass, self.cache = graph.replay(request.question, question_weights(len(request.question), request.lead))
+        logits, mass, self.layers = graph.replay(
+            request.question, question_weights(len(request.question), request.lead)
+        )
         self.spare = graph.tokens - len(request.question)
         if mass is not None:
             sequence.look(mass)

@@ -22,7 +22,7 @@ from cribsheet.bench.speed_setting import Setting
 from cribsheet.documents import Document
 from cribsheet.glance import question_weights
 from cribsheet.llm import CompressedKnowledgeLLM
-from cribsheet.prefix import LayerPrefix, Prefix, prefix_cache
+from cribsheet.prefix import LayerPrefix, Prefix, PrefixLayer, prefix_cache
 from cribsheet.testing import tiny_backbone
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral")
@@ -143,7 +143,8 @@ def steps_agree(setting: Setting, report: Report) -> None:
         slow = graphs.padded_read(backbone, prefix, inputs, padded, evidence=True)
         rows = Rows()
         layers = [SlotLayer(layer, prefix.tokens, rows) for layer in prefix.layers]
-        for mine, read in zip(layers, slow[2].layers, strict=True):
+        for mine, read in zip(layers, slow[2], strict=True):
+            assert isinstance(read, PrefixLayer)
             mine.reserve(4, 256, read.keys)
             for slot in range(4):
                 mine.insert(slot, read.keys[0, :, :40].clone(), read.values[0, :, :40].clone())
