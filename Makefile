@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test test-library test-pages oldest support check format lint types docs slow reliability ray page quality connectivity certainty \
+.PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality connectivity certainty \
 	memory throughput speed speed-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
@@ -37,6 +37,15 @@ $(OLDEST)/.ready: pyproject.toml
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
 	PYTHONPATH=src $(OLDEST)/bin/python -m pytest $(FAST) $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+
+.venv-kernels/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.6.0 'numpy<2.3' 'transformers==5.23.*' \
+		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance bm25s
+	touch $@
+
+kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy
+	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/test_kernels.py
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json

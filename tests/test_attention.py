@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from reference import attention_weights
 
-from cribsheet import attention
+from cribsheet import attention, flash
 from cribsheet.attention import attend, attend_plain, attend_shared, column_mass, column_peak, merge
 
 SCALE = 0.3
@@ -205,3 +207,49 @@ def test_no_block_of_weights_is_larger_than_the_bound(monkeypatch):
     monkeypatch.setattr(attention, "_MAX_SCORES", 6 * 9 * 2)
     blocks = list(attention._weight_blocks(*guide_rows()[:3], SCALE, None, None))
     assert [tuple(block.shape) for block in blocks] == [(6, 2, 9), (6, 2, 9), (6, 1, 9)]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """A machine on which cuDNN is the CPU's kernel: what is counted and compared is the same everywhere."""
+
+    def plain(q, k, v, scale, causal):
+        return attend_plain(q, k, v, scale=scale, causal=causal)
+
+    monkeypatch.setattr(flash, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(flash, "_flash_2", plain)
+    monkeypatch.setattr(flash, "cudnn_cuda", lambda *given: tuple(part + 0.0 for part in plain(*given)))
+    monkeypatch.setattr(flash, "_PLANNED_ROWS", 8)
+    monkeypatch.setattr(flash, "_USES_THAT_PAY", 2)
+    monkeypatch.setattr(flash, "_seen", Counter())
+    monkeypatch.setattr(flash, "_planned", {})
+    return monkeypatch
+
+
+def test_a_large_shape_that_comes_often_goes_to_the_kernel_that_must_plan(planned):
+    q, k, v = qkv(t=9, s=9)
+    assert [flash.is_planned(q, k, v, SCALE, True) for _ in range(4)] == [False, False, True, True]
+    assert not flash.is_planned(*qkv(t=7, s=9), SCALE, False)  # few rows: never
+    assert not flash.is_planned(q, k, v, SCALE, False)  # another shape: counted by itself
+
+
+@pytest.mark.parametrize("wrong", [lambda *given: (given[0] * 2, given[0][..., 0].float()), lambda *given: 1 / 0])
+def test_a_kernel_that_must_plan_and_is_wrong_or_refuses_is_not_used(planned, wrong):
+    def refuse(*given):
+        try:
+            return wrong(*given)
+        except ZeroDivisionError:
+            raise RuntimeError("no plan") from None
+
+    planned.setattr(flash, "cudnn_cuda", refuse)
+    q, k, v = qkv(t=9, s=9)
+    assert not any(flash.is_planned(q, k, v, SCALE, True) for _ in range(4))
+
+
+def test_many_rows_over_blocks_of_a_prefix_see_what_they_see_over_the_whole(planned):
+    planned.setattr(attention, "_BLOCK", 8)
+    q, k, v = qkv(b=1, t=9, s=21)
+    wanted = attend_plain(q, k, v, scale=SCALE)
+    for _ in range(4):
+        assert_same(attention._attend_long(q, k, v, SCALE), wanted, torch.float32)
+    assert list(flash._planned.values()) == [True]

@@ -13,6 +13,7 @@ from cribsheet.bench import speed_checks as checks
 from cribsheet.bench import speed_sides as sides
 from cribsheet.bench.speed import Run
 from cribsheet.bench.speed_page import page
+from cribsheet.bench.speed_parts import Report
 from cribsheet.bench.speed_setting import make_setting
 
 
@@ -62,4 +63,39 @@ def test_a_part_that_fails_is_reported_and_what_was_measured_is_written(tmp_path
     written = json.loads((tmp_path / "speed.json").read_text())
     assert "ZeroDivisionError" in written["errors"]["broken"] and not late.report.rows
     assert written["rows"][0]["ratio"] == 3.0
-    assert "| a thing | 1.00 s | 3.00 s | 3.00× | 2.00 |" in page(written, command="x")
+    assert "| a thing | 1.00 s | 3.00 s | 3.00× |  | 2.00 |" in page(written, command="x")
+
+
+def test_parts_that_are_not_wanted_are_left_out_but_checks_never_are():
+    run, ran = Run(None, 60, Console(quiet=True), ["50m: decode", "build"]), []
+    for name in ("50m: build", "50m: decode", "50m: batch"):
+        run.part(name, lambda name=name: ran.append(name))
+    run.part("attention, float32", lambda: ran.append("check"), always=True)
+    assert ran == ["50m: build", "check"] and not run.errors
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_a_ragged_prefix_holds_as_many_tokens_as_a_uniform_one(setting, heads, monkeypatch):
+    monkeypatch.setattr(setting.backbone, "kv_heads", heads)
+    layer = setting.prefix(240, ragged=True).layers[0]
+    assert sum(layer.counts) == pytest.approx(240 * heads, abs=heads) and len(layer.counts) == heads
+
+
+def test_a_prompt_that_is_read_whole_is_answered_as_over_a_cache(setting):
+    prompt = setting.ids(40)
+    cache = sides.stock(setting, sides.DynamicCache(config=setting.backbone.config), [prompt], 6)
+    assert sides.fresh(setting, prompt, 6) == cache[0]
+
+
+def test_a_static_cache_answers_as_one_that_grows(setting, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # compiling takes a minute
+    prefix = setting.prefix(48)
+    step = sides.Compiled(setting, prefix, 64)
+    grown = sides.stock(setting, sides.copied(setting, prefix), [step.ids[0]], 1)
+    assert step() == grown[0]
+
+
+def test_padded_questions_agree_with_those_that_are_alone(setting):
+    report = Report()
+    checks.steps_agree(setting, report)
+    assert len(report.facts) == 2 and max(report.facts.values()) < 1e-4

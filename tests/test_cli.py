@@ -120,6 +120,19 @@ def test_build_writes_a_sheet_and_says_what_became_of_the_corpus(cli, model, sta
     assert done.err == ""
 
 
+def test_a_dry_run_says_what_a_build_would_take_and_writes_nothing(cli, model, staff, tmp_path):
+    asked = ("build", staff, "--model", model, "--scorer", "task", "-o", tmp_path / "a.sheet", "--dry-run", *RATE)
+    told = cli(*asked, "--json")
+    assert told.code == 0 and list(tmp_path.iterdir()) == [], told.err
+    data = told.data
+    assert data["tokens"] < data["corpus_tokens"] and data["sheet_bytes"] < data["peak_bytes"] and data["seconds"] > 0
+    shown = cli(*asked)
+    assert f"{data['corpus_tokens']:,} tokens of {data['documents']} documents would become" in shown.out
+    assert "memory at most about" in shown.out and "as the first" in shown.out
+    refused = cli(*asked, "--mode", "independent")
+    assert refused.code == 2 and "leave --ray and --mode out" in refused.err
+
+
 def test_build_takes_the_task_from_a_file(cli, model, staff, tmp_path):
     (tmp_path / "task.toml").write_text('description = "Who?"\nexamples = [{question = "a", answer = "b"}]')
     done = cli(

@@ -23,6 +23,7 @@ _HOMES = {
     "Document": "documents",
     "SCORERS": "scoring",
     "Sheet": "sheet",
+    "SheetCache": "sheet_cache",
     "Task": "task",
     "build_sheet": "build",
     "load_sheet": "registry",
@@ -39,6 +40,7 @@ __all__ = [
     "CribsheetError",
     "Document",
     "Sheet",
+    "SheetCache",
     "Task",
     "__version__",
     "build_sheet",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from cribsheet.registry import load as load_sheet
     from cribsheet.scoring import SCORERS
     from cribsheet.sheet import Sheet
+    from cribsheet.sheet_cache import SheetCache
     from cribsheet.storage import save as save_sheet
     from cribsheet.task import Task
 

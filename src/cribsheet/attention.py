@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cribsheet import flash
+from cribsheet import flash, fused
 
 _MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB in float32
+_LONG, _BLOCK = 1024, 4096  # rows from which blocks of keys may pay, and keys of a block
 _CACHED_SCORES = 1 << 20  # as many as stay in a CPU's cache until they are looked at again
 
 
@@ -99,6 +100,8 @@ def attend_shared(
     however many sequences ask. `mask` (B or 1, T, S) is true where a row may look.
     """
     b, h, t, d = q.shape
+    if b == 1 and t >= _LONG and mask is None and flash.on_cuda(q) and softcap is None:
+        return _attend_long(q, k, v, scale)
     kv_heads = k.shape[1]
     group = h // kv_heads
     packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
@@ -108,6 +111,21 @@ def attend_shared(
     out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
     lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
     return out, lse
+
+
+def _attend_long(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` of many rows on CUDA, in blocks of keys of one shape if the faster kernel is used for that shape."""
+    blocks = (
+        (k[:, :, n : n + _BLOCK].contiguous(), v[:, :, n : n + _BLOCK].contiguous())
+        for n in range(0, k.shape[2], _BLOCK)
+    )
+    first = next(blocks)
+    if not flash.is_planned(q, *first, scale, False):
+        return attend(q, k, v, scale=scale)
+    found = attend(q, *first, scale=scale)
+    for block in blocks:
+        found = merge(found, attend(q, *block, scale=scale))
+    return found
 
 
 def attend_ragged(
@@ -163,6 +181,11 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 
     Outputs are (B, H, T, D), log-sum-exps (B, H, T). Either part may be empty for a row (minus infinity), not both.
     """
+    return fused.merge(first, second) if fused.can_merge(first[0]) else plain_merge(first, second)
+
+
+def plain_merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`merge` on any device."""
     (out_1, lse_1), (out_2, lse_2) = first, second
     lse = torch.logaddexp(lse_1, lse_2)
     weight = (lse_1 - lse).exp().unsqueeze(-1)
@@ -178,18 +201,36 @@ def column_mass(
     that nothing of size rows x keys x heads is ever held whole. `q` is (H, T, D), `k` (K, S, D), `lse` (H, T) over
     *all* keys that the rows saw (also those not in `k`); `row_weight` (T,) multiplies each row.
     """
-    total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
-    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
-        total += weights.sum(1)
-    return total
+    if fused.usable(q, k.shape[0], softcap):
+        return fused.columns(q, k, lse, scale, row_weight, peak=False)
+    return plain_mass(q, k, lse, scale, row_weight, softcap)
 
 
 def column_peak(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
+    if fused.usable(q, k.shape[0], softcap):
+        return fused.columns(q, k, lse, scale, row_weight, peak=True)
     if softcap is None:
         return _peak_of_products(q, k, lse, scale, row_weight)
+    return plain_peak(q, k, lse, scale, row_weight, softcap)
+
+
+def plain_mass(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`column_mass` on any device."""
+    total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
+    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
+        total += weights.sum(1)
+    return total
+
+
+def plain_peak(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`column_peak` on any device."""
     peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
     for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
         peak = torch.maximum(peak, weights.amax(1))

@@ -47,6 +47,7 @@ _FAMILIES = (
 FAMILIES = tuple(name for name in _FAMILIES if name != "olmo2" or Version(transformers.__version__) >= Version("5.5"))
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POCKET = "pocket"
+Keep = int | Tensor | None  # logits wanted: of the last so many tokens, of these places, or of none
 
 
 class Backbone:
@@ -83,7 +84,7 @@ class Backbone:
         self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self._attachment = Attachment.of(model)
-        self.announce: Callable[[Tensor, Tensor, int | None], AbstractContextManager[None]] = _alone  # `parallel.py`
+        self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `parallel.py`
         self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
         self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
@@ -181,8 +182,11 @@ class Backbone:
         return layers
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int = 1) -> Tensor:
-        """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens."""
+    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
+        """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens.
+
+        As a tensor (n,), `keep` names the places of the tokens whose logits are wanted.
+        """
         with self.announce(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
@@ -194,7 +198,7 @@ class Backbone:
         return logits
 
     @torch.no_grad()
-    def accompany(self, ids: Tensor, positions: Tensor, keep: int | None) -> None:
+    def accompany(self, ids: Tensor, positions: Tensor, keep: Keep) -> None:
         """Compute along with the leader of a divided model, which reads (none) or steps; attention is the leader's."""
         given = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
         with self.attached():
@@ -210,7 +214,7 @@ class Backbone:
         return scaling
 
 
-def _alone(ids: Tensor, positions: Tensor, keep: int | None) -> AbstractContextManager[None]:
+def _alone(ids: Tensor, positions: Tensor, keep: Keep) -> AbstractContextManager[None]:
     """A forward pass of which nobody needs to be told."""
     return nullcontext()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from cribsheet import fused
 from cribsheet.attention import attend_each
 from cribsheet.prefix import LayerPrefix, PrefixLayer
 
@@ -86,6 +87,15 @@ class SlotLayer(PrefixLayer):
     ) -> tuple[Tensor, Tensor]:
         """As in `PrefixLayer`, with the bias that all layers of a step share."""
         return attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """As in `PrefixLayer`; by one kernel behind the prefix where there is one."""
+        if self.window is not None or not fused.usable(query, self.prefix.heads, softcap):
+            return super()._attend(query, key, value, mask, scale, softcap)
+        before = self.prefix.attend(query, scale) if self.prefix.longest else None
+        return fused.newest(query, self.keys, self.values, self.rows.index, scale, before)
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions of the newest token (B, 1) and of the suffix (1, n), counted from the end of the prefix."""

@@ -172,7 +172,7 @@ def build_sheet(
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = _defaults(scorer, allocation)
+    scorer, allocation = resolve_defaults(scorer, allocation)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     if mode == "independent":
         from cribsheet.independent import build_independent  # it is made of what is here
@@ -184,7 +184,7 @@ def build_sheet(
             task,
             budgets,
             scorer=scorer,
-            dtype=_storage_dtype(dtype, backbone),
+            dtype=storage_dtype(dtype, backbone),
             seed=seed,
             progress=progress,
             checkpoint=checkpoint,
@@ -193,7 +193,7 @@ def build_sheet(
     if mode != "sequential":
         raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
-    stored_as = _storage_dtype(dtype, backbone)
+    stored_as = storage_dtype(dtype, backbone)
     began = time.perf_counter()
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
     start = saved.load(backbone.device) if saved else None
@@ -213,7 +213,7 @@ def build_sheet(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def _defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
+def resolve_defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
         is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
@@ -371,7 +371,8 @@ def usual_chunk(backbone: Backbone, guide: Guide) -> int:
     return _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
 
 
-def _storage_dtype(dtype: str | None, backbone: Backbone) -> StorageDtype:
+def storage_dtype(dtype: str | None, backbone: Backbone) -> StorageDtype:
+    """The type that a sheet is stored in, the model's own if none is named. Raises `BudgetError` for others."""
     wanted = dtype or str(backbone.dtype).removeprefix("torch.")
     for known in get_args(StorageDtype):
         if wanted == known:

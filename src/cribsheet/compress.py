@@ -153,9 +153,12 @@ def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: 
     indices = places(old, chunk)
     if backbone.windows[layer] is not None:
         return indices.float()
-    stood = torch.arange(read.start - old.keys.shape[1], read.start, device=old.keys.device)
+    before = read.prefix.keys
+    if read.prefix.counts:
+        stood = torch.arange(read.start - old.keys.shape[1], read.start, device=old.keys.device)
+        before = old.at(stood, backbone.inv_freqs[layer])
     view = LayerView(
-        keys=torch.cat([old.at(stood, backbone.inv_freqs[layer]), read.chunk_keys], 1),
+        keys=torch.cat([before, read.chunk_keys], 1),
         values=torch.cat([old.values, read.chunk_values], 1),
         positions=indices,
         queries=read.guide_queries,
@@ -192,7 +195,7 @@ def choose(
             full[number] = scores[number].masked_fill(head, float("inf"))
     shortest = min(layer.shape[1] for layer in full.values())
     if how.allocation == "uniform":
-        found |= {number: keep_top(layer, min(budget, shortest)) for number, layer in full.items()}
+        found |= _keep_top_of_each(full, min(budget, shortest))
     else:
         least = min(shortest, budget, pinned + max(1, round((budget - pinned) * LEAST_SHARE)))
         best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
@@ -200,15 +203,27 @@ def choose(
     return [found[number] for number in range(len(scores))]
 
 
+def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tensor]:
+    """`keep_top` of several layers (K, S), in one go where they are of one length, as they nearly always are."""
+    if len({layer.shape for layer in scores.values()}) > 1:
+        return {number: keep_top(layer, budget) for number, layer in scores.items()}
+    return dict(zip(scores, keep_top(torch.stack(list(scores.values())), budget).unbind(), strict=True))
+
+
 def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
     """What one layer keeps (K, P) of its old and new tokens, given their corpus indices and scores (K, S)."""
-    new = read.chunk_keys.shape[1]
-    read_at = torch.arange(read.start, read.start + new, device=read.chunk_keys.device)
-    unrotated = torch.cat([old.keys, rotate(read.chunk_keys, -read_at, inv_freq)], 1)
-    absent = keep < 0
+    before = old.keys.shape[1]
+    absent, is_new = keep < 0, (keep >= before).unsqueeze(-1)
+    place = (keep - before).clamp(min=0)  # in the chunk, of those that come from there
+    unrotated = rotate(take(read.chunk_keys, place), -(read.start + place), inv_freq)
+    values = take(read.chunk_values, place)
+    if before:
+        known = keep.clamp(max=before - 1)
+        unrotated = torch.where(is_new, unrotated, take(old.keys, known))
+        values = torch.where(is_new, values, take(old.values, known))
     return Kept(
-        take(unrotated, keep),
-        take(torch.cat([old.values, read.chunk_values], 1), keep),
+        unrotated,
+        values,
         take(indices, keep).masked_fill(absent, ABSENT),
         take(scores, keep).masked_fill(absent, float("-inf")),
     )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cribsheet import fused
 from cribsheet.attention import capped, column_mass
 from cribsheet.prefix import PrefixLayer
 
@@ -45,6 +46,7 @@ class Glance:
         none.
         """
         self._told, self._weights = told, weights
+        self._idle = [weight.device.type == "cpu" and not weight.any() for weight in weights or ()]
         self._masses: list[Tensor] = []
         self._on_told: list[list[Tensor]] = [[] for _ in told]
         for number in watched(full):
@@ -68,11 +70,30 @@ class Glance:
         if prefix.longest == 0:
             self._masses.append(torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device))
             return
+        if fused.usable(query, prefix.heads, softcap):
+            self._masses.append(self._at_once(layer, query, lse, scale))
+            return
         groups = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
         sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in groups]  # query heads of each
         parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
         masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
         self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
+
+    def _at_once(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float) -> Tensor:
+        """(B, K, start) of all sequences and heads by one kernel."""
+        if self._weights is not None:
+            rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
+            lse = fused.weighted(lse, torch.stack(rows).unsqueeze(1))
+        prefix = layer.prefix
+        keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
+        return fused.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
+
+    def _placed(self, device: torch.device) -> Sequence[Tensor]:
+        """The rows' weights where the layers are: one copy for all of them, because a copy waits for the device."""
+        if self._weights and self._weights[0].device != device:
+            sizes = [len(weight) for weight in self._weights]
+            self._weights = torch.cat(list(self._weights)).to(device).split(sizes)
+        return self._weights or ()
 
     def _mass(self, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
         """(B, G, P) of a group of heads with keys (G, P, D)."""
@@ -85,7 +106,7 @@ class Glance:
     ) -> Tensor:
         """(K, N) of one sequence."""
         first, last = self._told[row]
-        if self._weights is not None and not self._weights[row].any():
+        if self._idle and self._idle[row]:
             # a piece of a long question that is all passages, which may not be read to their end yet
             return torch.zeros(layer.prefix.heads, last - first, device=query.device)
         return self._mass_of(row, query, layer.keys[row, :, first:last], lse, scale, softcap)
@@ -96,11 +117,11 @@ class Glance:
         """(G, P) of one sequence."""
         if self._weights is None:
             return one_row(query[row : row + 1], keys, lse[row : row + 1], scale, softcap)[0]
-        weight = self._weights[row]
-        if not weight.any():
+        if self._idle[row]:
             return torch.zeros(keys.shape[:2], device=keys.device)
+        weight = self._placed(query.device)[row]
         q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
-        mass = column_mass(q, keys, seen, scale=scale, row_weight=weight.to(q.device), softcap=softcap)
+        mass = column_mass(q, keys, seen, scale=scale, row_weight=weight, softcap=softcap)
         return mass.reshape(keys.shape[0], -1, keys.shape[1]).sum(1)
 
 

@@ -101,13 +101,18 @@ class CompressedKnowledgeLLM:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, model: str | Path | Backbone | LoadedModel | None = None, **model_options: Any
+        cls,
+        path: str | Path | Sheet,
+        *,
+        model: str | Path | Backbone | LoadedModel | None = None,
+        **model_options: Any,
     ) -> Self:
         """Open a sheet, with the model that made it or the one given; both must be the same weights.
 
-        `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `registry.py`).
+        `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `registry.py`); or a sheet that is
+        open already, such as one of a `SheetCache`.
         """
-        sheet = storage.load(resolve(path))
+        sheet = path if isinstance(path, Sheet) else storage.load(resolve(path))
         made = sheet.manifest.fingerprint
         if model is None:
             model = made.model

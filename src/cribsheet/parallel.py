@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cribsheet.backbone import Backbone
+from cribsheet.backbone import Backbone, Keep
 from cribsheet.errors import EngineError, ModelError
 from cribsheet.fingerprint import weight_samples
 from cribsheet.handover import integration
@@ -105,11 +105,9 @@ class Leader:
         """Let the others go."""
         self.close()
 
-    def _read(
-        self, number: int, ids: Tensor, positions: Tensor, keep: int | None
-    ) -> contextlib.AbstractContextManager[None]:
+    def _read(self, number: int, ids: Tensor, positions: Tensor, keep: Keep) -> contextlib.AbstractContextManager[None]:
         """A forward pass of that model."""
-        return self._together([_READ, number, ids.tolist(), positions.tolist(), keep])
+        return self._together([_READ, number, ids.tolist(), positions.tolist(), _as_json(keep)])
 
     @contextlib.contextmanager
     def _together(self, order: list[Any]) -> Iterator[None]:
@@ -144,7 +142,13 @@ def follow() -> None:
                 models.append(backbone)
         else:
             number, ids, positions, keep = rest
-            models[number].accompany(torch.tensor(ids), torch.tensor(positions), keep)
+            models[number].accompany(
+                torch.tensor(ids), torch.tensor(positions), torch.tensor(keep) if isinstance(keep, list) else keep
+            )
+
+
+def _as_json(keep: Keep) -> int | list[int] | None:
+    return keep.tolist() if isinstance(keep, Tensor) else keep
 
 
 def _orders() -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ from cribsheet.answering import Answering, Suffix
 from cribsheet.backbone import Backbone
 from cribsheet.batch import padded_batch, prefill_cache
 from cribsheet.glance import Glance, question_weights
+from cribsheet.graphs import find_read
 from cribsheet.prefix import Prefix, PrefixLayer, prefix_cache
 
 PIECE = 1024  # tokens that are read in one step, padding included
@@ -25,6 +26,8 @@ class Read:
     def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
         self.sequences, self.prefix = list(sequences), prefix
         self.cache = prefix_cache((), prefix.tokens)
+        self.layers: Sequence[object] = ()  # what was read lies in them
+        self.spare = 0  # tokens of padding behind the questions
 
     def next(self, backbone: Backbone) -> Tensor | None:
         """Read on; logits (B, V) of the first new tokens once everything is read."""
@@ -45,6 +48,7 @@ class Read:
             told = [(first + pad, last + pad) for (first, last), pad in zip(told_in(self.sequences), pads, strict=True)]
             glance = Glance(self.cache.layers, backbone.full, told, weights)
         logits = backbone.step(ids, positions, self.cache)[:, -1]
+        self.layers = self.cache.layers
         if glance is not None:
             for sequence, mass in zip(self.sequences, glance.masses, strict=True):
                 sequence.look(mass)
@@ -54,9 +58,10 @@ class Read:
         """The keys and values of a question that was read, padding left out."""
         length = self.sequences[row].length
         found: Suffix = []
-        for layer in self.cache.layers:
+        for layer in self.layers:
             assert isinstance(layer, PrefixLayer)
-            first, last = layer.length - length, layer.length
+            last = layer.length - self.spare
+            first = last - length
             found.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
         return found
 
@@ -67,10 +72,28 @@ class ShortRead(Read):
     def next(self, backbone: Backbone) -> Tensor:
         """Read them all: logits (B, V)."""
         prefix = self.prefix
+        if (logits := self._replayed(backbone)) is not None:
+            return logits
         ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
         self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
         weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
         return self.step(backbone, ids, positions, weights)
+
+    def _replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of a question that is alone and of a length that was captured."""
+        if len(self.sequences) > 1 or any(last > first for first, last in told_in(self.sequences)):
+            return None  # passages lie elsewhere in each question: no graph fits
+        sequence, request = self.sequences[0], self.sequences[0].request
+        graph = find_read(backbone, self.prefix, len(request.question), watches(self.sequences))
+        if graph is None:
+            return None
+        logits, mass, self.layers = graph.replay(
+            request.question, question_weights(len(request.question), request.lead)
+        )
+        self.spare = graph.tokens - len(request.question)
+        if mass is not None:
+            sequence.look(mass)
+        return logits
 
 
 class LongRead(Read):

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cribsheet.attention import attend, attend_ragged, attend_shared, merge
+from cribsheet.captures import Captures
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
@@ -68,7 +69,9 @@ class LayerPrefix:
 
     @cached_property
     def starts(self) -> Tensor:
-        """(K + 1,) int32 where each head begins in packed keys and values, and where the last one ends."""
+        """(K + 1,) int32 where each head begins when all stand one behind the other, and where the last one ends."""
+        if not self.counts:
+            return torch.arange(self.heads + 1, dtype=torch.int32, device=self.keys.device) * self.keys.shape[1]
         return torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.keys.device)
 
     def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -95,12 +98,14 @@ class LayerPrefix:
 class Prefix:
     """A sheet as it lies on the model's device: layers and their length in tokens.
 
-    `resting` are the buffers of a batch over it that ended, with what was captured of its steps (`group.py`).
+    `resting` are the buffers of a batch over it that ended, with what was captured of its steps (`group.py`); `reads`
+    is what was captured of reading questions on it (`graphs.py`).
     """
 
     layers: Sequence[LayerPrefix]
     tokens: int
     resting: list[Any] = field(default_factory=list, compare=False, repr=False)
+    reads: Captures[Any] = field(default_factory=Captures, compare=False, repr=False)
 
 
 # Called after attention with the layer, queries (B, H, T, D), log-sum-exps (B, H, T), scale and softcap (`glance.py`).

@@ -16,7 +16,7 @@ ABSENT = -2  # where a head has no token because another one keeps more
 
 
 def keep_top(scores: Tensor, budget: int) -> Tensor:
-    """Indices of the `budget` best tokens of each head, in reading order: (K, S) -> (K, budget).
+    """Indices of the `budget` best tokens of each head, in reading order: (..., S) -> (..., budget).
 
     Ties go to the earlier token, so that equal scores give equal sheets on every machine.
     """

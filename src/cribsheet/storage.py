@@ -69,14 +69,14 @@ def load(path: str | Path) -> Sheet:
         raise _damaged(path, error) from error
     parts = _PARTS if manifest.dtype == "int8" else _PARTS[:2]
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
-    windows = manifest.fingerprint.windows
+    windows, kept = manifest.fingerprint.windows, _kept(indices)
     layers = [
         StoredLayer(
             **{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts}, window=window, counts=counts
         )
-        for number, (window, counts) in enumerate(zip(windows, _counts(indices, windows), strict=True))
+        for number, (window, counts) in enumerate(zip(windows, _counts(kept, windows), strict=True))
     ]
-    _check_shapes(path, manifest, layers, indices, origins)
+    _check_shapes(path, manifest, layers, indices, kept, origins)
     return Sheet(tuple(layers), indices, origins, manifest, _texts(tensors, manifest, path))
 
 
@@ -170,22 +170,22 @@ def _texts(tensors: dict[str, Tensor], manifest: Manifest, path: str | Path) -> 
 
 
 def _check_shapes(
-    path: str | Path, manifest: Manifest, layers: list[StoredLayer], indices: Tensor, origins: Tensor
+    path: str | Path, manifest: Manifest, layers: list[StoredLayer], indices: Tensor, kept: Tensor, origins: Tensor
 ) -> None:
     made = manifest.fingerprint
     full = (made.windows.count(None), made.kv_heads)
     sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0 and made.layers == len(layers)
     sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
     sound = sound and indices.dtype == origins.dtype == torch.int32
-    sound = sound and _allocation_is_sound(manifest, indices == ABSENT)
+    sound = sound and _allocation_is_sound(manifest, indices, kept)
     sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices))
-    longest = iter((indices != ABSENT).sum(-1).amax(-1).tolist() if sound else ())
+    longest = iter(kept.amax(-1).tolist() if sound else ())
     for layer in layers if sound else ():
         tokens = _held(manifest, layer, next(longest) if layer.window is None else indices.shape[-1])
         vectors = (sum(layer.counts),) if layer.counts else (made.kv_heads, tokens)
-        for kept in (layer.keys, layer.values):
-            sound = sound and kept.shape == (*vectors, made.head_size)
-            sound = sound and kept.dtype == getattr(torch, manifest.dtype)
+        for half in (layer.keys, layer.values):
+            sound = sound and half.shape == (*vectors, made.head_size)
+            sound = sound and half.dtype == getattr(torch, manifest.dtype)
         for scales in (layer.key_scales, layer.value_scales):
             sound = sound and (scales is None or scales.shape == vectors)
     sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
@@ -193,20 +193,29 @@ def _check_shapes(
         raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")
 
 
-def _counts(indices: Tensor, windows: Sequence[int | None]) -> Iterator[tuple[int, ...]]:
-    """How many tokens each head of each layer keeps; nothing for layers whose heads all keep as many."""
-    rows = iter(indices if indices.dim() == 3 else ())
+def _kept(indices: Tensor) -> Tensor:
+    """(F, K) how many tokens each head keeps; one look at the indices where all keep as many."""
+    if indices.dim() == 3 and indices.numel() and int(indices.amin()) > ABSENT:
+        return torch.full(indices.shape[:2], indices.shape[2])
+    return (indices != ABSENT).sum(-1)
+
+
+def _counts(kept: Tensor, windows: Sequence[int | None]) -> Iterator[tuple[int, ...]]:
+    """How many tokens (F, K) each head of each layer keeps; nothing for layers whose heads all keep as many."""
+    rows = iter(kept.tolist() if kept.dim() == 2 else ())
     for window in windows:
-        kept = None if window is not None else next(rows, None)
-        counts = () if kept is None else tuple((kept != ABSENT).sum(-1).tolist())
+        counts = () if window is not None else tuple(next(rows, ()))
         yield counts if len(set(counts)) > 1 else ()
 
 
-def _allocation_is_sound(manifest: Manifest, absent: Tensor) -> bool:
+def _allocation_is_sound(manifest: Manifest, indices: Tensor, kept: Tensor) -> bool:
     """Whether heads lack tokens (F, K, P) only where they may: in front, never all, and not in a uniform sheet."""
-    if manifest.allocation == "uniform":
-        return not absent.any()
-    return not (absent[..., 1:] & ~absent[..., :-1]).any() and not absent[..., -1].any()
+    if bool((kept == indices.shape[-1]).all()):
+        return True
+    absent = indices == ABSENT
+    return manifest.allocation == "adaptive" and not (
+        (absent[..., 1:] & ~absent[..., :-1]).any() or absent[..., -1].any()
+    )
 
 
 def _held(manifest: Manifest, layer: StoredLayer, tokens: int) -> int:

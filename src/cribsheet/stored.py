@@ -107,8 +107,8 @@ def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _restore(tokens: Tensor, scales: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
     if scales is None:
-        return tokens.to(device, dtype)
-    return (tokens.to(device).float() * scales.to(device).unsqueeze(-1)).to(dtype)
+        return tokens.to(device, dtype, non_blocking=tokens.is_pinned())
+    return (tokens.to(device, non_blocking=tokens.is_pinned()).float() * scales.to(device).unsqueeze(-1)).to(dtype)
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:

@@ -30,7 +30,7 @@ from cribsheet.bench import speed_cuda as cuda
 from cribsheet.bench import speed_parts as parts
 from cribsheet.bench.speed_page import page as markdown
 from cribsheet.bench.speed_parts import Report
-from cribsheet.bench.speed_setting import SHAPES, make_setting
+from cribsheet.bench.speed_setting import SHAPES, Setting, make_setting
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Part = tuple[str, Callable[[], Any]]
@@ -39,8 +39,8 @@ Part = tuple[str, Callable[[], Any]]
 class Run:
     """One run of the bench: its parts, what they found, and the file that is kept up to date."""
 
-    def __init__(self, path: Path | None, seconds: float, console: Console) -> None:
-        self.path, self.seconds, self.console = path, seconds, console
+    def __init__(self, path: Path | None, seconds: float, console: Console, only: Sequence[str] = ()) -> None:
+        self.path, self.seconds, self.console, self.only = path, seconds, console, only
         self.began = time.perf_counter()
         self.setup: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
@@ -64,8 +64,10 @@ class Run:
             "seconds": self.took,
         }
 
-    def part(self, name: str, run: Callable[[], Any]) -> Any:
-        """One part, guarded; nothing if it failed or if time is up."""
+    def part(self, name: str, run: Callable[[], Any], *, always: bool = False) -> Any:
+        """One part, guarded; nothing if it failed, if time is up, or if only others are wanted, unless `always`."""
+        if self.only and not always and name.split(": ")[-1] not in self.only:
+            return None
         if time.perf_counter() - self.began > self.seconds:
             self.errors[name] = "left out: time was up"
             return None
@@ -92,7 +94,7 @@ def correctness(run: Run, device: str, dtypes: Sequence[torch.dtype], *, answers
         if dtype != torch.float16 and not quick:
             tests.append((f"models, {kind}", partial(checks.model_errors, device, dtype)))
         for name, test in tests:
-            found = run.part(name, test)
+            found = run.part(name, test, always=True)
             if found is None:
                 continue
             bound = checks.BOUND[dtype] * (1 if name.startswith("attention") else 4)
@@ -115,50 +117,61 @@ def on_cpu(run: Run, shape: str, dtype: torch.dtype, *, quick: bool) -> None:
     prefix, many = (512, 8) if small else (1024, 16)
     todo: list[Part] = [
         ("build", lambda: parts.build(setting, report, lengths, [8], 1.4)),
-        ("first token", lambda: parts.first_token(setting, report, length, 8, (5, 50))),
+        ("first token", lambda: parts.first_token(setting, report, length, [8], (5, 50))),
         ("decode", lambda: parts.decode(setting, report, lengths, 8, 1.7)),
         ("batch", lambda: parts.batch(setting, report, prefix, [many] if quick else [4, many], 2.5)),
         ("equal length", lambda: parts.equal_length(setting, report, prefix)),
         ("opening", lambda: parts.opening(setting, report, 64 if small else 512)),
     ]
     if not quick:
+        todo.append(("retrieval", lambda: parts.retrieval(setting, report, [length // 4, length // 2], length // 8, 3)))
         todo.append(("default build", lambda: parts.default_build(setting, report, length // 2, 8)))
     for name, part in todo:
         run.part(f"{shape}: {name}", part)
 
 
 def on_cuda(run: Run, shape: str, *, device: str) -> None:
-    """Ceilings, floors, ratios and growth on a GPU; on a CPU with a tiny shape, a rehearsal of the same."""
+    """Ceilings, floors, ratios and growth on a GPU; on a CPU with a tiny shape, a rehearsal of the same.
+
+    What matters most comes first, because such machines are lent for minutes.
+    """
     real = device == "cuda"
-    setting = run.part("model", lambda: make_setting(shape, device, torch.bfloat16, 2))
-    if setting is None:
-        return
+    setting = make_setting(shape, device, torch.bfloat16, 2)
     run.setup.update(setting.facts())
     run.report.model = setting.backbone.name
     report, k = run.report, 1024 if real else 16
+    full = partial(report.facts.get, f"full prefill of {128 * k}, s")
 
-    def long() -> None:
-        cuda.build_long(setting, report, 128 * k)
+    def floor() -> None:
+        cuda.floor(setting, report, 16 * k, report.facts.get("copy, TB/s (read and written)", 3.0))
 
-    todo: list[Part] = [
-        ("graphs agree", lambda: report.fact("graph against eager", checks.steps_agree(setting))),
-        ("floor", lambda: cuda.floor(setting, report, 16 * k, report.facts.get("copy, TB/s (read and written)", 3.0))),
-        ("profile", lambda: run.console.print(cuda.profile(setting, report), markup=False, highlight=False)),
-        ("first token", lambda: parts.first_token(setting, report, 32 * k, 8, (2, 300))),
-        ("build at length", long),
-        ("batch", lambda: parts.batch(setting, report, 16 * k, [1, 8, 16], 3.5)),
-        ("decode", lambda: parts.decode(setting, report, [16 * k, 32 * k, 64 * k, 128 * k], 8, 3)),
-        ("build", lambda: parts.build(setting, report, [16 * k, 32 * k], [8], 2.0)),
-        ("opening", lambda: parts.opening(setting, report, 512 if real else 4)),
-        ("default build", lambda: parts.default_build(setting, report, 8 * k, 8)),
+    def shown(profile: Callable[[Setting, Report], str]) -> None:
+        run.console.print(profile(setting, report), markup=False, highlight=False)
+
+    first: list[Part] = [
+        ("kernels agree", lambda: report.fact("errors: our kernels", checks.kernel_errors(device))),
+        ("ceilings", lambda: cuda.ceilings(setting, report)),
     ]
-    if real:
-        first: list[Part] = [
-            ("ceilings", lambda: cuda.ceilings(setting, report)),
-            ("kernels", lambda: cuda.kernels(setting, report)),
-        ]
-        todo = [*first, *todo]
-    for name, part in todo:
+    todo: list[Part] = [
+        ("graphs agree", lambda: checks.steps_agree(setting, report)),
+        ("build at length", lambda: cuda.build_long(setting, report, 128 * k)),
+        ("first token", lambda: parts.first_token(setting, report, 128 * k, [8, 64], (2, 300), full())),
+        ("floor", floor),
+        ("correctness", lambda: correctness(run, device, [torch.bfloat16], answers=False)),
+        ("profile of a build", lambda: shown(cuda.profile_build)),
+        ("profile", lambda: shown(cuda.profile)),
+        ("batch", lambda: parts.batch(setting, report, 16 * k, [16], 3.5)),
+        ("decode", lambda: parts.decode(setting, report, [128 * k], 8, 3)),
+        ("retrieval", lambda: parts.retrieval(setting, report, [2 * k, 4 * k, 8 * k], 16 * k, 4)),
+        ("growth", lambda: parts.decode(setting, report, [16 * k, 64 * k], 8, 3)),
+        ("batches", lambda: parts.batch(setting, report, 16 * k, [1, 8], 3.5)),
+        ("opening", lambda: parts.opening(setting, report, 512 if real else 4)),
+        ("answers", lambda: correctness(run, device, [torch.float16, torch.bfloat16], answers=True)),
+        ("default build", lambda: parts.default_build(setting, report, 2 * k, 8)),
+        ("compiled", lambda: cuda.compiled(setting, report, 16 * k)),
+        ("kernels", lambda: cuda.kernels(setting, report)),
+    ]
+    for name, part in [*first, *todo] if real else todo[:-2]:
         run.part(name, part)
 
 
@@ -180,6 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu-parts", action="store_true", help="on a CPU too: a rehearsal, with a tiny shape")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="on a CPU")
     parser.add_argument("--quick", action="store_true", help="end within a minute on a CPU")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PART", help='parts by name: build, "first token", ...'
+    )
     parser.add_argument("--seconds", type=float, default=3600, help="start no part after so long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
@@ -194,6 +210,7 @@ def run(
     gpu_parts: bool = False,
     dtype: str = "float32",
     quick: bool = False,
+    only: Sequence[str] = (),
     seconds: float = 3600,
     json: Path | None = None,
     page: Path | None = None,
@@ -201,9 +218,8 @@ def run(
     """The bench; the exit code is 1 if a part failed or something is wrong."""
     torch.set_num_threads(1)
     console = Console(width=150)
-    made = Run(json, seconds, console)
+    made = Run(json, seconds, console, only)
     if device == "cuda" or gpu_parts:
-        correctness(made, device, [torch.float16, torch.bfloat16], answers=True)
         for each in shape or ["8b" if device == "cuda" else "tiny"]:
             on_cuda(made, each, device=device)
     else:
@@ -215,7 +231,8 @@ def run(
         console.print(f"{name}: {error[-600:]}", markup=False, highlight=False)
     made.keep()
     if page is not None:
-        command = f"cribsheet bench speed --device {device}{' --quick' if quick else ''}"
+        flags = [f"--device {device}", *(f"--shape {name}" for name in shape or ()), *["--quick"] * quick]
+        command = " ".join(["cribsheet bench speed", *flags, *(f'--only "{part}"' for part in only)])
         page.write_text(markdown(made.result(), command=command), encoding="utf-8")
     return 1 if made.errors else 0
 

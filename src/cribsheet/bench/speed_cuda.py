@@ -16,10 +16,10 @@ from cribsheet.answering import Request
 from cribsheet.bench import speed_sides as sides
 from cribsheet.bench.speed_parts import ALLOCATIONS, QUESTION, Report
 from cribsheet.bench.speed_setting import Setting
+from cribsheet.chunks import TokenizedCorpus
 from cribsheet.engine import Engine
 from cribsheet.prefix import LayerPrefix
 from cribsheet.sampling import SamplingParams
-from cribsheet.selection import Allocation
 
 
 def ceilings(setting: Setting, report: Report) -> None:
@@ -99,37 +99,90 @@ def floor(setting: Setting, report: Report, length: int, tbs: float) -> None:
 def build_long(setting: Setting, report: Report, length: int) -> None:
     """A build at length against the fastest stock prefill that there is."""
     corpus = setting.corpus(length)
-    plain = {}
-    for name, backends in (("flash", [SDPBackend.FLASH_ATTENTION]), ("cudnn", [SDPBackend.CUDNN_ATTENTION])):
-        try:
-            plain[name] = setting.once(partial(sides.plain_prefill, setting, corpus, backends))
-        except Exception as error:
-            report.fact(f"plain prefill by {name}", repr(error)[:300])
-        torch.cuda.empty_cache()
-    report.fact(f"plain prefill, {length} tokens, s", plain)
-    best = min(plain.values())
-    report.point("plain prefill", length, best)
+    warm = setting.corpus(length // 8)  # our kernels are compiled, and libraries loaded, at a first use
+    for name in ALLOCATIONS:
+        _built(setting, warm, 8, name)
+    on_gpu = setting.device.type == "cuda"
+    backend = SDPBackend.CUDNN_ATTENTION if on_gpu else SDPBackend.FLASH_ATTENTION  # the fastest on Hopper
+    runs: dict[str, Callable[[], Any]] = {"plain": partial(sides.plain_prefill, setting, corpus, [backend])}
+    for rate in (8, 64):
+        for name in ALLOCATIONS:
+            runs[f"{name}, {rate}×"] = partial(_built_within, setting, report, corpus, rate, name)
+    best = setting.interleaved(runs, 1)
+    report.fact(f"full prefill of {length}, s", best["plain"])
+    report.point("plain prefill", length, best["plain"])
     for rate, target in ((8, 2.0), (64, 2.3)):
         for name in ALLOCATIONS:
-            on_gpu = setting.device.type == "cuda"
-            before = torch.cuda.memory_allocated() if on_gpu else 0
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            kind: Allocation = "adaptive" if name == "adaptive" else "uniform"
-            took = setting.once(partial(sides.build, setting, corpus, rate, allocation=kind))
+            took = best[f"{name}, {rate}×"]
             report.point(f"build, task, {name}, {rate}×", length, took)
-            report.fact(
-                f"build {length}, {name}, {rate}×: peak GiB above the model",
-                (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0,
-            )
-            report.row(f"build against plain prefill, {length} tokens, {rate}×, {name}", took, best, target=target)
+            label = f"build against plain prefill, {length} tokens, {rate}×, {name}"
+            report.row(label, took, best["plain"], target=target)
+
+
+def _built_within(setting: Setting, report: Report, corpus: TokenizedCorpus, rate: float, name: str) -> None:
+    """A build, and the most memory that it took."""
+    on_gpu = setting.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    _built(setting, corpus, rate, name)
+    most = torch.cuda.max_memory_allocated() if on_gpu else 0
+    report.fact(f"build {len(corpus)}, {name}, {rate}×: peak GiB above the model", (most - before) / 2**30)
+
+
+def _built(setting: Setting, corpus: TokenizedCorpus, rate: float, name: str) -> None:
+    sides.build(setting, corpus, rate, allocation="adaptive" if name == "adaptive" else "uniform")
+
+
+def compiled(setting: Setting, report: Report, length: int) -> None:
+    """One token of one answer against a static cache and a compiled model: stock transformers at its best."""
+    question, prefix = setting.ids(QUESTION), setting.prefix(length)
+    step = sides.Compiled(setting, prefix, length + 256)
+    took = setting.interleaved({"step": step})["step"]
+    asker = sides.Asker(setting)
+    ask = partial(asker.ask, prefix, [question])
+    best = setting.interleaved({"few": partial(ask, 8), "many": partial(ask, 72)})
+    asker.close()
+    report.row(
+        f"token against a static cache and a compiled model, {length} tokens each",
+        (best["many"] - best["few"]) / 64,
+        took,
+    )
+
+
+def profile_build(setting: Setting, report: Report) -> str:
+    """Where the time of a build goes: the kernels of its last chunks."""
+    corpus = setting.corpus(32768 if setting.device.type == "cuda" else 256)
+    tables = []
+    for name in ALLOCATIONS:
+        _built(setting, corpus, 8, name)
+        began = setting.now()
+        table, _ = _profiled(setting, partial(_built, setting, corpus, 8, name))
+        report.fact(f"profiled build, {name}, s", setting.now() - began)
+        report.fact(f"profile of a build, {name}", table)
+        tables.append(f"{name}\n{table}")
+    return "\n".join(tables)
+
+
+def _profiled(setting: Setting, run: Callable[[], Any]) -> tuple[str, str]:
+    """What a device and what a CPU spend on a computation, as tables."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    on_gpu = setting.device.type == "cuda"
+    with profiled(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])) as found:
+        run()
+        setting.now()
+    sort = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    events = found.key_averages()
+    return (
+        events.table(sort_by=sort, row_limit=32, max_name_column_width=70),
+        events.table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60),
+    )
 
 
 def profile(setting: Setting, report: Report) -> str:
     """Where the time of one answer goes: kernels, and Python."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
     prefix, question = setting.prefix(2048, ragged=True), setting.ids(QUESTION)
     engine = Engine(setting.backbone)
 
@@ -141,16 +194,12 @@ def profile(setting: Setting, report: Report) -> str:
             pass
         setting.now()
 
-    answer()
-    answer()
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setting.device.type == "cuda" else [])
-    began = time.perf_counter()
-    with profiled(activities=activities) as found:
+    for _ in range(3):
         answer()
-    report.fact("profiled answer, s", time.perf_counter() - began)
-    sort = "self_cuda_time_total" if setting.device.type == "cuda" else "self_cpu_time_total"
-    table = found.key_averages().table(sort_by=sort, row_limit=25, max_name_column_width=60)
-    cpu = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=60)
+    began = time.perf_counter()
+    answer()
+    report.fact("answer to be profiled, s", time.perf_counter() - began)
+    table, cpu = _profiled(setting, answer)
     report.fact("profile", table)
     report.fact("profile, CPU side", cpu)
     return f"{table}\n{cpu}"

@@ -120,24 +120,64 @@ def _builder(setting: Setting, corpus: Any, rate: float, scorer: str, allocation
     return lambda: sides.build(setting, corpus, rate, scorer=scorer, allocation=kind)
 
 
-def first_token(setting: Setting, report: Report, length: int, rate: float, targets: tuple[float, float]) -> None:
-    """Time to the first token of an answer: against full prefill, and against a cache that holds everything (CAG)."""
+def first_token(
+    setting: Setting,
+    report: Report,
+    length: int,
+    rates: Sequence[float],
+    targets: tuple[float, float],
+    full: float | None = None,
+) -> None:
+    """Time to the first token of an answer: against full prefill, and against a cache that holds everything (CAG).
+
+    `full` are the seconds of a full prefill, if they were measured before.
+    """
     question = setting.ids(QUESTION)
     whole = sides.copied(setting, setting.prefix(length))
-    asker = sides.Asker(setting)
-    prefixes = {name: setting.prefix(int(length / rate), ragged=ragged) for name, ragged in ALLOCATIONS.items()}
+    askers = {"": sides.Asker(setting), ", no sources": sides.Asker(setting, evidence=False)}
+    prefixes = {
+        f"{rate:g}×, {name}": setting.prefix(int(length / rate), ragged=ragged)
+        for rate in rates
+        for name, ragged in ALLOCATIONS.items()
+    }
     runs: dict[str, Callable[[], Any]] = {"cag": lambda: sides.stock(setting, whole, [question], 1)}
-    runs |= {name: _asker(asker, prefix, [question], 1) for name, prefix in prefixes.items()}
-    best = setting.interleaved(runs)
+    ours = {
+        name + how: _asker(asker, prefix, [question], 1)
+        for name, prefix in prefixes.items()
+        for how, asker in askers.items()
+    }
+    for _ in range(2):  # the second question of a length is captured, where questions are
+        for run in ours.values():
+            run()
+    best = setting.interleaved(runs | ours)
+    for asker in askers.values():
+        asker.close()
+    full = full or setting.once(lambda: sides.plain_prefill(setting, setting.corpus(length)))
+    for name in ours:
+        report.row(f"first token against CAG, {length} tokens, {name}", best[name], best["cag"], target=targets[0])
+        report.row(f"first token against full prefill, {length} tokens, {name}", best[name], full, target=targets[1])
+
+
+def retrieval(setting: Setting, report: Report, lengths: Sequence[int], kept: int, target: float) -> None:
+    """First token and whole answer against stock transformers that read so many retrieved tokens with each question.
+
+    Our sheet holds `kept` tokens; finding the passages is not counted.
+    """
+    asker, question, prefix = sides.Asker(setting), setting.ids(QUESTION), setting.prefix(kept, ragged=True)
+    for new, what in ((1, "first token"), (NEW, f"answer of {NEW} tokens")):
+        runs: dict[str, Callable[[], Any]] = {"ours": _asker(asker, prefix, [question], new)}
+        for length in lengths:
+            runs[str(length)] = partial(sides.fresh, setting, setting.ids(length + QUESTION), new)
+        runs["ours"]()
+        best = setting.interleaved(runs)
+        for length in lengths:
+            report.row(
+                f"{what} against {length} retrieved tokens, sheet of {kept}, adaptive",
+                best["ours"],
+                best[str(length)],
+                target=target if new == 1 and length == lengths[-1] else None,
+            )
     asker.close()
-    full = setting.once(lambda: sides.plain_prefill(setting, setting.corpus(length)))
-    for name in ALLOCATIONS:
-        report.row(
-            f"first token against CAG, {length} tokens, {rate:g}×, {name}", best[name], best["cag"], target=targets[0]
-        )
-        report.row(
-            f"first token against full prefill, {length} tokens, {rate:g}×, {name}", best[name], full, target=targets[1]
-        )
 
 
 def _asker(asker: sides.Asker, prefix: Prefix, questions: Sequence[Any], new: int) -> Callable[[], Any]:
@@ -185,6 +225,7 @@ def batch(setting: Setting, report: Report, length: int, sizes: Sequence[int], t
         asker = sides.Asker(setting)
         for name, prefix in shared.items():
             asks[name] = partial(asker.ask, prefix, questions)
+        asks["no prefix"] = partial(asker.ask, setting.prefix(1), questions)
         best = _per_token(setting, asks)
         peer = _repeated(setting, shared["uniform"], questions)
         asker.close()
@@ -196,6 +237,7 @@ def batch(setting: Setting, report: Report, length: int, sizes: Sequence[int], t
                     f"token of {size} answers, shared prefix of {length} against repeated, {name}",
                     best[name],
                     peer,
+                    limit=peer / best["no prefix"],
                     target=target,
                 )
 

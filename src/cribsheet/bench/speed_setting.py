@@ -93,10 +93,12 @@ class Setting:
     def prefix(self, tokens: int, *, ragged: bool = False) -> Prefix:
         """A prefix of random keys and values of so many tokens a head, on average if it is ragged.
 
-        Ragged, heads keep from a third of the mean to twice as much; a mean of 4 heads, repeated.
+        Ragged, heads keep from a third to twice as many as one of them, which is the mean of four.
         """
-        made, shares = self.backbone, (1 / 3, 2 / 3, 1.0, 2.0)
-        counts = tuple(max(1, round(tokens * shares[n % 4])) for n in range(made.kv_heads)) if ragged else ()
+        made = self.backbone
+        shares = [(1 / 3, 2 / 3, 1.0, 2.0)[n % 4] for n in range(made.kv_heads)]
+        mean = sum(shares) / len(shares)
+        counts = tuple(max(1, round(tokens * share / mean)) for share in shares) if ragged else ()
         shape = (sum(counts),) if ragged else (made.kv_heads, tokens)
         layers = []
         for _ in range(made.num_layers):

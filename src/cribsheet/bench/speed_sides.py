@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from cribsheet.answering import Delta, Event, Request, Sink
 from cribsheet.bench.speed_setting import Setting
@@ -92,6 +93,32 @@ def stock(setting: Setting, cache: DynamicCache, questions: Sequence[Tensor], ne
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = before
     return [list(tokens) for tokens in zip(*found, strict=True)]
+
+
+def fresh(setting: Setting, prompt: Tensor, new_tokens: int) -> list[int]:
+    """A greedy answer of stock transformers to a prompt that it reads whole: retrieval-augmented generation."""
+    return stock(setting, DynamicCache(config=setting.backbone.config), [prompt], new_tokens)[0]
+
+
+class Compiled:
+    """A step of stock transformers over a static cache that holds a uniform prefix, compiled into CUDA graphs."""
+
+    def __init__(self, setting: Setting, prefix: Prefix, room: int) -> None:
+        self.cache = StaticCache(config=setting.backbone.config, max_cache_len=room)
+        for number, layer in enumerate(prefix.layers):
+            self.cache.update(layer.keys.unsqueeze(0), layer.values.unsqueeze(0), number)
+        self.ids = setting.ids(1).unsqueeze(0).to(setting.device)
+        self.positions = torch.full((1, 1), prefix.tokens, device=setting.device)
+        self.step: Any = torch.compile(setting.backbone.model, mode="reduce-overhead", fullgraph=False)
+
+    @torch.no_grad()
+    def __call__(self) -> list[int]:
+        """The greedy next token; the cache grows by one."""
+        logits = self.step(
+            input_ids=self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+        ).logits
+        found: list[int] = logits[:, -1].argmax(-1).tolist()
+        return found
 
 
 class Asker:

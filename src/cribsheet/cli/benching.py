@@ -33,6 +33,10 @@ def speed(
         typer.Option(metavar="NAME", help="pocket, tiny, 50m or 8b; repeatable.  [default: pocket and 50m, or 8b]"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="End within a minute on a CPU.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help='Run this part, such as build or "first token"; repeatable.  [default: all]'),
+    ] = None,
     seconds: Annotated[float, typer.Option(metavar="N", help="Start no part after so long.")] = 3600.0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with tables there.")] = None,
@@ -43,4 +47,4 @@ def speed(
     quiet_libraries()
     from cribsheet.bench.speed import run
 
-    return run(device=device.value, shape=shape, quick=quick, seconds=seconds, json=as_json, page=page)
+    return run(device=device.value, shape=shape, quick=quick, only=only or (), seconds=seconds, json=as_json, page=page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -76,6 +77,10 @@ def build(
         bool,
         typer.Option("--resume", help="The same with FILE.partial: run a killed build again and it goes on."),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build nothing; say what it would take: tokens, bytes, memory and seconds."),
+    ] = False,
     no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     ray: Annotated[
@@ -97,6 +102,8 @@ def build(
     if checkpoint is not None:
         check_output(checkpoint, force=True)
     purpose = make_task(task, example or [], task_file)
+    if dry_run and (ray or mode == "independent"):
+        misuse("--dry-run knows only what a sequential build in this process takes; leave --ray and --mode out")
     if rate is not None and budget is not None:
         misuse("--rate and --budget were both given; leave one out")
     quiet_libraries()
@@ -104,9 +111,13 @@ def build(
 
     documents = read_documents([Path(path) for path in paths])
     options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
-    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "checkpoint": checkpoint, "mode": mode}
+    options |= {"system": system, "dtype": storage_dtype, "seed": seed}
     options |= {"allocation": allocation} | ({"scorer": scorer} if scorer else {})
     given = {"device": device, "dtype": dtype, "revision": revision}
+    if dry_run:
+        _foretell(documents, purpose, model, given, as_json=as_json, **options)
+        return
+    options |= {"checkpoint": checkpoint, "mode": mode}
     options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
@@ -125,6 +136,24 @@ def build(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     _report(sheet, output, time.perf_counter() - began, as_json=as_json)
+
+
+def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, as_json: bool, **options: Any) -> None:
+    """Say what a build would take."""
+    from cribsheet.forecast import forecast
+    from cribsheet.loaded import LoadedModel
+
+    found = forecast(LoadedModel.get(model, **given).backbone, documents, task, **options)
+    if as_json:
+        say_json(dataclasses.asdict(found))
+        return
+    say(
+        f"{found.corpus_tokens:,} tokens of {found.documents} documents would become {found.tokens:,} (rate "
+        f"{found.rate:.1f}) in {found.chunks} chunks of at most {found.chunk_tokens:,}\n"
+        f"file about {found.sheet_bytes / 1e6:,.1f} MB; memory at most about {found.peak_bytes / 1e6:,.0f} MB besides "
+        f"Python and its libraries\n"
+        f"about {found.seconds:.1f} s here, as the first {found.probe_tokens:,} tokens took {found.probe_seconds:.2f} s"
+    )
 
 
 def check_output(output: Path, *, force: bool) -> None:

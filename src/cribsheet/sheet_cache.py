@@ -1,0 +1,112 @@
+"""Sheets that stay in host memory after their first use: those used last, up to a bound in bytes.
+
+A sheet's file is mapped, so opening it is quick but its first use reads the disk. A copy in memory goes to the device
+at the speed of the bus, all the faster from pinned memory, which is taken where there is a CUDA device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cribsheet import storage
+from cribsheet.errors import BudgetError
+from cribsheet.registry import resolve
+from cribsheet.sheet import Sheet
+
+_Key = tuple[str, int, int]
+
+
+class SheetCache:
+    """At most `max_bytes` of sheets in host memory, for whoever opens and closes many of them. Thread-safe.
+
+    `CompressedKnowledgeLLM.load(cache.load(path))` answers from one of them.
+
+    A file that was written again is read again. A sheet larger than the bound is mapped and not kept. Raises
+    `BudgetError` for a bound below 1.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+            raise BudgetError(f"max_bytes is {max_bytes!r}; pass the most bytes of sheets to keep, at least 1.")
+        self.max_bytes = max_bytes
+        self._sheets: OrderedDict[_Key, Sheet] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def load(self, place: str | Path) -> Sheet:
+        """The sheet at a path, a URL, or `REGISTRY#NAME@VERSION`. Raises `SheetError` as `load_sheet`."""
+        path = resolve(place)
+        if (kept := self._kept(path)) is not None:
+            return kept
+        mapped = storage.load(path)
+        if _bytes(mapped) > self.max_bytes:
+            return mapped
+        sheet, key = _copied(mapped), _key(path)
+        with self._lock:
+            self._sheets[key] = sheet
+            for old in [other for other in self._sheets if other[0] == key[0] and other != key]:
+                del self._sheets[old]
+            while self._held() > self.max_bytes:
+                self._sheets.popitem(last=False)
+        return sheet
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        with self._lock:
+            return self._held()
+
+    def __len__(self) -> int:
+        """Sheets that are held."""
+        return len(self._sheets)
+
+    def clear(self) -> None:
+        """Let go of all of them; open ones stay usable."""
+        with self._lock:
+            self._sheets.clear()
+
+    def _kept(self, path: Path) -> Sheet | None:
+        if not path.is_file():
+            return None  # `storage.load` says what is wrong
+        key = _key(path)
+        with self._lock:
+            if key in self._sheets:
+                self._sheets.move_to_end(key)
+            return self._sheets.get(key)
+
+    def _held(self) -> int:
+        return sum(_bytes(sheet) for sheet in self._sheets.values())
+
+
+def _key(path: Path) -> _Key:
+    """What tells a file, and each version of it."""
+    found = path.stat()
+    return str(path.resolve()), found.st_mtime_ns, found.st_size
+
+
+def _bytes(sheet: Sheet) -> int:
+    return sheet.nbytes + sheet.indices.nbytes + sheet.origins.nbytes
+
+
+def _copied(sheet: Sheet) -> Sheet:
+    """The same with tensors of its own."""
+    layers = [
+        dataclasses.replace(
+            layer,
+            keys=_in_memory(layer.keys),
+            values=_in_memory(layer.values),
+            key_scales=None if layer.key_scales is None else _in_memory(layer.key_scales),
+            value_scales=None if layer.value_scales is None else _in_memory(layer.value_scales),
+        )
+        for layer in sheet.layers
+    ]
+    return dataclasses.replace(sheet, layers=layers, indices=sheet.indices.clone(), origins=sheet.origins.clone())
+
+
+def _in_memory(mapped: Tensor) -> Tensor:
+    return torch.empty_like(mapped, pin_memory=torch.cuda.is_available()).copy_(mapped)

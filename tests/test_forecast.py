@@ -1,0 +1,55 @@
+"""A build's forecast: exact in tokens, near in bytes, and refused for whatever the build would refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from cribsheet.build import build_sheet
+from cribsheet.documents import Document
+from cribsheet.errors import BudgetError
+from cribsheet.forecast import PROBE_TOKENS, forecast
+from cribsheet.storage import save
+from cribsheet.task import Task
+from cribsheet.testing import tiny_backbone
+
+TASK = Task("Who lives where?")
+TEXT = " ".join(f"Person {n} lives in house {n * 7 % 31}." for n in range(150))
+DOCUMENTS = [Document(text=TEXT, id="street"), Document(text="Bob lives in Oslo.", id="bob")]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone("llama")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("scorer", ["task", "reconstruction"])
+def test_a_forecast_is_what_the_build_then_takes(backbone, scorer, dtype, tmp_path):
+    options = {"rate": 4, "scorer": scorer, "chunk_tokens": 300, "dtype": dtype}
+    told = forecast(backbone, DOCUMENTS, TASK, **options)
+    sheet = build_sheet(backbone, DOCUMENTS, TASK, **options)
+    made = sheet.manifest
+    assert (told.documents, told.corpus_tokens, told.chunk_tokens) == (2, made.corpus_tokens, 300)
+    assert (told.tokens, told.chunks) == (sheet.tokens, -(-made.corpus_tokens // 300))
+    assert told.rate == pytest.approx(sheet.rate, rel=0.01)
+    assert save(sheet, tmp_path / "a.sheet").stat().st_size == pytest.approx(told.sheet_bytes, rel=0.2)
+    assert told.peak_bytes > sheet.nbytes + sum(weight.nbytes for weight in backbone.model.parameters())
+
+
+def test_more_to_read_takes_longer_than_the_piece_that_was_timed(backbone):
+    told = forecast(backbone, DOCUMENTS, TASK, rate=4, scorer="task", chunk_tokens=200)
+    assert told.probe_tokens == 200 <= PROBE_TOKENS
+    share = told.corpus_tokens / told.probe_tokens
+    assert told.seconds > told.probe_seconds * share  # later chunks stand on more
+
+
+def test_a_larger_chunk_takes_more_memory(backbone):
+    small, large = (forecast(backbone, DOCUMENTS, TASK, scorer="task", chunk_tokens=size) for size in (100, 0))
+    assert small.peak_bytes < large.peak_bytes and large.chunks == 1
+
+
+def test_what_a_build_refuses_is_refused(backbone):
+    with pytest.raises(BudgetError, match="at least 1"):
+        forecast(backbone, DOCUMENTS, TASK, rate=0.5)
+    with pytest.raises(BudgetError, match="storage dtype"):
+        forecast(backbone, DOCUMENTS, TASK, dtype="int3", scorer="task")
