@@ -172,7 +172,7 @@ def build_sheet(
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = _defaults(scorer, allocation)
+    scorer, allocation = defaults(scorer, allocation)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     if mode == "independent":
         from cribsheet.independent import build_independent  # it is made of what is here
@@ -193,6 +193,18 @@ def build_sheet(
     if mode != "sequential":
         raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
+    return carry_out(backbone, planned, dtype=dtype, progress=progress, checkpoint=checkpoint)
+
+
+def carry_out(
+    backbone: Backbone,
+    planned: Plan,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
+) -> Sheet:
+    """The sheet that a plan is for; arguments as in `build_sheet`."""
     stored_as = _storage_dtype(dtype, backbone)
     began = time.perf_counter()
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
@@ -213,7 +225,7 @@ def build_sheet(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def _defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
+def defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
         is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]

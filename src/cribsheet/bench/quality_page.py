@@ -1,0 +1,198 @@
+"""What the quality bench shows: lines by method, rate and family; a table in the terminal; a page of the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cribsheet.bench.case import Row
+from cribsheet.bench.metrics import clustered_interval
+
+ALL = "all"  # the family that stands for every family
+Lines = dict[tuple[str, float, str], dict[str, Any]]
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One line per method, rate and family: accuracy of all questions, and of those that full context answers.
+
+    Families are pooled in "all". The 95 % interval is drawn by case, as its questions stand or fall together.
+    """
+    groups: dict[tuple[str, float, str], list[Row]] = {}
+    for row in rows:
+        for family in (ALL, row.family):
+            groups.setdefault((row.method, row.rate, family), []).append(row)
+    lines = []
+    for (method, rate, family), group in groups.items():
+        kept = [row for row in group if row.retained]
+        low, high = clustered_interval([r.exact for r in kept], [r.case for r in kept]) if kept else (0.0, 0.0)
+        lines.append(
+            {
+                "method": method,
+                "rate": rate,
+                "family": family,
+                "n": len(group),
+                "em": _mean(row.exact for row in group),
+                "f1": _mean(row.set_f1 for row in group),
+                "retained_n": len(kept),
+                "retained": _mean(row.exact for row in kept),
+                "ci_low": low,
+                "ci_high": high,
+                "tokens": _mean(row.tokens for row in kept),
+                "bytes": _mean(row.nbytes for row in kept),
+                "held": _mean(row.held for row in kept),
+            }
+        )
+    return lines
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
+    """Methods down, rates across: the share retained over all families, with its interval."""
+    lines, rates = _indexed(result), _rates(result)
+    table = Table("method", *(f"{rate:g}×" for rate in rates))
+    for method in _methods(result):
+        table.add_row(method, *(_cell(lines.get((method, rate, ALL))) for rate in rates))
+    console.print(table)
+    for line in _refused(result):
+        console.print(line, markup=False, highlight=False)
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page of the docs that shows a result of this bench, setup included."""
+    rates = _rates(result)
+    made = result["setup"]
+    parts = [
+        _HEAD.format(
+            rates=", ".join(f"{rate:g}" for rate in rates),
+            tokens=" and ".join(map(str, made["tokens"])),
+            families=_family_table(result),
+        ),
+        "## All families together\n\nShare of the questions that full context answers, with its 95 % interval.\n",
+        _overall(result, rates),
+        *(f"## At {rate:g}×\n\n{_at(result, rate)}" for rate in rates),
+        _peers_part(result),
+        "Setup: " + ", ".join(f"{key} {_short(value)}" for key, value in made.items()) + ".\n",
+        "The page is written from `quality.json`, which holds every answer's judgement.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+_HEAD = """# Quality
+
+How much of what full context answers survives compression, at {rates} times fewer tokens. Each family of tasks is
+drawn from several seeds, {tokens} tokens of documents a case; a sheet is built for each case, method and rate.
+A guide's examples name other people and things than the questions do. Budgets count what is kept of the guide.
+*Default* is what `build` does with a description and three or four examples; *zero-effort* has the description only;
+*query-aware* is guided by the very questions and their answers, which no user can.
+
+```sh
+make peers
+```
+
+{families}
+"""
+
+
+def _family_table(result: dict[str, Any]) -> str:
+    lines = _indexed(result)
+    rows = ["| family | questions | full context | closed book | counted |", "|---|---|---|---|---|"]
+    for family in _families(result):
+        full, closed = (lines[name, 1.0, family] for name in ("full context", "closed book"))
+        rows.append(f"| {family} | {full['n']} | {full['em']:.2f} | {closed['em']:.2f} | {full['retained_n']} |")
+    return "\n".join(rows)
+
+
+def _overall(result: dict[str, Any], rates: Sequence[float]) -> str:
+    lines = _indexed(result)
+    rows = [f"| method | {' | '.join(f'{rate:g}×' for rate in rates)} |", f"|---|{'---|' * len(rates)}"]
+    for method in _methods(result):
+        rows.append(f"| {method} | " + " | ".join(_cell(lines.get((method, rate, ALL))) for rate in rates) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _at(result: dict[str, Any], rate: float) -> str:
+    """Sizes and families of all methods at one rate; a number in brackets says that fewer questions were asked."""
+    lines = _indexed(result)
+    families = [name for name in _families(result)[1:] if lines["full context", 1.0, name]["retained_n"]]
+    rows = [f"| method | tokens | KiB | {' | '.join(families)} |", f"|---|---|---|{'---|' * len(families)}"]
+    for method in _methods(result):
+        own = lines.get((method, rate, ALL))
+        if own:
+            held = f" ({own['held'] / 1024:,.0f} held)" if own["held"] > 1.01 * own["bytes"] else ""
+            cells = [_share(lines.get((method, rate, name)), lines["full context", 1.0, name]) for name in families]
+            rows.append(f"| {method} | {own['tokens']:.0f} | {own['bytes'] / 1024:,.0f}{held} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _peers_part(result: dict[str, Any]) -> str:
+    report = result["peers"]
+    if not report:
+        return ""
+    finch, build = report["finch"], report["build"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "## The peers\n",
+        f"Run in an environment of their own ({versions}) on the same weights, token ids and questions. With its full",
+        f"cache that environment gives the same answer as ours to {report['same_answers']:.0%} of all questions.",
+        *(f"\n{line}" for line in _refused(result)),
+        "\n### `finch` against FinchPress, one chunk, the guide as window\n",
+        "| FinchPress | heads whose kept tokens are ours | kept tokens shared |",
+        "|---|---|---|",
+        *(f"| {name} | {each['same']:.4f} | {each['shared']:.4f} |" for name, each in finch.items()),
+        f"\n### Build time\n\nMedian of {build['rounds']} rounds in turn, {build['tokens']} tokens, one process each",
+        "and one thread, over a plain prefill there:\n",
+        "| | seconds | over plain prefill |",
+        "|---|---|---|",
+        *(f"| {name} | {each['seconds']:.3f} | {each['ratio']:.2f} |" for name, each in build["sides"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _refused(result: dict[str, Any]) -> list[str]:
+    """What each press could not do, and why."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for each in (result["peers"] or {"failed": ()})["failed"]:
+        found.setdefault((each["press"], each["error"]), []).append(each["rate"])
+    return [
+        f"{press} failed {len(rates)} times, at {', '.join(f'{rate:g}×' for rate in sorted(set(rates)))}: {error}"
+        for (press, error), rates in found.items()
+    ]
+
+
+def _indexed(result: dict[str, Any]) -> Lines:
+    return {(line["method"], line["rate"], line["family"]): line for line in result["lines"]}
+
+
+def _rates(result: dict[str, Any]) -> list[float]:
+    return sorted({line["rate"] for line in result["lines"] if line["rate"] > 1})
+
+
+def _methods(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(line["method"] for line in result["lines"] if line["rate"] > 1))
+
+
+def _families(result: dict[str, Any]) -> list[str]:
+    return [ALL, *dict.fromkeys(line["family"] for line in result["lines"] if line["family"] != ALL)]
+
+
+def _cell(line: dict[str, Any] | None) -> str:
+    return f"{line['retained']:.2f} [{line['ci_low']:.2f}, {line['ci_high']:.2f}]" if line else "–"
+
+
+def _share(line: dict[str, Any] | None, full: dict[str, Any]) -> str:
+    if not line:
+        return "–"
+    fewer = f" ({line['retained_n']})" if line["retained_n"] < full["retained_n"] else ""
+    return f"{line['retained']:.2f}{fewer}"
+
+
+def _short(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
