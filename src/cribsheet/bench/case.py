@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from cribsheet.bench.questions import Asked
 from cribsheet.documents import Document
 from cribsheet.task import Task
 
 MOST_QUESTIONS = 8
+_MARGIN = 8  # tokens that an answer may be longer than the longest gold
 T = TypeVar("T")
 
 
@@ -31,6 +32,10 @@ class Case:
         """A case of the first questions, each with answer and kind."""
         texts, golds, kinds = (list(column) for column in zip(*asked[:MOST_QUESTIONS], strict=True))
         return cls(name, documents, task, texts, golds, kinds)
+
+    def most_tokens(self, tokenizer: Any) -> int:
+        """So long may an answer be: what is longer than every gold by a few tokens is wrong, however it goes on."""
+        return _MARGIN + max(len(tokenizer(gold, add_special_tokens=False)["input_ids"]) for gold in self.answers)
 
 
 def divided(

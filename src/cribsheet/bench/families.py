@@ -33,11 +33,12 @@ _LEVELS = (1, 2, 4)  # projects of each person
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What cases should be like: tokens of documents, seed of all draws, and the user's own text for `reading`."""
+    """What cases should be like: tokens of documents, seed of all draws, the user's own text for `reading`."""
 
     tokens: int = 600
     seed: int = 0
     text: str | None = None
+    questions: int = 4
 
 
 def make_cases(families: Sequence[str], each: int, wanted: Wanted) -> list[Case]:
@@ -45,9 +46,17 @@ def make_cases(families: Sequence[str], each: int, wanted: Wanted) -> list[Case]
     for name in families:
         if name not in FAMILIES:
             raise RequestError(f"There is no family {name!r}; use {', '.join(FAMILIES)}.")
-    made = [(name, number, case) for name in families for number, case in enumerate(islice(FAMILIES[name](wanted), each))]
+    made = [
+        (name, number, case) for name in families for number, case in enumerate(islice(FAMILIES[name](wanted), each))
+    ]
     return [
-        replace(case, family=name, name=f"{name}/{wanted.tokens}/{wanted.seed}/{number}") for name, number, case in made
+        replace(
+            case,
+            family=name,
+            name=f"{name}/{wanted.tokens}/{wanted.seed}/{number}",
+            **{part: getattr(case, part)[: wanted.questions] for part in ("questions", "answers", "kinds")},
+        )
+        for name, number, case in made
     ]
 
 
@@ -152,9 +161,7 @@ def _once(questions: Iterator[Question] | Sequence[Question]) -> list[Question]:
     return list({q.entity: q for q in questions}.values())
 
 
-def _cases(
-    world: World, questions: Sequence[Question], *, examples: int = 3, least: int = 3
-) -> Iterator[Case]:
+def _cases(world: World, questions: Sequence[Question], *, examples: int = 3, least: int = 3) -> Iterator[Case]:
     """The case of a world's only task, if there are questions enough."""
     case = _case(world, world.tasks[0].description, questions, examples=examples, least=least)
     if case:

@@ -39,95 +39,82 @@ from cribsheet.template import ChatLayout
 logger = logging.getLogger(__name__)
 
 RUNNER = Path(__file__).with_name("peers_runner.py")
-_MAX_TOKENS = 64  # of an answer, as ours
 _TIMED_TOKENS, _TIMED_RATE, _ROUNDS = 4096, 8.0, 3
-_COMPARED = 3  # cases whose kept tokens are compared with FinchPress
+_COMPARED = 3  # families of which a case's kept tokens are compared with FinchPress
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows like those of our methods, and what else was learnt: failures, `finch` against FinchPress, build times."""
+    """Rows like those of our methods, what failed, and whether a full cache answered there as it did here."""
 
     rows: list[Row]
-    report: dict[str, Any]
+    failed: list[dict[str, Any]]
+    same: list[bool]
 
 
-def compare(
+def ask(
     python: Path,
     model: LoadedModel,
-    cases: Sequence[Case],
+    case: Case,
     rates: Sequence[float],
-    ours: Sequence[Row],
+    full: Sequence[Row],
     presses: Sequence[str] = tuple(WAYS),
 ) -> Found:
-    """Answer the questions of `cases` by every press at every rate, with the interpreter `python`.
+    """Answer the questions of a case by every press at every rate, with the interpreter `python`.
 
-    `ours` are rows that have every question from full context: they say which ones count, and which cases have any.
-    Raises `CribsheetError` if the other interpreter ends badly.
+    `full` are our rows from full context, which say which questions count. Raises `CribsheetError` if the other
+    interpreter ends badly.
     """
-    right = {case.name: [r.retained for r in ours if r.case == case.name and r.method == "full context"] for case in cases}
-    documents = timed_documents(model, cases)
-    job = job_of(model, cases, rates, presses, right, documents)
-    results = run(python, job)
-    rows, failed, same = [], [], []
-    by_name = {case.name: case for case in cases}
-    full = {case.name: [r.exact for r in ours if r.case == case.name and r.method == "full context"] for case in cases}
-    for line in results:
-        if "press" not in line:
-            continue
-        case = by_name[line["case"]]
+    right = [row.retained for row in full]
+    found = Found([], [], [])
+    for line in run(python, {**_job(model), "presses": list(presses), "cases": [prompts(model, case, rates)]}):
         if "error" in line:
-            failed.append({key: line[key] for key in ("press", "rate", "case", "error")})
-            continue
-        texts = [model.backbone.tokenizer.decode(ids, skip_special_tokens=True) for ids in line["answers"]]
-        size = (line["tokens"], line["bytes"], line["held"])
-        made = judged(case, f"kvpress {line['press']}", line["rate"], texts, size, right[case.name])
-        if line["press"] == FULL:
-            same += [float(a.exact == b) for a, b in zip(made, full[case.name], strict=True)]
-        else:
-            rows += made
-    (versions,) = (line["versions"] for line in results if "versions" in line)
-    report = {
-        "versions": versions,
-        "same_answers": sum(same) / len(same),
-        "failed": failed,
-        "finch": finch_against(model, cases, [line for line in results if "kept" in line]),
-        "build": build_against(
-            model, documents, cases[0], job["timing"], next(line for line in results if "build" in line)
-        ),
-    }
-    return Found(rows, report)
+            found.failed.append({key: line[key] for key in ("press", "rate", "case", "error")})
+        elif "press" in line:
+            texts = [model.backbone.tokenizer.decode(ids, skip_special_tokens=True) for ids in line["answers"]]
+            size = (line["tokens"], line["bytes"], line["held"])
+            made = judged(case, f"kvpress {line['press']}", line["rate"], texts, size, right)
+            if line["press"] == FULL:
+                found.same.extend(a.exact == b.exact for a, b in zip(made, full, strict=True))
+            else:
+                found.rows.extend(made)
+    return found
 
 
-def job_of(
-    model: LoadedModel,
-    cases: Sequence[Case],
-    rates: Sequence[float],
-    presses: Sequence[str],
-    right: dict[str, list[bool]],
-    documents: Sequence[Document],
-) -> dict[str, Any]:
-    """What the runner is asked to do, as JSON; budgets are those of our sheets at the same rates."""
-    backbone = model.backbone
-    told = [{**prompts(model, case, rates), "asked": any(right[case.name])} for case in cases]
-    layout = ChatLayout(backbone.tokenizer)
+def report(python: Path, model: LoadedModel, cases: Sequence[Case], rates: Sequence[float]) -> dict[str, Any]:
+    """Versions there, our `finch` against FinchPress on the first cases of different families, and build times."""
+    first = list({case.family: case for case in reversed(cases)}.values())[-_COMPARED:]
+    documents = timed_documents(model, cases)
+    layout = ChatLayout(model.backbone.tokenizer)
     long = TokenizedCorpus.build(documents, layout.head(cases[0].task.instruction), layout.encoder)
-    chosen = [case for case in told if case["asked"]][:: max(1, len(told) // _COMPARED)][:_COMPARED]
+    told = [prompts(model, case, rates) for case in first]
+    timing = {
+        "context": long.ids.tolist(),
+        "guide": prompts(model, cases[0], rates)["guide"],
+        "budget": int(len(long) / _TIMED_RATE),
+        "rounds": _ROUNDS,
+    }
+    results = run(python, {**_job(model), "finch": told, "timing": timing})
+    build = next(line for line in results if "build" in line)
+    return {
+        "versions": next(line["versions"] for line in results if "versions" in line),
+        "finch": finch_against(model, first, [line for line in results if "finch" in line]),
+        "build": build_against(model, documents, cases[0], timing, build),
+    }
+
+
+def _job(model: LoadedModel) -> dict[str, Any]:
+    """What every job says; budgets are those of our sheets at the same rates."""
+    backbone = model.backbone
     return {
         "model": str(backbone.model.config._name_or_path),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "stop": sorted(backbone.eos_ids),
-        "max_tokens": _MAX_TOKENS,
-        "presses": list(presses),
-        "cases": told,
-        "finch": chosen,
-        "timing": {
-            "context": long.ids.tolist(),
-            "guide": told[0]["guide"],
-            "budget": int(len(long) / _TIMED_RATE),
-            "rounds": _ROUNDS,
-        },
+        "presses": [],
+        "cases": [],
+        "finch": [],
+        "timing": None,
     }
 
 
@@ -147,6 +134,7 @@ def prompts(model: LoadedModel, case: Case, rates: Sequence[float]) -> dict[str,
         "guide": layout.encoder.after(layout.guide(case.task).scored).tolist(),
         "questions": [asked(question, False) for question in case.questions],
         "after_guide": [asked(question, True) for question in case.questions],
+        "most": case.most_tokens(model.backbone.tokenizer),
         "budgets": [[rate, int(len(corpus) / rate)] for rate in rates],
     }
 
@@ -173,9 +161,18 @@ def finch_against(
     same: dict[str, list[bool]] = {}
     shared: dict[str, list[float]] = {}
     for line in results:
+        if "error" in line:
+            logger.warning("FinchPress failed at %gx: %s", line["rate"], line["error"])
+            continue
         case = by_name[line["finch"]]
         sheet = build_sheet(
-            model.backbone, case.documents, case.task, rate=line["rate"], scorer="finch", guide="dropped", chunk_tokens=0
+            model.backbone,
+            case.documents,
+            case.task,
+            rate=line["rate"],
+            scorer="finch",
+            guide="dropped",
+            chunk_tokens=0,
         )
         for form, layers in line["kept"].items():
             for mine, theirs in zip(sheet.indices, layers, strict=True):
@@ -211,7 +208,11 @@ def build_against(
         return build_sheet(backbone, documents, case.task, rate=_TIMED_RATE, scorer=scorer, guide="dropped")
 
     here = _medians(
-        {"plain prefill": lambda: _plain(backbone, ids), "finch": lambda: built("finch"), "default": lambda: built(None)}
+        {
+            "plain prefill": lambda: _plain(backbone, ids),
+            "finch": lambda: built("finch"),
+            "default": lambda: built(None),
+        }
     )
     there = theirs.get("seconds")
     sides = {f"{name}, here": (took, here["plain prefill"]) for name, took in here.items()}

@@ -69,7 +69,7 @@ class Peer:
         torch.set_grad_enabled(False)
         dtype = getattr(torch, job["dtype"])
         self.model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation="sdpa").eval()
-        self.stop, self.most = set(job["stop"]), job["max_tokens"]
+        self.stop = set(job["stop"])
 
     def prefill(self, ids: Sequence[int], press: Any = None) -> DynamicCache:
         """The cache that a press leaves of a prompt."""
@@ -82,19 +82,21 @@ class Peer:
                 self.model.model(**inputs)
         return cache
 
-    def answers(self, cache: DynamicCache, start: int, questions: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Greedy answers to questions that stand at position `start`; the cache is left as it was."""
+    def answers(
+        self, cache: DynamicCache, start: int, questions: Sequence[Sequence[int]], most: int
+    ) -> list[list[int]]:
+        """Greedy answers of at most `most` tokens to questions at position `start`; the cache is left as it was."""
         lengths = [layer.keys.shape[2] for layer in cache.layers]
         found = []
         for question in questions:
-            found.append(list(self._answer(cache, start, question)))
+            found.append(list(self._answer(cache, start, question, most)))
             for layer, length in zip(cache.layers, lengths, strict=True):
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         return found
 
-    def _answer(self, cache: DynamicCache, start: int, question: Sequence[int]) -> Iterator[int]:
+    def _answer(self, cache: DynamicCache, start: int, question: Sequence[int], most: int) -> Iterator[int]:
         ids = torch.tensor([list(question)])
-        for _ in range(self.most):
+        for _ in range(most):
             positions = torch.arange(start, start + ids.shape[1])[None]
             logits = self.model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
             start += ids.shape[1]
@@ -122,7 +124,7 @@ def answer(peer: Peer, kv: Any, name: str, case: Mapping[str, Any], budget: int)
     window = guide if way.guided else 0
     total, kept = len(case["context"]) + window, budget
     if way.kept and budget <= window:
-        raise ValueError(f"the guide is no shorter than the budget ({guide} tokens)")
+        raise ValueError("its guide is as long as the budget")
     press = way.make(kv, window)
     if window and not way.kept:
         _forget(getattr(press, "press", press), window)
@@ -134,7 +136,7 @@ def answer(peer: Peer, kv: Any, name: str, case: Mapping[str, Any], budget: int)
     tokens, nbytes, held = peer.size(cache)
     rotated = name.startswith("FinchPress")
     start = cache.get_seq_length() if rotated else len(case["context"]) + (window if way.kept else 0)
-    found = peer.answers(cache, start, case["after_guide" if way.kept else "questions"])
+    found = peer.answers(cache, start, case["after_guide" if way.kept else "questions"], case["most"])
     return {"tokens": tokens, "bytes": nbytes, "held": held, "seconds": seconds, "answers": found}
 
 
@@ -163,7 +165,8 @@ def finch_keeps(peer: Peer, case: Mapping[str, Any], budget: int) -> dict[str, l
     window, length = len(case["guide"]), len(case["context"])
     forms = {"as it is": False, "without weights": False, "without weights, one set per layer": True}
     for name, one_set in forms.items():
-        press, layers = _finch(kvpress, window), []
+        press = _finch(kvpress, window)
+        layers: list[list[list[int]]] = []
         press.normalize_scores = name == "as it is"
         press.compression_ratio = 1 - (budget + window + 0.5) / (length + window)
         if one_set:
@@ -197,7 +200,8 @@ def build_times(peer: Peer, job: Mapping[str, Any]) -> dict[str, float]:
     """Median processor seconds of a plain prefill and of FinchPress, in turn."""
     import kvpress
 
-    context, guide, times = job["context"], job["guide"], {"plain prefill": [], "FinchPress": []}  # type: ignore[var-annotated]
+    context, guide = job["context"], job["guide"]
+    times: dict[str, list[float]] = {"plain prefill": [], "FinchPress": []}
     for _ in range(job["rounds"]):
         for name, ids in (("plain prefill", context), ("FinchPress", [*context, *guide])):
             press = _finch(kvpress, len(guide)) if name == "FinchPress" else None
@@ -216,10 +220,10 @@ def work(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
     for case in job["cases"]:
         cache = peer.prefill(case["context"])
         tokens, nbytes, held = peer.size(cache)
-        found = peer.answers(cache, len(case["context"]), case["questions"])
+        found = peer.answers(cache, len(case["context"]), case["questions"], case["most"])
         size = {"tokens": tokens, "bytes": nbytes, "held": held}
         tell({"case": case["name"], "press": FULL, "rate": 1.0, **size, "answers": found})
-        for name in job["presses"] if case["asked"] else ():
+        for name in job["presses"]:
             for rate, budget in case["budgets"]:
                 where = {"case": case["name"], "press": name, "rate": rate}
                 _try(tell, where, lambda name=name, case=case, budget=budget: _answer(peer, name, case, budget))  # type: ignore[misc]
@@ -227,7 +231,8 @@ def work(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
         for rate, budget in case["budgets"]:
             where = {"finch": case["name"], "rate": rate}
             _try(tell, where, lambda case=case, budget=budget: {"kept": finch_keeps(peer, case, budget)})  # type: ignore[misc]
-    _try(tell, {"build": True}, lambda: {"seconds": build_times(peer, job["timing"])})
+    if job["timing"]:
+        _try(tell, {"build": True}, lambda: {"seconds": build_times(peer, job["timing"])})
 
 
 def _answer(peer: Peer, name: str, case: Mapping[str, Any], budget: int) -> Answered:

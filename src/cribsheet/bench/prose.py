@@ -50,7 +50,9 @@ def passages_of(text: str, title: str) -> list[Passage]:
 
     named = _TITLE.search(text)
     paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=[A-Z][^\n]{200})", text)]
-    kept = [part for part in paragraphs if len(part) > 80 and _PROSE.search(part) and not part.startswith(("PEP:", ".."))]
+    kept = [
+        part for part in paragraphs if len(part) > 80 and _PROSE.search(part) and not part.startswith(("PEP:", ".."))
+    ]
     return [Passage(named[1].strip() if named else title, part) for part in kept]
 
 
@@ -93,7 +95,8 @@ def _questions(window: Sequence[Passage], r: random.Random) -> list[Found]:
 
 def _divided(found: Sequence[Found]) -> tuple[list[ReadingQuestion], list[ReadingQuestion]]:
     """Three examples, and the questions about other paragraphs that share no answer with them."""
-    shown, read = [], set()
+    shown: list[ReadingQuestion] = []
+    read: set[str] = set()
     for question, passage in found:
         if len(shown) == _EXAMPLES:
             break

@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 FULL, CLOSED = "full context", "closed book"
 RATES = (4.0, 8.0, 16.0, 32.0, 64.0)
-_MAX_TOKENS = 64  # of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,41 +105,79 @@ class Options:
     tokens: tuple[int, ...] = (1000,)
     rates: tuple[float, ...] = RATES
     methods: tuple[str, ...] = USUAL
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
+    questions: int = 4
     text: Path | None = None
     peers: Path | None = None
     threads: int = 1
 
 
 def run(options: Options, *, file: Path | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Measure, show a table, and write setup, lines and every row to `file`, with a page beside it."""
+    """Measure, show a table, and write setup, lines and every row to `file`, with a page beside it.
+
+    A run that was interrupted goes on after the cases that `file` has.
+    """
     for name in options.methods:
         if name not in NAMES:
             raise RequestError(f"There is no method {name!r}; use {', '.join(NAMES)}.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(options.threads)
-    began = time.perf_counter()
     model = LoadedModel.get(options.model)
     text = options.text.read_text(encoding="utf-8") if options.text else None
     cases = [
         case
         for tokens in options.tokens
         for seed in options.seeds
-        for case in make_cases(options.families, options.cases, Wanted(tokens, seed, text))
+        for case in make_cases(options.families, options.cases, Wanted(tokens, seed, text, options.questions))
     ]
-    rows = list(measure(model, cases, [m for m in METHODS if m.name in options.methods], options.rates))
-    result: dict[str, Any] = {"setup": setup(model, options), "peers": None}
+    result = _before(file, setup(model, options))
+    rows = [Row(**row) for row in result["rows"]]
+    chosen = [m for m in METHODS if m.name in options.methods]
+    for case in cases:
+        if case.name not in result["done"]:
+            began = time.perf_counter()
+            rows += _case_rows(model, case, chosen, options, result["peers"])
+            result["done"].append(case.name)
+            result["seconds"] += round(time.perf_counter() - began, 1)
+            _write(file, {**result, "rows": [asdict(row) for row in rows]})
     if options.peers:
-        found = peers.compare(options.peers, model, cases, options.rates, rows)
-        rows += found.rows
-        result["peers"] = found.report
-    result["setup"]["seconds"] = round(time.perf_counter() - began, 1)
+        result["peers"] |= peers.report(options.peers, model, cases, options.rates)
     result |= {"lines": summary(rows), "rows": [asdict(row) for row in rows]}
     print_table(result, console or Console(width=150))
+    _write(file, result)
     if file:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(page(result), encoding="utf-8")
     return result
+
+
+def _case_rows(
+    model: LoadedModel, case: Case, methods: Sequence[Method], options: Options, told: dict[str, Any]
+) -> list[Row]:
+    """Rows of a case by our methods and by the peers, whose failures are told."""
+    rows = list(measure(model, [case], methods, options.rates))
+    full = [row for row in rows if row.method == FULL]
+    if options.peers and any(row.retained for row in full):
+        found = peers.ask(options.peers, model, case, options.rates, full)
+        rows += found.rows
+        told["failed"] += found.failed
+        told["same"] += found.same
+    return rows
+
+
+def _before(file: Path | None, made: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same command has done, or nothing yet."""
+    fresh = {"setup": made, "seconds": 0.0, "done": [], "peers": {"failed": [], "same": []}, "rows": []}
+    if file is None or not file.exists():
+        return fresh
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if "lines" not in found and found["setup"] == json.loads(json.dumps(made)) else fresh
+
+
+def _write(file: Path | None, result: dict[str, Any]) -> None:
+    if file:
+        unfinished = file.with_name(file.name + ".unfinished")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(file)
 
 
 def measure(
@@ -187,7 +224,8 @@ def _answers(
         method.task(case), rate, scorer=method.scorer, guide=method.guide, allocation=method.allocation
     )
     kb = CompressedKnowledgeLLM(model, sheet)
-    streams = [kb.stream(question, max_tokens=_MAX_TOKENS, evidence=False) for question in case.questions]
+    most = case.most_tokens(model.backbone.tokenizer)
+    streams = [kb.stream(question, max_tokens=most, evidence=False) for question in case.questions]
     answers = ["".join(stream) for stream in streams]
     kb.close()
     return judged(case, method.name, rate, answers, (sheet.tokens, sheet.nbytes, sheet.nbytes), right)

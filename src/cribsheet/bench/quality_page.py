@@ -73,7 +73,9 @@ def page(result: dict[str, Any]) -> str:
         _overall(result, rates),
         *(f"## At {rate:g}×\n\n{_at(result, rate)}" for rate in rates),
         _peers_part(result),
-        "Setup: " + ", ".join(f"{key} {_short(value)}" for key, value in made.items()) + ".\n",
+        "Setup: "
+        + ", ".join(f"{key} {_short(value)}" for key, value in made.items())
+        + f", seconds {result['seconds']:.0f}.\n",
         "The page is written from `quality.json`, which holds every answer's judgement.\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -128,14 +130,14 @@ def _at(result: dict[str, Any], rate: float) -> str:
 
 def _peers_part(result: dict[str, Any]) -> str:
     report = result["peers"]
-    if not report:
+    if "finch" not in report:
         return ""
-    finch, build = report["finch"], report["build"]
+    finch, build, same = report["finch"], report["build"], report["same"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         "## The peers\n",
-        f"Run in an environment of their own ({versions}) on the same weights, token ids and questions. With its full",
-        f"cache that environment gives the same answer as ours to {report['same_answers']:.0%} of all questions.",
+        f"Run in an environment of their own ({versions}) on the same weights, token ids and questions. With nothing",
+        f"dropped, it is right and wrong about the same questions as we are: {sum(same)} of {len(same)} agree.",
         *(f"\n{line}" for line in _refused(result)),
         "\n### `finch` against FinchPress, one chunk, the guide as window\n",
         "| FinchPress | heads whose kept tokens are ours | kept tokens shared |",
@@ -154,7 +156,7 @@ def _peers_part(result: dict[str, Any]) -> str:
 def _refused(result: dict[str, Any]) -> list[str]:
     """What each press could not do, and why."""
     found: dict[tuple[str, str], list[float]] = {}
-    for each in (result["peers"] or {"failed": ()})["failed"]:
+    for each in result["peers"]["failed"]:
         found.setdefault((each["press"], each["error"]), []).append(each["rate"])
     return [
         f"{press} failed {len(rates)} times, at {', '.join(f'{rate:g}×' for rate in sorted(set(rates)))}: {error}"

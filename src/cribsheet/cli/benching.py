@@ -53,6 +53,7 @@ def quality(
         list[str] | None, typer.Option("--family", metavar="NAME", help="Repeatable.  [default: all]")
     ] = None,
     cases: Annotated[int, typer.Option(metavar="N", help="Of each family, length and seed.")] = 1,
+    questions: Annotated[int, typer.Option(metavar="N", help="About each case, at most.")] = 4,
     tokens: Annotated[
         list[int] | None, typer.Option(metavar="N", help="Length of a case's documents; repeatable.  [default: 1000]")
     ] = None,
@@ -62,7 +63,7 @@ def quality(
     methods: Annotated[
         list[str] | None, typer.Option("--method", metavar="NAME", help="Repeatable.  [default: those that tell most]")
     ] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable.  [default: 0 1 2]")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable.  [default: 0 1]")] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text that `reading` asks about.")] = None,
     peers: Annotated[
         Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress; its presses are asked too.")
@@ -80,5 +81,6 @@ def quality(
 
     lists = {"families": families, "tokens": tokens, "rates": rates, "methods": methods, "seeds": seeds}
     given = {name: tuple(values) for name, values in lists.items() if values}
-    run(Options(model=model, cases=cases, text=text, peers=peers, threads=threads, **given), file=as_json)  # type: ignore[arg-type]
+    counts = {"cases": cases, "questions": questions, "threads": threads}
+    run(Options(model=model, text=text, peers=peers, **counts, **given), file=as_json)  # type: ignore[arg-type]
     return 0
