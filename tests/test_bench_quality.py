@@ -176,7 +176,7 @@ def test_lines_count_what_full_context_answers_by_family_and_together():
 def test_a_run_writes_rows_and_a_page_and_goes_on_where_it_stopped(tmp_path, capsys):
     file = tmp_path / "quality.json"
     given = ["bench", "quality", "--family", "needle", "--family", "common words", "--seed", "0", "--rate", "4"]
-    given += ["--tokens", "200", "--method", "random", "--json", str(file)]
+    given += ["--tokens", "300", "--method", "random", "--json", str(file)]
     assert run(given) == 0
     result = json.loads(file.read_text())
     shown = file.with_suffix(".md").read_text()

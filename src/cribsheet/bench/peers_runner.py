@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 FULL = "full cache"
 Answered = dict[str, Any]
+Read = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, Any, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ def _finch(kv: Any, window: int) -> Any:
 WAYS: dict[str, Way] = {
     "FinchPress": Way(_finch, guided=True, kept=True),
     "FinchPress, guide dropped": Way(_finch, guided=True),
-    "SnapKV": Way(lambda kv, window: kv.SnapKVPress(window_size=window), guided=True, kept=True),
     "SnapKV, guide dropped": Way(lambda kv, window: kv.SnapKVPress(window_size=window), guided=True),
     "AdaKV(SnapKV), guide dropped": Way(
         lambda kv, window: kv.AdaKVPress(kv.SnapKVPress(window_size=window)), guided=True
@@ -51,9 +52,6 @@ WAYS: dict[str, Way] = {
     ),
     "ExpectedAttention": Way(lambda kv, window: kv.ExpectedAttentionPress()),
     "AdaKV(ExpectedAttention)": Way(lambda kv, window: kv.AdaKVPress(kv.ExpectedAttentionPress())),
-    "CriticalAdaKV(ExpectedAttention)": Way(
-        lambda kv, window: kv.CriticalAdaKVPress(kv.ExpectedAttentionPress(use_vnorm=False))
-    ),
     "KVzip": Way(lambda kv, window: kv.KVzipPress()),
     "KeyDiff": Way(lambda kv, window: kv.KeyDiffPress()),
     "Compactor": Way(lambda kv, window: kv.CompactorPress()),
@@ -80,6 +78,34 @@ class Peer:
         else:
             with press(self.model):
                 self.model.model(**inputs)
+        return cache
+
+    def read(self, ids: Sequence[int]) -> list[Read]:
+        """What every attention layer reads and writes in a plain prefill: all that a press is told."""
+        found: list[Read] = []
+
+        def note(module: Any, _: Any, given: dict[str, Any], output: Any) -> None:
+            layer = given["past_key_values"].layers[module.layer_idx]
+            found.append((module, given["hidden_states"], layer.keys, layer.values, output[1], given))
+
+        blocks = self.model.model.layers
+        for block in blocks:
+            block.self_attn.rotary_emb = self.model.model.rotary_emb  # presses look for it there
+        hooks = [block.self_attn.register_forward_hook(note, with_kwargs=True) for block in blocks]
+        try:
+            self.prefill(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def condensed(self, press: Any, read: Sequence[Read]) -> DynamicCache:
+        """The cache that a press leaves of what was read; it acts after each layer and changes no later one."""
+        press.post_init_from_model(self.model)
+        cache = DynamicCache()
+        for module, *told in read:
+            module.masked_key_indices = None
+            cache.update(*press.compress(module, *told), module.layer_idx)
         return cache
 
     def answers(
@@ -118,8 +144,10 @@ class Peer:
         return kept / heads, kept * per_token, held
 
 
-def answer(peer: Peer, kv: Any, name: str, case: Mapping[str, Any], budget: int) -> Answered:
-    """A press at one budget, which counts what is kept of the guide."""
+def answer(
+    peer: Peer, kv: Any, name: str, case: Mapping[str, Any], budget: int, read: dict[int, list[Read]]
+) -> Answered:
+    """A press at one budget, which counts what is kept of the guide; `read` is what was read, by length of guide."""
     way, guide = WAYS[name], len(case["guide"])
     window = guide if way.guided else 0
     total, kept = len(case["context"]) + window, budget
@@ -130,14 +158,17 @@ def answer(peer: Peer, kv: Any, name: str, case: Mapping[str, Any], budget: int)
         _forget(getattr(press, "press", press), window)
     press.compression_ratio = 1 - (kept + 0.5) / total  # presses keep the integral part of what is left
     torch.manual_seed(0)
-    began = time.process_time()
-    cache = peer.prefill([*case["context"], *(case["guide"] if window else ())], press)
-    seconds = time.process_time() - began
+    if name == "KVzip":  # reads the context again, so it has to be there
+        cache = peer.prefill(case["context"], press)
+    else:
+        if window not in read:
+            read[window] = peer.read([*case["context"], *(case["guide"] if window else ())])
+        cache = peer.condensed(press, read[window])
     tokens, nbytes, held = peer.size(cache)
     rotated = name.startswith("FinchPress")
     start = cache.get_seq_length() if rotated else len(case["context"]) + (window if way.kept else 0)
     found = peer.answers(cache, start, case["after_guide" if way.kept else "questions"], case["most"])
-    return {"tokens": tokens, "bytes": nbytes, "held": held, "seconds": seconds, "answers": found}
+    return {"tokens": tokens, "bytes": nbytes, "held": held, "answers": found}
 
 
 def _forget(press: Any, window: int) -> None:
@@ -152,7 +183,7 @@ def _forget(press: Any, window: int) -> None:
     press.score = score
 
 
-def finch_keeps(peer: Peer, case: Mapping[str, Any], budget: int) -> dict[str, list[list[list[int]]]]:
+def finch_keeps(peer: Peer, case: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """The context's tokens (layers, heads, budget) that FinchPress keeps beside its window.
 
     As it is; without its weights by visible tokens; and so with one set of tokens for all heads of a layer.
@@ -183,7 +214,7 @@ def finch_keeps(peer: Peer, case: Mapping[str, Any], budget: int) -> dict[str, l
         finally:
             finch_press.KeyRerotationPress = plain
         found[name] = layers
-    return found
+    return {"kept": found}
 
 
 def _pool(press: Any) -> None:
@@ -196,7 +227,7 @@ def _pool(press: Any) -> None:
     press.score = score
 
 
-def build_times(peer: Peer, job: Mapping[str, Any]) -> dict[str, float]:
+def build_times(peer: Peer, job: Mapping[str, Any]) -> dict[str, Any]:
     """Median processor seconds of a plain prefill and of FinchPress, in turn."""
     import kvpress
 
@@ -210,7 +241,7 @@ def build_times(peer: Peer, job: Mapping[str, Any]) -> dict[str, float]:
             began = time.process_time()
             peer.prefill(ids, press)
             times[name].append(time.process_time() - began)
-    return {name: median(each) for name, each in times.items()}
+    return {"seconds": {name: median(each) for name, each in times.items()}}
 
 
 def work(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
@@ -223,22 +254,23 @@ def work(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
         found = peer.answers(cache, len(case["context"]), case["questions"], case["most"])
         size = {"tokens": tokens, "bytes": nbytes, "held": held}
         tell({"case": case["name"], "press": FULL, "rate": 1.0, **size, "answers": found})
+        read: dict[int, list[Read]] = {}
         for name in job["presses"]:
             for rate, budget in case["budgets"]:
                 where = {"case": case["name"], "press": name, "rate": rate}
-                _try(tell, where, lambda name=name, case=case, budget=budget: _answer(peer, name, case, budget))  # type: ignore[misc]
+                _try(tell, where, partial(_answer, peer, name, case, budget, read))
     for case in job["finch"]:
         for rate, budget in case["budgets"]:
             where = {"finch": case["name"], "rate": rate}
-            _try(tell, where, lambda case=case, budget=budget: {"kept": finch_keeps(peer, case, budget)})  # type: ignore[misc]
+            _try(tell, where, partial(finch_keeps, peer, case, budget))
     if job["timing"]:
-        _try(tell, {"build": True}, lambda: {"seconds": build_times(peer, job["timing"])})
+        _try(tell, {"build": True}, partial(build_times, peer, job["timing"]))
 
 
-def _answer(peer: Peer, name: str, case: Mapping[str, Any], budget: int) -> Answered:
+def _answer(peer: Peer, name: str, case: Mapping[str, Any], budget: int, read: dict[int, list[Read]]) -> Answered:
     import kvpress  # a run without it says so for each press, and still compares full caches
 
-    return answer(peer, kvpress, name, case, budget)
+    return answer(peer, kvpress, name, case, budget, read)
 
 
 def _version() -> str:

@@ -97,6 +97,29 @@ make peers
 """
 
 
+_PEERS = """## The peers
+
+The presses of kvpress run in an environment of their own ({versions}) on the same weights, token ids and questions.
+With nothing dropped, {agree} of {questions} answers there are as right or wrong as ours.
+
+- Presses that score by a window of queries read our guide (task line and examples) after the context, as that window.
+  *FinchPress* keeps it, as it comes; its tokens count in the budget, and questions follow it as further turns.
+  *Guide dropped* gives it the worst score instead of the best. All other presses read the context only.
+- Questions stand where the pipeline of kvpress puts them: after the whole context, or, where keys are re-rotated
+  (FinchPress), after the kept ones.
+- AdaKV and KVzip hide tokens and drop none; *KiB* counts what is not hidden, *held* what memory holds.
+"""
+
+_FINCH = """### `finch` against FinchPress
+
+One chunk, the guide as window, budgets of all rates. Ours is FINCH as first published: one set of tokens for all heads
+of a layer, by attention summed over heads and rows. FinchPress chooses for each key/value head, and weights rows by
+how many tokens they see. Told to do as we do, it keeps the very same tokens.
+
+| FinchPress | heads whose kept tokens are ours | kept tokens shared |
+|---|---|---|"""
+
+
 def _family_table(result: dict[str, Any]) -> str:
     lines = _indexed(result)
     rows = ["| family | questions | full context | closed book | counted |", "|---|---|---|---|---|"]
@@ -135,16 +158,13 @@ def _peers_part(result: dict[str, Any]) -> str:
     finch, build, same = report["finch"], report["build"], report["same"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        "## The peers\n",
-        f"Run in an environment of their own ({versions}) on the same weights, token ids and questions. With nothing",
-        f"dropped, it is right and wrong about the same questions as we are: {sum(same)} of {len(same)} agree.",
-        *(f"\n{line}" for line in _refused(result)),
-        "\n### `finch` against FinchPress, one chunk, the guide as window\n",
-        "| FinchPress | heads whose kept tokens are ours | kept tokens shared |",
-        "|---|---|---|",
+        _PEERS.format(versions=versions, agree=sum(same), questions=len(same)),
+        *(f"{line}\n" for line in _refused(result)),
+        _FINCH,
         *(f"| {name} | {each['same']:.4f} | {each['shared']:.4f} |" for name, each in finch.items()),
-        f"\n### Build time\n\nMedian of {build['rounds']} rounds in turn, {build['tokens']} tokens, one process each",
-        "and one thread, over a plain prefill there:\n",
+        "\n### Build time\n",
+        f"Median of {build['rounds']} rounds in turn, {build['tokens']} tokens, {build['rate']:g}×, one thread;",
+        "each ratio is to a plain prefill in the same process.\n",
         "| | seconds | over plain prefill |",
         "|---|---|---|",
         *(f"| {name} | {each['seconds']:.3f} | {each['ratio']:.2f} |" for name, each in build["sides"].items()),
