@@ -85,8 +85,8 @@ def estimate(
     told = [(q, a) for q, a, b in zip(asked, full, bare, strict=True) if normalise(a) not in ("", normalise(b))]
     if whole is None or not told:
         raise RequestError(
-            f"None of {len(asked)} questions is answered from the sample of {len(chosen)} documents; give examples about "
-            "names in the documents, questions of your own, or a larger sample."
+            f"None of {len(asked)} questions is answered from the sample of {len(chosen)} documents; give examples "
+            "about names in the documents, questions of your own, or a larger sample."
         )
     total = len(TokenizedCorpus.build(documents, layout.head(task.instruction), layout.encoder))
     predicted = []
@@ -102,9 +102,7 @@ def estimate(
     return Estimate(len(chosen), whole.manifest.corpus_tokens, total, [q for q, _ in told], predicted)
 
 
-def sample(
-    documents: Sequence[Document], task: Task, tokens: int, layout: ChatLayout, seed: int = 0
-) -> list[Document]:
+def sample(documents: Sequence[Document], task: Task, tokens: int, layout: ChatLayout, seed: int = 0) -> list[Document]:
     """Documents of about so many tokens, in the corpus's order: those that hold an example's answer, then any.
 
     The last one is cut where the room ends. Without what the examples are about, nothing could be asked like them.

@@ -32,16 +32,19 @@ from cribsheet.bench.several import Sheets
 from cribsheet.build import GuideMode
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, RequestError
+from cribsheet.fingerprint import fingerprint
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
 from cribsheet.selection import Allocation
 from cribsheet.task import Task
+from cribsheet.template import ChatLayout
 
 __all__ = ["METHODS", "Case", "Method", "Options", "Row", "held_out_cases", "measure", "run", "setup"]
 
 logger = logging.getLogger(__name__)
 
 FULL, CLOSED = "full context", "closed book"
+_CASES = ("families", "cases", "tokens", "seeds")  # what a case is named by; a run may go on with more of them
 RATES = (4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -115,7 +118,7 @@ class Options:
 def run(options: Options, *, file: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Measure, show a table, and write setup, lines and every row to `file`, with a page beside it.
 
-    A run that was interrupted goes on after the cases that `file` has.
+    A run that was interrupted, or one of fewer cases, goes on with those that `file` does not have.
     """
     for name in options.methods:
         if name not in NAMES:
@@ -130,7 +133,7 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
         for seed in options.seeds
         for case in make_cases(options.families, options.cases, Wanted(tokens, seed, text, options.questions))
     ]
-    result = _before(file, setup(model, options))
+    result = _before(file, setup(model, options), {case.name for case in cases})
     rows = [Row(**row) for row in result["rows"]]
     chosen = [m for m in METHODS if m.name in options.methods]
     for case in cases:
@@ -139,7 +142,13 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
             rows += _case_rows(model, case, chosen, options, result["peers"])
             result["done"].append(case.name)
             result["seconds"] += round(time.perf_counter() - began, 1)
-            _write(file, {**result, "rows": [asdict(row) for row in rows]})
+            _write(
+                file,
+                {
+                    **{key: result[key] for key in ("setup", "seconds", "done", "peers")},
+                    "rows": [asdict(row) for row in rows],
+                },
+            )
     if options.peers:
         result["peers"] |= peers.report(options.peers, model, cases, options.rates)
     result |= {"lines": summary(rows), "rows": [asdict(row) for row in rows]}
@@ -164,13 +173,18 @@ def _case_rows(
     return rows
 
 
-def _before(file: Path | None, made: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run of the same command has done, or nothing yet."""
+def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[str, Any]:
+    """What an earlier run has done, if it was interrupted or had some of these cases; else nothing."""
     fresh = {"setup": made, "seconds": 0.0, "done": [], "peers": {"failed": [], "same": []}, "rows": []}
     if file is None or not file.exists():
         return fresh
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found if "lines" not in found and found["setup"] == json.loads(json.dumps(made)) else fresh
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    before, now = found["setup"], json.loads(json.dumps(made))
+    finished = "lines" in found and before == now
+    alike = cases.issuperset(found["done"]) and all(
+        before.get(key) == value for key, value in now.items() if key not in _CASES
+    )
+    return {**found, "setup": made} if alike and not finished else fresh
 
 
 def _write(file: Path | None, result: dict[str, Any]) -> None:
@@ -208,6 +222,7 @@ def setup(model: LoadedModel, arguments: object) -> dict[str, Any]:
     return {
         **{key: value for key, value in vars(arguments).items() if key not in ("json", "text", "peers")},
         "model": model.backbone.name,
+        "weights": fingerprint(model.backbone, ChatLayout(model.backbone.tokenizer)).weights,
         "dtype": str(model.backbone.dtype),
         "device": str(model.backbone.device),
         "cribsheet": __version__,
