@@ -173,21 +173,21 @@ def test_lines_count_what_full_context_answers_by_family_and_together():
     assert lines[FULL, "needle"]["em"] == 0.5 and lines["kvpress KVzip", "worlds"]["held"] == 800
 
 
-def test_a_run_writes_rows_and_a_page_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_a_run_writes_rows_and_a_page_and_goes_on_with_more_cases(tmp_path, capsys):
     file = tmp_path / "quality.json"
     given = ["bench", "quality", "--family", "needle", "--family", "common words", "--seed", "0", "--rate", "4"]
-    given += ["--tokens", "300", "--method", "random", "--json", str(file)]
+    given += ["--tokens", "300", "--questions", "2", "--method", "random", "--json", str(file)]
     assert run(given) == 0
     result = json.loads(file.read_text())
     shown = file.with_suffix(".md").read_text()
-    assert shown == page(result) and "| common words | 4 |" in shown and "## At 4×" in shown
+    assert shown == page(result) and "| common words | 2 |" in shown and "## At 4×" in shown
     methods = {row["method"] for row in result["rows"] if row["family"] == "needle"}
     assert methods == {FULL, "closed book", "random"} and "random" in capsys.readouterr().out
     assert {row["method"] for row in result["rows"] if row["family"] == "common words"} == {FULL, "closed book"}
-    stopped = {key: value for key, value in result.items() if key != "lines"}
-    stopped["rows"] = [row | {"kind": "from before"} for row in result["rows"] if row["family"] == "needle"]
-    stopped["done"] = result["done"][:1]
-    file.write_text(json.dumps(stopped))
-    assert run(given) == 0
-    kinds = {row["kind"] for row in json.loads(file.read_text())["rows"] if row["family"] == "needle"}
-    assert kinds == {"from before"}
+    result["rows"] = [row | {"kind": "from before"} for row in result["rows"]]
+    file.write_text(json.dumps(result))
+    assert run([*given, "--family", "frequent words"]) == 0
+    more = json.loads(file.read_text())
+    assert more["done"] == ["needle/300/0/0", "common words/300/0/0", "frequent words/300/0/0"]
+    kinds = {row["kind"] for row in more["rows"] if row["family"] != "frequent words"}
+    assert kinds == {"from before"} and {"frequent"} == {row["kind"] for row in more["rows"]} - kinds
