@@ -7,6 +7,7 @@ by rule (`prose.py`), and `connectivity` is the set of arXiv 2503.04973.
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,12 @@ from cribsheet.task import Task
 if TYPE_CHECKING:
     from cribsheet_pocket.world import Question, World
 
+logger = logging.getLogger(__name__)
+
 Maker = Callable[["Wanted"], Iterator[Case]]
 
 _PATIENCE = 60  # worlds drawn for one that fits
-_FEW, _MANY = 8, 12  # needles in prose, and needles that distract from each other
+_FEW, _MANY = 10, 12  # needles in prose, and needles that distract from each other
 _LEVELS = (1, 2, 4)  # projects of each person
 
 
@@ -49,6 +52,9 @@ def make_cases(families: Sequence[str], each: int, wanted: Wanted) -> list[Case]
     made = [
         (name, number, case) for name in families for number, case in enumerate(islice(FAMILIES[name](wanted), each))
     ]
+    for name in families:
+        if (found := sum(name == family for family, _, _ in made)) < each:
+            logger.warning("%s has %d of %d cases at %d tokens, seed %d", name, found, each, wanted.tokens, wanted.seed)
     return [
         replace(
             case,

@@ -39,7 +39,7 @@ from cribsheet.template import ChatLayout
 logger = logging.getLogger(__name__)
 
 RUNNER = Path(__file__).with_name("peers_runner.py")
-_TIMED_TOKENS, _TIMED_RATE, _ROUNDS = 4096, 8.0, 3
+_TIMED_TOKENS, _TIMED_RATE, _ROUNDS = 1024, 8.0, 3
 _COMPARED = 3  # families of which a case's kept tokens are compared with FinchPress
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,10 @@ __all__ = ["METHODS", "Case", "Method", "Options", "Row", "held_out_cases", "mea
 logger = logging.getLogger(__name__)
 
 FULL, CLOSED = "full context", "closed book"
+_FLAGS = {
+    "model": "model", "family": "families", "cases": "cases", "questions": "questions", "tokens": "tokens",
+    "rate": "rates", "method": "methods", "seed": "seeds", "text": "text", "peers": "peers", "threads": "threads",
+}  # fmt: skip
 _CASES = ("families", "cases", "tokens", "seeds")  # what a case is named by; a run may go on with more of them
 RATES = (4.0, 8.0, 16.0, 32.0, 64.0)
 
@@ -115,6 +120,16 @@ class Options:
     threads: int = 1
 
 
+def command(options: Options) -> str:
+    """The command line of a run, without what it does anyway."""
+    words = ["cribsheet bench quality"]
+    for flag, name in _FLAGS.items():
+        value = getattr(options, name)
+        if value != getattr(Options(), name):
+            words += [f"--{flag} {shlex.quote(str(each))}" for each in (value if isinstance(value, tuple) else [value])]
+    return " ".join(words)
+
+
 def run(options: Options, *, file: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Measure, show a table, and write setup, lines and every row to `file`, with a page beside it.
 
@@ -151,7 +166,7 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
             )
     if options.peers:
         result["peers"] |= peers.report(options.peers, model, cases, options.rates)
-    result |= {"lines": summary(rows), "rows": [asdict(row) for row in rows]}
+    result |= {"command": command(options), "lines": summary(rows), "rows": [asdict(row) for row in rows]}
     print_table(result, console or Console(width=150))
     _write(file, result)
     if file:

@@ -68,6 +68,7 @@ def page(result: dict[str, Any]) -> str:
             rates=", ".join(f"{rate:g}" for rate in rates),
             tokens=" and ".join(map(str, made["tokens"])),
             families=_family_table(result),
+            command=result["command"],
         ),
         "## All families together\n\nShare of the questions that full context answers, with its 95 % interval.\n",
         _overall(result, rates),
@@ -90,7 +91,7 @@ A guide's examples name other people and things than the questions do. Budgets c
 *query-aware* is guided by the very questions and their answers, which no user can.
 
 ```sh
-make peers
+{command}
 ```
 
 {families}
