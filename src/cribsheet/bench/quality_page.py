@@ -69,6 +69,8 @@ def page(result: dict[str, Any]) -> str:
             tokens=" and ".join(map(str, made["tokens"])),
             families=_family_table(result),
             command=result["command"],
+            cases=made["cases"] * len(made["seeds"]) * len(made["tokens"]),
+            seeds=" ".join(map(str, made["seeds"])),
         ),
         "## All families together\n\nShare of the questions that full context answers, with its 95 % interval.\n",
         _overall(result, rates),
@@ -84,8 +86,8 @@ def page(result: dict[str, Any]) -> str:
 
 _HEAD = """# Quality
 
-How much of what full context answers survives compression, at {rates} times fewer tokens. Each family of tasks is
-drawn from several seeds, {tokens} tokens of documents a case; a sheet is built for each case, method and rate.
+How much of what full context answers survives compression, at {rates} times fewer tokens. Each family of tasks has
+{cases} cases of {tokens} tokens of documents (seeds {seeds}); a sheet is built for each case, method and rate.
 A guide's examples name other people and things than the questions do. Budgets count what is kept of the guide.
 *Default* is what `build` does with a description and three or four examples; *zero-effort* has the description only;
 *query-aware* is guided by the very questions and their answers, which no user can.
