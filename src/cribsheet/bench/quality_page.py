@@ -87,7 +87,7 @@ def page(result: dict[str, Any]) -> str:
 _HEAD = """# Quality
 
 How much of what full context answers survives compression, at {rates} times fewer tokens. Each family of tasks has
-{cases} cases of {tokens} tokens of documents (seeds {seeds}); a sheet is built for each case, method and rate.
+{cases} case(s) of {tokens} tokens of documents (seeds: {seeds}); a sheet is built for each case, method and rate.
 A guide's examples name other people and things than the questions do. Budgets count what is kept of the guide.
 *Default* is what `build` does with a description and three or four examples; *zero-effort* has the description only;
 *query-aware* is guided by the very questions and their answers, which no user can.
