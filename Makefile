@@ -4,10 +4,11 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+PEERS := .venv-peers
 FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality connectivity certainty \
+.PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers connectivity certainty \
 	memory throughput speed speed-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
@@ -53,8 +54,16 @@ support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a tes
 	CRIBSHEET_SUPPORT=docs/reference/support PYTHONPATH=src $(OLDEST)/bin/python -m pytest tests/test_truths.py
 	$(RUN)/python docs/support_table.py
 
-quality: $(READY)  ## what survives compression, by method and rate (half an hour)
-	$(RUN)/python -m cribsheet.bench.quality --worlds 8 --json docs/benchmarks/quality.json
+$(PEERS)/.ready: Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.2.0 kvpress==0.5.5
+	touch $@
+
+quality: $(READY)  ## what survives compression, by method, rate and family of tasks (a quarter of an hour)
+	$(RUN)/cribsheet bench quality
+
+peers: $(READY) $(PEERS)/.ready  ## the same with the presses of kvpress, in an environment of their own, and the page (40 minutes)
+	$(RUN)/cribsheet bench quality --peers $(PEERS)/bin/python --json docs/benchmarks/quality.json
 
 connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (35 minutes on a free core)
 	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json
@@ -115,4 +124,4 @@ docs: $(READY)
 	$(RUN)/sphinx-build --quiet --fail-on-warning docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(OLDEST) docs/_build
+	rm -rf $(VENV) $(OLDEST) $(PEERS) docs/_build

@@ -193,6 +193,18 @@ def build_sheet(
     if mode != "sequential":
         raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
+    return carry_out(backbone, planned, dtype=dtype, progress=progress, checkpoint=checkpoint)
+
+
+def carry_out(
+    backbone: Backbone,
+    planned: Plan,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
+) -> Sheet:
+    """The sheet that a plan is for; arguments as in `build_sheet`."""
     stored_as = storage_dtype(dtype, backbone)
     began = time.perf_counter()
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None

@@ -48,3 +48,43 @@ def speed(
     from cribsheet.bench.speed import run
 
     return run(device=device.value, shape=shape, quick=quick, only=only or (), seconds=seconds, json=as_json, page=page)
+
+
+@bench.command()
+def quality(
+    model: Annotated[str, typer.Option(metavar="NAME", help="A folder, a hub id, or pocket.")] = "pocket",
+    families: Annotated[
+        list[str] | None, typer.Option("--family", metavar="NAME", help="Repeatable.  [default: all]")
+    ] = None,
+    cases: Annotated[int, typer.Option(metavar="N", help="Of each family, length and seed.")] = 1,
+    questions: Annotated[int, typer.Option(metavar="N", help="About each case, at most.")] = 4,
+    tokens: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Length of a case's documents; repeatable.  [default: 1000]")
+    ] = None,
+    rates: Annotated[
+        list[float] | None, typer.Option("--rate", metavar="N", help="Repeatable.  [default: 4 8 16 32 64]")
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="Repeatable.  [default: those that tell most]")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable.  [default: 0 1]")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text that `reading` asks about.")] = None,
+    peers: Annotated[
+        Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress; its presses are asked too.")
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N")] = 1,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there, and a page beside it.")
+    ] = None,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> int:
+    """What survives compression: families of questions, by method and rate, with floors and ceilings."""
+    quiet_libraries()
+    from cribsheet.bench.quality import Options, run
+
+    lists = {"families": families, "tokens": tokens, "rates": rates, "methods": methods, "seeds": seeds}
+    given = {name: tuple(values) for name, values in lists.items() if values}
+    counts = {"cases": cases, "questions": questions, "threads": threads}
+    run(Options(model=model, text=text, peers=peers, **counts, **given), file=as_json)  # type: ignore[arg-type]
+    return 0

@@ -1,0 +1,63 @@
+"""Sheets of one corpus at several rates, with what they have in common read once.
+
+What is read of the first chunk, the notes that the model writes about it included, depends on the guide and not on the
+budget. The sheets are those of `build_sheet`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from cribsheet.backbone import Backbone
+from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
+from cribsheet.chunks import Chunk
+from cribsheet.compress import Reading
+from cribsheet.documents import Document
+from cribsheet.prefix import LayerPrefix, ReadingLayer
+from cribsheet.selection import Allocation
+from cribsheet.sheet import Sheet
+from cribsheet.task import Task
+from cribsheet.template import ChatLayout
+
+
+@dataclass(frozen=True, slots=True)
+class _Once(Reading):
+    """A `Reading` that looks up what was read of a first chunk, by everything that it depends on."""
+
+    found: dict[Any, list[ReadingLayer]] = field(default_factory=dict)
+
+    def read(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> list[ReadingLayer]:
+        if start:
+            return Reading.read(self, backbone, prefix, start, chunk)
+        read = (self.guide, self.request, self.repeat, chunk.ids)
+        key = (self.scorer.guide, *(tuple(ids.tolist()) for ids in read))
+        if key not in self.found:
+            self.found[key] = Reading.read(self, backbone, prefix, start, chunk)
+        return self.found[key]
+
+
+class Sheets:
+    """The sheets of one corpus; as long as it lives, it keeps what was read."""
+
+    def __init__(self, backbone: Backbone, documents: Sequence[Document]) -> None:
+        self._backbone, self._documents = backbone, documents
+        self._layout = ChatLayout(backbone.tokenizer)
+        self._found: dict[Any, list[ReadingLayer]] = {}
+
+    def build(
+        self,
+        task: Task,
+        rate: float,
+        *,
+        scorer: str | None = None,
+        guide: GuideMode = "auto",
+        allocation: Allocation | None = None,
+    ) -> Sheet:
+        """The sheet that `build_sheet` makes with these arguments."""
+        name, shared = resolve_defaults(scorer, allocation)
+        budgets = Budgets(rate, guide=guide, allocation=shared)
+        planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
+        known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
+        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)))
