@@ -238,7 +238,7 @@ def test_json_is_all_there_is_on_stdout(cli, sheet):
     asked = cli("ask", sheet, "Who?", "--json", "--sources", "--max-tokens", 4, "--temperature", 1, "--seed", 3)
     assert asked.data["usage"]["completion_tokens"] <= 4
     assert asked.data["usage"]["cached_tokens"] == load_sheet(sheet).length
-    assert {"document_id", "start", "stop", "weight", "text", "retrieved"} == set(asked.data["sources"][0])
+    assert {"document_id", "start", "stop", "weight", "text", "retrieved", "metadata"} == set(asked.data["sources"][0])
     chatted = cli("chat", sheet, "--json", "--max-tokens", 4, stdin="Who?\n\nWhere?\n")
     assert [turn["question"] for turn in chatted.data["turns"]] == ["Who?", "Where?"]
     assert chatted.data["turns"][1]["usage"]["prompt_tokens"] > chatted.data["turns"][0]["usage"]["prompt_tokens"]
