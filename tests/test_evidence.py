@@ -13,6 +13,7 @@ from reference import attention_weights
 
 from cribsheet import CompressedKnowledgeLLM, prefill
 from cribsheet.answering import Finished, Request
+from cribsheet.bench.evidence import demo_case
 from cribsheet.errors import RequestError
 from cribsheet.evidence import find_sources, looked_at
 from cribsheet.retrieval import Passage
@@ -169,3 +170,9 @@ def test_passages_grow_around_the_places_that_were_looked_at_and_do_not_overlap(
         kb.passages(QUESTION, characters=0)
     with pytest.raises(RequestError, match="leaves"):
         kb.passages("x " * 5000)
+
+
+def test_every_question_of_the_demo_has_one_document_that_answers_it():
+    case = demo_case()
+    assert len(case.asked) > 6 and all(len(each.gold) == 1 for each in case.asked)
+    assert {name for each in case.asked for name in each.gold} == {document.id for document in case.documents}

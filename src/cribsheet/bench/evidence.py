@@ -94,14 +94,15 @@ def held_out_cases(count: int, seed: int) -> Iterator[Case]:
 
 
 def demo_case() -> Case:
-    """The demo's documents: real text, long, with boilerplate; every question names its document."""
+    """The demo's documents: real text, long, with boilerplate; a question names its PEP, or is about the chapter."""
     from cribsheet.demo import read_script
 
     script = read_script()
     documents = read_documents(list(script.files))
     asked = []
     for each in script.questions:
-        gold = frozenset(d.id for d in documents if _number(d.id) in each.text.rstrip("?").split())
+        named = [d.id for d in documents if _number(d.id) in each.text.rstrip("?").split()]
+        gold = frozenset(named or [d.id for d in documents if not _number(d.id)])
         asked.append(Asked(each.text, each.expected, gold, "demo"))
     return Case("demo", documents, script.task, asked)
 
@@ -249,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _number(document_id: str) -> str:
-    return str(int("".join(filter(str.isdigit, document_id))))
+    """The number of "pep-0020.rst" as a question names it; empty where there is none."""
+    return "".join(filter(str.isdigit, document_id)).lstrip("0")
 
 
 def _mean(values: Sequence[float]) -> float:
