@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 FULL, CLOSED = "full context", "closed book"
 RATES = (8.0, 16.0, 32.0)
 ALL = "all"  # the type that stands for every type
-_PASSAGES = 128  # tokens that a hybrid gives to passages before it shares evenly: two or three of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +201,7 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
         budget = sheets.head_tokens
         asking |= {"mode": "retrieval", "retriever": _nothing}
     elif method.mode != "sheet":
-        passages = 1 if method.mode == "retrieval" else passage_share(budget)
+        passages = 1 if method.mode == "retrieval" else budget // 2
         asking |= {"mode": method.mode, "passage_tokens": passages, "sure": settings.sure, "top_k": settings.top_k}
     if budget <= passages:
         raise BudgetError(f"{sheets.corpus_tokens} tokens of corpus are {budget} at this rate; lower it.")
@@ -218,11 +217,6 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
             corpus.name, method.name, rate, budget, number, question.type, _cluster(corpus, number), answer.text,
             em, f1, items, tokens, round(tokens * per_token), round(answer.seconds, 4), answer.mode,
         )  # fmt: skip
-
-
-def passage_share(budget: int) -> int:
-    """Tokens of a hybrid's budget that are for passages: half, but room for a few of them, and never all."""
-    return min(max(budget // 2, _PASSAGES), budget * 3 // 4)
 
 
 def _nothing(query: str) -> list[str]:
