@@ -39,7 +39,11 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_of_the_package_names_a_framework(name):
     roots = {module.split(".")[0] for module in imports(FILES[name])}
-    assert not roots & {"langchain", "langchain_core", "llama_index", "kvpress"}
+    foreign = {"langchain", "langchain_core", "llama_index", "kvpress"}
+    if name == "bench/peers_runner.py":  # which runs in the peer's own environment, and imports nothing of ours
+        assert "cribsheet" not in roots
+        foreign.remove("kvpress")
+    assert not roots & foreign
 
 
 def test_only_one_file_reaches_into_the_insides_of_transformers():
