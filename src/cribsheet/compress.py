@@ -18,7 +18,7 @@ from torch import Tensor
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.notes import NOTES_TOKENS, write_notes
-from cribsheet.prefix import LayerPrefix, ReadingLayer
+from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
 from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, take
@@ -235,6 +235,12 @@ def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:
         return budget
     share = (budget - pinned) * max(0, read - pinned) / max(1, total - pinned)
     return max(1, min(read, pinned + round(share)))
+
+
+def nothing_read(backbone: Backbone) -> list[LayerPrefix]:
+    """The prefix of what is read first."""
+    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
+    return empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, like)
 
 
 def nothing_kept(backbone: Backbone) -> list[Kept]:

@@ -17,7 +17,7 @@ import torch
 from cribsheet.backbone import Backbone
 from cribsheet.build import Budgets, GuideMode, Plan, plan, resolve_defaults, storage_dtype
 from cribsheet.chunks import Chunk, TokenizedCorpus
-from cribsheet.compress import Reading, compress, earned_budget
+from cribsheet.compress import Reading, compress, earned_budget, nothing_read
 from cribsheet.documents import Document
 from cribsheet.scoring import Scorer
 from cribsheet.selection import Allocation
@@ -91,19 +91,12 @@ def _probe(backbone: Backbone, corpus: TokenizedCorpus, reading: Reading) -> tup
     piece = dataclasses.replace(corpus, ids=corpus.ids[:size], origins=corpus.origins[:size])
     budget = max(1, earned_budget(reading.budget, size, len(corpus), corpus.head_tokens if reading.pins_head else 0))
     how = dataclasses.replace(reading, budget=budget, chunk_tokens=size)
-    backbone.read(_nothing(backbone), 0, piece.ids[:64], piece.ids[:0])  # whatever is made at a first use
+    backbone.read(nothing_read(backbone), 0, piece.ids[:64], piece.ids[:0])  # whatever is made at a first use
     _wait(backbone)
     began = time.perf_counter()
     for _ in compress(backbone, piece, how):
         _wait(backbone)
     return time.perf_counter() - began, piece
-
-
-def _nothing(backbone: Backbone) -> Any:
-    from cribsheet.prefix import empty_prefix
-
-    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-    return empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, like)
 
 
 def _wait(backbone: Backbone) -> None:

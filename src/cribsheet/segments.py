@@ -22,9 +22,9 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
-from cribsheet.compress import compress, nothing_kept
+from cribsheet.compress import compress, nothing_kept, nothing_read
 from cribsheet.errors import BudgetError
-from cribsheet.prefix import LayerPrefix, empty_prefix
+from cribsheet.prefix import LayerPrefix
 from cribsheet.rope import rotate
 from cribsheet.selection import ABSENT
 from cribsheet.sheet import DocumentEntry, Manifest, SegmentEntry, Sheet, mean_kept
@@ -59,8 +59,7 @@ class Segment:
 
 def read_head(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
     """The head's tokens (h,), which see only each other."""
-    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-    layers = empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, like)
+    layers = nothing_read(backbone)
     if len(ids):
         layers = _unrotated(backbone, layers, 0, ids)
     rows = torch.arange(len(ids), dtype=torch.int32)
