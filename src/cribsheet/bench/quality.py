@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shlex
 import sys
 import time
@@ -21,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
-from cribsheet import __version__
 from cribsheet.bench import peers
 from cribsheet.bench.case import Case, Row, judged
 from cribsheet.bench.families import FAMILIES, Wanted, held_out_cases, make_cases
 from cribsheet.bench.quality_page import page, print_table, summary
 from cribsheet.bench.several import Sheets
+from cribsheet.bench.versions import versions
 from cribsheet.build import GuideMode
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, RequestError
@@ -240,10 +238,7 @@ def setup(model: LoadedModel, arguments: object) -> dict[str, Any]:
         "weights": fingerprint(model.backbone, ChatLayout(model.backbone.tokenizer)).weights,
         "dtype": str(model.backbone.dtype),
         "device": str(model.backbone.device),
-        "cribsheet": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **versions(),
     }
 
 

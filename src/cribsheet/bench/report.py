@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import html
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Column, Table
 
-from cribsheet import __version__
 from cribsheet.bench.chart import chart, legend
 from cribsheet.bench.compare import ALL, Corpus, Settings
+from cribsheet.bench.versions import versions
 from cribsheet.loaded import LoadedModel
 
 
@@ -36,10 +34,7 @@ def setup_of(
         "dtype": str(model.backbone.dtype),
         "device": str(model.backbone.device),
         "threads": torch.get_num_threads(),
-        "cribsheet": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **versions(),
     }
 
 

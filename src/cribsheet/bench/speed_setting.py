@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cribsheet import __version__
 from cribsheet.backbone import Backbone
+from cribsheet.bench.versions import versions
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.documents import Document
 from cribsheet.prefix import LayerPrefix, Prefix
@@ -118,10 +117,7 @@ class Setting:
             "clock": "process time" if self.device.type == "cpu" else "wall, synchronised",
             "threads": torch.get_num_threads(),
             "rounds": self.rounds,
-            "cribsheet": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
+            **versions(),
         }
 
 
