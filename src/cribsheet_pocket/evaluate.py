@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--original", type=Path, help="the trained bf16 folder, to tell what packing costs")
     parser.add_argument("--only", nargs="*", choices=PARTS, help="measure these parts")
     parser.add_argument("--lengths", type=int, nargs="*", help="measure texts of these lengths, in tokens")
-    parser.add_argument("--kind", default="mixed", help="of worlds, as `make_world` takes it")
+    parser.add_argument("--kind", choices=("mixed", "connected"), default="mixed", help="of worlds")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of texts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)

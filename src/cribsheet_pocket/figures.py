@@ -21,6 +21,9 @@ class Asked:
     parts: tuple[str, ...] = ()
 
 
+BY_LENGTH = ("worlds", "connected", "reading", "notes")  # parts of a result that hold a table for each length
+
+
 def f1(given: Sequence[str], wanted: Sequence[str]) -> float:
     """F1 of parts, each counted once."""
     left, right = {part.strip() for part in given}, set(wanted)
@@ -61,7 +64,7 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for part in parts:
         whole["commands"] += part.pop("commands")
         for key, value in part.items():
-            if key in ("worlds", "reading", "notes"):
+            if key in BY_LENGTH:
                 whole[key] = dict(sorted({**whole.get(key, {}), **value}.items(), key=lambda item: int(item[0])))
             else:
                 whole[key] = value

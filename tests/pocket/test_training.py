@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from cribsheet_pocket import prompts, reading, tokenizer, verbs, worlds
+from cribsheet_pocket.figures import BY_LENGTH, joined
 from cribsheet_pocket.peps import pep_files, pep_set
 from cribsheet_pocket.quantize import load_folder, mean_of
 
@@ -164,3 +165,9 @@ def test_the_fields_of_pep_headers_are_asked_for(tmp_path: Path) -> None:
     assert "A line and another." in text and len(asked) == 16
     assert ("What is the title of PEP 2?", "On 2") in [(each.text, each.answer) for each in asked]
     assert {each.answer for each in asked if each.sort == "Author"} == {"Ada Lund"}
+
+
+def test_parts_of_every_kind_of_world_are_joined_by_length() -> None:
+    parts = [{"commands": [], kind: {length: {}}} for kind in BY_LENGTH for length in ("4000", "600")]
+    whole = joined(parts)
+    assert all(list(whole[kind]) == ["600", "4000"] for kind in BY_LENGTH)
