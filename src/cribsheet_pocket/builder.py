@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .world import Document, Fact, Question
 
+_HEADINGS = ("", "", "", "Abstract\n========\n\n", "Rationale ---------\n\n", "Motivation\n\n", "## Background\n\n")
+
 
 class Builder:
     """What the three sorts of worlds share: numbering documents, strewing filler, drawing distinct questions."""
@@ -21,9 +23,16 @@ class Builder:
         """Number `documents` (title, text, facts) and put filler of up to `room` characters between them."""
         mixed: list[tuple[str, str, list[Fact]]] = list(documents)
         if self.filler is not None:
+            # worlds of the evaluation stay as they were
+            beneath = 0.0 if self.h else self.r.choice((0.0, 0.0, 0.7, 1.0))
             while room > 150:
                 text = self.filler(self.r)[: max(200, room)]
-                mixed.insert(self.r.randint(0, len(mixed)), ("", text, []))
+                if beneath and self.r.random() < beneath:  # as real documents go on after what their header says
+                    at = self.r.choice([i for i, (_, _, facts) in enumerate(mixed) if facts])
+                    title, head, facts = mixed[at]
+                    mixed[at] = (title, f"{head}\n\n{self.r.choice(_HEADINGS)}{text}", facts)
+                else:
+                    mixed.insert(self.r.randint(0, len(mixed)), ("", text, []))
                 room -= len(text) + 2
         for index, (title, text, facts) in enumerate(mixed):
             identity = f"d{index + 1}"

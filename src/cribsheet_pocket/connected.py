@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from . import names
 from .builder import Builder
-from .names import Draw
+from .names import Draw, capital
 from .schemas import KINDS
 from .world import ABSENT, CHARACTERS_PER_TOKEN, Fact, Question, Task
-from .writing import capital
 
 
 class Trait(NamedTuple):

@@ -103,6 +103,11 @@ def pick(r: random.Random, words: list[str], held_out: bool) -> str:
     return pool[int(r.random() * len(pool))]
 
 
+def capital(text: str) -> str:
+    """The text with a capital letter at its start."""
+    return text[:1].upper() + text[1:]
+
+
 def made_up(r: random.Random, h: bool = False, least: int = 2) -> str:
     """A lower-case word of `least` to 4 random syllables."""
     if isinstance(r, Narrow) and r.invented and r.random() < 0.5:
@@ -189,13 +194,30 @@ def topic(r: random.Random, h: bool) -> str:
 
 
 def headline(r: random.Random, h: bool) -> str:
-    """A title of a specification: "Package Formats"."""
+    """A title of a specification: "Package Formats"; those of training may be as long as real ones."""
     x = r.random()
     if x < 0.4:
-        return f"{pick(r, _THING, h).capitalize()} {pick(r, _FORM, h).capitalize()}s"
-    if x < 0.7:
-        return f"{pick(r, _ING, h).capitalize()} {pick(r, _THING, h).capitalize()}s"
-    return f"{pick(r, _QUAL, h).capitalize()} {pick(r, _THING, h).capitalize()} {pick(r, _FORM, h).capitalize()}"
+        short = f"{pick(r, _THING, h).capitalize()} {pick(r, _FORM, h).capitalize()}s"
+    elif x < 0.7:
+        short = f"{pick(r, _ING, h).capitalize()} {pick(r, _THING, h).capitalize()}s"
+    else:
+        short = f"{pick(r, _QUAL, h).capitalize()} {pick(r, _THING, h).capitalize()} {pick(r, _FORM, h).capitalize()}"
+    return short if h or r.random() < 0.4 else _lengthened(short, r)
+
+
+def _lengthened(title: str, r: random.Random) -> str:
+    """A title that goes on: "Add Package Formats for Python 3"."""
+    things = [f"{pick(r, _QUAL, False)} {pick(r, _THING, False)}s" for _ in range(2)]
+    version = r.choice(("2", "3", "2.7", "3.3", f"3.{r.randint(0, 16)}"))
+    return r.choice((
+        f"Add {title}", f"{title} for Python {version}", f"{title} in Python {version}", f"{title} {version}",
+        f"{title} and {capital(things[0])}", f"{title}, {things[0]}, and {things[1]}", f"{title} with {things[0]}",
+        f"{title}: {capital(topic(r, False))}", f"{title} - {things[0]}", f"Adding {topic(r, False)}",
+        capital(topic(r, False)), f"{capital(pick(r, _ING, False))} {things[0]} from the {title.lower()}",
+        f"A {name(r)}-compatible {pick(r, _FORM, False)} for {things[0]}", f"The {name(r)} {title}",
+        f"``{pick(r, _THING, False)}_{pick(r, _FORM, False)}()`` and {things[0]}",
+        f"{title} ({pick(r, _FORM, False)} {version})",
+    ))  # fmt: skip
 
 
 def year(r: random.Random, h: bool) -> str:

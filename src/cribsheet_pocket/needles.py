@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from . import names
 from .builder import Builder
+from .names import capital
 from .schemas import KINDS
 from .world import ABSENT, CHARACTERS_PER_TOKEN, Document, Fact, Question, Task
-from .writing import capital
 
 
 class Needles(Builder):

@@ -35,7 +35,7 @@ _EMPHASES: tuple[dict[str, float], ...] = (
     {"direct": 0.2, "join2": 0.2, "join3": 0.3, "list": 12.0, "inverse": 1.5, "count": 4.0, "compare": 0.5, "yesno": 0.2, "absent": 0.2, "fill": 0.2},  # noqa: E501
     {"direct": 0.3, "join2": 0.3, "join3": 0.5, "compare": 20.0, "count": 2.0, "absent": 0.2},
 )  # fmt: skip
-_EMPHASIS_SHARES = (0.36, 0.3, 0.32, 0.02)
+_EMPHASIS_SHARES = (0.35, 0.26, 0.37, 0.02)
 _ASIDES = ("Please tell me: ", "Tell me: ", "Quick question: ", "I would like to know: ", "Do you know? ")
 
 
@@ -132,7 +132,7 @@ class Sampler:
             return self.copy(min(room, 1024))
         x = r.random()
         found: Sample | None = None
-        if not self.articles or x < 0.7:
+        if not self.articles or x < 0.72:
             found = self.world(room)
         elif x < 0.93:
             found = self.read(room)
@@ -227,7 +227,7 @@ class Sampler:
         """A generated world with questions about it."""
         r = self.r
         size = int(room * self._share(room))
-        filler = self._filler if self.articles and size > 300 and r.random() < 0.35 else None
+        filler = self._filler if self.articles and size > 300 and r.random() < 0.4 else None
         x = r.random()
         notes_only = x < 0.16
         with_task = notes_only or x < 0.55

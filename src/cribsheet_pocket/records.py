@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from .names import capital
 from .schemas import KINDS, Attribute, Kind, name_of
 from .world import ABSENT, Fact, Question, Task
-from .writing import Written, article, capital, titled
+from .writing import Written, article, titled
 
 
 class Records(Written):

@@ -12,13 +12,9 @@ from typing import ClassVar
 
 from . import names
 from .builder import Builder
+from .names import capital
 from .schemas import KINDS, Attribute, Kind, draw, made_up_attribute, name_of
 from .world import CHARACTERS_PER_TOKEN, STYLES, Fact
-
-
-def capital(text: str) -> str:
-    """The text with a capital letter at its start."""
-    return text[:1].upper() + text[1:]
 
 
 def titled(entity: str) -> str:
@@ -253,6 +249,17 @@ class Written(Builder):
             values = [f"{v} <{v.split(' ')[0].lower()}@{names.made_up(self.r)}.org>" for v in values]
         return ", ".join(values)
 
+    def _unasked(self) -> list[str]:
+        """Fields that nobody asks about, as real headers have them."""
+        r = self.r
+        dates = [names.date(r, self.h) for _ in range(4)]
+        return [
+            f"Version: {r.choice(('$Revision$', str(r.randint(1000, 99999))))}", f"Last-Modified: {dates[0]}",
+            f"Post-History: {', '.join(dates[1 : r.randint(2, 4)])}", "Content-Type: text/x-rst",
+            f"Sponsor: {names.person(r, self.h)}", f"Delegate: {names.person(r, self.h)}",
+            f"Resolution: https://{names.made_up(r)}.org/archives/{r.randint(2000, 2026)}/{r.randint(1, 12):02}.html",
+        ]  # fmt: skip
+
     _FIELD: ClassVar = {"created": "Created", "version": "Python-Version", "requires": "Requires", "successor": "Superseded-By",  # noqa: E501
               "discussions": "Discussions-To"}  # fmt: skip
 
@@ -283,6 +290,8 @@ class Written(Builder):
                 lines += [
                     f"{self._FIELD.get(f.attribute.key, capital(f.attribute.label))}: {self._shown(f)}" for f in rest
                 ]
+                for line in [] if self.h else r.sample(self._unasked(), r.choice((0, 0, 1, 3, 5))):
+                    lines.insert(r.randint(1, len(lines)), line)
                 text = "\n".join(lines)
                 for f in body:
                     mark = r.choice(("Abstract\n========\n\n", "## Abstract\n\n", "Abstract:\n\n", ""))
