@@ -122,7 +122,7 @@ class Reader:
         return prefix
 
     @torch.inference_mode()
-    def answers(self, documents: str, questions: Sequence[str], most: int = 60) -> tuple[int, list[str]]:
+    def answers(self, documents: str, questions: Sequence[str], most: int = 160) -> tuple[int, list[str]]:
         """Tokens of the documents' prompt, and a greedy answer of at most `most` tokens to each question."""
         left, right = self.prompt(f"{INSTRUCTION}\n\n{documents}\n\n" if documents else f"{INSTRUCTION}\n\n")
         ids = self.ids(left)
