@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _BOUND = 0.1  # relative L2 error of logits: one norm or one factor that we do not know of would be several times that
-_MOST_OWN = 64  # rows up to which our own products are used
+_MOST_OWN = 16  # rows up to which our own products are used
 
 _LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
@@ -94,12 +94,24 @@ class LeanStep:
         more: Tensor | None = None
         for mine, layer in zip(self._layers, layers, strict=True):
             rows, inner = normed(rows, *mine.before, more)
-            qkv = _side_by_side(inner, mine.qkv)
+            qkv = self._beside(inner, mine.qkv)
             seen = self._attend(qkv, turn, layer, mine)
             rows, inner = normed(rows, *mine.between, F.linear(seen, mine.out.weight, mine.out.bias))
-            inner = silu_times(_side_by_side(inner, (mine.gate, mine.up)))
+            inner = silu_times(self._beside(inner, (mine.gate, mine.up)))
             more = F.linear(inner, mine.down.weight, mine.down.bias)
         return F.linear(normed(rows, *self._norm, more)[1], self._head.weight)
+
+    def _beside(self, rows: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
+        """Products (M, N1 + N2 + ...) of the same rows."""
+        widths = [len(part.weight) for part in parts]
+        out = rows.new_empty(len(rows), sum(widths))
+        for part, mine in zip(parts, out.split(widths, 1), strict=True):
+            bias: Tensor | None = part.bias
+            if bias is None:
+                torch.mm(rows, part.weight.t(), out=mine)
+            else:
+                torch.addmm(bias, rows, part.weight.t(), out=mine)
+        return out
 
     def _attend(self, qkv: Tensor, turn: tuple[Tensor, Tensor], layer: SlotLayer, mine: _Layer) -> Tensor:
         """Append keys and values to the suffix, and attend: (B, H * D)."""
@@ -107,18 +119,6 @@ class LeanStep:
 
         q = placed(qkv, turn, layer.rows.index, layer.keys, layer.values, mine.heads)
         return layer.attend(q, layer.keys, layer.values, None, self._scale).reshape(len(qkv), -1)
-
-
-def _side_by_side(rows: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
-    """Products (M, N1 + N2 + ...) of the same rows."""
-    widths = [len(part.weight) for part in parts]
-    out = rows.new_empty(len(rows), sum(widths))
-    for part, mine in zip(parts, out.split(widths, 1), strict=True):
-        if part.bias is None:
-            torch.mm(rows, part.weight.t(), out=mine)
-        else:
-            torch.addmm(part.bias, rows, part.weight.t(), out=mine)
-    return out
 
 
 def _norm(module: Any) -> Norm:
@@ -144,7 +144,8 @@ def find(backbone: Backbone) -> LeanStep | None:
     """The lean step of a model, checked at the first call; none where the model's own must be used."""
     if backbone.lean is None:
         backbone.lean = _checked(backbone) if backbone.device.type == "cuda" else False
-    return backbone.lean or None
+    found: LeanStep | bool = backbone.lean
+    return found if isinstance(found, LeanStep) else None
 
 
 def is_plain(backbone: Backbone) -> bool:

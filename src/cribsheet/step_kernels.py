@@ -35,33 +35,52 @@ TILES = {
     ("gated", True): Tile(rows=4, entries=1024, warps=4, stages=1),
     ("gated", False): Tile(rows=16, entries=128, warps=4, stages=4),
 }
-tuned: dict[
-    tuple[str, int, int, bool], Tile
-] = {}  # by kind, size and width, where something else is known to be better
+starting = {"early": False}  # whether kernels begin while the one before ends, which Hopper can
+tuned: dict[tuple[str, int, int, bool], Tile] = {}  # by kind, size and width, where others are known to be better
+
+
+@triton.jit
+def _take_turns() -> None:
+    """Wait for the kernel before, which has let this one begin, and let the next one begin."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def _one(
     x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, K: tl.constexpr, N: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A row times some rows of a weight (BN,), in float32; the row is normalised on the way, if asked for."""
     k = tl.arange(0, BK)[None, :]  # in two dimensions, so that row and weight lie alike in the threads
     places = weight + n.to(tl.int64)[:, None] * K + k
     total = tl.zeros((BN, BK), tl.float32)
     squares = tl.zeros((1, BK), tl.float32)
-    for first in tl.range(0, K, BK, num_stages=STAGES):
-        if EVEN:
-            own = tl.load(x + first + k).to(tl.float32)
-            w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
-        else:
+    if EARLY:  # no kernel before this one changes weights
+        w = tl.load(places, mask=(n[:, None] < N) & (k < K), other=0.0, eviction_policy="evict_first")
+        _take_turns()
+        for first in tl.range(0, K, BK, num_stages=1):
             own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-            inside = (n[:, None] < N) & (first + k < K)
-            w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if NORM:
-            squares += own * own
-            own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-        total += w * own
+            if NORM:
+                squares += own * own
+                own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            total += w.to(tl.float32) * own
+            inside = (n[:, None] < N) & (first + BK + k < K)
+            w = tl.load(places + first + BK, mask=inside, other=0.0, eviction_policy="evict_first")
+    else:
+        for first in tl.range(0, K, BK, num_stages=STAGES):
+            if EVEN:
+                own = tl.load(x + first + k).to(tl.float32)
+                w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
+            else:
+                own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+                inside = (n[:, None] < N) & (first + k < K)
+                w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if NORM:
+                squares += own * own
+                own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            total += w * own
     found = tl.sum(total, 1)
     if NORM:
         found = found / tl.sqrt(tl.sum(squares) / K + eps)
@@ -71,13 +90,15 @@ def _one(
 @triton.jit
 def _many(
     x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, K: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Some rows times some rows of a weight (BM, BN), in float32."""
     k = tl.arange(0, BK)
     lefts = x + m[:, None] * K + k[None, :]
     rights = weight + n.to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros((BM, BN), tl.float32)
+    if EARLY:
+        _take_turns()
     for first in tl.range(0, K, BK, num_stages=STAGES):
         if EVEN:
             left = tl.load(lefts + first, mask=m[:, None] < rows, other=0.0)
@@ -96,12 +117,12 @@ def _block(
     out: tl.tensor, rows: tl.tensor, block: tl.tensor,
     K: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """A block of one product, written to its columns of an output that is WIDTH wide, from column FIRST on."""
     n = block * BN + tl.arange(0, BN)
     if BM == 1:
-        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN)
+        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN, EARLY)
         if BIAS:
             found += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if RESIDUAL:
@@ -109,7 +130,7 @@ def _block(
         tl.store(out + FIRST + n, found.to(out.dtype.element_ty), mask=n < N)
     else:
         m = tl.program_id(1) * BM + tl.arange(0, BM)
-        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN)
+        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN, EARLY)
         real = (m[:, None] < rows) & (n[None, :] < N)
         place = m[:, None] * WIDTH + FIRST + n[None, :]
         if BIAS:
@@ -125,7 +146,7 @@ def _product(
     b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, residual: tl.tensor, out: tl.tensor, rows: tl.tensor,
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Up to three products of the same rows, one beside the other."""
     block = tl.program_id(0)
@@ -133,7 +154,7 @@ def _product(
     if N2 == 0:
         _block(
             x, gain, eps, w1, b1, residual, out, rows, block,
-            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
+            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
         )  # fmt: skip
     else:
         second = tl.cdiv(N1, BN)
@@ -141,17 +162,17 @@ def _product(
         if block < second:
             _block(
                 x, gain, eps, w1, b1, residual, out, rows, block,
-                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
+                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
             )  # fmt: skip
         elif block < third:
             _block(
                 x, gain, eps, w2, b2, residual, out, rows, block - second,
-                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
+                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
             )  # fmt: skip
         else:
             _block(
                 x, gain, eps, w3, b3, residual, out, rows, block - third,
-                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
+                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
             )  # fmt: skip
 
 
@@ -185,7 +206,7 @@ def product(
         K=size, N1=widths[0], N2=widths[1] if others else 0, N3=widths[2] if others else 0,
         BM=rows, BN=tile.rows, BK=_entries(tile, size), STAGES=tile.stages,
         NORM=norm is not None, BIAS=any(each is not None for each in biases), RESIDUAL=residual is not None,
-        EVEN=_even(tile, size, widths), num_warps=tile.warps, num_stages=tile.stages,
+        EVEN=_even(tile, size, widths), num_warps=tile.warps, num_stages=tile.stages, **_early(),
     )  # fmt: skip
     return out
 
@@ -194,9 +215,11 @@ def product(
 def _gated(
     x: tl.tensor, gain: tl.tensor, eps: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor, rows: tl.tensor,
     K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """`silu(x · gate) * (x · up)`."""
+    if EARLY:
+        _take_turns()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     if BM == 1:
@@ -255,7 +278,8 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, *, norm: tuple[Tensor, float], ti
     rows = _rows(count)
     _gated[(triton.cdiv(width, tile.rows), triton.cdiv(count, rows))](
         x, *norm, gate, up, out, count, K=size, N=width, BM=rows, BN=tile.rows, BK=_entries(tile, size),
-        STAGES=tile.stages, NORM=alone, EVEN=_even(tile, size, [width]), num_warps=tile.warps, num_stages=tile.stages,
+        STAGES=tile.stages, NORM=alone, EVEN=_even(tile, size, [width]), num_warps=tile.warps,
+        num_stages=tile.stages, **_early(),
     )  # fmt: skip
     return out
 
@@ -264,13 +288,17 @@ def _tile(kind: str, size: int, width: int, count: int) -> Tile:
     return tuned.get((kind, size, width, count == 1)) or TILES[kind, count == 1]
 
 
+def _early() -> dict[str, bool]:
+    return {"EARLY": True, "launch_pdl": True} if starting["early"] else {"EARLY": False}
+
+
 def _rows(count: int) -> int:
     """Rows that are multiplied at once: tensor cores take at least 16."""
-    return 1 if count == 1 else min(64, max(16, triton.next_power_of_2(count)))
+    return 1 if count == 1 else min(64, max(16, 1 << (count - 1).bit_length()))
 
 
 def _entries(tile: Tile, size: int) -> int:
-    return min(tile.entries, max(16, triton.next_power_of_2(size)))
+    return min(tile.entries, max(16, 1 << (size - 1).bit_length()))
 
 
 def _even(tile: Tile, size: int, widths: Sequence[int]) -> bool:
@@ -281,9 +309,11 @@ def _even(tile: Tile, size: int, widths: Sequence[int]) -> bool:
 @triton.jit
 def _normed(
     x: tl.tensor, more: tl.tensor, gain: tl.tensor, eps: tl.tensor, total: tl.tensor, out: tl.tensor,
-    K: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row: the sum, if there is more, and its normalised form."""
+    if EARLY:
+        _take_turns()
     k = tl.arange(0, BK)
     place = tl.program_id(0) * K + k
     row = tl.load(x + place, mask=k < K, other=0.0).to(tl.float32)
@@ -303,13 +333,15 @@ def normed(x: Tensor, gain: Tensor, eps: float, more: Tensor | None = None) -> t
     size = x.shape[1]
     _normed[(len(x),)](
         x, x if more is None else more, gain, eps, total, out,
-        K=size, BK=triton.next_power_of_2(size), MORE=more is not None, num_warps=8,
+        K=size, BK=triton.next_power_of_2(size), MORE=more is not None, num_warps=8, **_early(),
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _silu_times(gate_up: tl.tensor, out: tl.tensor, N: tl.constexpr, BN: tl.constexpr) -> None:
+def _silu_times(gate_up: tl.tensor, out: tl.tensor, N: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr) -> None:
+    if EARLY:
+        _take_turns()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1)
     gate = tl.load(gate_up + row * 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
@@ -321,7 +353,7 @@ def silu_times(gate_up: Tensor) -> Tensor:
     """`silu(left half) * right half` of rows (M, 2 N)."""
     count, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(count, width)
-    _silu_times[(triton.cdiv(width, 1024), count)](gate_up, out, N=width, BN=1024, num_warps=4)
+    _silu_times[(triton.cdiv(width, 1024), count)](gate_up, out, N=width, BN=1024, num_warps=4, **_early())
     return out
 
 
@@ -329,9 +361,11 @@ def silu_times(gate_up: Tensor) -> Tensor:
 def _placed(
     qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, eps: tl.tensor,
     index: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor, tokens: tl.tensor,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One head of one sequence: a query is rotated, a key rotated and appended, a value appended."""
+    if EARLY:
+        _take_turns()
     b, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BD)
     inside = d < D
@@ -384,6 +418,6 @@ def placed(
     q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
     _placed[(count, heads + 2 * kv_heads)](
         qkv, *turn, q_gain, k_gain, eps, index, q, keys, values, tokens,
-        H=heads, KV=kv_heads, D=size, BD=triton.next_power_of_2(size), NORM=norms is not None, num_warps=1,
+        H=heads, KV=kv_heads, D=size, BD=triton.next_power_of_2(size), NORM=norms is not None, num_warps=1, **_early(),
     )  # fmt: skip
     return q
