@@ -11,7 +11,9 @@ from torch import nn
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
-from cribsheet import fused, lean, step_kernels
+from cribsheet import fused, lean, step_attention, step_kernels
+from cribsheet.batch import Rows, SlotLayer
+from cribsheet.prefix import LayerPrefix
 from cribsheet.testing import tiny_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
@@ -35,12 +37,14 @@ def shaken(family, **settings):
     return backbone
 
 
-@pytest.mark.parametrize("own", [64, 0], ids=["own products", "torch's products"])
+@pytest.mark.parametrize(
+    ("own", "parted"), [(64, False), (0, True)], ids=["own products", "torch's products, own attention"]
+)
 @pytest.mark.parametrize("family", OWN)
-def test_a_lean_step_is_a_step(family, own, kernels_are_used):
+def test_a_lean_step_is_a_step(family, own, parted, kernels_are_used):
     backbone = shaken(family)
     assert lean.is_plain(backbone)
-    errors = lean.errors(backbone, lean.LeanStep(backbone, own=own), (1, 3))
+    errors = lean.errors(backbone, lean.LeanStep(backbone, own=own, parted=parted), (1, 3))
     assert max(errors.values()) < 2e-5, errors
 
 
@@ -57,6 +61,23 @@ def test_more_rows_than_fit_a_tile_and_products_of_several_blocks():
     wanted = torch.cat([x @ weight.t() for weight in weights], 1)
     torch.testing.assert_close(step_kernels.product(x, weights), wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(step_kernels.product(x[:1], weights), wanted[:1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(), (300, 7), (0, 70)])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_attention_in_parts_is_attention(batch, counts, kernels_are_used):
+    random = torch.Generator().manual_seed(6)
+    shape = (sum(counts),) if counts else (2, 150)
+    prefix = LayerPrefix(*(torch.randn(*shape, 24, generator=random) for _ in "kv"), None, counts)
+    rows = Rows()
+    rows.fix(torch.tensor([70, 0, 3, 66, 127])[:batch], 128)
+    layer = SlotLayer(prefix, 400, rows)
+    layer.keys, layer.values = (torch.randn(8, 2, 128, 24, generator=random) for _ in "kv")
+    q = torch.randn(batch, 6, 1, 24, generator=random)
+    wanted = layer._attend(q, layer.keys, layer.values, None, 0.3, None)
+    packed = (prefix.keys, prefix.values) if counts else (prefix.keys.flatten(0, 1), prefix.values.flatten(0, 1))
+    given = (*packed, prefix.starts, prefix.longest), (layer.keys, layer.values, rows.index)
+    torch.testing.assert_close(step_attention.attend(q, *given, 0.3), wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["product", "gated", "placed"])

@@ -54,16 +54,20 @@ class _Layer:
 
 
 class LeanStep:
-    """One step of one model. `own` are the most rows of a batch that our own products take."""
+    """One step of one model.
 
-    def __init__(self, backbone: Backbone, *, own: int = _MOST_OWN) -> None:
+    `own` are the most rows of a batch that our own products take; `parted` is whether prefix and suffix are attended
+    to by one kernel of ours.
+    """
+
+    def __init__(self, backbone: Backbone, *, own: int = _MOST_OWN, parted: bool = False) -> None:
         base = backbone.model.base_model
         self._embed: nn.Embedding = base.embed_tokens
         self._rotary: Any = base.rotary_emb
         self._layers = [_layer(each) for each in base.layers]
         self._norm = _norm(base.norm)
         self._head: nn.Linear = backbone.model.lm_head
-        self._scale, self.own = backbone.scale, own
+        self._scale, self._own, self._parted = backbone.scale, own, parted
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, positions: Tensor, layers: Sequence[SlotLayer]) -> Tensor:
@@ -71,7 +75,7 @@ class LeanStep:
         rows = F.embedding(ids, self._embed.weight)
         cos, sin = self._rotary(rows[:, None], positions[:, None])
         turn = cos.reshape(len(ids), -1).contiguous(), sin.reshape(len(ids), -1).contiguous()
-        run = self._by_own_products if len(ids) <= self.own else self._by_torch
+        run = self._by_own_products if len(ids) <= self._own else self._by_torch
         return run(rows, turn, layers)
 
     def _by_own_products(self, rows: Tensor, turn: tuple[Tensor, Tensor], layers: Sequence[SlotLayer]) -> Tensor:
@@ -115,10 +119,21 @@ class LeanStep:
 
     def _attend(self, qkv: Tensor, turn: tuple[Tensor, Tensor], layer: SlotLayer, mine: _Layer) -> Tensor:
         """Append keys and values to the suffix, and attend: (B, H * D)."""
-        from cribsheet.step_kernels import placed
+        from cribsheet import step_attention
+        from cribsheet.step_kernels import placed, starting
 
         q = placed(qkv, turn, layer.rows.index, layer.keys, layer.values, mine.heads)
-        return layer.attend(q, layer.keys, layer.values, None, self._scale).reshape(len(qkv), -1)
+        if not self._parted:
+            return layer.attend(q, layer.keys, layer.values, None, self._scale).reshape(len(qkv), -1)
+        prefix, suffix = layer.prefix, (layer.keys, layer.values, layer.rows.index)
+        keys, values = prefix.keys, prefix.values
+        if not prefix.counts:
+            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        whole = keys, values, prefix.starts, prefix.longest
+        found, lse = step_attention.attend(q, whole, suffix, self._scale, early=starting["early"])
+        if layer.watch is not None:
+            layer.watch(layer, q, lse, self._scale, None)
+        return found.reshape(len(qkv), -1)
 
 
 def _norm(module: Any) -> Norm:

@@ -40,7 +40,7 @@ from cribsheet.testing import tiny_backbone
 
 _TOKENS, _BEFORE = 256, 40  # of the suffix buffers, and of the suffixes
 _KINDS = {  # by what stands in a kernel's name, the first that fits
-    "attention": ("flash", "_newest", "_merge", "fmha"),
+    "attention": ("flash", "_newest", "_parted", "_joined", "_merge", "fmha"),
     "sources": ("_columns",),
     "products": ("_product", "_gated", "gemm", "gemv", "nvjet", "cutlass", "splitk", "xmma", "dot_kernel"),
     "norms, rotations, gates": ("_normed", "_placed", "_silu_times", "triton"),
@@ -220,7 +220,7 @@ def steps(
     for size in sizes:
         wanted = _WANTED.get(size)
         for name, make in makes.items():
-            for evidence in (False, True):
+            for evidence in (False, True) if name in _WITH_SOURCES else (False,):
                 made = found.part(f"{name}, {size}", partial(_step, setting, prefix, size, make, evidence))
                 if made is None:
                     continue
@@ -240,6 +240,7 @@ def steps(
         _WANTED[size] = wanted
 
 
+_WITH_SOURCES = ("stock", "ours", "best tiles, own attention", "torch's products, own attention")
 _WANTED: dict[int, Tensor | None] = {}  # logits of the model's own step, by batch size
 
 
@@ -271,7 +272,7 @@ def truth(setting: Setting, found: Found) -> None:
                     for part in (layer.keys, layer.values):
                         part.copy_(torch.randn(part.shape, device=part.device).to(setting.backbone.dtype))
                 exact = dtype == torch.float32 and setting.device.type == "cuda"
-                small.backbone.lean = False if exact or kind == "stock" else lean.LeanStep(small.backbone)
+                small.backbone.lean = False if exact or kind == "stock" else lean.LeanStep(small.backbone, parted=True)
                 with torch.no_grad():
                     made[dtype] = Step(small, prefix, size, evidence=False).logits()
             apart.append(round(_apart(made[setting.backbone.dtype], made[torch.float32]), 4))
@@ -286,7 +287,7 @@ def families(setting: Setting, found: Found) -> None:
     for family in ("qwen3", "mistral"):
         backbone = tiny_backbone(family, dtype=torch.bfloat16, head_dim=32)
         backbone.model.to(setting.device)
-        found.fact(f"errors, {family}", lean.errors(backbone, lean.LeanStep(backbone)))
+        found.fact(f"errors, {family}", lean.errors(backbone, lean.LeanStep(backbone, parted=True)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--seconds", type=float, default=170, help="start no part after so long")
+    parser.add_argument("--seconds", type=float, default=190, help="start no part after so long")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -318,35 +319,36 @@ def run(found: Found, device: str, shape: str) -> None:
     found.facts["copy, bytes/s"] = found.part("copy", partial(copy_rate, setting)) or 4e12
     found.fact("device", torch.cuda.get_device_name() if real else device)
 
-    def ours(most: int) -> Callable[[], Any]:
-        return lambda: lean.LeanStep(setting.backbone, own=most)
+    def ours(most: int, parted: bool = False) -> Callable[[], Any]:
+        return lambda: lean.LeanStep(setting.backbone, own=most, parted=parted)
 
     def profiled(name: str, size: int, make: Callable[[], Any]) -> None:
         setting.backbone.lean = make()
         profile(setting, found, f"{name}, {size}", Step(setting, prefix, size, evidence=False))
 
-    makes: dict[str, Callable[[], Any]] = {"stock": lambda: False, "ours": ours(64), "ours, torch's products": ours(0)}
-    makes["ours, torch's products, weights joined"] = lambda: Beside(setting)
-    steps(setting, found, prefix, makes, (1, many))
-    if real:
-        for size in (1, many):
-            found.part("profile, stock", partial(profiled, "stock", size, makes["stock"]))
-            found.part("profile, ours", partial(profiled, "ours", size, makes["ours"]))
+    stock: dict[str, Callable[[], Any]] = {"stock": lambda: False}
+    library = {"torch's products": ours(0), "torch's products, own attention": ours(0, True)}
+    steps(setting, found, prefix, stock | {"ours": ours(64)} | library, (1, many))
+    for size in (1, many) if real else ():
+        found.part(f"profile, stock, {size}", partial(profiled, "stock", size, stock["stock"]))
     for size in (1, many):
         found.part(f"tiles, {size}", partial(tiles, setting, found.fact, size))
-    steps(setting, found, prefix, {"ours, best tiles": ours(64)}, (1, many))
+    tiled = {"best tiles": ours(64), "best tiles, own attention": ours(64, True)}
+    steps(setting, found, prefix, tiled, (1, many))
     if real:
+        found.part("profile, ours, 1", partial(profiled, "best tiles, own attention", 1, ours(64, True)))
+        found.part("profile, ours, many", partial(profiled, "torch's products, own attention", many, ours(0, True)))
         step_kernels.starting["early"] = True
-        steps(setting, found, prefix, {"ours, best tiles, started early": ours(64)}, (1, many))
+        steps(setting, found, prefix, {"best tiles, own attention, started early": ours(64, True)}, (1, many))
+        steps(setting, found, prefix, {"torch's products, own attention, started early": ours(0, True)}, (many,))
         step_kernels.starting["early"] = False
-        found.part("profile, best tiles", partial(profiled, "best tiles", 1, ours(64)))
     found.part("families", partial(families, setting, found))
     found.part("truth", partial(truth, setting, found))
-    if real:
-        steps(setting, found, prefix, {"compiled": lambda: Compiled(setting)}, (1, many))
+    steps(setting, found, prefix, {"torch's products, joined": lambda: Beside(setting)}, (1, many))
     ragged = setting.prefix(16384 if real else 64, ragged=True)
-    adaptive = {"stock": makes["stock"], "ours, best tiles": ours(64)}
-    steps(setting, found, ragged, adaptive, (1, many), ", adaptive")
+    steps(setting, found, ragged, stock | tiled | library, (1, many), ", adaptive")
+    if real:
+        steps(setting, found, prefix, stock | {"compiled": lambda: Compiled(setting)}, (1, many))
 
 
 if __name__ == "__main__":
