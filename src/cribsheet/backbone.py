@@ -86,6 +86,7 @@ class Backbone:
         self._attachment = Attachment.of(model)
         self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `parallel.py`
         self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
+        self.lean: Any = None  # a step of few kernels, or false where there must be none (`lean.py`)
         self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
     @classmethod

@@ -90,7 +90,7 @@ def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, gr
     known: tuple[type[Exception], ...] = (ImportError, RuntimeError, OSError, subprocess.SubprocessError)
     try:
         error = max(check(device, dtype, size, group).values())
-    except (*known, *_triton_errors()) as failure:
+    except (*known, *triton_errors()) as failure:
         if isinstance(failure, torch.OutOfMemoryError):
             raise
         logger.warning("our kernels cannot be used on %s and are replaced by slower ones: %r", device, failure)
@@ -100,7 +100,8 @@ def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, gr
     return error <= _BOUND
 
 
-def _triton_errors() -> tuple[type[Exception], ...]:
+def triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where it cannot compile something."""
     try:
         from triton.errors import TritonError  # the package is no dependency: torch brings it along for CUDA
     except ImportError:

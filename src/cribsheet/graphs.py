@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from cribsheet import lean
 from cribsheet.backbone import Backbone
 from cribsheet.batch import Rows, SlotLayer, prefill_cache, step_cache
 from cribsheet.captures import Captures
@@ -39,7 +40,11 @@ def fixed_step(
     """
     rows.fix(inputs[2], tokens)
     glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1]) if evidence else None
-    logits = backbone.step(inputs[0, :, None], inputs[1, :, None], step_cache(layers))[:, -1]
+    step = lean.find(backbone)
+    if step is not None:
+        logits = step(inputs[0], inputs[1], layers)
+    else:
+        logits = backbone.step(inputs[0, :, None], inputs[1, :, None], step_cache(layers))[:, -1]
     return logits, glance.masses if glance else None
 
 

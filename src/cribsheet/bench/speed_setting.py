@@ -121,14 +121,16 @@ class Setting:
         }
 
 
-def make_setting(shape: str, device: str, dtype: torch.dtype, rounds: int) -> Setting:
-    """A setting for one of `SHAPES`, its weights made on the device, or for the pocket model."""
+def make_setting(
+    shape: str, device: str, dtype: torch.dtype, rounds: int, sizes: dict[str, Any] | None = None
+) -> Setting:
+    """A setting for one of `SHAPES` or for other `sizes`, its weights made on the device, or for the pocket model."""
     if shape == "pocket":
         return Setting(Backbone.load("pocket", device=device, dtype=dtype), shape, rounds)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", **SHAPES[shape], max_position_embeddings=1 << 20, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-        tie_word_embeddings=False,
+        "llama", **(sizes or SHAPES[shape]), max_position_embeddings=1 << 20, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()

@@ -1,0 +1,118 @@
+"""Our products against PyTorch's, by tile; the best tiles are used by whatever runs afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cribsheet.bench.speed_setting import Setting
+from cribsheet.bench.step_clock import graphed, timed
+
+_TILES = {  # rows of the weight, entries, warps, stages; by kind and by whether there is a single row
+    ("product", True): [
+        (4, 1024, 4, 1), (8, 1024, 4, 1), (16, 1024, 4, 1), (4, 2048, 8, 1), (16, 512, 2, 1), (8, 1024, 4, 3),
+        (16, 512, 2, 4),
+    ],
+    ("product", False): [
+        (16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 4),
+    ],
+    ("gated", True): [(2, 1024, 4, 1), (4, 1024, 4, 1), (8, 1024, 4, 1), (8, 512, 2, 1), (4, 1024, 4, 3)],
+    ("gated", False): [(16, 128, 4, 4), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 8, 3)],
+}  # fmt: skip
+Fact = Callable[[str, Any], None]
+
+
+@torch.no_grad()
+def tiles(setting: Setting, fact: Fact, size: int) -> None:
+    """Each product of all layers, one after the other, for so many rows."""
+    layers = setting.backbone.model.model.layers
+    both = [(each.mlp.gate_proj.weight, each.mlp.up_proj.weight) for each in layers]
+    gain = layers[0].input_layernorm.weight, 1e-5
+    _gates(setting, fact, size, both, gain)
+    attention = [each.self_attn for each in layers]
+    _products(setting, fact, "down", size, [[each.mlp.down_proj.weight] for each in layers], None)
+    _products(setting, fact, "out", size, [[each.o_proj.weight] for each in attention], None)
+    qkv = [[each.q_proj.weight, each.k_proj.weight, each.v_proj.weight] for each in attention]
+    _products(setting, fact, "qkv", size, qkv, gain)
+
+
+def _gates(
+    setting: Setting, fact: Fact, size: int, both: Sequence[tuple[Tensor, Tensor]], gain: tuple[Tensor, float]
+) -> None:
+    from cribsheet.step_kernels import Tile, gated
+
+    width, entries = both[0][0].shape
+    x = torch.randn(size, entries, device=setting.device, dtype=setting.backbone.dtype)
+
+    def by_torch() -> None:
+        for gate, up in both:
+            F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+    def ours(tile: Tile) -> None:
+        for gate, up in both:
+            gated(x, gate, up, norm=gain, tile=tile)
+
+    moved = sum(gate.nbytes + up.nbytes for gate, up in both)
+    _compare(setting, fact, ("gated", entries, width, size == 1), f"gated, {size} rows", by_torch, ours, moved)
+
+
+def _products(
+    setting: Setting,
+    fact: Fact,
+    name: str,
+    size: int,
+    weights: Sequence[list[Tensor]],
+    gain: tuple[Tensor, float] | None,
+) -> None:
+    from cribsheet.step_kernels import Tile, product
+
+    entries = weights[0][0].shape[1]
+    x = torch.randn(size, entries, device=setting.device, dtype=setting.backbone.dtype)
+
+    def by_torch() -> None:
+        for own in weights:
+            for each in own:
+                F.linear(x, each)
+
+    def ours(tile: Tile) -> None:
+        for own in weights:
+            product(x, own, norm=gain, tile=tile)
+
+    moved = sum(each.nbytes for own in weights for each in own)
+    key = "product", entries, sum(len(each) for each in weights[0]), size == 1
+    _compare(setting, fact, key, f"{name}, {size} rows", by_torch, ours, moved)
+
+
+def _compare(
+    setting: Setting,
+    fact: Fact,
+    key: tuple[str, int, int, bool],
+    name: str,
+    by_torch: Callable[[], None],
+    ours: Callable[[Any], None],
+    moved: int,
+) -> None:
+    """Bytes a second by PyTorch and by each tile, of which the best is kept."""
+    from cribsheet.step_kernels import Tile, tuned
+
+    line, best = [f"torch {_rate(setting, by_torch, moved)}"], 0.0
+    for sizes in _TILES[key[0], key[3]]:
+        tile = Tile(*sizes)
+        try:
+            rate = _rate(setting, partial(ours, tile), moved)
+        except Exception as failure:  # a tile that needs more memory than there is, say
+            line.append(f"{sizes} {type(failure).__name__}")
+            continue
+        line.append(f"{sizes} {rate}")
+        if rate > best:
+            best, tuned[key] = rate, tile
+    fact(f"TB/s, {name}", " | ".join(line))
+
+
+def _rate(setting: Setting, run: Callable[[], Any], moved: int) -> float:
+    return round(moved / timed(setting, graphed(setting, run), 10, 2) / 1e12, 3)

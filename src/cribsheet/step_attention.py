@@ -1,0 +1,156 @@
+"""Attention of a decoding step in two kernels of our own, in Triton: all parts of prefix and suffix, and their merge.
+
+Only `lean.py` imports this file, because importing it needs Triton. Its slow reference is `SlotLayer.attend`. Letters
+as in `attention.py`; `G` query heads of a key/value head, `S` parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_KEYS = 64  # of a block
+_PROGRAMS = 264  # twice the processors of a large GPU
+_MOST_PARTS = 63
+
+
+@triton.jit
+def _over(
+    row: tl.tensor, keys: tl.tensor, values: tl.tensor, low: tl.tensor, high: tl.tensor, scale: tl.tensor,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Attention (BM, BD) of some rows over keys and values from `low` to `high`, and its log-sum-exp (BM,)."""
+    d = tl.arange(0, BD)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    found = tl.zeros((BM, BD), tl.float32)
+    for first in range(low, high, BN):
+        n = first + tl.arange(0, BN)
+        inside = n < high
+        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
+        logits = tl.dot(row, k, input_precision="ieee") * scale
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        shrink, weights = tl.exp(top - higher), tl.exp(logits - higher[:, None])
+        v = tl.load(values + n[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+        found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total, top = total * shrink + tl.sum(weights, 1), higher
+    there = total > 0  # parts of a short head may be empty
+    return found / tl.where(there, total, 1.0)[:, None], tl.where(there, top + tl.log(total), float("-inf"))
+
+
+@triton.jit
+def _newest(
+    q: tl.tensor, newer: tl.tensor, newer_values: tl.tensor, index: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    scale: tl.tensor, pair: tl.tensor, tokens: tl.tensor, before: tl.tensor,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr,
+) -> None:  # fmt: skip
+    """The suffix of one sequence and head; `before` rows of other parts stand before its own."""
+    GROUP: tl.constexpr = H // KV
+    d, g = tl.arange(0, BD), tl.arange(0, BG)
+    line = pair * GROUP + g
+    real = (g[:, None] < GROUP) & (d[None, :] < D)
+    row = tl.load(q + line[:, None] * D + d[None, :], mask=real, other=0.0)
+    base = pair.to(tl.int64) * tokens * D
+    high = tl.load(index + pair // KV).to(tl.int32) + 1
+    found, seen = _over(row, newer + base, newer_values + base, 0, high, scale, D, BD, BG, BN)
+    tl.store(out + (before + line)[:, None] * D + d[None, :], found, mask=real)
+    tl.store(lse + before + line, seen, mask=g < GROUP)
+
+
+@triton.jit
+def _parted(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, starts: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
+    index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
+    blocks: tl.tensor, parts: tl.tensor,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
+    BN: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """A part of one head's prefix for a block of rows, or the suffix of one sequence and head."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    GROUP: tl.constexpr = H // KV
+    program, d = tl.program_id(0), tl.arange(0, BD)
+    if program < parts * KV * blocks:
+        part, head, block = program % parts, program // parts % KV, program // (parts * KV)
+        begin = tl.load(starts + head).to(tl.int64)
+        count = (tl.load(starts + head + 1) - begin).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(count, parts), BN) * BN
+        r = block * BM + tl.arange(0, BM)
+        line, real = r // GROUP * H + head * GROUP + r % GROUP, r < batch * GROUP
+        row = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
+        low, high = part * share, tl.minimum(part * share + share, count)
+        found, seen = _over(row, keys + begin * D, values + begin * D, low, high, scale, D, BD, BM, BN)
+        place = part * batch * H + line
+        tl.store(out + place[:, None] * D + d[None, :], found, mask=real[:, None] & (d[None, :] < D))
+        tl.store(lse + place, seen, mask=real)
+    else:
+        pair = program - parts * KV * blocks
+        _newest(
+            q, newer, newer_values, index, out, lse, scale, pair, tokens, parts * batch * H,
+            H, KV, D, BD, BG, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _joined(
+    parts: tl.tensor, lses: tl.tensor, out: tl.tensor, lse: tl.tensor, count: tl.tensor, rows: tl.tensor,
+    BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """One row of one head: all its parts of one softmax."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, s, d = tl.program_id(0), tl.arange(0, BS), tl.arange(0, BD)
+    seen = tl.load(lses + s * rows + row, mask=s < count, other=float("-inf"))
+    top = tl.max(seen, 0)
+    weights = tl.exp(seen - top)
+    total = tl.sum(weights, 0)
+    real = (s[:, None] < count) & (d[None, :] < D)
+    found = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], mask=real, other=0.0)
+    found = tl.sum(found * weights[:, None], 0) / total
+    tl.store(out + row * D + d, found.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + row, top + tl.log(total))
+
+
+def attend(
+    q: Tensor,
+    prefix: tuple[Tensor, Tensor, Tensor, int],
+    suffix: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    *,
+    early: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
+
+    `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
+    the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
+    sees (B,).
+    """
+    (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
+    batch, heads, _, size = q.shape
+    kv_heads, tokens = newer.shape[1:3]
+    rows = batch * heads // kv_heads
+    block = min(128, max(16, 1 << (rows - 1).bit_length()))
+    blocks = -(-rows // block)
+    parts = min(max(1, _PROGRAMS // (kv_heads * blocks)), _MOST_PARTS, -(-longest // _KEYS))
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
+    seen = q.new_empty(parts + 1, batch * heads, dtype=torch.float32)
+    options = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    width = max(16, 1 << (size - 1).bit_length())
+    group = max(16, 1 << (heads // kv_heads - 1).bit_length())
+    _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
+        q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
+        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=group, BN=_KEYS,
+        num_warps=4 if block <= 32 else 8, num_stages=3, **options,
+    )  # fmt: skip
+    _joined[(batch * heads,)](
+        found, seen, out, lse, parts + 1, batch * heads,
+        BS=1 << parts.bit_length(), D=size, BD=width, num_warps=4, **options,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,423 @@
+"""Kernels of our own for the rest of a decoding step, in Triton: products with what stands around them, and rotations.
+
+A step is bound by how fast the weights can be read. Stock layers run some forty kernels between their products, each of
+which takes longer to begin than to work; these take their work along. Only `lean.py` imports this file, because
+importing it needs Triton. Its slow reference is the model itself (`lean.py` compares).
+
+Letters: `M` rows, one for each sequence; `K` entries of a row; `N` rows of a weight (N, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut: rows of the weight and entries of a row at once, warps, and loads that are under way."""
+
+    rows: int
+    entries: int
+    warps: int
+    stages: int = 3
+
+
+# By kind and by whether there is a single row. A warp reads 256 entries of a row at once, so a row's block is whole.
+TILES = {
+    ("product", True): Tile(rows=8, entries=1024, warps=4, stages=1),
+    ("product", False): Tile(rows=16, entries=256, warps=4, stages=4),
+    ("gated", True): Tile(rows=4, entries=1024, warps=4, stages=1),
+    ("gated", False): Tile(rows=16, entries=128, warps=4, stages=4),
+}
+starting = {"early": False}  # whether kernels begin while the one before ends, which Hopper can
+tuned: dict[tuple[str, int, int, bool], Tile] = {}  # by kind, size and width, where others are known to be better
+
+
+@triton.jit
+def _take_turns() -> None:
+    """Wait for the kernel before, which has let this one begin, and let the next one begin."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _one(
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, K: tl.constexpr, N: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A row times some rows of a weight (BN,), in float32; the row is normalised on the way, if asked for."""
+    k = tl.arange(0, BK)[None, :]  # in two dimensions, so that row and weight lie alike in the threads
+    places = weight + n.to(tl.int64)[:, None] * K + k
+    total = tl.zeros((BN, BK), tl.float32)
+    squares = tl.zeros((1, BK), tl.float32)
+    if EARLY:  # no kernel before this one changes weights
+        w = tl.load(places, mask=(n[:, None] < N) & (k < K), other=0.0, eviction_policy="evict_first")
+        _take_turns()
+        for first in tl.range(0, K, BK, num_stages=1):
+            own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            if NORM:
+                squares += own * own
+                own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            total += w.to(tl.float32) * own
+            inside = (n[:, None] < N) & (first + BK + k < K)
+            w = tl.load(places + first + BK, mask=inside, other=0.0, eviction_policy="evict_first")
+    else:
+        for first in tl.range(0, K, BK, num_stages=STAGES):
+            if EVEN:
+                own = tl.load(x + first + k).to(tl.float32)
+                w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
+            else:
+                own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+                inside = (n[:, None] < N) & (first + k < K)
+                w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if NORM:
+                squares += own * own
+                own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+            total += w * own
+    found = tl.sum(total, 1)
+    if NORM:
+        found = found / tl.sqrt(tl.sum(squares) / K + eps)
+    return found
+
+
+@triton.jit
+def _many(
+    x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, K: tl.constexpr, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Some rows times some rows of a weight (BM, BN), in float32."""
+    k = tl.arange(0, BK)
+    lefts = x + m[:, None] * K + k[None, :]
+    rights = weight + n.to(tl.int64)[None, :] * K + k[:, None]
+    total = tl.zeros((BM, BN), tl.float32)
+    if EARLY:
+        _take_turns()
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        if EVEN:
+            left = tl.load(lefts + first, mask=m[:, None] < rows, other=0.0)
+            right = tl.load(rights + first, eviction_policy="evict_first")
+        else:
+            left = tl.load(lefts + first, mask=(m[:, None] < rows) & (first + k[None, :] < K), other=0.0)
+            inside = (n[None, :] < N) & (first + k[:, None] < K)
+            right = tl.load(rights + first, mask=inside, other=0.0, eviction_policy="evict_first")
+        total = tl.dot(left, right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _block(
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, bias: tl.tensor, residual: tl.tensor,
+    out: tl.tensor, rows: tl.tensor, block: tl.tensor,
+    K: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """A block of one product, written to its columns of an output that is WIDTH wide, from column FIRST on."""
+    n = block * BN + tl.arange(0, BN)
+    if BM == 1:
+        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN, EARLY)
+        if BIAS:
+            found += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            found += tl.load(residual + FIRST + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(out + FIRST + n, found.to(out.dtype.element_ty), mask=n < N)
+    else:
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN, EARLY)
+        real = (m[:, None] < rows) & (n[None, :] < N)
+        place = m[:, None] * WIDTH + FIRST + n[None, :]
+        if BIAS:
+            many += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            many += tl.load(residual + place, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + place, many.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _product(
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
+    b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, residual: tl.tensor, out: tl.tensor, rows: tl.tensor,
+    K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """Up to three products of the same rows, one beside the other."""
+    block = tl.program_id(0)
+    width: tl.constexpr = N1 + N2 + N3
+    if N2 == 0:
+        _block(
+            x, gain, eps, w1, b1, residual, out, rows, block,
+            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+        )  # fmt: skip
+    else:
+        second = tl.cdiv(N1, BN)
+        third = second + tl.cdiv(N2, BN)
+        if block < second:
+            _block(
+                x, gain, eps, w1, b1, residual, out, rows, block,
+                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+            )  # fmt: skip
+        elif block < third:
+            _block(
+                x, gain, eps, w2, b2, residual, out, rows, block - second,
+                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+            )  # fmt: skip
+        else:
+            _block(
+                x, gain, eps, w3, b3, residual, out, rows, block - third,
+                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+            )  # fmt: skip
+
+
+def product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] = (),
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Rows (M, K) times one or three weights (N, K), side by side: (M, N), or (M, N1 + N2 + N3).
+
+    Rows are normalised before if `norm` gives gain (K,) and epsilon; the biases (N,) of all weights or of none, and the
+    `residual` (M, N), are added.
+    """
+    if norm is not None and len(x) > 1:
+        x, norm = normed(x, *norm)[1], None
+    count, size = x.shape
+    widths = [len(weight) for weight in weights]
+    first, *others = weights
+    second, third = others or (first, first)
+    b1, b2, b3 = (each if each is not None else first for each in (*biases, *[None] * (3 - len(biases))))
+    gain, eps = norm or (x, 0.0)
+    out = x.new_empty(count, sum(widths))
+    tile = tile or _tile("product", size, sum(widths), count)
+    rows = _rows(count)
+    _product[(sum(triton.cdiv(width, tile.rows) for width in widths), triton.cdiv(count, rows))](
+        x, gain, eps, first, second, third, b1, b2, b3, out if residual is None else residual, out, count,
+        K=size, N1=widths[0], N2=widths[1] if others else 0, N3=widths[2] if others else 0,
+        BM=rows, BN=tile.rows, BK=_entries(tile, size), STAGES=tile.stages,
+        NORM=norm is not None, BIAS=any(each is not None for each in biases), RESIDUAL=residual is not None,
+        EVEN=_even(tile, size, widths), num_warps=tile.warps, num_stages=tile.stages, **_early(),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gated(
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor, rows: tl.tensor,
+    K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """`silu(x · gate) * (x · up)`."""
+    if EARLY:
+        _take_turns()
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    if BM == 1:
+        line = k[None, :]
+        shift = n.to(tl.int64)[:, None] * K + line
+        left, right = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
+        squares = tl.zeros((1, BK), tl.float32)
+        for first in tl.range(0, K, BK, num_stages=STAGES):
+            own = tl.load(x + first + line, mask=first + line < K, other=0.0).to(tl.float32)
+            if EVEN:
+                g = tl.load(gate + shift + first, eviction_policy="evict_first")
+                u = tl.load(up + shift + first, eviction_policy="evict_first")
+            else:
+                inside = (n[:, None] < N) & (first + line < K)
+                g = tl.load(gate + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+                u = tl.load(up + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+            if NORM:
+                squares += own * own
+                own = own * tl.load(gain + first + line, mask=first + line < K, other=0.0).to(tl.float32)
+            left += g.to(tl.float32) * own
+            right += u.to(tl.float32) * own
+        one, two = tl.sum(left, 1), tl.sum(right, 1)
+        if NORM:
+            root = tl.sqrt(tl.sum(squares) / K + eps)
+            one, two = one / root, two / root
+        tl.store(out + n, (one / (1.0 + tl.exp(-one)) * two).to(out.dtype.element_ty), mask=n < N)
+    else:
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        places = x + m[:, None] * K + k[None, :]
+        shift = n.to(tl.int64)[None, :] * K + k[:, None]
+        a, b = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+        for first in tl.range(0, K, BK, num_stages=STAGES):
+            row = tl.load(places + first, mask=(m[:, None] < rows) & (first + k[None, :] < K), other=0.0)
+            if EVEN:
+                g = tl.load(gate + shift + first, eviction_policy="evict_first")
+                u = tl.load(up + shift + first, eviction_policy="evict_first")
+            else:
+                inside = (n[None, :] < N) & (first + k[:, None] < K)
+                g = tl.load(gate + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+                u = tl.load(up + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+            a = tl.dot(row, g, a, input_precision="ieee")
+            b = tl.dot(row, u, b, input_precision="ieee")
+        real = (m[:, None] < rows) & (n[None, :] < N)
+        tl.store(out + m[:, None] * N + n[None, :], (a / (1.0 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=real)
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor, *, norm: tuple[Tensor, float], tile: Tile | None = None) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)` (M, N) of rows (M, K) that are normalised with gain (K,) and epsilon before."""
+    alone = len(x) == 1
+    if not alone:
+        x = normed(x, *norm)[1]
+    count, size = x.shape
+    width = len(gate)
+    out = x.new_empty(count, width)
+    tile = tile or _tile("gated", size, width, count)
+    rows = _rows(count)
+    _gated[(triton.cdiv(width, tile.rows), triton.cdiv(count, rows))](
+        x, *norm, gate, up, out, count, K=size, N=width, BM=rows, BN=tile.rows, BK=_entries(tile, size),
+        STAGES=tile.stages, NORM=alone, EVEN=_even(tile, size, [width]), num_warps=tile.warps,
+        num_stages=tile.stages, **_early(),
+    )  # fmt: skip
+    return out
+
+
+def _tile(kind: str, size: int, width: int, count: int) -> Tile:
+    return tuned.get((kind, size, width, count == 1)) or TILES[kind, count == 1]
+
+
+def _early() -> dict[str, bool]:
+    return {"EARLY": True, "launch_pdl": True} if starting["early"] else {"EARLY": False}
+
+
+def _rows(count: int) -> int:
+    """Rows that are multiplied at once: tensor cores take at least 16."""
+    return 1 if count == 1 else min(64, max(16, 1 << (count - 1).bit_length()))
+
+
+def _entries(tile: Tile, size: int) -> int:
+    return min(tile.entries, max(16, 1 << (size - 1).bit_length()))
+
+
+def _even(tile: Tile, size: int, widths: Sequence[int]) -> bool:
+    """Whether nothing sticks out, so that no load needs a mask."""
+    return size % _entries(tile, size) == 0 and all(width % tile.rows == 0 for width in widths)
+
+
+@triton.jit
+def _normed(
+    x: tl.tensor, more: tl.tensor, gain: tl.tensor, eps: tl.tensor, total: tl.tensor, out: tl.tensor,
+    K: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """One row: the sum, if there is more, and its normalised form."""
+    if EARLY:
+        _take_turns()
+    k = tl.arange(0, BK)
+    place = tl.program_id(0) * K + k
+    row = tl.load(x + place, mask=k < K, other=0.0).to(tl.float32)
+    if MORE:
+        row += tl.load(more + place, mask=k < K, other=0.0).to(tl.float32)
+        kept = row.to(total.dtype.element_ty)
+        tl.store(total + place, kept, mask=k < K)
+        row = kept.to(tl.float32)
+    row = row / tl.sqrt(tl.sum(row * row, 0) / K + eps)
+    row = row * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.store(out + place, row.to(out.dtype.element_ty), mask=k < K)
+
+
+def normed(x: Tensor, gain: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows (M, K), plus `more` if there is any, and the same with a root mean square of one, times gain."""
+    total, out = x if more is None else torch.empty_like(x), torch.empty_like(x)
+    size = x.shape[1]
+    _normed[(len(x),)](
+        x, x if more is None else more, gain, eps, total, out,
+        K=size, BK=triton.next_power_of_2(size), MORE=more is not None, num_warps=8, **_early(),
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit
+def _silu_times(gate_up: tl.tensor, out: tl.tensor, N: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr) -> None:
+    if EARLY:
+        _take_turns()
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(1)
+    gate = tl.load(gate_up + row * 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * N + N + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + row * N + n, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=n < N)
+
+
+def silu_times(gate_up: Tensor) -> Tensor:
+    """`silu(left half) * right half` of rows (M, 2 N)."""
+    count, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(count, width)
+    _silu_times[(triton.cdiv(width, 1024), count)](gate_up, out, N=width, BN=1024, num_warps=4, **_early())
+    return out
+
+
+@triton.jit
+def _placed(
+    qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, eps: tl.tensor,
+    index: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor, tokens: tl.tensor,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """One head of one sequence: a query is rotated, a key rotated and appended, a value appended."""
+    if EARLY:
+        _take_turns()
+    b, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BD)
+    inside = d < D
+    half: tl.constexpr = D // 2
+    other = tl.where(d < half, d + half, d - half)
+    source = qkv + (b * (H + 2 * KV) + head) * D
+    place = tl.load(index + b)
+    if head >= H + KV:
+        there = values + ((b * KV + head - H - KV) * tokens + place) * D
+        tl.store(there + d, tl.load(source + d, mask=inside, other=0.0), mask=inside)
+    else:
+        own = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
+        across = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            asks, told = inside & (head < H), inside & (head >= H)
+            root = tl.sqrt(tl.sum(own * own, 0) / D + eps)
+            own, across = own / root, across / root
+            own *= tl.load(q_gain + d, mask=asks, other=0.0).to(tl.float32) + tl.load(
+                k_gain + d, mask=told, other=0.0
+            ).to(tl.float32)
+            across *= tl.load(q_gain + other, mask=asks, other=0.0).to(tl.float32) + tl.load(
+                k_gain + other, mask=told, other=0.0
+            ).to(tl.float32)
+        turned = own * tl.load(cos + b * D + d, mask=inside, other=0.0).to(tl.float32)
+        turned += tl.where(d < half, -across, across) * tl.load(sin + b * D + d, mask=inside, other=0.0).to(tl.float32)
+        if head < H:
+            tl.store(q + (b * H + head) * D + d, turned.to(q.dtype.element_ty), mask=inside)
+        else:
+            there = keys + ((b * KV + head - H) * tokens + place) * D
+            tl.store(there + d, turned.to(keys.dtype.element_ty), mask=inside)
+
+
+def placed(
+    qkv: Tensor,
+    turn: tuple[Tensor, Tensor],
+    index: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
+    """Rotated queries (B, H, 1, D) of `qkv` (B, (H + 2 K) * D); rotated keys and values go to place `index` (B,).
+
+    `turn` are cosine and sine (B, D), `keys` and `values` whole buffers (slots, K, tokens, D), and `norms` the gains
+    (D,) and epsilon of queries and keys that are normalised before they are rotated.
+    """
+    _, kv_heads, tokens, size = keys.shape
+    count = len(qkv)
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    q = qkv.new_empty(count, heads, 1, size)
+    q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
+    _placed[(count, heads + 2 * kv_heads)](
+        qkv, *turn, q_gain, k_gain, eps, index, q, keys, values, tokens,
+        H=heads, KV=kv_heads, D=size, BD=triton.next_power_of_2(size), NORM=norms is not None, num_warps=1, **_early(),
+    )  # fmt: skip
+    return q

@@ -1,0 +1,103 @@
+"""Steps of few kernels give what the models' own layers give, in Triton's interpreter: `make kernels`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("make kernels runs these", allow_module_level=True)
+
+from cribsheet import fused, lean, step_attention, step_kernels
+from cribsheet.batch import Rows, SlotLayer
+from cribsheet.prefix import LayerPrefix
+from cribsheet.testing import tiny_backbone
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
+
+FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 3, "use_sliding_window": False}
+OWN = {"llama": {}, "mistral": {}, "qwen2": FULL, "qwen3": {}}
+
+
+@pytest.fixture
+def kernels_are_used(monkeypatch):
+    monkeypatch.setattr(fused, "usable", lambda q, kv_heads, softcap=None: softcap is None)
+
+
+def shaken(family, **settings):
+    """A model whose norms and biases are not ones and zeros."""
+    backbone = tiny_backbone(family, **(OWN[family] | settings))
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in backbone.model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            weight.data += torch.randn(weight.shape, generator=generator) / 3
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("own", "parted"), [(64, False), (0, True)], ids=["own products", "torch's products, own attention"]
+)
+@pytest.mark.parametrize("family", OWN)
+def test_a_lean_step_is_a_step(family, own, parted, kernels_are_used):
+    backbone = shaken(family)
+    assert lean.is_plain(backbone)
+    errors = lean.errors(backbone, lean.LeanStep(backbone, own=own, parted=parted), (1, 3))
+    assert max(errors.values()) < 2e-5, errors
+
+
+def test_sizes_that_fit_no_tile(kernels_are_used):
+    backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
+    for own in (64, 0):
+        errors = lean.errors(backbone, lean.LeanStep(backbone, own=own), (1, 17))
+        assert max(errors.values()) < 2e-5, errors
+
+
+def test_more_rows_than_fit_a_tile_and_products_of_several_blocks():
+    random = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(70, 300, generator=random), [torch.randn(n, 300, generator=random) for n in (50, 20, 33)]
+    wanted = torch.cat([x @ weight.t() for weight in weights], 1)
+    torch.testing.assert_close(step_kernels.product(x, weights), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(step_kernels.product(x[:1], weights), wanted[:1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(), (300, 7), (0, 70)])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_attention_in_parts_is_attention(batch, counts, kernels_are_used):
+    random = torch.Generator().manual_seed(6)
+    shape = (sum(counts),) if counts else (2, 150)
+    prefix = LayerPrefix(*(torch.randn(*shape, 24, generator=random) for _ in "kv"), None, counts)
+    rows = Rows()
+    rows.fix(torch.tensor([70, 0, 3, 66, 127])[:batch], 128)
+    layer = SlotLayer(prefix, 400, rows)
+    layer.keys, layer.values = (torch.randn(8, 2, 128, 24, generator=random) for _ in "kv")
+    q = torch.randn(batch, 6, 1, 24, generator=random)
+    wanted = layer._attend(q, layer.keys, layer.values, None, 0.3, None)
+    packed = (prefix.keys, prefix.values) if counts else (prefix.keys.flatten(0, 1), prefix.values.flatten(0, 1))
+    given = (*packed, prefix.starts, prefix.longest), (layer.keys, layer.values, rows.index)
+    torch.testing.assert_close(step_attention.attend(q, *given, 0.3), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["product", "gated", "placed"])
+def test_a_planted_bug_is_seen(part, kernels_are_used, monkeypatch):
+    backbone = shaken("llama")
+    right = getattr(step_kernels, part)
+    monkeypatch.setattr(step_kernels, part, lambda *given, **named: right(*given, **named) * 1.2)
+    assert max(lean.errors(backbone, lean.LeanStep(backbone)).values()) > lean._BOUND
+
+
+def test_models_that_are_not_plain_are_left_to_their_own_layers():
+    assert lean.is_plain(tiny_backbone("llama"))
+    assert not lean.is_plain(tiny_backbone("granite"))  # whose residuals are scaled
+    assert not lean.is_plain(tiny_backbone("qwen2"))  # which slides
+    assert not lean.is_plain(tiny_backbone("llama", hidden_act="gelu"))
+    assert not lean.is_plain(tiny_backbone("llama", mlp_bias=True))
+    hooked = tiny_backbone("llama")
+    hooked.model.model.layers[1].mlp.register_forward_hook(lambda module, given, made: made)
+    assert not lean.is_plain(hooked)
+    adapted = tiny_backbone("llama")
+    layer = adapted.model.model.layers[2].self_attn
+    layer.q_proj = nn.Sequential(layer.q_proj)
+    assert lean.is_plain(tiny_backbone("llama")) and not lean.is_plain(adapted)
