@@ -189,8 +189,8 @@ def choose(
 ) -> list[Tensor]:
     """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
 
-    Scores and corpus indices are (K, S) by layer. The first tokens of the corpus stay if they are pinned. A sliding-window
-    layer has no choice: it keeps the latest tokens that the next one can see.
+    Scores and corpus indices are (K, S) by layer. The first tokens of the corpus stay if they are pinned. A layer with
+    a sliding window has no choice: it keeps the latest tokens that the next one can see.
     """
     found: dict[int, Tensor] = {}
     full: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What the task looks at first, then what a repetition of the text needs: few facts are lost, and those of the task least.
+"""What the task looks at, then what a repetition of the text needs: few facts are lost, and those of the task least.
 
 A repetition (in the manner of KVzip, arXiv 2505.23416) leaves nothing out but knows no task; task and examples know
 what is asked but look at what they name themselves. Both are read as the guide's rows, and a token counts by the row
