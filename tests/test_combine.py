@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 from reference import full_context_logits
 
-from cribsheet import CompressedKnowledgeLLM, Document, Task, living
+from cribsheet import CompressedKnowledgeLLM, Document, Task, living, load_sheet, save_sheet
 from cribsheet.build import build_sheet
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.combine import Router, combine, likelihood
@@ -55,16 +55,37 @@ def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_a
     one = build(tiny, [ALICE, BOB], rate=3, allocation="adaptive", **first)
     two = build(tiny, [CLARA, HUGO], rate=3, allocation=second)
     both, head = combine(tiny, [one, two]), one.manifest.head_tokens
-    assert both.manifest.allocation == "adaptive" and both.tokens == one.tokens + two.tokens - head
-    for mine, *parts in zip(*(sheet_layers(tiny, sheet) for sheet in (both, one, two)), strict=True):
-        for (keys, values), (_, before), (_, behind) in zip(*map(heads_of, (mine, *parts)), strict=True):
-            assert torch.equal(values, torch.cat([before, behind[head:]])) and len(keys) == len(values)
+    assert both.manifest.allocation == "adaptive"
+    opening = build(tiny, [ALICE], rate=1, allocation="uniform")
+    opened = [[(sheet.indices[layer] >= 0) & (sheet.indices[layer] < head) for layer in range(tiny.num_layers)]
+              for sheet in (one, two)]  # fmt: skip
+    layers = zip(*(sheet_layers(tiny, sheet) for sheet in (both, one, two, opening)), *opened, strict=True)
+    for mine, before, behind, whole, *own in layers:
+        parts = zip(
+            *map(heads_of, (mine, before, behind, whole)), *(each.sum(-1).tolist() for each in own), strict=True
+        )
+        for (keys, values), (_, left), (_, right), (_, read), m, n in parts:
+            expected = torch.cat([read[:head], left[m:], right[n:]])
+            torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+            assert len(keys) == len(values)
     assert both.kept_per_document() == {**one.kept_per_document(), **two.kept_per_document()}
     kb = CompressedKnowledgeLLM(tiny, both)
     assert kb.ask(QUESTION, max_tokens=6).sources
     apart = cut(tiny, both)[1]
     again = living.remove(tiny, both, "alice") if first is INDEPENDENT else both
     assert len(apart) == (3 if first is INDEPENDENT else 2) and again.length <= both.length
+
+
+def test_heads_that_keep_nothing_of_the_documents_hold_the_head_when_sheets_are_combined(tiny, tmp_path):
+    options = {"rate": 4, "scorer": OneHead(), "allocation": "adaptive"}
+    both = combine(tiny, [build(tiny, [ALICE, BOB], **options), build(tiny, [CLARA, HUGO], **options)])
+    head = both.manifest.head_tokens
+    assert ((both.indices >= 0).sum(-1) == head).any()
+    again = load_sheet(save_sheet(both, tmp_path / "both.sheet"))
+    assert torch.equal(again.indices, both.indices)
+    asked = [CompressedKnowledgeLLM(tiny, each).ask(QUESTION, max_tokens=6) for each in (both, again)]
+    assert asked[0].text == asked[1].text
+    assert len(cut(tiny, again)[1]) == 2
 
 
 def heads_of(layer):

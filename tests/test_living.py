@@ -9,6 +9,7 @@ import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, living, load_sheet, save_sheet
+from cribsheet.build import Budgets, carry_out, plan
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.cutting import cut
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
@@ -131,10 +132,13 @@ def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
-def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it(family, allocation):
+def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it_that_pins_the_whole_head(family, allocation):
     settings = {"guide": "dropped", "scorer": "task", "allocation": allocation}
     alone = build(family, [BOB], **settings)
-    usual = build_sheet(family, [BOB], FEW_SHOT, budget=alone.tokens, **settings)
+    budgets = Budgets(budget=alone.tokens, guide="dropped", allocation=allocation)
+    made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, budgets, scorer="task")
+    head = made.corpus.head_tokens
+    usual = carry_out(family, replace(made, reading=replace(made.reading, pinned=head, least=head + 1)))
     assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)
     for mine, theirs in zip(sheet_layers(family, alone), sheet_layers(family, usual), strict=True):
         assert mine.window is not None or mine.counts == theirs.counts

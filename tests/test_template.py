@@ -13,6 +13,7 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.build import build_sheet
 from cribsheet.errors import MismatchError, TemplateError
+from cribsheet.notes import notes_request
 from cribsheet.task import Task
 from cribsheet.template import PLAIN_TEMPLATE, ChatLayout
 from cribsheet.testing import tiny_backbone, tiny_tokenizer
@@ -98,6 +99,24 @@ def test_sheet_and_question_are_together_what_the_template_renders(name, shape, 
     assert torch.cat(pieces).tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
     bos = (pieces[0] == tokenizer.bos_token_id).sum()
     assert bos == (1 if name in WRITES_BOS else 0)
+
+
+@pytest.mark.parametrize("task", [ZERO_SHOT, FEW_SHOT])
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - set(FOLDS)))
+def test_a_repetition_is_an_answer_in_the_conversation_after_the_documents(name, task):
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    layout = ChatLayout(tokenizer)
+    left = layout.head(task.instruction) + CORPUS + "\n\n"
+    turns = [{"role": "user", "content": "Repeat the documents."}]
+    assert left + layout.repeat(task, "documents") == by_hand(tokenizer, turns, task, resident=False)
+    opening = layout.guide(task).resident
+    assert left + opening + layout.repeat(task, "guide") == by_hand(tokenizer, turns, task, resident=True)
+    noted = [{"role": "user", "content": f"Task: {task.description}\n\n{notes_request(tokenizer)}"},
+             {"role": "assistant", "content": "Bob: Oslo"}]  # fmt: skip
+    for question, answer in task.examples:
+        noted += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    expected = by_hand(tokenizer, [*noted, *turns], task, resident=False)
+    assert left + layout.noted(task, "Bob: Oslo") + layout.repeat(task, "notes") == expected
 
 
 @pytest.mark.parametrize("name", FOLDS)

@@ -45,7 +45,7 @@ DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "note
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
-_REPEAT = "Repeat the documents."
+_BEFORE_REPEAT: dict[Guide, Literal["guide", "notes"]] = {"task and repeat": "guide", "notes and repeat": "notes"}
 QUESTION_SHARE = 0.25  # of the window that no head fills
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
 
@@ -291,7 +291,11 @@ def plan(
     corpus = TokenizedCorpus.build(documents, head, layout.encoder)
     budget = budgets.tokens(len(corpus))
     encode = layout.encoder.after
-    scored, resident, repeat = encode(guide.scored), encode(guide.resident, continues=True), encode(_REPEAT)
+    scored, opening = encode(guide.scored), encode(guide.resident, continues=True)
+    resident = opening
+    repeat = encode(layout.repeat(task, _BEFORE_REPEAT.get(chosen.guide, "documents")))
+    if chosen.guide == "task and repeat":
+        scored = opening  # the conversation goes on
     if not budgets.keeps_guide(len(resident), budget, len(corpus)):
         resident = resident[:0]
     layout.verify(head, corpus.text, guide.resident if len(resident) else "", task)
@@ -309,6 +313,7 @@ def plan(
         "task": len(scored),
         "notes": noted,
         "repeat": len(repeat),
+        "task and repeat": len(scored) + len(repeat),
         "notes and repeat": noted + len(repeat),
         "nothing": 0,
     }[chosen.guide]
@@ -318,15 +323,26 @@ def plan(
         guide=scored,
         request=request,
         repeat=repeat,
-        noted=lambda notes: encode(layout.noted(task, notes)),
+        noted=lambda notes: encode(layout.noted(task, notes), continues=True),
         budget=keep,
         chunk_tokens=chunk,
-        pins_head=chosen.pins_head,
+        head=corpus.head_tokens,
+        pinned=_pinned(chosen, budgets.allocation, corpus.head_tokens),
         allocation=budgets.allocation,
         most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
+
+
+def _pinned(scorer: Scorer, allocation: Allocation, head_tokens: int) -> int:
+    """How many tokens of the template's head stay in every head of the model, whatever their scores.
+
+    The first one is where attention rests. Where heads share a budget, each further one costs all of them a token.
+    """
+    if not scorer.pins_head:
+        return 0
+    return head_tokens if allocation == "uniform" else min(1, head_tokens)
 
 
 def assemble(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tuple[list[LayerPrefix], Tensor]:

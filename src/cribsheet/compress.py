@@ -25,8 +25,6 @@ from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, take
 
 Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
-LEAST_SHARE = 0.1  # of the budget that every head keeps, however little it is looked at
-
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -51,9 +49,10 @@ class Reading:
     """What a build does with each chunk; all counts are in tokens.
 
     After a chunk, scorers that ask for the task read `guide` (T,); those that ask for notes let the model answer
-    `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,) and the chunk again.
+    `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,), the turn that asks for
+    it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
-    adaptive, and then no more than `most` by any head; `pins_head` says whether the template's head is sure to be.
+    adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
     """
 
     scorer: Scorer
@@ -63,8 +62,10 @@ class Reading:
     noted: Callable[[str], Tensor]
     budget: int
     chunk_tokens: int
-    pins_head: bool
+    head: int
+    pinned: int
     allocation: Allocation = "uniform"
+    least: int = 1
     most: int = 0
     seed: int = 0
 
@@ -72,6 +73,7 @@ class Reading:
         """Read a chunk, and what scores it, on a prefix of `start` tokens."""
         known: Known = None
         room = backbone.window - start - len(chunk.ids)
+        repetition = torch.cat([self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
         match self.scorer.guide:
             case "task":
                 guide = self.guide
@@ -79,14 +81,20 @@ class Reading:
                 guide, known = self._notes(backbone, prefix, start, chunk)
                 guide = guide[:room]
             case "repeat":
-                guide = torch.cat([self.repeat, chunk.ids])
+                guide = repetition
+            case "task and repeat":
+                guide = torch.cat([self.guide, repetition])
             case "notes and repeat":
-                repetition = torch.cat([self.repeat, chunk.ids])
                 guide, known = self._notes(backbone, prefix, start, chunk)
                 guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
         return backbone.read(prefix, start, chunk.ids, guide, known)
+
+    def repeated(self, chunk: Chunk) -> int:
+        """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
+        again = self.scorer.guide.endswith("repeat")
+        return min(len(chunk.ids), max(0, chunk.stop - self.head)) if again else 0
 
     def _notes(
         self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk
@@ -108,15 +116,14 @@ class State:
 def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: State | None = None) -> Iterator[State]:
     """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped."""
     done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
-    pinned = corpus.head_tokens if how.pins_head else 0
     for chunk in corpus.split(how.chunk_tokens):
         if chunk.start < done:
             continue
         layers = read(backbone, kept, chunk, how)
-        budget = earned_budget(how.budget, chunk.stop, len(corpus), pinned)
+        budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
         scores = [score(backbone, layers[n], old, chunk, how, n) for n, old in enumerate(kept)]
         indices = [places(old, chunk) for old in kept]
-        keep = choose(backbone, scores, indices, how, budget, pinned)
+        keep = choose(backbone, scores, indices, how, budget)
         kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, backbone.inv_freqs, strict=True)]
         yield State(chunk.stop, kept)
 
@@ -168,6 +175,7 @@ def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: 
         layer=layer,
         seed=how.seed,
         softcap=backbone.softcap,
+        repeated=how.repeated(chunk),
     )
     return how.scorer.score(view).masked_fill(indices == ABSENT, float("-inf"))
 
@@ -178,12 +186,11 @@ def choose(
     indices: Sequence[Tensor],
     how: Reading,
     budget: int,
-    pinned: int,
 ) -> list[Tensor]:
     """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
 
-    Scores and corpus indices are (K, S) by layer. The first `pinned` tokens of the corpus always stay. A sliding-window
-    layer has no choice: it keeps the latest tokens that the next one can see.
+    Scores and corpus indices are (K, S) by layer. The first tokens of the corpus stay if they are pinned. A layer with
+    a sliding window has no choice: it keeps the latest tokens that the next one can see.
     """
     found: dict[int, Tensor] = {}
     full: dict[int, Tensor] = {}
@@ -191,13 +198,13 @@ def choose(
         if window is not None:
             found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
         else:
-            head = (indices[number] >= 0) & (indices[number] < pinned)
+            head = (indices[number] >= 0) & (indices[number] < how.pinned)
             full[number] = scores[number].masked_fill(head, float("inf"))
     shortest = min(layer.shape[1] for layer in full.values())
     if how.allocation == "uniform":
         found |= _keep_top_of_each(full, min(budget, shortest))
     else:
-        least = min(shortest, budget, pinned + max(1, round((budget - pinned) * LEAST_SHARE)))
+        least = min(shortest, budget, how.least)
         best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
         found |= dict(zip(full, best, strict=True))
     return [found[number] for number in range(len(scores))]

@@ -11,16 +11,18 @@ from cribsheet.backbone import Backbone
 from cribsheet.errors import SheetError
 from cribsheet.prefix import LayerPrefix
 from cribsheet.rope import rotate
-from cribsheet.segments import Segment, end_positions, held, joined_indices, shifted
+from cribsheet.segments import Segment, end_positions, held, joined_indices, read_head, shifted
 from cribsheet.selection import ABSENT
 from cribsheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.stored import StoredLayer
+from cribsheet.tokens import Encoder
 
 
 def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     """The head and the segments of an independent sheet; a sequential one is one segment. The guide is left out.
 
-    Raises `SheetError` for a sequential sheet that cannot be cut behind its head or before its guide.
+    The template's head is read again where not every head of a sequential sheet keeps all of it. Raises `SheetError`
+    for a sequential sheet with sliding windows.
     """
     made = sheet.manifest
     independent = made.mode == "independent"
@@ -28,7 +30,7 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     segments = [(each.documents, each.read) for each in made.segments] if independent else [whole]
     stretches = [(0, made.head_tokens), *segments]
     bounds = segment_bounds(sheet.indices, made.guide_tokens, [read for _, read in stretches])
-    layers = sheet.layers if independent else _unrotated(backbone, sheet, bounds)
+    layers = sheet.layers if independent else _unrotated(backbone, sheet)
     sliding = [0] * len(layers)  # tokens so far of each layer with a window
     found: list[Segment] = []
     read = number = 0
@@ -57,7 +59,15 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
             )
         )
         read, number = read + tokens, number + documents
-    return found[0], found[1:]
+    is_whole = bool((bounds[..., 1] - bounds[..., 0] == made.head_tokens).all())
+    return found[0] if is_whole else _head_of(backbone, sheet), found[1:]
+
+
+def _head_of(backbone: Backbone, sheet: Sheet) -> Segment:
+    """The whole head of the template that a sequential sheet begins with."""
+    made = sheet.manifest
+    ids, spans = Encoder(backbone.tokenizer).left(made.head + "x")
+    return read_head(backbone, ids[spans[:, 1] <= len(made.head)], made.dtype)
 
 
 def _rows(layer: StoredLayer, places: Tensor, length: int) -> list[int]:
@@ -74,18 +84,13 @@ def _stretch(indices: Tensor, first: Tensor, last: Tensor, read: int) -> Tensor:
     return joined_indices([torch.where(inside, indices[..., low:high] - read, ABSENT)])
 
 
-def _unrotated(backbone: Backbone, sheet: Sheet, bounds: Tensor) -> Sequence[StoredLayer]:
+def _unrotated(backbone: Backbone, sheet: Sheet) -> Sequence[StoredLayer]:
     """The layers of a sequential sheet with their keys turned back to no rotation."""
     made = sheet.manifest
     if any(window is not None for window in made.fingerprint.windows):
         raise SheetError(
             "Layers with a sliding window hold only the end of a sequential sheet, so it cannot be joined to another; "
             "build both with mode='independent'."
-        )
-    if (bounds[..., 1] - bounds[..., 0] != made.head_tokens).any():
-        raise SheetError(
-            f"The scorer {made.scorer!r} does not keep the head of the template, which sheets have in common; "
-            "build with another scorer, or with mode='independent'."
         )
     turned = []
     for layer, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):

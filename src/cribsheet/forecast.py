@@ -89,7 +89,7 @@ def _probe(backbone: Backbone, corpus: TokenizedCorpus, reading: Reading) -> tup
     """Seconds that the first piece of a corpus takes, and the piece."""
     size = min(len(corpus), reading.chunk_tokens, PROBE_TOKENS)
     piece = dataclasses.replace(corpus, ids=corpus.ids[:size], origins=corpus.origins[:size])
-    budget = max(1, earned_budget(reading.budget, size, len(corpus), corpus.head_tokens if reading.pins_head else 0))
+    budget = max(1, earned_budget(reading.budget, size, len(corpus), reading.pinned))
     how = dataclasses.replace(reading, budget=budget, chunk_tokens=size)
     backbone.read(nothing_read(backbone), 0, piece.ids[:64], piece.ids[:0])  # whatever is made at a first use
     _wait(backbone)

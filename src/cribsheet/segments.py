@@ -86,9 +86,10 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
 def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment:
     """Condense the documents of a plan, alone behind their head, which is left out of the result."""
     kept = nothing_kept(backbone)
-    for state in compress(backbone, plan.corpus, replace(plan.reading, pins_head=True)):
-        kept = state.kept
     head = plan.corpus.head_tokens
+    reading = replace(plan.reading, pinned=head, least=head + 1)  # every head keeps something of every document
+    for state in compress(backbone, plan.corpus, reading):
+        kept = state.kept
     full = [kept[number].indices.cpu() for number in backbone.full]
     indices = joined_indices([_aligned([torch.where(each < head, ABSENT, each - head) for each in full])])
     counts = (indices != ABSENT).sum(-1)

@@ -233,18 +233,21 @@ def _held(manifest: Manifest, layer: StoredLayer, tokens: int) -> int:
 
 
 def _segments_are_sound(manifest: Manifest, indices: Tensor) -> bool:
-    """Whether the segments add up to the sheet, and every head keeps something of each, in order."""
+    """Whether the segments add up to the sheet, in order; every head keeps something of each unless heads differ."""
     segments, guide = manifest.segments, manifest.guide_tokens
     if not 0 <= guide < indices.shape[-1] or any(segment.read < 1 for segment in segments):
         return False
     corpus, end = indices.split([indices.shape[-1] - guide, guide], -1)
+    least = 0 if manifest.allocation == "adaptive" else 1
     counts = segment_bounds(indices, guide, [manifest.head_tokens, *(each.read for each in segments)]).diff()
     ordered = (corpus[..., 1:] > corpus[..., :-1]) | (corpus[..., :-1] == ABSENT)
     return (
         sum(segment.read for segment in segments) + manifest.head_tokens == manifest.corpus_tokens
         and sum(segment.documents for segment in segments) == len(manifest.documents)
         and bool(ordered.all() and (corpus != -1).all() and (corpus < manifest.corpus_tokens).all())
-        and bool((end == -1).all() and (counts[..., 0] == manifest.head_tokens).all() and (counts[..., 1:] > 0).all())
+        and bool(
+            (end == -1).all() and (counts[..., 0] == manifest.head_tokens).all() and (counts[..., 1:] >= least).all()
+        )
         and [mean_kept(each) for each in counts[..., 1:].unbind(-1)] == [segment.kept for segment in segments]
     )
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
@@ -30,6 +30,7 @@ Message = Mapping[str, Any]
 
 _CORPUS, _QUESTION = "CribsheetCorpusMarker", "CribsheetQuestionMarker"
 _GAP = "\n\n"
+_REPEAT = "Repeat the documents."
 
 # For models that come without a chat template (base models).
 PLAIN_TEMPLATE = (
@@ -88,9 +89,7 @@ class ChatLayout:
 
     def guide(self, task: Task) -> Guide:
         """Task line and examples as they stand after the documents."""
-        resident = self._cut([*self._guide_turns(task), _user(_QUESTION)], task.instruction)[1]
-        # Tokenizers join a space to the word that follows it, so it goes with the question.
-        resident = resident.split(_QUESTION)[0].rstrip(" ")
+        resident = self._before_next(self._guide_turns(task), task.instruction)
         if task.few_shot:
             return Guide(scored=resident, resident=resident)
         # A bare task line ends where the model would start to plan its answer: the end of the user's turn.
@@ -100,12 +99,36 @@ class ChatLayout:
         """The turn that asks for notes, ready for the answer."""
         return self._cut([_user(self._request_line(task))], task.instruction)[1]
 
+    def repeat(self, task: Task, after: Literal["documents", "guide", "notes"]) -> str:
+        """The turn that asks to repeat the documents, ready for the answer: they are then read as the assistant's.
+
+        In the user's turn a model has no reason to repeat anything, and looks elsewhere.
+        """
+        turns: list[Message] = []
+        if after != "documents":
+            turns = self._guide_turns(task) if after == "guide" else self._noted_turns(task, "")
+        left = self._before_next(turns, task.instruction)
+        return self._cut([*turns, _user(_REPEAT)], task.instruction)[1][len(left) :]
+
     def noted(self, task: Task, notes: str) -> str:
-        """Task line, the notes as the model's answer to it, then the examples: the guide of scorers that use notes."""
+        """Task line, the notes as the model's answer to it, then the examples: the guide of scorers that use notes.
+
+        It ends where the user's next turn begins.
+        """
+        return self._before_next(self._noted_turns(task, notes), task.instruction)
+
+    def _noted_turns(self, task: Task, notes: str) -> list[Message]:
         turns = [_user(self._request_line(task)), {"role": "assistant", "content": notes or "None."}]
         for question, answer in (*task.examples, *self_asked(notes, task.examples)):
             turns += [_user(question), {"role": "assistant", "content": answer}]
-        return self._cut(turns, task.instruction)[1]
+        return turns
+
+    def _before_next(self, turns: Sequence[Message], instruction: str) -> str:
+        """What turns render to after the documents, up to the text of the user's next turn.
+
+        Tokenizers join a space to the word that follows it, so it goes with that text.
+        """
+        return self._cut([*turns, _user(_QUESTION)], instruction)[1].split(_QUESTION)[0].rstrip(" ")
 
     def _request_line(self, task: Task) -> str:
         asking = notes_request(self._tokenizer)

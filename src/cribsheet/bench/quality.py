@@ -78,6 +78,7 @@ METHODS = (
     Method("zero-effort", examples=False, guide="auto"),
     Method("query-aware", "task-peak", allocation="adaptive", query_aware=True),
     Method("few-shot, recall", "recall", allocation="adaptive"),
+    Method("few-shot, recall with notes", "recall-notes", allocation="adaptive"),
     Method("zero-shot, recall", "recall", examples=False, allocation="adaptive"),
     Method("few-shot, notes, adaptive", "notes-peak", allocation="adaptive"),
     Method("reconstruction, adaptive", "reconstruction", allocation="adaptive"),

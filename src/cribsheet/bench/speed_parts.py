@@ -95,11 +95,12 @@ def build(setting: Setting, report: Report, lengths: Sequence[int], rates: Seque
 
 
 def default_build(setting: Setting, report: Report, length: int, rate: float) -> None:
-    """What the default (recall, which writes notes and reads every chunk again) costs against the other scorers."""
+    """What the default (recall, which reads every chunk again) costs against the other scorers."""
     corpus = setting.corpus(length)
     named = {
         "recall, adaptive (default)": ("recall", "adaptive"),
         "recall, uniform": ("recall", "uniform"),
+        "recall-notes, adaptive": ("recall-notes", "adaptive"),
         "reconstruction, adaptive": ("reconstruction", "adaptive"),
         "notes, uniform": ("notes", "uniform"),
         "task, uniform": ("task", "uniform"),

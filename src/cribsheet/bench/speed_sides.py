@@ -45,7 +45,8 @@ def build(
         noted=lambda notes: torch.arange(20, 276),
         budget=budget,
         chunk_tokens=min(len(corpus), chunk_tokens or usual_chunk(setting.backbone, found.guide)),
-        pins_head=found.pins_head,
+        head=0,
+        pinned=1,
         allocation=allocation,
         most=len(corpus),
     )

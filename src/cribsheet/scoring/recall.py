@@ -1,7 +1,7 @@
-"""What the notes need first, then what a repetition of the text needs: few facts are lost, and those of the task least.
+"""What the task looks at, then what a repetition of the text needs: few facts are lost, and those of the task least.
 
-Notes (CacheNotes, EACL 2026) name what the task asks for but leave things out; a repetition (in the manner of KVzip,
-arXiv 2505.23416) leaves nothing out but knows no task. Each is read as the guide's rows, and a token counts by the row
+A repetition (in the manner of KVzip, arXiv 2505.23416) leaves nothing out but knows no task; task and examples know
+what is asked but look at what they name themselves. Both are read as the guide's rows, and a token counts by the row
 that needs it most; rows of the repetition count less, so that they decide about what is left over.
 """
 
@@ -20,16 +20,22 @@ REPEATED = 0.3  # what a row of the repetition counts
 
 
 class Recall:
-    """Largest attention of a row of task, notes, examples and, counting less, the repeated chunk, times value norm."""
+    """Largest attention of a row of task, examples and, counting less, the repeated chunk, times value norm."""
 
-    guide: ClassVar[Guide] = "notes and repeat"
+    guide: ClassVar[Guide] = "task and repeat"
     pins_head: ClassVar[bool] = True
     repeated: ClassVar[float] = REPEATED
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        rows, chunk = view.queries.shape[1], view.keys.shape[1] - view.carried.shape[1]
+        rows = view.queries.shape[1]
         weight = torch.ones(rows, device=view.queries.device)
-        weight[max(0, rows - chunk) :] = self.repeated
+        weight[rows - view.repeated :] = self.repeated
         peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale, row_weight=weight, softcap=view.softcap)
         return carried_on(max_over_group(peak, view) * value_norm(view), view)
+
+
+class RecallNotes(Recall):
+    """`Recall` whose rows before the repetition are task, notes (CacheNotes, EACL 2026) and examples."""
+
+    guide: ClassVar[Guide] = "notes and repeat"

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-Guide = Literal["task", "notes", "repeat", "notes and repeat", "nothing"]
+Guide = Literal["task", "notes", "repeat", "task and repeat", "notes and repeat", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class LayerView:
         (H, T, D) rotated queries of the guide's tokens; T is 0 for scorers that read nothing.
     lse
         (H, T) float32 log-sum-exp of each guide row over everything it saw: the S tokens and the guide up to itself.
+    repeated
+        how many of the last guide rows are the chunk again, as the answer to the turn that asks to repeat it.
     carried
         (K, P) float32 scores of the first P tokens from when they were kept; P is 0 in the first chunk.
     scale
@@ -48,14 +50,16 @@ class LayerView:
     layer: int
     seed: int = 0
     softcap: float | None = None
+    repeated: int = 0
 
 
 class Scorer(Protocol):
     """How much each cached token matters, per key/value head.
 
     `guide` says what is read after each chunk for this scorer: the task, the task with notes
-    that the model writes about the chunk, a repetition of the chunk, both one after the other, or nothing.
-    `pins_head` says whether the template's head (attention sinks among it) is always kept.
+    that the model writes about the chunk, a repetition of the chunk, one of the former and then the latter, or nothing.
+    `pins_head` says whether the template's head (attention sinks among it) is always kept; if heads share a budget, it
+    is the first token only, and the rest of the head competes.
     """
 
     guide: ClassVar[Guide]
