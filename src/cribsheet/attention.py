@@ -104,6 +104,9 @@ def attend_shared(
         return _attend_long(q, k, v, scale)
     kv_heads = k.shape[1]
     group = h // kv_heads
+    if b == 1 and mask is None:  # rows of a head lie together as they are
+        out, lse = attend(q.reshape(1, kv_heads, group * t, d), k, v, scale=scale, softcap=softcap)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
     packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
     if mask is not None:
         mask = mask.unsqueeze(1).expand(b, group, t, -1).reshape(1, 1, b * group * t, -1)
@@ -161,11 +164,14 @@ def attend_ragged(
 def attend_each(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attend` of the one newest token (T = 1) of each of B sequences, by two small matrix products.
+    """`attend` of the one newest token (T = 1) of each of B sequences, by two small matrix products or one kernel.
 
     `bias` (B, 1, 1, S) in float32 is minus infinity where a row may not look; every row sees something.
     """
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
+    if bias is None and softcap is None and flash.on_cpu(q):
+        out, lse = flash.flash_cpu(grouped, k, v, scale, False, None)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
     logits = capped((grouped @ k.transpose(-1, -2)).float() * scale, softcap)
     if bias is not None:
         logits = logits + bias
