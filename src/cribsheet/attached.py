@@ -101,11 +101,11 @@ class Attachment:
 def _in_training(model: nn.Module) -> list[nn.Module]:
     """Modules in training mode: every step asks, and `Module.modules` takes five times as long."""
     found, left = [], [model]
-    while left:
-        module = left.pop()
+    for module in left:  # which grows on the way
         if module.training:
             found.append(module)
-        left += [child for child in module._modules.values() if child is not None]
+        if module._modules:
+            left += [child for child in module._modules.values() if child is not None]
     return found
 
 
