@@ -9,7 +9,7 @@ FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
 .PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers connectivity certainty \
-	memory throughput speed speed-gpu living evidence routing pocket clean
+	memory throughput speed speed-gpu step-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -46,7 +46,7 @@ oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that 
 	touch $@
 
 kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy
-	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/test_kernels.py
+	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/test_kernels.py tests/test_lean.py
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
@@ -82,6 +82,9 @@ speed: $(READY)  ## building and answering against their peers, on a CPU (half a
 
 speed-gpu:  ## the same on one large GPU, with the python that has torch there (five minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet.bench.speed --device cuda --shape 8b --seconds 270 --json speed-gpu.json
+
+step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
+	PYTHONPATH=src $(PYTHON) -m cribsheet.bench.step --json step-gpu.json
 
 living: $(READY)  ## what changing one of a hundred documents costs, and what independent sheets lose (half an hour)
 	$(RUN)/python -m cribsheet.bench.living --json docs/benchmarks/living.json

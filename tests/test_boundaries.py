@@ -21,8 +21,8 @@ CORE = sorted(
     and "__main__" not in name
     and not name.startswith(UPPER)
     and (
-        name != "kernels.py" or find_spec("triton")
-    )  # torch brings Triton along for CUDA, and only `fused` asks for it
+        name not in {"kernels.py", "step_kernels.py", "step_attention.py"} or find_spec("triton")
+    )  # torch brings Triton along for CUDA, and only `fused` and `lean` ask for it
 )
 
 

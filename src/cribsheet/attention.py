@@ -104,6 +104,9 @@ def attend_shared(
         return _attend_long(q, k, v, scale)
     kv_heads = k.shape[1]
     group = h // kv_heads
+    if b == 1 and mask is None:  # rows of a head lie together as they are
+        out, lse = attend(q.reshape(1, kv_heads, group * t, d), k, v, scale=scale, softcap=softcap)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
     packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
     if mask is not None:
         mask = mask.unsqueeze(1).expand(b, group, t, -1).reshape(1, 1, b * group * t, -1)
@@ -161,11 +164,14 @@ def attend_ragged(
 def attend_each(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None = None, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attend` of the one newest token (T = 1) of each of B sequences, by two small matrix products.
+    """`attend` of the one newest token (T = 1) of each of B sequences, by two small matrix products or one kernel.
 
     `bias` (B, 1, 1, S) in float32 is minus infinity where a row may not look; every row sees something.
     """
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
+    if bias is None and softcap is None and flash.on_cpu(q):
+        out, lse = flash.flash_cpu(grouped, k, v, scale, False, None)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
     logits = capped((grouped @ k.transpose(-1, -2)).float() * scale, softcap)
     if bias is not None:
         logits = logits + bias
@@ -249,7 +255,7 @@ def _peak_of_products(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weigh
     left = torch.cat([q.float() * scale, offset.unsqueeze(-1)], -1).reshape(kv_heads, h // kv_heads, t, d + 1)
     right = torch.cat([k.float(), k.new_ones(kv_heads, s, 1, dtype=torch.float32)], -1).transpose(1, 2)
     peak = q.new_full((kv_heads, h // kv_heads, s), float("-inf"), dtype=torch.float32)
-    rows = max(1, (_CACHED_SCORES if q.device.type == "cpu" else _MAX_SCORES) // (h * max(1, s)))
+    rows = _rows_at_once(q.device, h * s)
     for start in range(0, t, rows):
         block = left[:, :, start : start + rows]
         logits = (block.reshape(kv_heads, -1, d + 1) @ right).reshape(*block.shape[:3], s)
@@ -260,15 +266,23 @@ def _peak_of_products(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weigh
 def _weight_blocks(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
 ) -> Iterator[Tensor]:
-    """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size."""
+    """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size.
+
+    Query heads of a group are rows of one product, so keys are not repeated for them; a row's weight goes into its
+    log-sum-exp, so what is of size rows x keys is gone over only twice.
+    """
     h, t, d = q.shape
     kv_heads, s, _ = k.shape
-    k32 = k.float().unsqueeze(1).transpose(-1, -2)  # (K, 1, D, S)
-    rows = max(1, _MAX_SCORES // (h * max(1, s)))
+    k32 = k.float().transpose(-1, -2)  # (K, D, S)
+    offset = (lse if row_weight is None else fused.weighted(lse, row_weight)).unsqueeze(-1)
+    rows = _rows_at_once(q.device, h * s)
     for start in range(0, t, rows):
-        q32 = q[:, start : start + rows].float().reshape(kv_heads, h // kv_heads, -1, d)
-        logits = (q32 @ k32).mul_(scale).reshape(h, -1, s)
-        weights = capped(logits, softcap).sub_(lse[:, start : start + rows, None]).exp_()
-        if row_weight is not None:
-            weights *= row_weight[start : start + rows, None]
-        yield weights
+        q32 = (q[:, start : start + rows].float() * scale).reshape(kv_heads, -1, d)
+        logits = (q32 @ k32).reshape(h, -1, s)
+        yield capped(logits, softcap).sub_(offset[:, start : start + rows]).exp_()
+
+
+def _rows_at_once(device: torch.device, scores: int) -> int:
+    """Rows of so many scores that are held at once."""
+    most = min(_CACHED_SCORES, _MAX_SCORES) if device.type == "cpu" else _MAX_SCORES
+    return max(1, most // max(1, scores))
