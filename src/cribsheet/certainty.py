@@ -30,20 +30,25 @@ _GAIN = 0.1  # nats a token by which a sheet that knows the answer makes it more
 
 
 class Judged(NamedTuple):
-    """What a draft looks like: the probability that the sheet gives it, 0 to 1, and whether it is near."""
+    """What a draft looks like: its `probability` and `nearness`, 0 to 1, and from which nearness on it is near."""
 
     probability: float
-    near: bool
+    nearness: float
+    near_from: float = NEAR
 
     @property
     def certainty(self) -> float:
         """How certain it is that passages add nothing, 0 to 1: 0 for a draft that a retriever can confirm."""
-        return 0.0 if self.near else self.probability
+        return 0.0 if self.nearness >= self.near_from else self.probability
+
+    def is_lost(self, sure: float) -> bool:
+        """Whether the sheet seems to have lost what a retriever finds."""
+        return self.nearness >= self.near_from and self.probability < sure
 
 
 def judge(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> Judged:
     """Measure an answer with log-probabilities, written by the sheet alone to a question in tokens (T,)."""
-    return Judged(probability(llm, asked, draft), nearness(llm, asked, draft) >= NEAR)
+    return Judged(probability(llm, asked, draft), nearness(llm, asked, draft))
 
 
 def probability(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:

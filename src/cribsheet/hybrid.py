@@ -38,7 +38,7 @@ Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
 
 BUILT_IN = "bm25"
 PASSAGE_TOKENS = 512
-SURE = 0.8  # decisions/0018 has the measurements behind this
+SURE = 0.7  # decisions/0018 has the measurements behind this
 SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
 _BOTH = "the chain and the sheet both have a retriever; leave out one of them"
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
@@ -212,7 +212,7 @@ def _tell(
 
     alone = retrieval.mode == "retrieval"
     tokens, chosen = choice(alone)
-    if judged and judged.near and judged.probability < retrieval.sure and _is_cut(found, chosen):
+    if judged and judged.is_lost(retrieval.sure) and is_cut(found, chosen):
         without = choice(True)
         if without[1]:  # nothing if the question says it all
             alone, (tokens, chosen) = True, without
@@ -232,6 +232,6 @@ def _tell(
     llm._submit(*streams)
 
 
-def _is_cut(found: Sequence[Passage], chosen: Sequence[Passage]) -> bool:
+def is_cut(found: Sequence[Passage], chosen: Sequence[Passage]) -> bool:
     """Whether passages that were found are told, but not even the first of them whole."""
     return bool(found) and len(chosen) < 2 and found[0].text not in [each.text for each in chosen]
