@@ -49,7 +49,7 @@ class Retrieval:
     """How passages help with a question: settings that were checked.
 
     `top_k` bounds how many passages are told, `passage_tokens` how many tokens they take, heading and gaps included.
-    `sure` is how certain a draft must be, 0 to 1, for `auto` to take it.
+    `sure` is how certain `auto` must be, 0 to 1, that passages add nothing to a draft: 0 takes every draft, 1 none.
     """
 
     mode: Mode
