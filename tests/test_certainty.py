@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
+from cribsheet.bench.certainty import Measured, _measured
+from cribsheet.bench.questions import Asked
 from cribsheet.certainty import Judged, judge, nearness
 from cribsheet.evidence import _per_document, looked_at, per_stretch
 from cribsheet.retrieval import PASSAGE_CHARACTERS
@@ -80,3 +82,14 @@ def test_stretches_are_documents_where_these_are_short_and_parts_of_long_ones(kb
 def test_certainty_is_of_drafts_that_no_search_would_find():
     assert [Judged(0.9, near).certainty for near in (0.59, 0.6)] == [0.9, 0]
     assert [Judged(p, near).is_lost(0.7) for p, near in ((0.6, 0.6), (0.7, 0.6), (0.6, 0.5))] == [True, False, False]
+
+
+@pytest.mark.parametrize("question", [DIRECT, JOIN])
+def test_the_bench_foretells_what_auto_does(kb, question):
+    draft = kb.ask(question, max_tokens=48, logprobs=0)
+    for passages in (14, 200):
+        found = _measured(kb, Asked(question, ("Slate Engine",)), draft, passages)
+        measured = Measured("", "", 2.0, "direct", question, 0.0, 0.0, **found)
+        for sure in (0.0, 0.7, 1.0):
+            asked = {"mode": "auto", "passage_tokens": passages, "sure": sure}
+            assert measured.chosen(sure=sure) == kb.ask(question, max_tokens=48, **asked).mode
