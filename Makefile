@@ -68,7 +68,7 @@ peers: $(READY) $(PEERS)/.ready  ## the same with the presses of kvpress, in an 
 connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (35 minutes on a free core)
 	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json
 
-certainty: $(READY)  ## what tells right answers of a sheet from wrong ones (ten minutes)
+certainty: $(READY)  ## what auto can know, and what its choices are worth (ten minutes)
 	$(RUN)/python -m cribsheet.bench.certainty --json docs/benchmarks/certainty.json
 
 memory: $(READY)  ## peak memory of a build against the length of the corpus

@@ -55,7 +55,7 @@ class Answer:
     `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `sources` are
     the documents that question and answer looked at most in the sheet, and every passage that was told, by weight.
     `mode` is how it was found: from the sheet, which it is too where "hybrid" found nothing to tell, from `passages`
-    that were retrieved, or from both; `certainty`, 0 to 1, is what mode "auto" measured of the sheet's own answer.
+    that were retrieved, or from both; `certainty`, 0 to 1, is how certain mode "auto" is that they add nothing.
     """
 
     text: str

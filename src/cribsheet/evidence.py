@@ -16,11 +16,12 @@ from cribsheet.answer import Source
 from cribsheet.backbone import Backbone
 from cribsheet.glance import Glance, question_weights
 from cribsheet.prefix import Prefix, prefix_cache
-from cribsheet.retrieval import Passage
+from cribsheet.retrieval import PASSAGE_CHARACTERS, Passage
 from cribsheet.sheet import Sheet
 from cribsheet.telling import Told
 
 LIMIT = 3  # sources of an answer
+_LONGEST = 2**31  # stretches of a document, at most
 _CONTEXT = 40  # characters shown on each side of the most attended place
 
 
@@ -97,6 +98,21 @@ def _documents(sheet: Sheet, looked: Tensor, per_document: Tensor, limit: int, t
             start, stop = _widened(text, start, stop)
         found.append(Source(sheet.manifest.documents[document].id, start, stop, weight / total, text[start:stop]))
     return found
+
+
+def per_stretch(sheet: Sheet, looked: Tensor) -> Tensor:
+    """What each stretch of a document was looked at (S,), as `_per_document` counts documents.
+
+    Stretches are as long as the passages of a search, so that it does not matter how a text is cut into documents.
+    """
+    number, start = sheet.origins[:, 1].long(), sheet.origins[:, 2].long()
+    _, stretches = (number * _LONGEST + start // PASSAGE_CHARACTERS).unique(return_inverse=True)
+    places = sheet.places[-len(looked) :]
+    inside = (number[places] >= 0) & (sheet.indices[-len(looked) :] >= 0)
+    count = int(stretches.max()) + 1 if len(stretches) else 0
+    peaks = torch.zeros(*looked.shape[:2], count + 1)
+    peaks.scatter_reduce_(2, torch.where(inside, stretches[places], count), looked.float().cpu(), "amax")
+    return peaks.sum((0, 1))[:count]
 
 
 def _most_of_a_head(sheet: Sheet, looked: Tensor) -> Tensor:

@@ -5,32 +5,27 @@ Modes:
     sheet       the sheet alone
     retrieval   passages alone, where the documents would stand, within the tokens of sheet and passages together
     hybrid      passages after the sheet, before the question
-    auto        the sheet's own answer if it is certain, else hybrid
+    auto        the sheet's own answer if it is certain that passages add nothing to it, else hybrid
 
-`auto` asks the sheet first and measures how certain the draft is: the least probability of its tokens, if the sheet
-makes the draft more probable than no documents would (docs: decisions/0014). The question's words do not matter.
+`auto` asks the sheet first and measures its draft (`certainty.py`): it stands if it is probable, and was read elsewhere
+than where the question looks, so that a search for the question would not find it. The question's words do not matter.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-import torch
-from torch import Tensor
-
 from cribsheet.answer import Answer
 from cribsheet.answering import Delta, Finished, Request, tell
+from cribsheet.certainty import Judged, judge
 from cribsheet.errors import RequestError
 from cribsheet.passages import choose, is_told_already, query_of, says
-from cribsheet.prefix import prefix_cache
 from cribsheet.retrieval import Passage, Search, as_retriever
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
-from cribsheet.telling import opening
 from cribsheet.template import Message
 from cribsheet.turns import Question, as_turns
 
@@ -43,8 +38,7 @@ Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
 
 BUILT_IN = "bm25"
 PASSAGE_TOKENS = 512
-SURE = 0.5  # decisions/0014 has the measurements behind this and the next
-_GAIN = 0.1  # nats a token by which a sheet that knows the answer makes it more probable
+SURE = 0.7  # decisions/0018 has the measurements behind this
 SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
 _BOTH = "the chain and the sheet both have a retriever; leave out one of them"
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
@@ -55,7 +49,7 @@ class Retrieval:
     """How passages help with a question: settings that were checked.
 
     `top_k` bounds how many passages are told, `passage_tokens` how many tokens they take, heading and gaps included.
-    `sure` is how certain a draft must be, 0 to 1, for `auto` to take it.
+    `sure` is how certain `auto` must be, 0 to 1, that passages add nothing to a draft: 0 takes every draft, 1 none.
     """
 
     mode: Mode
@@ -116,6 +110,7 @@ class Asking(NamedTuple):
 def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
     """Have streams answered with passages; blocks while it searches and, in `auto`, while the draft is written."""
     turns, retrieval = as_turns(asking.question), asking.retrieval
+    judged: Judged | None = None
     if _is_retrieved(llm, turns):
         return llm._submit(*streams)
     if retrieval.mode == "auto":
@@ -123,14 +118,16 @@ def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking
         llm._submit(draft)
         for _ in draft:
             pass
-        if _judge(llm, streams, draft) >= retrieval.sure:
+        judged = _judge(llm, streams, draft)
+        if judged.certainty >= retrieval.sure:
             return _take(llm, streams, draft.answer)
-    _tell(llm, streams, asking, turns, retrieval.search(llm).fetch(query_of(turns)))
+    _tell(llm, streams, asking, turns, retrieval.search(llm).fetch(query_of(turns)), judged)
 
 
 async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
     """`begin` without blocking the event loop; what goes wrong is raised by the streams."""
     retrieval = asking.retrieval
+    judged: Judged | None = None
     try:
         turns = as_turns(asking.question)
         if await asyncio.to_thread(_is_retrieved, llm, turns):
@@ -141,44 +138,22 @@ async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], as
             await asyncio.to_thread(llm._submit, draft)
             async for _ in draft:
                 pass
-            if await asyncio.to_thread(_judge, llm, streams, draft) >= retrieval.sure:
+            judged = await asyncio.to_thread(_judge, llm, streams, draft)
+            if judged.certainty >= retrieval.sure:
                 return await asyncio.to_thread(_take, llm, streams, draft.answer)
         search = await asyncio.to_thread(retrieval.search, llm)
         found = await search.afetch(query_of(turns))
-        await asyncio.to_thread(_tell, llm, streams, asking, turns, found)
+        await asyncio.to_thread(_tell, llm, streams, asking, turns, found, judged)
     except Exception as error:
         for stream in streams:
             tell(stream.request, error)
 
 
-def certainty(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:
-    """How certain the sheet is of an answer with log-probabilities to a question in tokens (T,), 0 to 1.
-
-    The least probability of a token; but 0 if the answer is as probable without any documents, as "I do not know" is
-    when the sheet has lost what was asked for.
-    """
-    if not draft.logprobs or gain(llm, asked, draft) < _GAIN:
-        return 0.0
-    return math.exp(min(each.logprob for each in draft.logprobs))
-
-
-def gain(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:
-    """Nats a token by which the sheet makes an answer with log-probabilities more probable than no documents do."""
-    said = draft.logprobs or ()
-    ids, bare = torch.tensor([each.token_id for each in said], dtype=torch.int64), llm._nothing()
-    bare_opening, _ = opening(llm._layout, llm._task, llm.sheet, ())
-    prompt = torch.cat([bare_opening, asked, ids]).unsqueeze(0)
-    cache = prefix_cache(bare.layers, 0)
-    logits = llm.backbone.step(prompt, torch.arange(prompt.shape[1]).unsqueeze(0), cache, keep=len(ids) + 1)
-    without = logits[0, :-1].float().log_softmax(-1).cpu()[torch.arange(len(ids)), ids]
-    return (sum(each.logprob for each in said) - float(without.sum())) / max(1, len(said))
-
-
-def _judge(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Stream) -> float:
-    """How certain the draft is; its streams report it."""
-    found = certainty(llm, draft.request.question, draft.answer)
+def _judge(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Stream) -> Judged:
+    """What the draft looks like; its streams report how certain it is."""
+    found = judge(llm, draft.request.question, draft.answer)
     for stream in streams:
-        stream.certainty = found
+        stream.certainty = found.certainty
     return found
 
 
@@ -214,20 +189,33 @@ def _tell(
     asking: Asking,
     turns: Sequence[Message],
     found: Sequence[Passage],
+    judged: Judged | None = None,
 ) -> None:
-    """Put passages into the question and hand it to the engine."""
+    """Put passages into the question and hand it to the engine.
+
+    Passages stand alone too where the sheet's draft was `judged` to be of something that it has lost, if their share of
+    a hybrid holds not even the first of them whole: then the sheet only takes the room.
+    """
     retrieval, sampling = asking.retrieval, asking.sampling
-    alone = retrieval.mode == "retrieval"
     asked, longest = len(streams[0].request.question), min(streams[0].request.params.max_tokens, _ANSWER_TOKENS)
-    made, tokens = llm.sheet.manifest, retrieval.passage_tokens
-    if alone:
-        fixed = made.head_tokens + made.guide_tokens
-        tokens = min(tokens + llm.sheet.tokens - fixed, llm.backbone.window - fixed - asked - longest)
-    else:
-        tokens = min(tokens, llm.room - asked - longest)
-    encoder = llm._layout.encoder
-    order = [document.id for document in made.documents]
-    chosen = choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=not alone)
+    made = llm.sheet.manifest
+
+    def choice(alone: bool) -> tuple[int, list[Passage]]:
+        tokens, fixed = retrieval.passage_tokens, made.head_tokens + made.guide_tokens
+        if alone:
+            tokens = min(tokens + llm.sheet.tokens - fixed, llm.backbone.window - fixed - asked - longest)
+        else:
+            tokens = min(tokens, llm.room - asked - longest)
+        order, encoder = [document.id for document in made.documents], llm._layout.encoder
+        chosen = choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=not alone)
+        return tokens, chosen
+
+    alone = retrieval.mode == "retrieval"
+    tokens, chosen = choice(alone)
+    if judged and judged.is_lost(retrieval.sure) and is_cut(found, chosen):
+        without = choice(True)
+        if without[1]:  # nothing if the question says it all
+            alone, (tokens, chosen) = True, without
     if any(says(turns, each) for each in found):
         logger.warning("the question holds what was retrieved, which is not told again: %s", _BOTH)
     elif found and not chosen:
@@ -242,3 +230,8 @@ def _tell(
         )
         stream.mode, stream.passages = mode, tuple(chosen)
     llm._submit(*streams)
+
+
+def is_cut(found: Sequence[Passage], chosen: Sequence[Passage]) -> bool:
+    """Whether passages that were found are told, but not even the first of them whole."""
+    return bool(found) and len(chosen) < 2 and found[0].text not in [each.text for each in chosen]

@@ -65,8 +65,8 @@ def test_an_engine_in_a_mode_asks_its_retriever_once_and_has_its_nodes(kb, retri
     assert set(response.metadata) == {node.node_id for node in response.source_nodes} | {"cribsheet"}
 
 
-def test_auto_does_not_retrieve_for_what_the_sheet_knows(kb, retriever):
-    engine = kb.as_query_engine(retriever=retriever, mode="auto", sure=0.01, max_tokens=12)
+def test_auto_does_not_retrieve_for_what_is_certain_enough(kb, retriever):
+    engine = kb.as_query_engine(retriever=retriever, mode="auto", sure=0.0, max_tokens=12)
     assert str(engine.query(QUESTION)) == ANSWER and retriever.asked == []
     response = asyncio.run(kb.as_query_engine(retriever=retriever, mode="auto", sure=1.0, max_tokens=12).aquery(KARL))
     assert "Turin" in str(response) and retriever.asked == [KARL]

@@ -38,7 +38,7 @@ Retriever = Annotated[
 ]
 Mode = Annotated[
     Literal["sheet", "retrieval", "hybrid", "auto"] | None,
-    typer.Option(help="What answers; auto retrieves if the sheet is not certain.  [default: hybrid with --retriever]"),
+    typer.Option(help="What answers; auto retrieves if passages may help.  [default: hybrid with --retriever]"),
 ]
 PassageTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens of passages.  [default: 512]")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]

@@ -80,7 +80,7 @@ class Evidence(Reply):
 
 
 class Extended(Reply):
-    """The answer's extension field; `certainty` is what the mode "auto" measured of the sheet's own answer."""
+    """The answer's extension field; `certainty` is how certain "auto" is that passages add nothing."""
 
     sources: list[Evidence] = []
     mode: Literal["sheet", "retrieval", "hybrid"]
