@@ -24,7 +24,8 @@ class Builder:
         mixed: list[tuple[str, str, list[Fact]]] = list(documents)
         if self.filler is not None:
             # worlds of the evaluation stay as they were
-            beneath = 0.0 if self.h else self.r.choice((0.0, 0.0, 0.7, 1.0))
+            stating = [i for i, (_, _, facts) in enumerate(documents) if facts]
+            beneath = 0.0 if self.h or not stating else self.r.choice((0.0, 0.0, 0.7, 1.0))
             while room > 150:
                 text = self.filler(self.r)[: max(200, room)]
                 if beneath and self.r.random() < beneath:  # as real documents go on after what their header says

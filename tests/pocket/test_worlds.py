@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import pytest
@@ -101,3 +102,15 @@ def test_filler_is_strewn_and_sizes_are_kept() -> None:
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="no world of kind 'dragon'; the kinds are person, company"):
         make_world(1, kind="dragon")
+
+
+def test_in_training_filler_may_stand_beneath_what_documents_state() -> None:
+    def filler(r: random.Random) -> str:
+        return "Nothing to see here. " * r.randint(5, 20)
+
+    worlds = [
+        make_world(n, 900, kind, filler=filler, held_out=False) for n in range(20) for kind in ("spec", "variables")
+    ]
+    beneath = [d for w in worlds for d in w.documents if "\n\n" in d.text and d.text.rstrip().endswith("here.")]
+    assert any(d.text.startswith(("PEP: ", "RFC: ")) for d in beneath)
+    assert all(set(q.documents) <= {d.id for d in w.documents} for w in worlds for q in w.questions)
