@@ -81,7 +81,7 @@ def _products(
 
     def ours(tile: Tile) -> None:
         for own in weights:
-            product(x, own, norm=gain, tile=tile)
+            product(x, [(each, None) for each in own], norm=gain, tile=tile)
 
     moved = sum(each.nbytes for own in weights for each in own)
     key = "product", entries, sum(len(each) for each in weights[0]), size == 1
