@@ -115,12 +115,14 @@ def attend(
     prefix: tuple[Tensor, Tensor, Tensor, int],
     suffix: tuple[Tensor, Tensor, Tensor],
     scale: float,
+    *,
+    programs: int = _PROGRAMS,
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
 
     `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
     the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
-    sees (B,).
+    sees (B,). About so many `programs` share the prefix.
     """
     (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
     batch, heads, _, size = q.shape
@@ -128,7 +130,7 @@ def attend(
     rows = batch * heads // kv_heads
     block = min(128, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
-    parts = min(max(1, _PROGRAMS // (kv_heads * blocks)), _MOST_PARTS, -(-longest // _KEYS))
+    parts = min(max(1, programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // _KEYS))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)

@@ -34,7 +34,7 @@ from cribsheet.backbone import Backbone, Linear, PlainParts, plain_parts
 from cribsheet.batch import Rows, SlotLayer
 from cribsheet.bench.speed_setting import SHAPES, Setting, make_setting
 from cribsheet.bench.step_clock import body, copy_rate, timed
-from cribsheet.bench.step_tiles import tiles
+from cribsheet.bench.step_tiles import parts, tiles
 from cribsheet.bench.versions import versions
 from cribsheet.graphs import StepGraph, fixed_step
 from cribsheet.prefix import Prefix
@@ -349,6 +349,7 @@ def run(found: Found, device: str, shape: str) -> None:
     found.part("truth", partial(truth, setting, found))
     for size in (1, many):
         found.part(f"tiles, {size}", partial(tiles, setting, found.fact, size))
+        found.part(f"parts, {size}", partial(parts, setting, found.fact, prefix, size))
     steps(setting, found, prefix, {"best tiles": ours["ours"]}, (1, many))
     steps(setting, found, prefix, {"torch's products, joined": lambda: Beside(setting)}, (1, many))
     if real:
