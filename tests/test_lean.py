@@ -12,7 +12,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
 from cribsheet import fused, lean, step_attention, step_kernels
+from cribsheet.backbone import plain_parts
 from cribsheet.batch import Rows, SlotLayer
+from cribsheet.graphs import fixed_step
 from cribsheet.prefix import LayerPrefix
 from cribsheet.testing import tiny_backbone
 
@@ -37,30 +39,28 @@ def shaken(family, **settings):
     return backbone
 
 
-@pytest.mark.parametrize(
-    ("own", "parted"), [(64, False), (0, True)], ids=["own products", "torch's products, own attention"]
-)
+@pytest.mark.parametrize("own", [64, 0], ids=["own products", "torch's products"])
 @pytest.mark.parametrize("family", OWN)
-def test_a_lean_step_is_a_step(family, own, parted, kernels_are_used):
+def test_a_lean_step_is_a_step(family, own, kernels_are_used):
     backbone = shaken(family)
-    assert lean.is_plain(backbone)
-    errors = lean.errors(backbone, lean.LeanStep(backbone, own=own, parted=parted), (1, 3))
+    errors = lean.errors(backbone, lean.made(backbone, own=own), (1, 3))
     assert max(errors.values()) < 2e-5, errors
 
 
 def test_sizes_that_fit_no_tile(kernels_are_used):
     backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
     for own in (64, 0):
-        errors = lean.errors(backbone, lean.LeanStep(backbone, own=own), (1, 17))
+        errors = lean.errors(backbone, lean.made(backbone, own=own), (1, 17))
         assert max(errors.values()) < 2e-5, errors
 
 
 def test_more_rows_than_fit_a_tile_and_products_of_several_blocks():
     random = torch.Generator().manual_seed(5)
     x, weights = torch.randn(70, 300, generator=random), [torch.randn(n, 300, generator=random) for n in (50, 20, 33)]
-    wanted = torch.cat([x @ weight.t() for weight in weights], 1)
-    torch.testing.assert_close(step_kernels.product(x, weights), wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(step_kernels.product(x[:1], weights), wanted[:1], atol=1e-4, rtol=1e-4)
+    parts = [(weight, torch.randn(len(weight), generator=random)) for weight in weights]
+    wanted = torch.cat([x @ weight.t() + bias for weight, bias in parts], 1)
+    torch.testing.assert_close(step_kernels.product(x, parts), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(step_kernels.product(x[:1], parts), wanted[:1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("counts", [(), (300, 7), (0, 70)])
@@ -80,24 +80,51 @@ def test_attention_in_parts_is_attention(batch, counts, kernels_are_used):
     torch.testing.assert_close(step_attention.attend(q, *given, 0.3), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("counts", [(), (70, 23)])
+@pytest.mark.parametrize("batch", [1, 5, 33])
+def test_what_is_captured_is_the_lean_step(batch, counts, evidence, kernels_are_used):
+    backbone = shaken("llama")
+    random = torch.Generator().manual_seed(7)
+    shape = (sum(counts), backbone.head_size) if counts else (backbone.kv_heads, 70, backbone.head_size)
+    prefix = [
+        LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv"), None, counts)
+        for _ in range(backbone.num_layers)
+    ]
+    inputs = torch.stack([torch.arange(20, 20 + batch), torch.arange(75, 75 + batch), torch.arange(5, 5 + batch)])
+    found = []
+    for step in (False, lean.made(backbone)):
+        backbone.lean = step
+        rows = Rows()
+        layers = [SlotLayer(layer, 70, rows) for layer in prefix]
+        for layer in layers:
+            layer.reserve(batch, 64, layer.keys)
+            layer.keys += torch.linspace(-1, 1, layer.keys.shape[2])[:, None]
+            layer.values += torch.linspace(1, -2, layer.keys.shape[2])[:, None]
+        logits, masses = fixed_step(backbone, layers, rows, inputs, layers[0].keys.shape[2], evidence=evidence)
+        assert (masses is not None) == evidence
+        found.append([logits, *(masses or ())])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("part", ["product", "gated", "placed"])
 def test_a_planted_bug_is_seen(part, kernels_are_used, monkeypatch):
     backbone = shaken("llama")
     right = getattr(step_kernels, part)
     monkeypatch.setattr(step_kernels, part, lambda *given, **named: right(*given, **named) * 1.2)
-    assert max(lean.errors(backbone, lean.LeanStep(backbone)).values()) > lean._BOUND
+    assert max(lean.errors(backbone, lean.made(backbone)).values()) > lean._BOUND
 
 
 def test_models_that_are_not_plain_are_left_to_their_own_layers():
-    assert lean.is_plain(tiny_backbone("llama"))
-    assert not lean.is_plain(tiny_backbone("granite"))  # whose residuals are scaled
-    assert not lean.is_plain(tiny_backbone("qwen2"))  # which slides
-    assert not lean.is_plain(tiny_backbone("llama", hidden_act="gelu"))
-    assert not lean.is_plain(tiny_backbone("llama", mlp_bias=True))
+    assert plain_parts(tiny_backbone("llama"))
+    assert not plain_parts(tiny_backbone("granite"))  # whose residuals are scaled
+    assert not plain_parts(tiny_backbone("qwen2"))  # which slides
+    assert not plain_parts(tiny_backbone("llama", hidden_act="gelu"))
+    assert not plain_parts(tiny_backbone("llama", mlp_bias=True))
     hooked = tiny_backbone("llama")
     hooked.model.model.layers[1].mlp.register_forward_hook(lambda module, given, made: made)
-    assert not lean.is_plain(hooked)
+    assert not plain_parts(hooked)
     adapted = tiny_backbone("llama")
     layer = adapted.model.model.layers[2].self_attn
     layer.q_proj = nn.Sequential(layer.q_proj)
-    assert lean.is_plain(tiny_backbone("llama")) and not lean.is_plain(adapted)
+    assert plain_parts(tiny_backbone("llama")) and not plain_parts(adapted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
@@ -47,6 +48,11 @@ _FAMILIES = (
 FAMILIES = tuple(name for name in _FAMILIES if name != "olmo2" or Version(transformers.__version__) >= Version("5.5"))
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 POCKET = "pocket"
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose layers are the parts below and nothing else
+_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+_PARTS = {"", "self_attn", "mlp", *_LINEAR, *_MLP, *_NORMS}  # modules of a layer
 Keep = int | Tensor | None  # logits wanted: of the last so many tokens, of these places, or of none
 
 
@@ -213,6 +219,94 @@ class Backbone:
         """Factor of the attention logits."""
         scaling: float = self.model.base_model.layers[0].self_attn.scaling
         return scaling
+
+
+Linear = tuple[Tensor, Tensor | None]  # weight (N, K) and bias (N,)
+Norm = tuple[Tensor, float]  # gain (K,) and epsilon
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """The weights of one layer, as the model holds them."""
+
+    before: Norm
+    qkv: tuple[Linear, Linear, Linear]
+    out: Linear
+    between: Norm
+    gate: Linear
+    up: Linear
+    down: Linear
+    heads: tuple[Tensor, Tensor, float] | None  # gains of queries and keys, and epsilon, where they are normalised
+
+
+@dataclass(frozen=True)
+class PlainParts:
+    """All that a step of a plain model needs; `turns` gives cosines and sines (B, T, D) at positions (B, T)."""
+
+    embed: Tensor
+    turns: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    layers: Sequence[PlainLayer]
+    norm: Norm
+    head: Tensor
+
+
+def plain_parts(backbone: Backbone) -> PlainParts | None:
+    """The parts of a Llama-like model; none if one of them is unknown or anybody has put something in between."""
+    config, model = backbone.config, backbone.model
+    if config.model_type not in _PLAIN or getattr(config, "hidden_act", None) != "silu":
+        return None
+    if len(backbone.full) < backbone.num_layers or backbone.softcap is not None or backbone.samples is not None:
+        return None
+    layers = list(model.model.layers)
+    if len(layers) != backbone.num_layers or any(_names(each) - _PARTS for each in layers):
+        return None
+    linear = [model.lm_head, *(each.get_submodule(name) for each in layers for name in (*_LINEAR, *_MLP[:3]))]
+    gates = [each.mlp.get_submodule(name) for each in layers for name in ("gate_proj", "up_proj")]
+    weights = list(model.parameters())
+    plain = (
+        all(type(module) is nn.Linear for module in linear)
+        and all(module.bias is None for module in (*gates, model.lm_head))
+        and all(type(weight.data) is Tensor and weight.is_contiguous() for weight in weights)
+        and len({(weight.device, weight.dtype) for weight in weights}) == 1
+        and not any(_is_hooked(module) for module in model.modules())
+        and all(2 * len(each) == backbone.head_size for each in backbone.inv_freqs)
+    )
+    if not plain:
+        return None
+    base = model.model
+    found = [_plain_layer(each) for each in layers]
+    return PlainParts(base.embed_tokens.weight, base.rotary_emb, found, _norm(base.norm), model.lm_head.weight)
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_modules()}
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def _plain_layer(layer: Any) -> PlainLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    own = getattr(attention, "q_norm", None)
+    return PlainLayer(
+        before=_norm(layer.input_layernorm),
+        qkv=(_linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj)),
+        out=_linear(attention.o_proj),
+        between=_norm(layer.post_attention_layernorm),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
+        heads=None if own is None else (own.weight, attention.k_norm.weight, float(own.variance_epsilon)),
+    )
+
+
+def _linear(module: nn.Linear) -> Linear:
+    return module.weight, module.bias
+
+
+def _norm(module: Any) -> Norm:
+    return module.weight, float(module.variance_epsilon)
 
 
 def _alone(ids: Tensor, positions: Tensor, keep: Keep) -> AbstractContextManager[None]:

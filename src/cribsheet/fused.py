@@ -126,6 +126,7 @@ def _attending(device: torch.device, dtype: torch.dtype, size: int, group: int) 
         for name, peak, plain in (("mass", False, attention.plain_mass), ("peak", True, attention.plain_peak)):
             got = columns(q, k, lse, scale, weight, peak=peak)
             found[f"{name} of {rows}"] = _error(got, plain(q, k, lse, scale, weight, None))
+    found["mass of 33 sequences"] = _error(*_on_heads(random, size, group))
     q, keys, values = random(3, 2 * group, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
     index = torch.tensor([0, 70, 129], device=device)
     mask = (torch.arange(130, device=device) <= index[:, None])[:, None, None]
@@ -135,6 +136,18 @@ def _attending(device: torch.device, dtype: torch.dtype, size: int, group: int) 
     for name, (given, wanted) in cases.items():
         found[name] = _worse(newest(q, keys, values, index, scale, given), wanted)
     return found
+
+
+def _on_heads(random: _Random, size: int, group: int) -> tuple[Tensor, Tensor]:
+    """What 33 sequences look at in a prefix of two heads of different lengths, by the kernel and by definition."""
+    q, keys, scale = random(33, 2 * group, 1, size), random(200, size), size**-0.5
+    heads = list(zip(q.split(group, 1), keys.split([130, 70]), strict=True))
+    logits = [rows.float() @ own.float().t() * scale for rows, own in heads]  # (B, G, 1, S)
+    lse = torch.cat([each.logsumexp(-1) for each in logits], 1)
+    masses = [each.softmax(-1).sum((1, 2)) for each in logits]
+    wanted = torch.stack([torch.nn.functional.pad(mass, (140 - mass.shape[1], 0)) for mass in masses], 1)
+    starts = torch.tensor([0, 130, 200], device=q.device, dtype=torch.int32)
+    return on_prefix(q, lse, keys, starts, 130, 140, scale), wanted
 
 
 def _merging(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:

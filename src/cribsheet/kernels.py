@@ -19,17 +19,35 @@ _KEYS, _MANY_ROWS, _MERGED = 128, 64, 16  # a program's block
 def _columns(
     q: tl.tensor, seen: tl.tensor, keys: tl.tensor, starts: tl.tensor, out: tl.tensor, scale: tl.tensor,
     batch: tl.tensor, rows: tl.tensor, width: tl.tensor,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PEAK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr, PEAK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A block of keys of one head against all rows, which pass by: no weight is ever written down."""
+    """A block of columns of one head against all rows, which pass by: no weight is ever written down.
+
+    A sequence of at most FEW rows shares a pass with others, as many as fit into BM rows.
+    """
     block, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     first = tl.load(starts + head)
     count = tl.load(starts + head + 1) - first
-    if block * BN < count:
-        n = block * BN + tl.arange(0, BN)
-        d = tl.arange(0, BD)
-        inside = (n[:, None] < count) & (d[None, :] < D)
-        k = tl.load(keys + (first + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    column, d = block * BN + tl.arange(0, BN), tl.arange(0, BD)
+    n = column - (width - count)  # negative: columns before the head's keys
+    inside = (n[:, None] >= 0) & (n[:, None] < count) & (d[None, :] < D)
+    k = tl.load(keys + (first + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if FEW > 0:
+        TOGETHER: tl.constexpr = BM // FEW
+        m = tl.arange(0, BM)
+        for b in range(0, batch, TOGETHER):
+            line = (head * batch + b + m // FEW) * rows + m % FEW
+            real = (b + m // FEW < batch) & (m % FEW < rows)
+            row = tl.load(q + line[None, :] * D + d[:, None], mask=real[None, :] & (d[:, None] < D), other=0.0)
+            offset = tl.load(seen + line, mask=real, other=float("inf"))
+            logits = tl.dot(k, row, input_precision="ieee") * scale - offset[None, :]
+            logits = tl.reshape(logits, (BN, TOGETHER, FEW))
+            found = tl.exp(tl.max(logits, 2)) if PEAK else tl.sum(tl.exp(logits), 2)
+            one = b + tl.arange(0, TOGETHER)
+            place = (one[None, :] * heads + head) * width + column[:, None]
+            kept = tl.where(n[:, None] >= 0, found, 0.0)
+            tl.store(out + place, kept, mask=(column[:, None] < width) & (one[None, :] < batch))
+    else:
         for b in range(batch):
             base = (head * batch + b) * rows
             found = tl.full((BN,), float("-inf") if PEAK else 0.0, tl.float32)
@@ -45,7 +63,8 @@ def _columns(
                     found += tl.sum(tl.exp(logits), 1)
             if PEAK:
                 found = tl.exp(found)
-            tl.store(out + (b * heads + head) * width + (width - count) + n, found, mask=n < count)
+            kept = tl.where(n >= 0, found, 0.0)
+            tl.store(out + (b * heads + head) * width + column, kept, mask=column < width)
 
 
 def columns(
@@ -58,14 +77,16 @@ def columns(
     Keys stand at the end of the width, and zeros before them.
     """
     heads, batch, rows, size = q.shape
-    out = torch.zeros(batch, heads, width, device=q.device)
-    if longest and rows:
-        grid = (triton.cdiv(longest, _KEYS), heads)
-        _columns[grid](
-            q.contiguous(), seen.contiguous(), keys.contiguous(), starts, out, scale, batch, rows, width,
-            D=size, BD=max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=16 if rows <= 16 else _MANY_ROWS, PEAK=peak,
-            num_warps=4 if rows <= 16 else 8,
-        )  # fmt: skip
+    if not longest or not rows:
+        return torch.zeros(batch, heads, width, device=q.device)
+    out = torch.empty(batch, heads, width, device=q.device)
+    few = triton.next_power_of_2(rows) if rows <= 16 else 0
+    block = min(_MANY_ROWS, max(16, triton.next_power_of_2(batch) * few)) if few else _MANY_ROWS
+    _columns[triton.cdiv(width, _KEYS), heads](
+        q.contiguous(), seen.contiguous(), keys.contiguous(), starts, out, scale, batch, rows, width,
+        D=size, BD=max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=block, FEW=few, PEAK=peak,
+        num_warps=4 if block <= 16 else 8,
+    )  # fmt: skip
     return out
 
 

@@ -66,12 +66,9 @@ def _parted(
     index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
     blocks: tl.tensor, parts: tl.tensor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, EARLY: tl.constexpr,
+    BN: tl.constexpr,
 ) -> None:  # fmt: skip
     """A part of one head's prefix for a block of rows, or the suffix of one sequence and head."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     GROUP: tl.constexpr = H // KV
     program, d = tl.program_id(0), tl.arange(0, BD)
     if program < parts * KV * blocks:
@@ -98,12 +95,9 @@ def _parted(
 @triton.jit
 def _joined(
     parts: tl.tensor, lses: tl.tensor, out: tl.tensor, lse: tl.tensor, count: tl.tensor, rows: tl.tensor,
-    BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
+    BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row of one head: all its parts of one softmax."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row, s, d = tl.program_id(0), tl.arange(0, BS), tl.arange(0, BD)
     seen = tl.load(lses + s * rows + row, mask=s < count, other=float("-inf"))
     top = tl.max(seen, 0)
@@ -122,13 +116,13 @@ def attend(
     suffix: tuple[Tensor, Tensor, Tensor],
     scale: float,
     *,
-    early: bool = False,
+    programs: int = _PROGRAMS,
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
 
     `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
     the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
-    sees (B,).
+    sees (B,). About so many `programs` share the prefix.
     """
     (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
     batch, heads, _, size = q.shape
@@ -136,21 +130,20 @@ def attend(
     rows = batch * heads // kv_heads
     block = min(128, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
-    parts = min(max(1, _PROGRAMS // (kv_heads * blocks)), _MOST_PARTS, -(-longest // _KEYS))
+    parts = min(max(1, programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // _KEYS))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
     seen = q.new_empty(parts + 1, batch * heads, dtype=torch.float32)
-    options = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
     width = max(16, 1 << (size - 1).bit_length())
     group = max(16, 1 << (heads // kv_heads - 1).bit_length())
     _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
         q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
         H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=group, BN=_KEYS,
-        num_warps=4 if block <= 32 else 8, num_stages=3, **options,
+        num_warps=4 if block <= 32 else 8, num_stages=3,
     )  # fmt: skip
     _joined[(batch * heads,)](
         found, seen, out, lse, parts + 1, batch * heads,
-        BS=1 << parts.bit_length(), D=size, BD=width, num_warps=4, **options,
+        BS=1 << parts.bit_length(), D=size, BD=width, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -28,59 +28,45 @@ class Tile:
     stages: int = 3
 
 
-# By kind and by whether there is a single row. A warp reads 256 entries of a row at once, so a row's block is whole.
+# By kind and by whether there is a single row: the tile that is best for all measured products of a kind together.
 TILES = {
-    ("product", True): Tile(rows=8, entries=1024, warps=4, stages=1),
-    ("product", False): Tile(rows=16, entries=256, warps=4, stages=4),
+    ("product", True): Tile(rows=16, entries=512, warps=2, stages=4),
+    ("product", False): Tile(rows=32, entries=128, warps=4, stages=5),
     ("gated", True): Tile(rows=4, entries=1024, warps=4, stages=1),
-    ("gated", False): Tile(rows=16, entries=128, warps=4, stages=4),
+    ("gated", False): Tile(rows=64, entries=64, warps=4, stages=4),
 }
-starting = {"early": False}  # whether kernels begin while the one before ends, which Hopper can
-tuned: dict[tuple[str, int, int, bool], Tile] = {}  # by kind, size and width, where others are known to be better
-
-
-@triton.jit
-def _take_turns() -> None:
-    """Wait for the kernel before, which has let this one begin, and let the next one begin."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+# By kind, size and width as well, where another is measured to be better (`make step-gpu`, one H200, 1 and 32 rows).
+tuned: dict[tuple[str, int, int, bool], Tile] = {
+    ("product", 4096, 4096, True): Tile(rows=4, entries=2048, warps=8, stages=1),
+    ("product", 4096, 6144, True): Tile(rows=8, entries=1024, warps=4, stages=1),
+    ("product", 4096, 128256, True): Tile(rows=8, entries=1024, warps=4, stages=1),  # the only one that was tried
+    ("product", 4096, 6144, False): Tile(rows=64, entries=128, warps=4, stages=4),
+    ("gated", 4096, 14336, False): Tile(rows=64, entries=128, warps=8, stages=3),
+}
 
 
 @triton.jit
 def _one(
     x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, K: tl.constexpr, N: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A row times some rows of a weight (BN,), in float32; the row is normalised on the way, if asked for."""
     k = tl.arange(0, BK)[None, :]  # in two dimensions, so that row and weight lie alike in the threads
     places = weight + n.to(tl.int64)[:, None] * K + k
     total = tl.zeros((BN, BK), tl.float32)
     squares = tl.zeros((1, BK), tl.float32)
-    if EARLY:  # no kernel before this one changes weights
-        w = tl.load(places, mask=(n[:, None] < N) & (k < K), other=0.0, eviction_policy="evict_first")
-        _take_turns()
-        for first in tl.range(0, K, BK, num_stages=1):
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        if EVEN:
+            own = tl.load(x + first + k).to(tl.float32)
+            w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
+        else:
             own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-            if NORM:
-                squares += own * own
-                own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-            total += w.to(tl.float32) * own
-            inside = (n[:, None] < N) & (first + BK + k < K)
-            w = tl.load(places + first + BK, mask=inside, other=0.0, eviction_policy="evict_first")
-    else:
-        for first in tl.range(0, K, BK, num_stages=STAGES):
-            if EVEN:
-                own = tl.load(x + first + k).to(tl.float32)
-                w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
-            else:
-                own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-                inside = (n[:, None] < N) & (first + k < K)
-                w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            if NORM:
-                squares += own * own
-                own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-            total += w * own
+            inside = (n[:, None] < N) & (first + k < K)
+            w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if NORM:
+            squares += own * own
+            own = own * tl.load(gain + first + k, mask=first + k < K, other=0.0).to(tl.float32)
+        total += w * own
     found = tl.sum(total, 1)
     if NORM:
         found = found / tl.sqrt(tl.sum(squares) / K + eps)
@@ -90,15 +76,13 @@ def _one(
 @triton.jit
 def _many(
     x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, K: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Some rows times some rows of a weight (BM, BN), in float32."""
     k = tl.arange(0, BK)
     lefts = x + m[:, None] * K + k[None, :]
     rights = weight + n.to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros((BM, BN), tl.float32)
-    if EARLY:
-        _take_turns()
     for first in tl.range(0, K, BK, num_stages=STAGES):
         if EVEN:
             left = tl.load(lefts + first, mask=m[:, None] < rows, other=0.0)
@@ -117,12 +101,12 @@ def _block(
     out: tl.tensor, rows: tl.tensor, block: tl.tensor,
     K: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
     """A block of one product, written to its columns of an output that is WIDTH wide, from column FIRST on."""
     n = block * BN + tl.arange(0, BN)
     if BM == 1:
-        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN, EARLY)
+        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN)
         if BIAS:
             found += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if RESIDUAL:
@@ -130,7 +114,7 @@ def _block(
         tl.store(out + FIRST + n, found.to(out.dtype.element_ty), mask=n < N)
     else:
         m = tl.program_id(1) * BM + tl.arange(0, BM)
-        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN, EARLY)
+        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN)
         real = (m[:, None] < rows) & (n[None, :] < N)
         place = m[:, None] * WIDTH + FIRST + n[None, :]
         if BIAS:
@@ -146,7 +130,7 @@ def _product(
     b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, residual: tl.tensor, out: tl.tensor, rows: tl.tensor,
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
     """Up to three products of the same rows, one beside the other."""
     block = tl.program_id(0)
@@ -154,7 +138,7 @@ def _product(
     if N2 == 0:
         _block(
             x, gain, eps, w1, b1, residual, out, rows, block,
-            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
         )  # fmt: skip
     else:
         second = tl.cdiv(N1, BN)
@@ -162,24 +146,23 @@ def _product(
         if block < second:
             _block(
                 x, gain, eps, w1, b1, residual, out, rows, block,
-                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
             )  # fmt: skip
         elif block < third:
             _block(
                 x, gain, eps, w2, b2, residual, out, rows, block - second,
-                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
             )  # fmt: skip
         else:
             _block(
                 x, gain, eps, w3, b3, residual, out, rows, block - third,
-                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, EARLY,
+                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
             )  # fmt: skip
 
 
 def product(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] = (),
+    parts: Sequence[tuple[Tensor, Tensor | None]],
     *,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
@@ -187,16 +170,17 @@ def product(
 ) -> Tensor:
     """Rows (M, K) times one or three weights (N, K), side by side: (M, N), or (M, N1 + N2 + N3).
 
-    Rows are normalised before if `norm` gives gain (K,) and epsilon; the biases (N,) of all weights or of none, and the
-    `residual` (M, N), are added.
+    Rows are normalised before if `norm` gives gain (K,) and epsilon; the biases (N,), which all weights have or none,
+    and the `residual` (M, N) are added.
     """
     if norm is not None and len(x) > 1:
         x, norm = normed(x, *norm)[1], None
     count, size = x.shape
-    widths = [len(weight) for weight in weights]
-    first, *others = weights
+    widths = [len(weight) for weight, _ in parts]
+    biased = parts[0][1] is not None
+    first, *others = (weight for weight, _ in parts)
     second, third = others or (first, first)
-    b1, b2, b3 = (each if each is not None else first for each in (*biases, *[None] * (3 - len(biases))))
+    b1, b2, b3 = (first if bias is None else bias for _, bias in (*parts, parts[0], parts[0])[:3])
     gain, eps = norm or (x, 0.0)
     out = x.new_empty(count, sum(widths))
     tile = tile or _tile("product", size, sum(widths), count)
@@ -205,8 +189,8 @@ def product(
         x, gain, eps, first, second, third, b1, b2, b3, out if residual is None else residual, out, count,
         K=size, N1=widths[0], N2=widths[1] if others else 0, N3=widths[2] if others else 0,
         BM=rows, BN=tile.rows, BK=_entries(tile, size), STAGES=tile.stages,
-        NORM=norm is not None, BIAS=any(each is not None for each in biases), RESIDUAL=residual is not None,
-        EVEN=_even(tile, size, widths), num_warps=tile.warps, num_stages=tile.stages, **_early(),
+        NORM=norm is not None, BIAS=biased, RESIDUAL=residual is not None,
+        EVEN=_even(tile, size, widths), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -215,11 +199,9 @@ def product(
 def _gated(
     x: tl.tensor, gain: tl.tensor, eps: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor, rows: tl.tensor,
     K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
     """`silu(x · gate) * (x · up)`."""
-    if EARLY:
-        _take_turns()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     if BM == 1:
@@ -279,17 +261,13 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, *, norm: tuple[Tensor, float], ti
     _gated[(triton.cdiv(width, tile.rows), triton.cdiv(count, rows))](
         x, *norm, gate, up, out, count, K=size, N=width, BM=rows, BN=tile.rows, BK=_entries(tile, size),
         STAGES=tile.stages, NORM=alone, EVEN=_even(tile, size, [width]), num_warps=tile.warps,
-        num_stages=tile.stages, **_early(),
+        num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
 def _tile(kind: str, size: int, width: int, count: int) -> Tile:
     return tuned.get((kind, size, width, count == 1)) or TILES[kind, count == 1]
-
-
-def _early() -> dict[str, bool]:
-    return {"EARLY": True, "launch_pdl": True} if starting["early"] else {"EARLY": False}
 
 
 def _rows(count: int) -> int:
@@ -309,11 +287,9 @@ def _even(tile: Tile, size: int, widths: Sequence[int]) -> bool:
 @triton.jit
 def _normed(
     x: tl.tensor, more: tl.tensor, gain: tl.tensor, eps: tl.tensor, total: tl.tensor, out: tl.tensor,
-    K: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr, EARLY: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, MORE: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row: the sum, if there is more, and its normalised form."""
-    if EARLY:
-        _take_turns()
     k = tl.arange(0, BK)
     place = tl.program_id(0) * K + k
     row = tl.load(x + place, mask=k < K, other=0.0).to(tl.float32)
@@ -333,15 +309,13 @@ def normed(x: Tensor, gain: Tensor, eps: float, more: Tensor | None = None) -> t
     size = x.shape[1]
     _normed[(len(x),)](
         x, x if more is None else more, gain, eps, total, out,
-        K=size, BK=triton.next_power_of_2(size), MORE=more is not None, num_warps=8, **_early(),
+        K=size, BK=triton.next_power_of_2(size), MORE=more is not None, num_warps=8,
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _silu_times(gate_up: tl.tensor, out: tl.tensor, N: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr) -> None:
-    if EARLY:
-        _take_turns()
+def _silu_times(gate_up: tl.tensor, out: tl.tensor, N: tl.constexpr, BN: tl.constexpr) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1)
     gate = tl.load(gate_up + row * 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
@@ -353,7 +327,7 @@ def silu_times(gate_up: Tensor) -> Tensor:
     """`silu(left half) * right half` of rows (M, 2 N)."""
     count, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(count, width)
-    _silu_times[(triton.cdiv(width, 1024), count)](gate_up, out, N=width, BN=1024, num_warps=4, **_early())
+    _silu_times[(triton.cdiv(width, 1024), count)](gate_up, out, N=width, BN=1024, num_warps=4)
     return out
 
 
@@ -361,11 +335,9 @@ def silu_times(gate_up: Tensor) -> Tensor:
 def _placed(
     qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, eps: tl.tensor,
     index: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor, tokens: tl.tensor,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
 ) -> None:  # fmt: skip
     """One head of one sequence: a query is rotated, a key rotated and appended, a value appended."""
-    if EARLY:
-        _take_turns()
     b, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BD)
     inside = d < D
@@ -418,6 +390,6 @@ def placed(
     q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
     _placed[(count, heads + 2 * kv_heads)](
         qkv, *turn, q_gain, k_gain, eps, index, q, keys, values, tokens,
-        H=heads, KV=kv_heads, D=size, BD=triton.next_power_of_2(size), NORM=norms is not None, num_warps=1, **_early(),
+        H=heads, KV=kv_heads, D=size, BD=triton.next_power_of_2(size), NORM=norms is not None, num_warps=1,
     )  # fmt: skip
     return q

@@ -27,13 +27,15 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from cribsheet import lean
+from cribsheet.backbone import Backbone, Linear, PlainParts, plain_parts
 from cribsheet.batch import Rows, SlotLayer
 from cribsheet.bench.speed_setting import SHAPES, Setting, make_setting
 from cribsheet.bench.step_clock import body, copy_rate, timed
-from cribsheet.bench.step_tiles import tiles
+from cribsheet.bench.step_tiles import parts, tiles
+from cribsheet.bench.versions import versions
 from cribsheet.graphs import StepGraph, fixed_step
 from cribsheet.prefix import Prefix
 from cribsheet.testing import tiny_backbone
@@ -161,31 +163,38 @@ class Beside(lean.LeanStep):
     """Our step with PyTorch's products, of weights that were put one below the other: four products a layer."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting.backbone, own=0)
+        super().__init__(_parts(setting.backbone), setting.backbone.scale, own=0)
         self._joined: dict[int, Tensor] = {}
 
-    def _beside(self, rows: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
-        if id(parts[0]) not in self._joined:
-            self._joined[id(parts[0])] = torch.cat([part.weight for part in parts])
-        return F.linear(rows, self._joined[id(parts[0])])
+    def _beside(self, rows: Tensor, parts: Sequence[Linear]) -> Tensor:
+        key = id(parts[0][0])
+        if key not in self._joined:
+            self._joined[key] = torch.cat([weight for weight, _ in parts])
+        return F.linear(rows, self._joined[key])
 
 
 class Compiled(lean.LeanStep):
     """Our step with what stands between products compiled by PyTorch instead, single-row products included."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting.backbone, own=0)
+        super().__init__(_parts(setting.backbone), setting.backbone.scale, own=0)
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
         self._before: Any = torch.compile(_before, dynamic=False, options=options)
         self._after: Any = torch.compile(_after, dynamic=False, options=options)
 
     def _by_torch(self, rows: Tensor, turn: tuple[Tensor, Tensor], layers: Sequence[SlotLayer]) -> Tensor:
-        for mine, layer in zip(self._layers, layers, strict=True):
-            qkv = self._before(rows, *mine.before, *(part.weight for part in mine.qkv))
+        for mine, layer in zip(self._parts.layers, layers, strict=True):
+            qkv = self._before(rows, *mine.before, *(weight for weight, _ in mine.qkv))
             seen = self._attend(qkv, turn, layer, mine)
-            weights = (part.weight for part in (mine.out, mine.gate, mine.up, mine.down))
+            weights = (weight for weight, _ in (mine.out, mine.gate, mine.up, mine.down))
             rows = self._after(rows, seen, *mine.between, *weights)
-        return F.linear(_normed(rows, *self._norm), self._head.weight)
+        return F.linear(_normed(rows, *self._parts.norm), self._parts.head)
+
+
+def _parts(backbone: Backbone) -> PlainParts:
+    found = plain_parts(backbone)
+    assert found is not None
+    return found
 
 
 def _normed(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -218,7 +227,7 @@ def steps(
     rate = found.facts.get("copy, bytes/s", 4e12)
     held = sum(layer.keys.nbytes * 2 for layer in prefix.layers)
     for size in sizes:
-        wanted = _WANTED.get(size)
+        wanted = _WANTED.get((size, label))
         for name, make in makes.items():
             for evidence in (False, True) if name in _WITH_SOURCES else (False,):
                 made = found.part(f"{name}, {size}", partial(_step, setting, prefix, size, make, evidence))
@@ -237,11 +246,11 @@ def steps(
                 )  # fmt: skip
                 found.table.append(row)
                 found.fact(" | ".join(row[:1]), " | ".join(row[1:]))
-        _WANTED[size] = wanted
+        _WANTED[size, label] = wanted
 
 
-_WITH_SOURCES = ("stock", "ours", "best tiles, own attention", "torch's products, own attention")
-_WANTED: dict[int, Tensor | None] = {}  # logits of the model's own step, by batch size
+_WITH_SOURCES = ("stock", "ours", "torch's products")
+_WANTED: dict[tuple[int, str], Tensor | None] = {}  # logits of the model's own step, by batch size and prefix
 
 
 def _apart(got: Tensor, wanted: Tensor) -> float:
@@ -272,7 +281,7 @@ def truth(setting: Setting, found: Found) -> None:
                     for part in (layer.keys, layer.values):
                         part.copy_(torch.randn(part.shape, device=part.device).to(setting.backbone.dtype))
                 exact = dtype == torch.float32 and setting.device.type == "cuda"
-                small.backbone.lean = False if exact or kind == "stock" else lean.LeanStep(small.backbone, parted=True)
+                small.backbone.lean = False if exact or kind == "stock" else lean.made(small.backbone)
                 with torch.no_grad():
                     made[dtype] = Step(small, prefix, size, evidence=False).logits()
             apart.append(round(_apart(made[setting.backbone.dtype], made[torch.float32]), 4))
@@ -281,13 +290,15 @@ def truth(setting: Setting, found: Found) -> None:
 
 def families(setting: Setting, found: Found) -> None:
     """Whether steps of other families agree, and whether the check of a real model lets it through."""
-    found.fact("the model is plain", lean.is_plain(setting.backbone))
+    found.fact("the model is plain", plain_parts(setting.backbone) is not None)
     setting.backbone.lean = None
     found.fact("the model passed its check", lean.find(setting.backbone) is not None)
     for family in ("qwen3", "mistral"):
         backbone = tiny_backbone(family, dtype=torch.bfloat16, head_dim=32)
         backbone.model.to(setting.device)
-        found.fact(f"errors, {family}", lean.errors(backbone, lean.LeanStep(backbone, parted=True)))
+        small = lean.made(backbone)
+        assert small is not None
+        found.fact(f"errors, {family}", lean.errors(backbone, small))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,44 +322,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(found: Found, device: str, shape: str) -> None:
     """All parts, what matters most first."""
-    from cribsheet import step_kernels
-
     real = device == "cuda"
+    found.facts |= versions()
     setting = make_setting(shape, device, torch.bfloat16 if real else torch.float32, 2)
     prefix, many = setting.prefix(16384 if real else 64), 32 if real else 3
     found.facts["copy, bytes/s"] = found.part("copy", partial(copy_rate, setting)) or 4e12
     found.fact("device", torch.cuda.get_device_name() if real else device)
 
-    def ours(most: int, parted: bool = False) -> Callable[[], Any]:
-        return lambda: lean.LeanStep(setting.backbone, own=most, parted=parted)
-
-    def profiled(name: str, size: int, make: Callable[[], Any]) -> None:
+    def profiled(name: str, size: int, make: Callable[[], Any], evidence: bool) -> None:
         setting.backbone.lean = make()
-        profile(setting, found, f"{name}, {size}", Step(setting, prefix, size, evidence=False))
+        name = f"{name}, {size}{', sources' if evidence else ''}"
+        profile(setting, found, name, Step(setting, prefix, size, evidence=evidence))
 
     stock: dict[str, Callable[[], Any]] = {"stock": lambda: False}
-    library = {"torch's products": ours(0), "torch's products, own attention": ours(0, True)}
-    steps(setting, found, prefix, stock | {"ours": ours(64)} | library, (1, many))
-    for size in (1, many) if real else ():
-        found.part(f"profile, stock, {size}", partial(profiled, "stock", size, stock["stock"]))
-    for size in (1, many):
-        found.part(f"tiles, {size}", partial(tiles, setting, found.fact, size))
-    tiled = {"best tiles": ours(64), "best tiles, own attention": ours(64, True)}
-    steps(setting, found, prefix, tiled, (1, many))
-    if real:
-        found.part("profile, ours, 1", partial(profiled, "best tiles, own attention", 1, ours(64, True)))
-        found.part("profile, ours, many", partial(profiled, "torch's products, own attention", many, ours(0, True)))
-        step_kernels.starting["early"] = True
-        steps(setting, found, prefix, {"best tiles, own attention, started early": ours(64, True)}, (1, many))
-        steps(setting, found, prefix, {"torch's products, own attention, started early": ours(0, True)}, (many,))
-        step_kernels.starting["early"] = False
+    ours = {"ours": lambda: lean.made(setting.backbone)}
+    library = {"torch's products": lambda: lean.made(setting.backbone, own=0)}
+    steps(setting, found, prefix, stock | ours | library, (1, many))
+    ragged = setting.prefix(16384 if real else 64, ragged=True)
+    steps(setting, found, ragged, stock | ours | library, (1, many), ", adaptive")
+    for name, make in (stock | ours).items() if real else ():
+        for size in (1, many):
+            for evidence in (False, True):
+                part = partial(profiled, name, size, make, evidence)
+                found.part(f"profile, {name}, {size}", part)
     found.part("families", partial(families, setting, found))
     found.part("truth", partial(truth, setting, found))
+    for size in (1, many):
+        found.part(f"tiles, {size}", partial(tiles, setting, found.fact, size))
+        found.part(f"parts, {size}", partial(parts, setting, found.fact, prefix, size))
+    steps(setting, found, prefix, {"best tiles": ours["ours"]}, (1, many))
     steps(setting, found, prefix, {"torch's products, joined": lambda: Beside(setting)}, (1, many))
-    ragged = setting.prefix(16384 if real else 64, ragged=True)
-    steps(setting, found, ragged, stock | tiled | library, (1, many), ", adaptive")
     if real:
-        steps(setting, found, prefix, stock | {"compiled": lambda: Compiled(setting)}, (1, many))
+        steps(setting, found, prefix, {"compiled": lambda: Compiled(setting)}, (1, many))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our products against PyTorch's, by tile; the best tiles are used by whatever runs afterwards."""
+"""Our products against PyTorch's, by tile, and our attention, by parts; the best tiles are used afterwards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cribsheet.bench.speed_setting import Setting
 from cribsheet.bench.step_clock import graphed, timed
+from cribsheet.prefix import Prefix
 
 _TILES = {  # rows of the weight, entries, warps, stages; by kind and by whether there is a single row
     ("product", True): [
@@ -39,6 +40,28 @@ def tiles(setting: Setting, fact: Fact, size: int) -> None:
     _products(setting, fact, "out", size, [[each.o_proj.weight] for each in attention], None)
     qkv = [[each.q_proj.weight, each.k_proj.weight, each.v_proj.weight] for each in attention]
     _products(setting, fact, "qkv", size, qkv, gain)
+    _products(setting, fact, "head", size, [[setting.backbone.model.lm_head.weight]], gain)
+
+
+@torch.no_grad()
+def parts(setting: Setting, fact: Fact, prefix: Prefix, size: int) -> None:
+    """Attention of so many answers over a uniform prefix, all layers one after the other, by programs that share it."""
+    from cribsheet.step_attention import attend
+
+    backbone, layers = setting.backbone, prefix.layers
+    like = layers[0].keys
+    q = torch.randn(size, backbone.num_heads, 1, backbone.head_size).to(like)
+    newer = torch.randn(size, backbone.kv_heads, 256, backbone.head_size).to(like)
+    suffix = newer, newer, torch.full((size,), 40, device=like.device)
+
+    def ours(programs: int) -> None:
+        for layer in layers:
+            whole = layer.keys.flatten(0, 1), layer.values.flatten(0, 1), layer.starts, layer.longest
+            attend(q, whole, suffix, backbone.scale, programs=programs)
+
+    moved = sum(2 * layer.keys.nbytes for layer in layers)
+    line = [f"{programs} programs {_rate(setting, partial(ours, programs), moved)}" for programs in (66, 132, 264, 528)]
+    fact(f"TB/s, attention, {size} answers", " | ".join(line))
 
 
 def _gates(
@@ -81,7 +104,7 @@ def _products(
 
     def ours(tile: Tile) -> None:
         for own in weights:
-            product(x, own, norm=gain, tile=tile)
+            product(x, [(each, None) for each in own], norm=gain, tile=tile)
 
     moved = sum(each.nbytes for own in weights for each in own)
     key = "product", entries, sum(len(each) for each in weights[0]), size == 1
