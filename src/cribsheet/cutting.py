@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.errors import SheetError
 from cribsheet.prefix import LayerPrefix
 from cribsheet.rope import rotate
-from cribsheet.segments import Segment, end_positions, held, joined_indices, read_head, shifted
+from cribsheet.segments import Segment, end_positions, held, read_head, shifted
 from cribsheet.selection import ABSENT
 from cribsheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.stored import StoredLayer
@@ -31,25 +32,16 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     stretches = [(0, made.head_tokens), *segments]
     bounds = segment_bounds(sheet.indices, made.guide_tokens, [read for _, read in stretches])
     layers = sheet.layers if independent else _unrotated(backbone, sheet)
-    sliding = [0] * len(layers)  # tokens so far of each layer with a window
+    parts = _parts(layers, bounds, backbone, sheet.length)
     found: list[Segment] = []
     read = number = 0
     for place, (documents, tokens) in enumerate(stretches):
         first, last = bounds[..., place], bounds[..., place + 1]
         kept = mean_kept(last - first)
         rows = torch.searchsorted(sheet.origins[:, 0].contiguous(), torch.tensor([read, read + tokens]).int())
-        parts, full = [], iter(zip(first, last, strict=True))
-        for layer_number, layer in enumerate(layers):
-            if layer.window is None:
-                a, b = (_rows(layer, each, sheet.length) for each in next(full))
-            else:
-                a = [sliding[layer_number]] * backbone.kv_heads
-                b = [begin + held(kept, layer.window) for begin in a]
-                sliding[layer_number] = b[0]
-            parts.append(layer.part(a, b))
         found.append(
             Segment(
-                parts,
+                [own[place] for own in parts],
                 _stretch(sheet.indices, first, last, read),
                 shifted(sheet.origins[int(rows[0]) : int(rows[1])], -read, -number),
                 kept,
@@ -70,18 +62,31 @@ def _head_of(backbone: Backbone, sheet: Sheet) -> Segment:
     return read_head(backbone, ids[spans[:, 1] <= len(made.head)], made.dtype)
 
 
-def _rows(layer: StoredLayer, places: Tensor, length: int) -> list[int]:
-    """Which row of its head each place (K,) of the sheet's indices is: heads end where the sheet does."""
-    sizes = layer.counts or [layer.keys.shape[1]] * len(places)
-    return [place - length + size for place, size in zip(places.tolist(), sizes, strict=True)]
+def _parts(layers: Sequence[StoredLayer], bounds: Tensor, backbone: Backbone, length: int) -> list[list[StoredLayer]]:
+    """Of each layer its stretches; `bounds` (F, K, S + 1) are the places between them in layers without a window."""
+    kept = [mean_kept(each) for each in bounds.diff().unbind(-1)]
+    full = iter(bounds.tolist())
+    found = []
+    for layer in layers:
+        if layer.window is None:
+            # a place is counted in the sheet's indices, where heads end with the sheet
+            sizes = layer.counts or [layer.keys.shape[1]] * backbone.kv_heads
+            rows = [[place - length + size for place in own] for own, size in zip(next(full), sizes, strict=True)]
+        else:
+            ends = accumulate((held(each, layer.window) for each in kept), initial=0)
+            rows = [list(ends)] * backbone.kv_heads
+        found.append(layer.parts(rows))
+    return found
 
 
 def _stretch(indices: Tensor, first: Tensor, last: Tensor, read: int) -> Tensor:
-    """Indices (F, K, p) of what stands at places `first` to `last` (F, K) of each head, counted from `read`."""
-    low, high = int(first.min()), int(last.max())
-    places = torch.arange(low, high)
-    inside = (places >= first.unsqueeze(-1)) & (places < last.unsqueeze(-1))
-    return joined_indices([torch.where(inside, indices[..., low:high] - read, ABSENT)])
+    """Indices (F, K, p) of what stands at places `first` to `last` (F, K) of each head, counted from `read`.
+
+    Heads with fewer than `p` end where the others do.
+    """
+    places = last.unsqueeze(-1) + torch.arange(-int((last - first).max()), 0)
+    found = indices.gather(-1, places.clamp(min=0)) - read
+    return torch.where(places >= first.unsqueeze(-1), found, ABSENT)
 
 
 def _unrotated(backbone: Backbone, sheet: Sheet) -> Sequence[StoredLayer]:

@@ -99,7 +99,7 @@ def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment
         last = layer.keys.shape[1]
         own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
         whole = StoredLayer.of(LayerPrefix(layer.keys, layer.values, window), dtype)
-        layers.append(whole.part([last - count for count in own], [last] * len(own)))
+        layers += whole.parts([(last - count, last) for count in own])
     origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
     origins[:, 0] -= head
     return Segment(
@@ -121,7 +121,7 @@ def placed(backbone: Backbone, layers: Sequence[StoredLayer], length: int) -> li
         seen = layer
         if layer.window is not None:
             first = max(0, size - layer.window + 1)
-            seen = layer.part([first] * backbone.kv_heads, [size] * backbone.kv_heads)
+            (seen,) = layer.parts([(first, size)] * backbone.kv_heads)
         restored = seen.restored(backbone.device, torch.float32)
         keys = rotate(restored.keys, end_positions(restored, length).to(backbone.device), inv_freq).to(backbone.dtype)
         found.append(replace(restored, keys=keys, values=restored.values.to(backbone.dtype)))

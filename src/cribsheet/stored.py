@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 import torch
@@ -47,13 +48,20 @@ class StoredLayer:
         keys, values = (_restore(*half, device, dtype) for half in self._halves())
         return LayerPrefix(keys, values, self.window, self.counts)
 
-    def part(self, first: Sequence[int], last: Sequence[int]) -> Self:
-        """Of each head its tokens `first` to `last`."""
-        if not self.counts and len({*zip(first, last, strict=True)}) == 1:
-            return self._of([None if half is None else half[:, first[0] : last[0]] for half in self._tensors()])
-        places = [*zip(first, last, strict=True)]
-        halves = [[heads[n][a:b] for n, (a, b) in enumerate(places) if heads] for heads in self._by_head()]
-        return self._packed(halves)
+    def parts(self, places: Sequence[Sequence[int]]) -> list[Self]:
+        """Its stretches: `places` are of each head the rows between them, one more than there are stretches."""
+        heads, found = self._by_head(), []
+        for bounds in zip(*(pairwise(own) for own in places), strict=True):
+            if not self.counts and len(set(bounds)) == 1:
+                first, last = bounds[0]
+                found.append(self._of([None if half is None else half[:, first:last] for half in self._tensors()]))
+            else:
+                found.append(
+                    self._packed(
+                        [[h[a:b] for h, (a, b) in zip(own, bounds, strict=True)] if own else [] for own in heads]
+                    )
+                )
+        return found
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
