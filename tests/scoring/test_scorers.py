@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from reference import attention_weights
 from cribsheet.build import build_sheet
 from cribsheet.errors import CribsheetError
 from cribsheet.scoring import SCORERS, LayerView, make_scorer
+from cribsheet.scoring.recall import copied
 
 H, K, P, S, T, D = 6, 2, 3, 8, 4, 16
 REPEATED = 3  # of the T rows
@@ -109,9 +111,10 @@ def held(reference):
 
 
 def recall(view, weights):
-    """As `task_peak`, with the rows that repeat the chunk counting less."""
-    counted = torch.tensor([0.3 if row >= T - REPEATED else 1.0 for row in range(T)])
-    return task_peak(view, weights * counted[:, None])
+    """As `task_peak`, with the rows that repeat the chunk counting less, and for the tokens that they repeat alone."""
+    counted = torch.ones(T, S)
+    counted[T - REPEATED :] = torch.tensor([0.3 if token >= S - REPEATED else 0.0 for token in range(S)])
+    return task_peak(view, weights * counted)
 
 
 REFERENCES = {
@@ -138,6 +141,28 @@ def test_a_score_is_what_its_formula_says(scene, name):
     expected = REFERENCES[name](scene.view, scene.weights)
     assert found.shape == (K, S)
     torch.testing.assert_close(found.double(), expected.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 64, 150])
+def test_a_repeated_token_counts_by_the_rows_about_its_repetition(scene, size):
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = torch.randn(H, size + 2, D, generator=generator), torch.randn(K, size + 5, D, generator=generator)
+    lse = torch.randn(H, size + 2, generator=generator) + 4
+    found = copied(replace(scene.view, queries=queries, keys=keys, lse=lse, repeated=size))
+    assert found.shape == (H, size)
+    for token in range(size):
+        block = token // 64 * 64
+        rows = slice(max(0, block - 16) + 2, block + 64 + 16 + 2)
+        for head in range(H):
+            logits = queries[head, rows].double() @ keys[head // (H // K), token + 5].double() * SCALE
+            assert float(found[head, token]) == pytest.approx(float((logits - lse[head, rows]).exp().max()), rel=1e-5)
+
+
+def test_nothing_was_repeated_of_a_chunk_that_is_all_head(scene):
+    view = replace(scene.view, repeated=0)
+    torch.testing.assert_close(
+        make_scorer("recall")[1].score(view), REFERENCES["notes-peak"](view, scene.weights).float()
+    )
 
 
 @pytest.mark.parametrize("name", SCORERS)

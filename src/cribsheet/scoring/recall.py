@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention import column_peak
@@ -17,10 +17,15 @@ from cribsheet.scoring.task_attention import carried_on, max_over_group, value_n
 from cribsheet.scoring.view import Guide, LayerView
 
 REPEATED = 0.3  # what a row of the repetition counts
+_BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
 
 
 class Recall:
-    """Largest attention of a row of task, examples and, counting less, the repeated chunk, times value norm."""
+    """Largest attention of a row of task, examples and, counting less, the repeated chunk, times value norm.
+
+    A row of the repetition counts for the tokens about the one that it repeats: that is where a token is copied from,
+    and all other products of rows and tokens need not be made.
+    """
 
     guide: ClassVar[Guide] = "task and repeat"
     pins_head: ClassVar[bool] = True
@@ -28,10 +33,10 @@ class Recall:
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        rows = view.queries.shape[1]
-        weight = torch.ones(rows, device=view.queries.device)
-        weight[rows - view.repeated :] = self.repeated
-        peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale, row_weight=weight, softcap=view.softcap)
+        asked, old = view.queries.shape[1] - view.repeated, view.keys.shape[1] - view.repeated
+        queries, lse = view.queries[:, :asked], view.lse[:, :asked]
+        peak = column_peak(queries, view.keys, lse, scale=view.scale, softcap=view.softcap)
+        peak[:, old:] = peak[:, old:].maximum(self.repeated * copied(view))
         return carried_on(max_over_group(peak, view) * value_norm(view), view)
 
 
@@ -39,3 +44,23 @@ class RecallNotes(Recall):
     """`Recall` whose rows before the repetition are task, notes (CacheNotes, EACL 2026) and examples."""
 
     guide: ClassVar[Guide] = "notes and repeat"
+
+
+def copied(view: LayerView) -> Tensor:
+    """Largest attention that each of the R repeated tokens gets from the rows about its repetition: (H, R).
+
+    Blocks of tokens are so many more key/value heads; rows beyond the ends have a log-sum-exp of infinity.
+    """
+    (h, t, d), (kv_heads, s, _), size = view.queries.shape, view.keys.shape, view.repeated
+    blocks = -(-size // _BLOCK)
+    missing, width = blocks * _BLOCK - size, _BLOCK + 2 * _MARGIN
+    if not blocks:
+        return view.lse[:, :0]
+    keys = F.pad(view.keys[:, s - size :], (0, 0, 0, missing)).reshape(-1, _BLOCK, d)
+    around = (_MARGIN, _MARGIN + missing)
+    rows = F.pad(view.queries[:, t - size :], (0, 0, *around)).unfold(1, width, _BLOCK)  # (H, blocks, D, width)
+    lse = F.pad(view.lse[:, t - size :], around, value=float("inf")).unfold(1, width, _BLOCK)
+    rows = rows.reshape(kv_heads, -1, blocks, d, width).permute(0, 2, 1, 4, 3).reshape(-1, width, d)
+    lse = lse.reshape(kv_heads, -1, blocks, width).transpose(1, 2).reshape(-1, width)
+    peak = column_peak(rows, keys, lse, scale=view.scale, softcap=view.softcap)
+    return peak.reshape(kv_heads, blocks, -1, _BLOCK).transpose(1, 2).reshape(h, -1)[:, :size]
