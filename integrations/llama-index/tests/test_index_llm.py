@@ -71,7 +71,7 @@ def test_settings_of_a_call_go_before_those_of_the_llm(llm):
 
 
 def test_a_form_binds_the_answer(llm):
-    assert llm.complete(QUESTION, choices=["in Quito", "in Oslo"]).text == "in Quito"
+    assert llm.complete(QUESTION, choices=["Oslo in Norway", "Quito in Ecuador"]).text == "Quito in Ecuador"
     assert llm.chat(ASKED, regex="[A-Z]{3}").message.content.isupper()
 
 

@@ -31,7 +31,7 @@ from cribsheet.bench.peers_runner import FULL, WAYS
 from cribsheet.build import build_sheet
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.documents import Document
-from cribsheet.errors import CribsheetError
+from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.loaded import LoadedModel
 from cribsheet.sheet import Sheet
 from cribsheet.template import ChatLayout
@@ -165,15 +165,19 @@ def finch_against(
             logger.warning("FinchPress failed at %gx: %s", line["rate"], line["error"])
             continue
         case = by_name[line["finch"]]
-        sheet = build_sheet(
-            model.backbone,
-            case.documents,
-            case.task,
-            rate=line["rate"],
-            scorer="finch",
-            guide="dropped",
-            chunk_tokens=0,
-        )
+        try:
+            sheet = build_sheet(
+                model.backbone,
+                case.documents,
+                case.task,
+                rate=line["rate"],
+                scorer="finch",
+                guide="dropped",
+                chunk_tokens=0,
+            )
+        except BudgetError as error:  # a head that is pinned may be all of a small budget
+            logger.warning("finch is not compared at %gx: %s", line["rate"], error)
+            continue
         for form, layers in line["kept"].items():
             for mine, theirs in zip(sheet.indices, layers, strict=True):
                 for head, other in zip(mine.tolist(), theirs, strict=True):
