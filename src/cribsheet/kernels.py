@@ -91,6 +91,31 @@ def columns(
 
 
 @triton.jit
+def over(
+    row: tl.tensor, keys: tl.tensor, values: tl.tensor, low: tl.tensor, high: tl.tensor, scale: tl.tensor,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Attention (BM, BD) of some rows over keys and values from `low` to `high`, and its log-sum-exp (BM,)."""
+    d = tl.arange(0, BD)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    found = tl.zeros((BM, BD), tl.float32)
+    for first in range(low, high, BN):
+        n = first + tl.arange(0, BN)
+        inside = n < high
+        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
+        logits = tl.dot(row, k, input_precision="ieee") * scale
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        shrink, weights = tl.exp(top - higher), tl.exp(logits - higher[:, None])
+        v = tl.load(values + n[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+        found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total, top = total * shrink + tl.sum(weights, 1), higher
+    there = total > 0  # parts of a short head may be empty
+    return found / tl.where(there, total, 1.0)[:, None], tl.where(there, top + tl.log(total), float("-inf"))
+
+
+@triton.jit
 def _newest(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, index: tl.tensor, before: tl.tensor, before_lse: tl.tensor,
     out: tl.tensor, lse: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
@@ -99,26 +124,12 @@ def _newest(
 ) -> None:  # fmt: skip
     """One sequence and key/value head: its suffix as far as it goes, then the merge with what the prefix gave."""
     pair = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    visible = tl.load(index + tl.program_id(0)) + 1
+    visible = tl.load(index + tl.program_id(0)).to(tl.int32) + 1
     g, d = tl.arange(0, BG), tl.arange(0, BD)
     rows, real = pair * GROUP + g, (g[:, None] < GROUP) & (d[None, :] < D)
     row = tl.load(q + rows[:, None] * D + d[None, :], mask=real, other=0.0)
-    top = tl.full((BG,), float("-inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
-    found = tl.zeros((BG, BD), tl.float32)
-    for first in range(0, visible, BN):
-        n = first + tl.arange(0, BN)
-        place = pair * tokens + n
-        inside = n < visible
-        k = tl.load(keys + place[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
-        logits = tl.dot(row, k, input_precision="ieee") * scale
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shrink, weights = tl.exp(top - higher), tl.exp(logits - higher[:, None])
-        v = tl.load(values + place[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
-        found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total, top = total * shrink + tl.sum(weights, 1), higher
-    found, own = found / total[:, None], top + tl.log(total)
+    base = pair.to(tl.int64) * tokens * D
+    found, own = over(row, keys + base, values + base, 0, visible, scale, D, BD, BG, BN)
     if PREFIX:
         shared = tl.load(before_lse + rows, mask=g < GROUP, other=0.0)
         given = tl.load(before + rows[:, None] * D + d[None, :], mask=real, other=0.0).to(tl.float32)

@@ -11,34 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cribsheet.kernels import over
+
 _KEYS = 64  # of a block
 _PROGRAMS = 264  # twice the processors of a large GPU
 _MOST_PARTS = 63
-
-
-@triton.jit
-def _over(
-    row: tl.tensor, keys: tl.tensor, values: tl.tensor, low: tl.tensor, high: tl.tensor, scale: tl.tensor,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Attention (BM, BD) of some rows over keys and values from `low` to `high`, and its log-sum-exp (BM,)."""
-    d = tl.arange(0, BD)
-    top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    found = tl.zeros((BM, BD), tl.float32)
-    for first in range(low, high, BN):
-        n = first + tl.arange(0, BN)
-        inside = n < high
-        k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
-        logits = tl.dot(row, k, input_precision="ieee") * scale
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shrink, weights = tl.exp(top - higher), tl.exp(logits - higher[:, None])
-        v = tl.load(values + n[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
-        found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total, top = total * shrink + tl.sum(weights, 1), higher
-    there = total > 0  # parts of a short head may be empty
-    return found / tl.where(there, total, 1.0)[:, None], tl.where(there, top + tl.log(total), float("-inf"))
 
 
 @triton.jit
@@ -55,7 +32,7 @@ def _newest(
     row = tl.load(q + line[:, None] * D + d[None, :], mask=real, other=0.0)
     base = pair.to(tl.int64) * tokens * D
     high = tl.load(index + pair // KV).to(tl.int32) + 1
-    found, seen = _over(row, newer + base, newer_values + base, 0, high, scale, D, BD, BG, BN)
+    found, seen = over(row, newer + base, newer_values + base, 0, high, scale, D, BD, BG, BN)
     tl.store(out + (before + line)[:, None] * D + d[None, :], found, mask=real)
     tl.store(lse + before + line, seen, mask=g < GROUP)
 
@@ -80,7 +57,7 @@ def _parted(
         line, real = r // GROUP * H + head * GROUP + r % GROUP, r < batch * GROUP
         row = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
         low, high = part * share, tl.minimum(part * share + share, count)
-        found, seen = _over(row, keys + begin * D, values + begin * D, low, high, scale, D, BD, BM, BN)
+        found, seen = over(row, keys + begin * D, values + begin * D, low, high, scale, D, BD, BM, BN)
         place = part * batch * H + line
         tl.store(out + place[:, None] * D + d[None, :], found, mask=real[:, None] & (d[None, :] < D))
         tl.store(lse + place, seen, mask=real)

@@ -16,6 +16,7 @@ from cribsheet.answering import Request
 from cribsheet.bench import speed_sides as sides
 from cribsheet.bench.speed_parts import ALLOCATIONS, QUESTION, Report
 from cribsheet.bench.speed_setting import Setting
+from cribsheet.bench.step_clock import body, graphed
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.engine import Engine
 from cribsheet.prefix import LayerPrefix
@@ -53,7 +54,7 @@ def kernels(setting: Setting, report: Report) -> None:
         for name, ragged in ALLOCATIONS.items():
             prefix = setting.prefix(16384, ragged=ragged).layers[:8]
             moved = sum(layer.keys.nbytes * 2 for layer in prefix)
-            replay = _graphed(partial(_attend_all, prefix, q))
+            replay = graphed(setting, partial(_attend_all, prefix, q))
             best = setting.interleaved({"run": replay}, 5)["run"]
             report.fact(f"prefix of 16384, {name}, batch {batch}: TB/s", moved / best / 1e12)
 
@@ -63,21 +64,9 @@ def _attend_all(layers: Sequence[LayerPrefix], q: Tensor) -> None:
         layer.attend(q, 0.1)
 
 
-def _graphed(run: Callable[[], Any]) -> Callable[[], Any]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def floor(setting: Setting, report: Report, length: int, tbs: float) -> None:
     """A step of one answer against streaming the weights once, and of 32 answers against weights and prefix."""
-    body = sum(w.nbytes for name, w in setting.backbone.model.named_parameters() if "embed_tokens" not in name)
+    weights = body(setting)
     question = setting.ids(QUESTION)
     for size, tokens, most in ((1, length, 1 / 1.3), (32, length, 0.8)):
         for name, ragged in ALLOCATIONS.items():
@@ -91,7 +80,7 @@ def floor(setting: Setting, report: Report, length: int, tbs: float) -> None:
                 asker.close()
                 step = (best[str(many)] - best[str(few)]) / (many - few)
                 label = f"{size} answers, prefix {tokens}, {name}{'' if evidence else ', no sources'}"
-                lowest = body / tbs / 1e12
+                lowest = weights / tbs / 1e12
                 report.row(f"step against weights alone: {label}", step, lowest, limit=1.0, target=most)
                 report.row(f"step against weights and prefix: {label}", step, lowest + held / tbs / 1e12, limit=1.0)
 
