@@ -21,6 +21,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.checkpoint import Checkpoint
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.compress import Kept, Reading, State, as_prefix, compress, kept_tokens, nothing_kept
+from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
@@ -95,6 +96,7 @@ class Plan:
             chunk_tokens=self.reading.chunk_tokens,
             dtype=dtype,
             allocation=self.reading.allocation,
+            correction=self.reading.correction,
             build=circumstances(backbone, seconds),
         )
 
@@ -138,6 +140,7 @@ def build_sheet(
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
     allocation: Allocation | None = None,
+    correction: Correction = "none",
     read: Reader | None = None,
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
@@ -165,7 +168,8 @@ def build_sheet(
     allocation
         `"adaptive"`, the default with the default scorer: heads that need more tokens keep more, and the budget is the
         mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many.
-
+    correction
+        `"refit"`: what is kept is made to stand for what was dropped (`correction.py`), in a sequential sheet.
     read
         who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
 
@@ -173,8 +177,12 @@ def build_sheet(
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     scorer, allocation = resolve_defaults(scorer, allocation)
-    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
+    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
     if mode == "independent":
+        if correction != "none":
+            raise BudgetError(
+                "An independent sheet cannot be corrected: its documents are read apart, whatever stands beside them."
+            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         return build_independent(
@@ -242,9 +250,14 @@ class Budgets:
     guide: GuideMode = "auto"
     chunk_tokens: int | None = None
     allocation: Allocation = "uniform"
+    correction: Correction = "none"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("guide", self.guide, GuideMode), ("allocation", self.allocation, Allocation)):
+        for name, value, known in (
+            ("guide", self.guide, GuideMode),
+            ("allocation", self.allocation, Allocation),
+            ("correction", self.correction, Correction),
+        ):
             if value not in get_args(known):
                 raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")
 
@@ -287,6 +300,8 @@ def plan(
 ) -> Plan:
     """Everything that can be refused is refused here, before any work starts."""
     name, chosen = make_scorer(scorer)
+    if budgets.correction != "none" and chosen.guide == "nothing":
+        raise BudgetError(f"The scorer {name!r} reads nothing by which to correct; use another, or correction='none'.")
     head, guide = layout.head(task.instruction), layout.guide(task)
     corpus = TokenizedCorpus.build(documents, head, layout.encoder)
     budget = budgets.tokens(len(corpus))
@@ -329,6 +344,7 @@ def plan(
         head=corpus.head_tokens,
         pinned=_pinned(chosen, budgets.allocation, corpus.head_tokens),
         allocation=budgets.allocation,
+        correction=budgets.correction,
         most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,
     )

@@ -48,6 +48,10 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
             mine, other = getattr(first, field), getattr(sheet.manifest, field)
             if mine != other:
                 raise SheetError(f"The sheets differ in their {what}: {mine!r} and {other!r}; build one of them again.")
+    if any(sheet.manifest.correction != "none" for sheet in sheets):
+        raise SheetError(
+            'A corrected sheet stands for its corpus alone; build without correction="refit" to combine it.'
+        )
     _refuse_two_texts(sheets)
     purpose = _joined(sheets) if task is None else Task.of(task)
     parts = [cut(backbone, sheet) for sheet in sheets]

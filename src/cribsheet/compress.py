@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
+from cribsheet.correction import Correction, refitted
 from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
@@ -53,6 +54,7 @@ class Reading:
     it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
+    With a `correction`, what is kept is made to stand for what was dropped.
     """
 
     scorer: Scorer
@@ -65,6 +67,7 @@ class Reading:
     head: int
     pinned: int
     allocation: Allocation = "uniform"
+    correction: Correction = "none"
     least: int = 1
     most: int = 0
     seed: int = 0
@@ -125,6 +128,8 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
         indices = [places(old, chunk) for old in kept]
         keep = choose(backbone, scores, indices, how, budget)
         kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, backbone.inv_freqs, strict=True)]
+        if how.correction == "refit":
+            kept = correct(backbone, layers, kept, how.repeated(chunk))
         yield State(chunk.stop, kept)
 
 
@@ -234,6 +239,14 @@ def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, kee
         take(indices, keep).masked_fill(absent, ABSENT),
         take(scores, keep).masked_fill(absent, float("-inf")),
     )
+
+
+def correct(backbone: Backbone, layers: Sequence[ReadingLayer], kept: Sequence[Kept], repeated: int) -> list[Kept]:
+    """What is kept, refitted in the layers that see everything; a sliding window drops only what nobody sees."""
+    found, size = list(kept), kept_tokens(backbone, kept)
+    for number in backbone.full:
+        found[number] = refitted(backbone, layers[number], kept[number], size, repeated, number)
+    return found
 
 
 def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:

@@ -114,7 +114,7 @@ class Terms:
         """How to read one document; whatever can be refused is refused here."""
         usual = usual_chunk(backbone, make_scorer(self.scorer)[1].guide)
         chunk = None if self.chunk_tokens == usual else self.chunk_tokens
-        budgets = _Share(self.rate, None, "dropped", chunk, self.allocation, len(self.head))
+        budgets = _Share(self.rate, None, "dropped", chunk, self.allocation, head=len(self.head))
         made = plan(backbone, self.layout, [document], self.task, budgets, scorer=self.scorer, seed=self.seed)
         if self.most is None:
             return made

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.fingerprint import Fingerprint
 from cribsheet.selection import ABSENT, Allocation
@@ -86,6 +87,7 @@ class Manifest(BaseModel):
     build: dict[str, Any]
     mode: Mode = "sequential"
     allocation: Allocation = "uniform"
+    correction: Correction = "none"
     document_rate: float | None = None
     document_most: float | None = None
     segments: list[SegmentEntry] = []

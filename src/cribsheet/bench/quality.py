@@ -29,6 +29,7 @@ from cribsheet.bench.quality_page import page, print_table, summary
 from cribsheet.bench.several import Sheets
 from cribsheet.bench.versions import versions
 from cribsheet.build import GuideMode
+from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, RequestError
 from cribsheet.fingerprint import fingerprint
@@ -65,6 +66,7 @@ class Method:
     guide: GuideMode = "dropped"
     allocation: Allocation | None = None
     query_aware: bool = False
+    correction: Correction = "none"
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""
@@ -79,6 +81,7 @@ METHODS = (
     Method("query-aware", "task-peak", allocation="adaptive", query_aware=True),
     Method("few-shot, recall", "recall", allocation="adaptive"),
     Method("few-shot, recall with notes", "recall-notes", allocation="adaptive"),
+    Method("few-shot, recall, refit", "recall", allocation="adaptive", correction="refit"),
     Method("zero-shot, recall", "recall", examples=False, allocation="adaptive"),
     Method("few-shot, notes, adaptive", "notes-peak", allocation="adaptive"),
     Method("reconstruction, adaptive", "reconstruction", allocation="adaptive"),
@@ -247,7 +250,12 @@ def _answers(
     model: LoadedModel, sheets: Sheets, case: Case, method: Method, rate: float, right: Sequence[bool] | None = None
 ) -> list[Row]:
     sheet = sheets.build(
-        method.task(case), rate, scorer=method.scorer, guide=method.guide, allocation=method.allocation
+        method.task(case),
+        rate,
+        scorer=method.scorer,
+        guide=method.guide,
+        allocation=method.allocation,
+        correction=method.correction,
     )
     kb = CompressedKnowledgeLLM(model, sheet)
     most = case.most_tokens(model.backbone.tokenizer)

@@ -14,6 +14,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
 from cribsheet.chunks import Chunk
 from cribsheet.compress import Reading
+from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.selection import Allocation
@@ -54,10 +55,11 @@ class Sheets:
         scorer: str | None = None,
         guide: GuideMode = "auto",
         allocation: Allocation | None = None,
+        correction: Correction = "none",
     ) -> Sheet:
         """The sheet that `build_sheet` makes with these arguments."""
         name, shared = resolve_defaults(scorer, allocation)
-        budgets = Budgets(rate, guide=guide, allocation=shared)
+        budgets = Budgets(rate, guide=guide, allocation=shared, correction=correction)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
         return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)))

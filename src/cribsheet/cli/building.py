@@ -69,6 +69,10 @@ def build(
             help="Whether heads that need more tokens may keep more.  [default: adaptive with the default scorer]"
         ),
     ] = None,
+    correction: Annotated[
+        Literal["none", "refit"],
+        typer.Option(help="refit: what is kept is made to stand for what was dropped; for 32x and beyond."),
+    ] = "none",
     mode: Annotated[
         Literal["sequential", "independent"],
         typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
@@ -117,7 +121,7 @@ def build(
     if dry_run:
         _foretell(documents, purpose, model, given, as_json=as_json, **options)
         return
-    options |= {"checkpoint": checkpoint, "mode": mode}
+    options |= {"checkpoint": checkpoint, "mode": mode, "correction": correction}
     options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
