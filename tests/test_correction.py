@@ -80,7 +80,7 @@ def test_rows_that_scored_the_corpus_see_more_nearly_what_they_saw_of_everything
 
 def test_values_are_those_of_least_squares_shrunk_towards_the_plain_ones(tiny):
     """No small step in any direction lowers the error with its ridge: checked by its gradient in float64."""
-    from cribsheet.correction import _PRIOR
+    from cribsheet.correction import _VALUE_SHRINKAGE
 
     layers, kept = read_and_kept(tiny)
     size, corrected = kept_tokens(tiny, kept), correct(tiny, layers, kept, 0)
@@ -101,7 +101,8 @@ def test_values_are_those_of_least_squares_shrunk_towards_the_plain_ones(tiny):
     without = Kept(fitted.keys, torch.zeros_like(plain.values), plain.indices, plain.scores)
     target = (wanted - outputs(tiny, layer, 1, without, size)[1])[:group].flatten(0, 1)
     new, old = fitted.values[0][present].double(), plain.values[0][present].double()
-    gradient = weights.T @ (weights @ new - target) + _PRIOR * (new - old)
+    ridge = _VALUE_SHRINKAGE * (weights**2).sum(0).mean()
+    gradient = weights.T @ (weights @ new - target) + ridge * (new - old)
     assert gradient.norm() < 1e-3 * (weights.T @ target).norm()
     assert (new - old).norm() > 0.05 * old.norm()
 
@@ -176,6 +177,16 @@ def test_an_interrupted_build_goes_on_bit_for_bit_in_chunks(tiny, tmp_path):
 def test_what_cannot_be_corrected_is_refused(tiny, options, message):
     with pytest.raises(BudgetError, match=message):
         build_sheet(tiny, DOCUMENTS, FEW_SHOT, **{**BUILD, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "scorer"),
+    [({}, "recall-even"), ({"scorer": "recall"}, "recall"), ({"allocation": "uniform"}, "notes")],
+)
+def test_a_correction_chooses_the_scorer_that_goes_with_it_unless_told_otherwise(tiny, options, scorer):
+    manifest = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, correction="refit", **options).manifest
+    assert manifest.scorer == scorer
+    assert manifest.allocation == options.get("allocation", "adaptive")
 
 
 def test_corrected_sheets_are_not_combined(tiny):

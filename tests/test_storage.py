@@ -69,8 +69,8 @@ def test_the_file_holds_what_the_format_says(sheet, file):
     assert set(manifest) == {
         "format", "cribsheet", "created", "fingerprint", "system", "template_options", "head", "task", "guide",
         "guide_tokens", "corpus_digest", "corpus_tokens", "head_tokens", "documents", "scorer", "seed", "budget",
-        "chunk_tokens", "dtype", "build", "mode", "allocation", "document_rate", "document_most",
-        "segments", "history",
+        "chunk_tokens", "dtype", "build", "mode", "allocation", "correction", "document_rate",
+        "document_most", "segments", "history",
     }  # fmt: skip
     assert manifest["format"] == 1
     assert set(manifest["fingerprint"]) == {

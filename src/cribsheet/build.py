@@ -43,6 +43,7 @@ GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
 DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "notes"}  # the best of each in the bench
+_CORRECTED = "recall-even"  # better than the former where what is kept is corrected
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
@@ -147,7 +148,7 @@ def build_sheet(
 
     scorer
         a name from `SCORERS`, or an object of your own with a `score` method; by default the best for the allocation,
-        `"recall"` or `"notes"`.
+        `"recall"` (`"recall-even"` with a correction) or `"notes"`.
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
@@ -176,7 +177,7 @@ def build_sheet(
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = resolve_defaults(scorer, allocation)
+    scorer, allocation = resolve_defaults(scorer, allocation, correction)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
     if mode == "independent":
         if correction != "none":
@@ -233,11 +234,15 @@ def carry_out(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def resolve_defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
+def resolve_defaults(
+    scorer: str | Scorer | None, allocation: Allocation | None, correction: Correction = "none"
+) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
-        is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
+        is_default = scorer is None or scorer in (DEFAULT_SCORERS["adaptive"], _CORRECTED)
         allocation = "adaptive" if is_default else "uniform"
+    if scorer is None and allocation == "adaptive" and correction != "none":
+        scorer = _CORRECTED
     return DEFAULT_SCORERS.get(allocation, "") if scorer is None else scorer, allocation
 
 

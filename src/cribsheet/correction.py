@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 Correction = Literal["none", "refit"]
 
-_KEY_SHRINKAGE = 0.01  # over the mean square of what the shift is fitted with
-_PRIOR = 1.0  # a plain value counts as so many rows that see nothing but it
+_KEY_SHRINKAGE, _VALUE_SHRINKAGE = 0.01, 0.1  # over the mean square of what is fitted with
 _WEAKEST, _STRONGEST = 0.05, 20.0  # what the first token's mass may be multiplied by
 _LEAST, _FARTHEST = 1e-8, 20.0  # share of a row, and logit over its mass, beyond which float32 says nothing
 _MOST = 1024  # rows of the repetition that are looked at; fewer are worse, more would only cost
@@ -121,9 +120,7 @@ def _towards(rows: Rows, logits: Tensor, scale: float) -> Tensor:
     counts = counts * missing.clamp(min=0.01).square()
     weighed = rows.queries * (scale * counts).unsqueeze(-1)
     square = weighed.T @ rows.queries * scale
-    return _solved(square, _KEY_SHRINKAGE * square.diagonal().mean() + _LEAST, weighed.sum(0).unsqueeze(-1) * wanted)[
-        :, 0
-    ]
+    return _solved(square, _KEY_SHRINKAGE, weighed.sum(0).unsqueeze(-1) * wanted)[:, 0]
 
 
 def _fitted(rows: Rows, logits: Tensor, values: Tensor) -> Tensor:
@@ -131,9 +128,10 @@ def _fitted(rows: Rows, logits: Tensor, values: Tensor) -> Tensor:
     lse = torch.logaddexp(logits.logsumexp(-1), rows.guide_lse)
     weights = (logits - lse.unsqueeze(-1)).exp()
     wanted = rows.output - (rows.guide_lse - lse).exp().unsqueeze(-1) * rows.guide
-    return values + _solved(weights.T @ weights, _PRIOR, weights.T @ (wanted - weights @ values))
+    return values + _solved(weights.T @ weights, _VALUE_SHRINKAGE, weights.T @ (wanted - weights @ values))
 
 
-def _solved(square: Tensor, ridge: Tensor | float, wanted: Tensor) -> Tensor:
-    """What solves a symmetric system (N, N) with a ridge, for each column of `wanted` (N, M)."""
+def _solved(square: Tensor, shrinkage: float, wanted: Tensor) -> Tensor:
+    """What solves a symmetric system (N, N) with a ridge relative to its diagonal, for each column of `wanted`."""
+    ridge = shrinkage * square.diagonal().mean() + _LEAST
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(square + ridge * torch.eye(len(square)).to(square)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -110,15 +111,16 @@ def held(reference):
     return scores
 
 
-def recall(view, weights):
+def recall(view, weights, repeated=0.3):
     """As `task_peak`, with the rows that repeat the chunk counting less, and for the tokens that they repeat alone."""
     counted = torch.ones(T, S)
-    counted[T - REPEATED :] = torch.tensor([0.3 if token >= S - REPEATED else 0.0 for token in range(S)])
+    counted[T - REPEATED :] = torch.tensor([repeated if token >= S - REPEATED else 0.0 for token in range(S)])
     return task_peak(view, weights * counted)
 
 
 REFERENCES = {
     "recall": held(recall),
+    "recall-even": held(partial(recall, repeated=1.0)),
     "recall-notes": held(recall),
     "notes": held(task),
     "notes-peak": held(task_peak),
@@ -241,7 +243,8 @@ def test_a_token_the_task_looks_at_is_kept(scene, name):
 
 def test_an_unknown_scorer_is_refused_with_the_names_that_exist():
     with pytest.raises(
-        CribsheetError, match=r"There is no scorer 'tasks'; use one of recall, recall-notes, notes, notes-peak, task,"
+        CribsheetError,
+        match=r"There is no scorer 'tasks'; use one of recall, recall-even, recall-notes, notes, notes-peak, task,",
     ):
         make_scorer("tasks")
 

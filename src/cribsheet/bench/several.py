@@ -58,7 +58,7 @@ class Sheets:
         correction: Correction = "none",
     ) -> Sheet:
         """The sheet that `build_sheet` makes with these arguments."""
-        name, shared = resolve_defaults(scorer, allocation)
+        name, shared = resolve_defaults(scorer, allocation, correction)
         budgets = Budgets(rate, guide=guide, allocation=shared, correction=correction)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}

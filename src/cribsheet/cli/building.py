@@ -36,8 +36,8 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="recall (default), recall-notes, notes, notes-peak, task, task-peak, finch, reconstruction, key-norm, "
-            "recent or random.",
+            help="recall (default; recall-even with a correction), recall-notes, notes, notes-peak, task, task-peak, "
+            "finch, reconstruction, key-norm, recent or random.",
         ),
     ] = None,
     guide: Annotated[
@@ -71,7 +71,7 @@ def build(
     ] = None,
     correction: Annotated[
         Literal["none", "refit"],
-        typer.Option(help="refit: what is kept is made to stand for what was dropped; for 32x and beyond."),
+        typer.Option(help="refit: what is kept is made to stand for what was dropped."),
     ] = "none",
     mode: Annotated[
         Literal["sequential", "independent"],

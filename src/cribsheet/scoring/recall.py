@@ -40,6 +40,15 @@ class Recall:
         return carried_on(max_over_group(peak, view) * value_norm(view), view)
 
 
+class RecallEven(Recall):
+    """`Recall` in which a row of the repetition counts as much as one of task and examples.
+
+    Task and examples look at much that all heads can do without if what they keep is corrected (`correction.py`).
+    """
+
+    repeated: ClassVar[float] = 1.0
+
+
 class RecallNotes(Recall):
     """`Recall` whose rows before the repetition are task, notes (CacheNotes, EACL 2026) and examples."""
 
