@@ -170,7 +170,8 @@ def test_an_interrupted_build_goes_on_bit_for_bit_in_chunks(tiny, tmp_path):
     ("options", "message"),
     [
         ({"correction": "bias"}, "correction is 'bias'; use none, refit"),
-        ({"correction": "refit", "scorer": "recent"}, "reads nothing by which to correct"),
+        ({"correction": "refit", "scorer": "recent"}, "reads no task by which to correct"),
+        ({"correction": "refit", "scorer": "reconstruction"}, "reads no task by which to correct"),
         ({"correction": "refit", "mode": "independent"}, "cannot be corrected"),
     ],
 )
