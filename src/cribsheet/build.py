@@ -306,9 +306,7 @@ def plan(
     """Everything that can be refused is refused here, before any work starts."""
     name, chosen = make_scorer(scorer)
     if budgets.correction != "none" and chosen.guide in ("nothing", "repeat"):
-        raise BudgetError(
-            f"The scorer {name!r} reads no task by which to correct; use another, or correction='none'."
-        )
+        raise BudgetError(f"The scorer {name!r} reads no task by which to correct; use another, or correction='none'.")
     head, guide = layout.head(task.instruction), layout.guide(task)
     corpus = TokenizedCorpus.build(documents, head, layout.encoder)
     budget = budgets.tokens(len(corpus))

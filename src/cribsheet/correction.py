@@ -134,4 +134,6 @@ def _fitted(rows: Rows, logits: Tensor, values: Tensor) -> Tensor:
 def _solved(square: Tensor, shrinkage: float, wanted: Tensor) -> Tensor:
     """What solves a symmetric system (N, N) with a ridge relative to its diagonal, for each column of `wanted`."""
     ridge = shrinkage * square.diagonal().mean() + _LEAST
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(square + ridge * torch.eye(len(square), device=square.device)))
+    return torch.cholesky_solve(
+        wanted, torch.linalg.cholesky(square + ridge * torch.eye(len(square), device=square.device))
+    )
