@@ -100,7 +100,8 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "kept": f"{sheet.tokens:,} tokens per layer and head, of which {made.guide_tokens} are the {made.guide} guide",
         "rate": f"{sheet.rate:.2f}",
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
-        "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}",
+        "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}"
+        + (f", corrected: {made.correction}" if made.correction != "none" else ""),
         "model": f"{print_.model}{f'@{print_.revision}' if print_.revision else ''}, {print_.family}, "
         f"{print_.layers} layers, {print_.kv_heads} key/value heads of {print_.head_size}",
         "weights": f"{print_.weights} in {print_.weights_dtype}",
