@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, OneHead
+from torch import Tensor
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention import attend_plain
-from cribsheet.build import build_sheet
+from cribsheet.build import Budgets, build_sheet, plan
+from cribsheet.compress import compress
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.evidence import looked_at
 from cribsheet.prefix import LayerPrefix
+from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, keep_best
 from cribsheet.sheet import Sheet
+from cribsheet.template import ChatLayout
 
 BUILD = {"scorer": "reconstruction", "allocation": "adaptive", "chunk_tokens": 50}
 
@@ -66,6 +72,41 @@ def test_a_head_that_matters_keeps_everything_and_some_of_the_others_one_token(t
     heads = counts.numel()
     assert int(counts.sum()) == sheet.manifest.budget * heads  # not a token more or less than uniform would keep
     assert sheet.nbytes == build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, guide="dropped").nbytes
+
+
+class Alike:
+    """A scorer by which all heads want the same tokens, the earliest most."""
+
+    guide: ClassVar[Guide] = "nothing"
+    pins_head: ClassVar[bool] = True
+
+    def __init__(self, spread: float) -> None:
+        self.spread = spread
+
+    def score(self, view):
+        return 1 / (1 + view.positions.float().clamp(min=0))
+
+
+@pytest.mark.parametrize("chunk", [0, 40])
+def test_a_scorer_that_spreads_tokens_keeps_more_of_them_in_fewer_heads(tiny, chunk):
+    def kept(spread: float) -> Tensor:
+        more = {"allocation": "adaptive", "guide": "dropped", "chunk_tokens": chunk}
+        indices = build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=Alike(spread), **more).indices
+        return indices[indices >= 0]
+
+    alike, spread = kept(0.0), kept(2.0)
+    assert alike.numel() == spread.numel()  # at the same cost
+    assert len(alike.unique()) == 30 < len(spread.unique())
+
+
+def test_kept_scores_are_those_of_the_scorer_and_not_spread_again_with_each_chunk(tiny):
+    layout = ChatLayout(tiny.tokenizer)
+    budgets = Budgets(budget=30, guide="dropped", chunk_tokens=40, allocation="adaptive")
+    planned = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer=Alike(2.0))
+    *_, last = compress(tiny, planned.corpus, planned.reading)
+    for layer in last.kept:
+        there = layer.indices != ABSENT
+        assert torch.equal(layer.scores[there], 1 / (1 + layer.indices[there].float()))
 
 
 def test_the_whole_corpus_in_one_head_looks_as_the_full_context_does_to_it(tiny):

@@ -21,7 +21,7 @@ from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
-from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, take
+from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, spread_out, take
 
 Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
@@ -190,16 +190,21 @@ def choose(
     """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
 
     Scores and corpus indices are (K, S) by layer. The first tokens of the corpus stay if they are pinned. A layer with
-    a sliding window has no choice: it keeps the latest tokens that the next one can see.
+    a sliding window has no choice: it keeps the latest tokens that the next one can see. If heads share a budget and
+    the scorer wants tokens spread over it, that is done here, for the tokens that are left, and not to what is kept as
+    their scores.
     """
     found: dict[int, Tensor] = {}
-    full: dict[int, Tensor] = {}
     for number, window in enumerate(backbone.windows):
         if window is not None:
             found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
-        else:
-            head = (indices[number] >= 0) & (indices[number] < how.pinned)
-            full[number] = scores[number].masked_fill(head, float("inf"))
+    wanted, standing = ([part[number] for number in backbone.full] for part in (scores, indices))
+    if how.allocation == "adaptive" and (power := getattr(how.scorer, "spread", 0.0)):
+        wanted = spread_out(wanted, standing, power)
+    full = {
+        number: layer.masked_fill((place >= 0) & (place < how.pinned), float("inf"))
+        for number, layer, place in zip(backbone.full, wanted, standing, strict=True)
+    }
     shortest = min(layer.shape[1] for layer in full.values())
     if how.allocation == "uniform":
         found |= _keep_top_of_each(full, min(budget, shortest))

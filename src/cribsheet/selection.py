@@ -52,6 +52,27 @@ def keep_best(scores: Sequence[Tensor], budget: int, *, least: int, most: int) -
     return found
 
 
+def spread_out(scores: Sequence[Tensor], places: Sequence[Tensor], power: float) -> list[Tensor]:
+    """Scores (K, S) of several layers in which a token counts less in each further head: divided by rank ** power.
+
+    Several heads look for the same token where one would do, and a token that no head looks at sharply would find no
+    place beside them. `places` (K, S) say which token of the corpus each is; a token's ranks are its heads from the
+    one that scores it highest, from 1. Scores are zero or more, or minus infinity, which they stay.
+    """
+    flat = torch.cat([layer.flatten() for layer in scores])
+    token = torch.cat([layer.flatten() for layer in places])
+    best_first = flat.sort(descending=True, stable=True).indices
+    by_token = best_first[token[best_first].sort(stable=True).indices]
+    ordered, number = token[by_token], torch.arange(len(token), device=token.device)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    rank = number - number.where(begins, 0).cummax(0).values + 1
+    shared = torch.empty_like(flat)
+    shared[by_token] = flat[by_token] * rank.to(flat.dtype) ** -power
+    parts = shared.split([layer.numel() for layer in scores])
+    return [part.view_as(layer) for part, layer in zip(parts, scores, strict=True)]
+
+
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
     """Pick tokens by head: (K, S) or (K, S, D) with indices (K, P) -> (K, P) or (K, P, D), any where they are -1."""
     indices = indices.clamp(min=0)

@@ -17,6 +17,7 @@ from cribsheet.scoring.task_attention import carried_on, max_over_group, value_n
 from cribsheet.scoring.view import Guide, LayerView
 
 REPEATED = 0.3  # what a row of the repetition counts
+SPREAD = 2.0  # where heads share a budget, a token counts 1, 1/4, 1/9, ... in its best heads
 _BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
 
 
@@ -30,6 +31,7 @@ class Recall:
     guide: ClassVar[Guide] = "task and repeat"
     pins_head: ClassVar[bool] = True
     repeated: ClassVar[float] = REPEATED
+    spread: ClassVar[float] = SPREAD
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""

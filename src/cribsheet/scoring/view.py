@@ -59,7 +59,8 @@ class Scorer(Protocol):
     `guide` says what is read after each chunk for this scorer: the task, the task with notes
     that the model writes about the chunk, a repetition of the chunk, one of the former and then the latter, or nothing.
     `pins_head` says whether the template's head (attention sinks among it) is always kept; if heads share a budget, it
-    is the first token only, and the rest of the head competes.
+    is the first token only, and the rest of the head competes. A scorer may also have a `spread`: then a token counts
+    less in each further head that it competes in, by rank ** -spread (`selection.spread_out`); scores are not negative.
     """
 
     guide: ClassVar[Guide]
