@@ -16,7 +16,7 @@ from cribsheet.compress import compress
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.evidence import looked_at
 from cribsheet.prefix import LayerPrefix
-from cribsheet.scoring.view import Guide
+from cribsheet.scoring.view import Guide, Scorer
 from cribsheet.selection import ABSENT, keep_best
 from cribsheet.sheet import Sheet
 from cribsheet.template import ChatLayout
@@ -80,33 +80,49 @@ class Alike:
     guide: ClassVar[Guide] = "nothing"
     pins_head: ClassVar[bool] = True
 
-    def __init__(self, spread: float) -> None:
-        self.spread = spread
-
     def score(self, view):
         return 1 / (1 + view.positions.float().clamp(min=0))
 
 
+class Spread(Alike):
+    """The same, spread over the heads, and as a second need nothing."""
+
+    def needs(self, view):
+        wanted = self.score(view)
+        return torch.stack([wanted, torch.zeros_like(wanted)])
+
+
 @pytest.mark.parametrize("chunk", [0, 40])
-def test_a_scorer_that_spreads_tokens_keeps_more_of_them_in_fewer_heads(tiny, chunk):
-    def kept(spread: float) -> Tensor:
+def test_needs_are_spread_over_more_tokens_in_fewer_heads_each(tiny, chunk):
+    def kept(scorer: Scorer) -> Tensor:
         more = {"allocation": "adaptive", "guide": "dropped", "chunk_tokens": chunk}
-        indices = build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=Alike(spread), **more).indices
+        indices = build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=scorer, **more).indices
         return indices[indices >= 0]
 
-    alike, spread = kept(0.0), kept(2.0)
+    alike, spread = kept(Alike()), kept(Spread())
     assert alike.numel() == spread.numel()  # at the same cost
     assert len(alike.unique()) == 30 < len(spread.unique())
 
 
-def test_kept_scores_are_those_of_the_scorer_and_not_spread_again_with_each_chunk(tiny):
+def test_what_is_kept_as_scores_is_not_spread_and_not_with_each_chunk_again(tiny):
     layout = ChatLayout(tiny.tokenizer)
     budgets = Budgets(budget=30, guide="dropped", chunk_tokens=40, allocation="adaptive")
-    planned = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer=Alike(2.0))
+    planned = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer=Spread())
     *_, last = compress(tiny, planned.corpus, planned.reading)
     for layer in last.kept:
         there = layer.indices != ABSENT
-        assert torch.equal(layer.scores[there], 1 / (1 + layer.indices[there].float()))
+        assert torch.equal(layer.scores[0][there], 1 / (1 + layer.indices[there].float()))
+        assert not layer.scores[1][there].any() and layer.scores[:, ~there].isneginf().all()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_needs_are_asked_for_only_where_heads_share_a_budget(tiny, allocation):
+    how = {"allocation": allocation, "guide": "dropped", "chunk_tokens": 0}
+    plain, spread = (
+        build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=scorer, **how) for scorer in (Alike(), Spread())
+    )
+    same = plain.indices.shape == spread.indices.shape and torch.equal(plain.indices, spread.indices)
+    assert same == (allocation == "uniform")
 
 
 def test_the_whole_corpus_in_one_head_looks_as_the_full_context_does_to_it(tiny):

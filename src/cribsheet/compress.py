@@ -30,8 +30,9 @@ Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, 
 class Kept:
     """What one layer keeps: keys (K, P, D) *before* rotation in float32, values (K, P, D), indices and scores (K, P).
 
-    Unrotated keys can be given any position without adding up rounding errors from chunk to chunk. A head that keeps
-    fewer than P tokens has them at the end, behind indices `ABSENT` with a score of minus infinity.
+    Scores of N needs are (N, K, P). Unrotated keys can be given any position without adding up rounding errors from
+    chunk to chunk. A head that keeps fewer than P tokens has them at the end, behind indices `ABSENT` with a score of
+    minus infinity.
     """
 
     keys: Tensor
@@ -156,7 +157,10 @@ def places(old: Kept, chunk: Chunk) -> Tensor:
 
 
 def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, layer: int) -> Tensor:
-    """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best."""
+    """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best.
+
+    Where heads share a budget and the scorer tells several needs apart, they are (N, K, S).
+    """
     indices = places(old, chunk)
     if backbone.windows[layer] is not None:
         return indices.float()
@@ -177,7 +181,9 @@ def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: 
         softcap=backbone.softcap,
         repeated=how.repeated(chunk),
     )
-    return how.scorer.score(view).masked_fill(indices == ABSENT, float("-inf"))
+    needs: Callable[[LayerView], Tensor] | None = getattr(how.scorer, "needs", None)
+    scores = needs(view) if needs and how.allocation == "adaptive" else how.scorer.score(view)
+    return scores.masked_fill(indices == ABSENT, float("-inf"))
 
 
 def choose(
@@ -189,18 +195,18 @@ def choose(
 ) -> list[Tensor]:
     """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
 
-    Scores and corpus indices are (K, S) by layer. The first tokens of the corpus stay if they are pinned. A layer with
-    a sliding window has no choice: it keeps the latest tokens that the next one can see. If heads share a budget and
-    the scorer wants tokens spread over it, that is done here, for the tokens that are left, and not to what is kept as
-    their scores.
+    Scores (K, S), or (N, K, S) for N needs, and corpus indices (K, S) are by layer. The first tokens of the corpus stay
+    if they are pinned. A layer with a sliding window has no choice: it keeps the latest tokens that the next one can
+    see. Needs are spread over the heads here, of the tokens that are left: what is kept as their scores is not.
     """
     found: dict[int, Tensor] = {}
     for number, window in enumerate(backbone.windows):
         if window is not None:
             found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
     wanted, standing = ([part[number] for number in backbone.full] for part in (scores, indices))
-    if how.allocation == "adaptive" and (power := getattr(how.scorer, "spread", 0.0)):
-        wanted = spread_out(wanted, standing, power)
+    if wanted[0].dim() == 3:
+        needs = [spread_out([layer[n] for layer in wanted], standing) for n in range(len(wanted[0]))]
+        wanted = [torch.stack(each).amax(0) for each in zip(*needs, strict=True)]
     full = {
         number: layer.masked_fill((place >= 0) & (place < how.pinned), float("inf"))
         for number, layer, place in zip(backbone.full, wanted, standing, strict=True)
@@ -223,7 +229,7 @@ def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tenso
 
 
 def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
-    """What one layer keeps (K, P) of its old and new tokens, given their corpus indices and scores (K, S)."""
+    """What one layer keeps (K, P) of its old and new tokens, given their indices (K, S) and scores ([N,] K, S)."""
     before = old.keys.shape[1]
     absent, is_new = keep < 0, (keep >= before).unsqueeze(-1)
     place = (keep - before).clamp(min=0)  # in the chunk, of those that come from there
@@ -237,7 +243,7 @@ def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, kee
         unrotated,
         values,
         take(indices, keep).masked_fill(absent, ABSENT),
-        take(scores, keep).masked_fill(absent, float("-inf")),
+        scores.gather(-1, keep.clamp(min=0).expand(*scores.shape[:-1], -1)).masked_fill(absent, float("-inf")),
     )
 
 

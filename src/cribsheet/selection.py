@@ -12,6 +12,7 @@ from cribsheet.errors import BudgetError
 
 # Whether all heads keep equally many tokens, or those that need more keep more.
 Allocation = Literal["uniform", "adaptive"]
+_SPREAD = 2  # power of a head's rank by which a token counts less in it
 ABSENT = -2  # where a head has no token because another one keeps more
 
 
@@ -52,8 +53,8 @@ def keep_best(scores: Sequence[Tensor], budget: int, *, least: int, most: int) -
     return found
 
 
-def spread_out(scores: Sequence[Tensor], places: Sequence[Tensor], power: float) -> list[Tensor]:
-    """Scores (K, S) of several layers in which a token counts less in each further head: divided by rank ** power.
+def spread_out(scores: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
+    """Scores (K, S) of several layers in which a token counts less in each further head: 1, 1/4, 1/9, ...
 
     Several heads look for the same token where one would do, and a token that no head looks at sharply would find no
     place beside them. `places` (K, S) say which token of the corpus each is; a token's ranks are its heads from the
@@ -68,7 +69,7 @@ def spread_out(scores: Sequence[Tensor], places: Sequence[Tensor], power: float)
     begins[1:] = ordered[1:] != ordered[:-1]
     rank = number - number.where(begins, 0).cummax(0).values + 1
     shared = torch.empty_like(flat)
-    shared[by_token] = flat[by_token] * rank.to(flat.dtype) ** -power
+    shared[by_token] = flat[by_token] / rank.to(flat.dtype) ** _SPREAD
     parts = shared.split([layer.numel() for layer in scores])
     return [part.view_as(layer) for part, layer in zip(parts, scores, strict=True)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from cribsheet.scoring.task_attention import carried_on, max_over_group, value_n
 from cribsheet.scoring.view import Guide, LayerView
 
 REPEATED = 0.3  # what a row of the repetition counts
-SPREAD = 2.0  # where heads share a budget, a token counts 1, 1/4, 1/9, ... in its best heads
 _BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
 
 
@@ -25,21 +25,30 @@ class Recall:
     """Largest attention of a row of task, examples and, counting less, the repeated chunk, times value norm.
 
     A row of the repetition counts for the tokens about the one that it repeats: that is where a token is copied from,
-    and all other products of rows and tokens need not be made.
+    and all other products of rows and tokens need not be made. Where heads share a budget, both needs are spread over
+    them apart, and the repetition counts as much.
     """
 
     guide: ClassVar[Guide] = "task and repeat"
     pins_head: ClassVar[bool] = True
     repeated: ClassVar[float] = REPEATED
-    spread: ClassVar[float] = SPREAD
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        asked, old = view.queries.shape[1] - view.repeated, view.keys.shape[1] - view.repeated
+        peak, again = self._peaks(view)
+        return carried_on(max_over_group(peak.maximum(self.repeated * again), view) * value_norm(view), view)
+
+    def needs(self, view: LayerView) -> Tensor:
+        """Scores (2, K, S) for what is asked and, counting as much, for what is repeated."""
+        each = [max_over_group(peak, view) * value_norm(view) for peak in self._peaks(view)]
+        return carried_on(torch.stack(each), view)
+
+    def _peaks(self, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Largest attention (H, S) of task and examples, and of the repetition, which is about the chunk only."""
+        asked = view.queries.shape[1] - view.repeated
         queries, lse = view.queries[:, :asked], view.lse[:, :asked]
         peak = column_peak(queries, view.keys, lse, scale=view.scale, softcap=view.softcap)
-        peak[:, old:] = peak[:, old:].maximum(self.repeated * copied(view))
-        return carried_on(max_over_group(peak, view) * value_norm(view), view)
+        return peak, F.pad(copied(view), (view.keys.shape[1] - view.repeated, 0))
 
 
 class RecallNotes(Recall):
