@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
+from cribsheet.lean_read import read as read_lean
 from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
@@ -89,7 +90,7 @@ class Reading:
                 guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
-        return backbone.read(prefix, start, chunk.ids, guide, known)
+        return read_lean(backbone, prefix, start, chunk.ids, guide, known)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""

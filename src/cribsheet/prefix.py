@@ -333,6 +333,18 @@ class ReadingLayer(PrefixLayer):
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out, lse
 
+    def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
+        chunk = key.shape[2] - self.guide_tokens
+        if self._known is None:
+            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
+        query, key, value = (part[:, :, chunk:] for part in (query, key, value))
+        self.update(key, value)
+        if self.guide_tokens:
+            self._attend(query, key, value, None, scale, None)
+        else:
+            self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
+
     def get_seq_length(self) -> int:
         """Tokens before the next one, prefix and known chunk included."""
         return self.start + self._before
