@@ -138,10 +138,11 @@ def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
     size = kept_tokens(backbone, kept)
+    counts = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()  # waiting for a GPU once
     prefix = []
-    for layer, inv_freq, window in zip(kept, backbone.inv_freqs, backbone.windows, strict=True):
+    for layer, held, inv_freq, window in zip(kept, counts, backbone.inv_freqs, backbone.windows, strict=True):
         positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
-        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, layer.indices == ABSENT, window))
+        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, held, window))
     return prefix
 
 

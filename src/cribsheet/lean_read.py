@@ -87,12 +87,10 @@ def errors(backbone: Backbone, lean: LeanRead) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, backbone.config.vocab_size, (_CHECKED,), generator=generator)
     shape = backbone.kv_heads, 24, backbone.head_size
-    halves = [torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype) for _ in range(2)]
-    prefix = [LayerPrefix(*halves)] * backbone.num_layers
+    keys, values = (torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype) for _ in "kv")
+    prefix = [LayerPrefix(keys, values)] * backbone.num_layers
     chunk, guide = ids.split(_CHECKED // 2)
-    pairs = list(
-        zip(*(backbone.read(prefix, 24, chunk, guide, run=run) for run in (lean, None)), strict=True)
-    )  # fmt: skip
+    pairs = list(zip(*(backbone.read(prefix, 24, chunk, guide, run=run) for run in (lean, None)), strict=True))
     names = "chunk_keys", "chunk_values", "guide_queries", "guide_lse"
     return {name: max(_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}
 

@@ -44,11 +44,14 @@ class LayerPrefix:
     counts: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, absent: Tensor, window: int | None = None) -> LayerPrefix:
-        """Of keys and values (K, P, D), without those at which no token stands (K, P)."""
-        if window is not None or not absent.any():
+    def of(cls, keys: Tensor, values: Tensor, counts: Sequence[int], window: int | None = None) -> LayerPrefix:
+        """Of keys and values (K, P, D), of which each head holds so many at its end."""
+        longest = keys.shape[1]
+        if window is not None or all(count == longest for count in counts):
             return cls(keys, values, window)
-        return cls(keys[~absent], values[~absent], None, tuple((~absent).sum(-1).tolist()))
+        heads = [(head, longest - count) for head, count in enumerate(counts)]
+        packed = [torch.cat([half[head, first:] for head, first in heads]) for half in (keys, values)]
+        return cls(packed[0], packed[1], None, tuple(counts))
 
     @property
     def heads(self) -> int:

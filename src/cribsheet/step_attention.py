@@ -20,16 +20,17 @@ _MOST_PARTS = 63
 
 @dataclass(frozen=True)
 class Cut:
-    """How attention is cut: keys of a block, warps, loads that are under way, and programs that share the prefix."""
+    """How attention is cut: rows and keys of a block, warps, loads under way, and programs that share the prefix."""
 
+    rows: int
     keys: int
     warps: int
     stages: int
     programs: int
 
 
-# By the most rows of a head that are looked at once (`make step-gpu`, one H200).
-CUTS = {32: Cut(keys=64, warps=4, stages=3, programs=264), 128: Cut(keys=64, warps=8, stages=3, programs=132)}
+# By the most rows that look at one head (`make step-gpu`, one H200).
+CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(128, 64, warps=8, stages=3, programs=132)}
 
 
 @triton.jit
@@ -119,9 +120,9 @@ def attend(
     batch, heads, _, size = q.shape
     kv_heads, tokens = newer.shape[1:3]
     rows = batch * heads // kv_heads
-    block = min(128, max(16, 1 << (rows - 1).bit_length()))
+    cut = cut or next(each for most, each in CUTS.items() if rows <= most)
+    block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
-    cut = cut or next(each for most, each in CUTS.items() if block <= most)
     parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -35,23 +35,22 @@ class Tile:
 # By kind and by whether there is a single row: the tile that is best for all measured products of a kind together.
 TILES = {
     ("product", True): Tile(rows=16, entries=512, warps=2, stages=4),
-    ("product", False): Tile(rows=32, entries=128, warps=4, stages=5),
+    ("product", False): Tile(rows=64, entries=128, warps=4, stages=5, swapped=True),
     ("gated", True): Tile(rows=4, entries=1024, warps=4, stages=1),
-    ("gated", False): Tile(rows=64, entries=64, warps=4, stages=4),
+    ("gated", False): Tile(rows=64, entries=64, warps=4, stages=4, swapped=True),
 }
 # By kind, size and width as well, where another is measured to be better (`make step-gpu`, one H200, 1 and 32 rows).
 tuned: dict[tuple[str, int, int, bool], Tile] = {
     ("product", 4096, 4096, True): Tile(rows=4, entries=2048, warps=8, stages=1),
     ("product", 4096, 6144, True): Tile(rows=8, entries=1024, warps=4, stages=1),
-    ("product", 4096, 128256, True): Tile(rows=8, entries=1024, warps=4, stages=1),  # the only one that was tried
-    ("product", 4096, 6144, False): Tile(rows=64, entries=128, warps=4, stages=4),
-    ("gated", 4096, 14336, False): Tile(rows=64, entries=128, warps=8, stages=3),
+    ("product", 4096, 128256, True): Tile(rows=4, entries=2048, warps=8, stages=1),
+    ("product", 4096, 6144, False): Tile(rows=64, entries=128, warps=8, stages=4, swapped=True),
 }
 
 
 @triton.jit
 def _one(
-    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, K: tl.constexpr, N: tl.constexpr,
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, most: tl.tensor, K: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A row times some rows of a weight (BN,), in float32; the row is normalised on the way, if asked for."""
@@ -65,7 +64,7 @@ def _one(
             w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
         else:
             own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-            inside = (n[:, None] < N) & (first + k < K)
+            inside = (n[:, None] < most) & (first + k < K)
             w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if NORM:
             squares += own * own
@@ -79,7 +78,7 @@ def _one(
 
 @triton.jit
 def _many(
-    x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, K: tl.constexpr, N: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, most: tl.tensor, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     SWAPPED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -99,7 +98,7 @@ def _many(
                 left = tl.load(lefts + first, eviction_policy="evict_first")
                 right = tl.load(rights + first, mask=m[None, :] < rows, other=0.0)
             else:
-                inside = (n[:, None] < N) & (first + k[None, :] < K)
+                inside = (n[:, None] < most) & (first + k[None, :] < K)
                 left = tl.load(lefts + first, mask=inside, other=0.0, eviction_policy="evict_first")
                 right = tl.load(rights + first, mask=(m[None, :] < rows) & (first + k[:, None] < K), other=0.0)
         elif EVEN:
@@ -107,39 +106,10 @@ def _many(
             right = tl.load(rights + first, eviction_policy="evict_first")
         else:
             left = tl.load(lefts + first, mask=(m[:, None] < rows) & (first + k[None, :] < K), other=0.0)
-            inside = (n[None, :] < N) & (first + k[:, None] < K)
+            inside = (n[None, :] < most) & (first + k[:, None] < K)
             right = tl.load(rights + first, mask=inside, other=0.0, eviction_policy="evict_first")
         total = tl.dot(left, right, total, input_precision="ieee")
     return total.trans() if SWAPPED else total
-
-
-@triton.jit
-def _block(
-    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, bias: tl.tensor, residual: tl.tensor,
-    out: tl.tensor, rows: tl.tensor, block: tl.tensor,
-    K: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
-) -> None:  # fmt: skip
-    """A block of one product, written to its columns of an output that is WIDTH wide, from column FIRST on."""
-    n = block * BN + tl.arange(0, BN)
-    if BM == 1:
-        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN)
-        if BIAS:
-            found += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            found += tl.load(residual + FIRST + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(out + FIRST + n, found.to(out.dtype.element_ty), mask=n < N)
-    else:
-        m = tl.program_id(1) * BM + tl.arange(0, BM)
-        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN, SWAPPED)
-        real = (m[:, None] < rows) & (n[None, :] < N)
-        place = m[:, None] * WIDTH + FIRST + n[None, :]
-        if BIAS:
-            many += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if RESIDUAL:
-            many += tl.load(residual + place, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + place, many.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -150,32 +120,35 @@ def _product(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Up to three products of the same rows, one beside the other."""
+    """A block of up to three products of the same rows, one beside the other."""
+    WIDTH: tl.constexpr = N1 + N2 + N3
     block = tl.program_id(0)
-    width: tl.constexpr = N1 + N2 + N3
-    if N2 == 0:
-        _block(
-            x, gain, eps, w1, b1, residual, out, rows, block,
-            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, SWAPPED,
-        )  # fmt: skip
-    else:
+    weight, bias, before, most = w1, b1, block * 0, block * 0 + N1
+    if N2 > 0:
         second = tl.cdiv(N1, BN)
         third = second + tl.cdiv(N2, BN)
-        if block < second:
-            _block(
-                x, gain, eps, w1, b1, residual, out, rows, block,
-                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, SWAPPED,
-            )  # fmt: skip
-        elif block < third:
-            _block(
-                x, gain, eps, w2, b2, residual, out, rows, block - second,
-                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, SWAPPED,
-            )  # fmt: skip
-        else:
-            _block(
-                x, gain, eps, w3, b3, residual, out, rows, block - third,
-                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN, SWAPPED,
-            )  # fmt: skip
+        if block >= third:
+            weight, bias, before, most, block = w3, b3, before + (N1 + N2), most * 0 + N3, block - third
+        elif block >= second:
+            weight, bias, before, most, block = w2, b2, before + N1, most * 0 + N2, block - second
+    n = block * BN + tl.arange(0, BN)
+    if BM == 1:
+        found = _one(x, gain, eps, weight, n, most, K, BN, BK, STAGES, NORM, EVEN)
+        if BIAS:
+            found += tl.load(bias + n, mask=n < most, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            found += tl.load(residual + before + n, mask=n < most, other=0.0).to(tl.float32)
+        tl.store(out + before + n, found.to(out.dtype.element_ty), mask=n < most)
+    else:
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        many = _many(x, weight, m, n, rows, most, K, BM, BN, BK, STAGES, EVEN, SWAPPED)
+        real = (m[:, None] < rows) & (n[None, :] < most)
+        place = m[:, None] * WIDTH + before + n[None, :]
+        if BIAS:
+            many += tl.load(bias + n, mask=n < most, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            many += tl.load(residual + place, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + place, many.to(out.dtype.element_ty), mask=real)
 
 
 def product(
