@@ -81,7 +81,7 @@ class LayerPrefix:
         """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""
         if self.counts:
             packed = self.keys, self.values, self.starts
-            return attend_ragged(query, self.each, packed, scale=scale, softcap=softcap)
+            return attend_ragged(query, lambda: self.each, packed, self.counts, scale=scale, softcap=softcap)
         return attend_shared(query, self.keys.unsqueeze(0), self.values.unsqueeze(0), scale=scale, softcap=softcap)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:

@@ -30,7 +30,7 @@ class Cut:
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
-CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(128, 64, warps=8, stages=3, programs=132)}
+CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
 
 
 @triton.jit

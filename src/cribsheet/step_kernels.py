@@ -44,7 +44,6 @@ tuned: dict[tuple[str, int, int, bool], Tile] = {
     ("product", 4096, 4096, True): Tile(rows=4, entries=2048, warps=8, stages=1),
     ("product", 4096, 6144, True): Tile(rows=8, entries=1024, warps=4, stages=1),
     ("product", 4096, 128256, True): Tile(rows=4, entries=2048, warps=8, stages=1),
-    ("product", 4096, 6144, False): Tile(rows=64, entries=128, warps=8, stages=4, swapped=True),
 }
 
 
