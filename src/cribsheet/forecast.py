@@ -19,6 +19,7 @@ from cribsheet.build import Budgets, GuideMode, Plan, plan, resolve_defaults, st
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading, compress, earned_budget, nothing_read
 from cribsheet.documents import Document
+from cribsheet.packing import packed_bytes
 from cribsheet.scoring import Scorer
 from cribsheet.selection import Allocation
 from cribsheet.stored import StorageDtype
@@ -27,7 +28,7 @@ from cribsheet.template import ChatLayout
 
 PROBE_TOKENS = 1024  # the longest piece that is read to time it
 _SCORES = 1 << 26  # bytes of attention logits that scoring holds at once, at most; three copies of them
-_STORED = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_STORED = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def _rows(reading: Reading, chunk: Chunk) -> int:
     return len(chunk.ids) + again + len(reading.guide)
 
 
-def _vectors(backbone: Backbone, tokens: int) -> int:
+def vectors(backbone: Backbone, tokens: int) -> int:
     """Keys, or values, of a prefix of so many tokens: vectors in all layers and heads."""
     held = [tokens if window is None else min(tokens, window - 1) for window in backbone.windows]
     return sum(held) * backbone.kv_heads
@@ -130,8 +131,11 @@ def _vectors(backbone: Backbone, tokens: int) -> int:
 
 def _sheet_bytes(backbone: Backbone, planned: Plan, dtype: StorageDtype) -> int:
     """Bytes of the file: keys, values, their indices and origins, and the documents' texts."""
-    scale = 4 if dtype == "int8" else 0
-    tensors = 2 * _vectors(backbone, planned.budget) * (backbone.head_size * _STORED[dtype] + scale)
+    size, held = backbone.head_size, vectors(backbone, planned.budget)
+    if dtype == "int4":
+        tensors = packed_bytes(held, backbone.num_layers * backbone.kv_heads, size)
+    else:
+        tensors = 2 * held * (size + 4 if dtype == "int8" else size * _STORED[dtype])
     indices = 4 * len(backbone.full) * backbone.kv_heads * planned.budget
     texts = sum(len(document.text.encode()) for document in planned.corpus.documents)
     return tensors + indices + 16 * len(planned.corpus) + texts
@@ -144,8 +148,8 @@ def _peak_bytes(backbone: Backbone, planned: Plan) -> int:
     weights = sum(weight.nbytes for weight in backbone.model.parameters())
     chunk = min(len(planned.corpus), reading.chunk_tokens)
     rows = _rows(reading, Chunk(planned.corpus.ids[:chunk], 0, chunk))
-    kept = _vectors(backbone, reading.budget) * (2 * head * (4 + size) + 2 * head * size)
-    cached = 2 * _vectors(backbone, rows) * head * size
+    kept = vectors(backbone, reading.budget) * (2 * head * (4 + size) + 2 * head * size)
+    cached = 2 * vectors(backbone, rows) * head * size
     ranked = len(backbone.full) * backbone.kv_heads * (reading.budget + chunk) * 20
     wide: int = getattr(config, "intermediate_size", 4 * config.hidden_size)
     passing = rows * size * (3 * wide + 6 * config.hidden_size)

@@ -12,12 +12,15 @@ from typing import Any
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
-from cribsheet.chunks import Chunk
+from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading
 from cribsheet.documents import Document
+from cribsheet.errors import BudgetError
+from cribsheet.forecast import vectors
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.selection import Allocation
 from cribsheet.sheet import Sheet
+from cribsheet.stored import StorageDtype
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
@@ -46,18 +49,41 @@ class Sheets:
         self._layout = ChatLayout(backbone.tokenizer)
         self._found: dict[Any, list[ReadingLayer]] = {}
 
+    def fitted(self, task: Task, rate: float, **how: Any) -> Sheet:
+        """The sheet with the most tokens that takes no more bytes than one of 16-bit numbers at that rate.
+
+        `how` are the keyword arguments of `build`.
+        """
+        head = self._layout.head(task.instruction)
+        whole = len(TokenizedCorpus.build(self._documents, head, self._layout.encoder))
+        most = vectors(self._backbone, int(whole / rate)) * self._backbone.head_size * 2 * 2
+        budget, found, best = int(whole / rate), 0, None
+        while found < budget:
+            sheet = self.build(task, budget=budget, **how)
+            if sheet.nbytes <= most:
+                found, best = budget, sheet
+            elif best:
+                break
+            # more tokens cost less each, as they share ranges: this ends at or below the most
+            budget = min(whole, budget + int((most - sheet.nbytes) // (sheet.nbytes / sheet.tokens)))
+        if best is None:
+            raise BudgetError(f"No token fits {most} bytes.")
+        return best
+
     def build(
         self,
         task: Task,
-        rate: float,
+        rate: float | None = None,
         *,
+        budget: int | None = None,
         scorer: str | None = None,
         guide: GuideMode = "auto",
         allocation: Allocation | None = None,
+        dtype: StorageDtype | None = None,
     ) -> Sheet:
         """The sheet that `build_sheet` makes with these arguments."""
         name, shared = resolve_defaults(scorer, allocation)
-        budgets = Budgets(rate, guide=guide, allocation=shared)
+        budgets = Budgets(rate, budget, guide=guide, allocation=shared)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
-        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)))
+        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)
