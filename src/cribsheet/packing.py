@@ -22,6 +22,7 @@ BLOCK = 128  # tokens of a head that share their channels' ranges
 GROUP = 64  # channels of a value that share a range
 SCALE = torch.float16
 _MOST = 15
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,14 @@ def pack_blocks(numbers: Tensor, sizes: Tensor, scale: torch.dtype = SCALE) -> P
 
 def unpack_blocks(packed: Packed, sizes: Tensor) -> Tensor:
     """Numbers (N, D) in float32."""
-    block = _block_of(sizes)
-    return torch.addcmul(packed.offsets.float()[block], _unpaired(packed.codes), packed.scales.float()[block])
+    numbers = _unpaired(packed.codes)
+    ends = [0, *sizes.long().cumsum(0).tolist()]
+    for first in range(0, len(sizes), _AT_ONCE):  # so many that their ranges, once for each token, stay in the cache
+        last = min(first + _AT_ONCE, len(sizes))
+        block = _block_of(sizes[first:last])
+        scales, offsets = (ranges[first:last].float()[block] for ranges in (packed.scales, packed.offsets))
+        numbers[ends[first] : ends[last]].mul_(scales).add_(offsets)
+    return numbers
 
 
 def pack_groups(numbers: Tensor, group: int = GROUP, scale: torch.dtype = SCALE) -> Packed:
@@ -63,9 +70,10 @@ def pack_groups(numbers: Tensor, group: int = GROUP, scale: torch.dtype = SCALE)
 
 def unpack_groups(packed: Packed) -> Tensor:
     """Numbers (N, D) in float32."""
-    apart = _unpaired(packed.codes).unflatten(-1, (packed.scales.shape[-1], -1))
-    offsets, scales = packed.offsets.float().unsqueeze(-1), packed.scales.float().unsqueeze(-1)
-    return torch.addcmul(offsets, apart, scales).flatten(-2)
+    numbers = _unpaired(packed.codes)
+    apart = numbers.unflatten(-1, (packed.scales.shape[-1], -1))
+    apart.mul_(packed.scales.float().unsqueeze(-1)).add_(packed.offsets.float().unsqueeze(-1))
+    return numbers
 
 
 def group_size(head_size: int, group: int = GROUP) -> int:
