@@ -123,19 +123,23 @@ def _rows(reading: Reading, chunk: Chunk) -> int:
     return len(chunk.ids) + again + len(reading.guide)
 
 
-def vectors(backbone: Backbone, tokens: int) -> int:
+def _vectors(backbone: Backbone, tokens: int) -> int:
     """Keys, or values, of a prefix of so many tokens: vectors in all layers and heads."""
     held = [tokens if window is None else min(tokens, window - 1) for window in backbone.windows]
     return sum(held) * backbone.kv_heads
 
 
+def kept_bytes(backbone: Backbone, tokens: int, dtype: StorageDtype) -> int:
+    """Bytes of the keys and values of a prefix of so many tokens; of int4 nearly, as heads differ in length."""
+    size, held = backbone.head_size, _vectors(backbone, tokens)
+    if dtype == "int4":
+        return packed_bytes(held, backbone.num_layers * backbone.kv_heads, size)
+    return 2 * held * (size + 4 if dtype == "int8" else size * _STORED[dtype])
+
+
 def _sheet_bytes(backbone: Backbone, planned: Plan, dtype: StorageDtype) -> int:
     """Bytes of the file: keys, values, their indices and origins, and the documents' texts."""
-    size, held = backbone.head_size, vectors(backbone, planned.budget)
-    if dtype == "int4":
-        tensors = packed_bytes(held, backbone.num_layers * backbone.kv_heads, size)
-    else:
-        tensors = 2 * held * (size + 4 if dtype == "int8" else size * _STORED[dtype])
+    tensors = kept_bytes(backbone, planned.budget, dtype)
     indices = 4 * len(backbone.full) * backbone.kv_heads * planned.budget
     texts = sum(len(document.text.encode()) for document in planned.corpus.documents)
     return tensors + indices + 16 * len(planned.corpus) + texts
@@ -148,8 +152,8 @@ def _peak_bytes(backbone: Backbone, planned: Plan) -> int:
     weights = sum(weight.nbytes for weight in backbone.model.parameters())
     chunk = min(len(planned.corpus), reading.chunk_tokens)
     rows = _rows(reading, Chunk(planned.corpus.ids[:chunk], 0, chunk))
-    kept = vectors(backbone, reading.budget) * (2 * head * (4 + size) + 2 * head * size)
-    cached = 2 * vectors(backbone, rows) * head * size
+    kept = _vectors(backbone, reading.budget) * (2 * head * (4 + size) + 2 * head * size)
+    cached = 2 * _vectors(backbone, rows) * head * size
     ranked = len(backbone.full) * backbone.kv_heads * (reading.budget + chunk) * 20
     wide: int = getattr(config, "intermediate_size", 4 * config.hidden_size)
     passing = rows * size * (3 * wide + 6 * config.hidden_size)

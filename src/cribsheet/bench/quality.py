@@ -57,8 +57,8 @@ class Method:
     """A way to condense: which scorer, with which guide, and whether the guide stays.
 
     Without a scorer it is what the library does by default. A `query_aware` one is guided by the very questions and
-    answers: no user can, so it is a ceiling. One that is `packed` keeps as many tokens as fit the bytes that its rate
-    leaves of a 16-bit cache.
+    answers: no user can, so it is a ceiling. One in int8 or int4 keeps as many tokens as
+    fit the bytes that its rate leaves of a 16-bit cache.
     """
 
     name: str
@@ -68,11 +68,6 @@ class Method:
     allocation: Allocation | None = None
     query_aware: bool = False
     dtype: StorageDtype | None = None
-
-    @property
-    def packed(self) -> bool:
-        """Whether a number takes fewer than 16 bits."""
-        return self.dtype in ("int8", "int4")
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""
@@ -260,8 +255,10 @@ def _answers(
     model: LoadedModel, sheets: Sheets, case: Case, method: Method, rate: float, right: Sequence[bool] | None = None
 ) -> list[Row]:
     how: dict[str, Any] = {"scorer": method.scorer, "guide": method.guide, "allocation": method.allocation}
-    make = sheets.fitted if method.packed else sheets.build
-    sheet = make(method.task(case), rate, dtype=method.dtype, **how)
+    if method.dtype in ("int8", "int4"):
+        sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
+    else:
+        sheet = sheets.build(method.task(case), rate, dtype=method.dtype, **how)
     kb = CompressedKnowledgeLLM(model, sheet)
     most = case.most_tokens(model.backbone.tokenizer)
     streams = [kb.stream(question, max_tokens=most, evidence=False) for question in case.questions]

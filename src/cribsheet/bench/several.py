@@ -6,6 +6,7 @@ budget. The sheets are those of `build_sheet`, bit for bit.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,7 +17,7 @@ from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
-from cribsheet.forecast import vectors
+from cribsheet.forecast import kept_bytes
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.selection import Allocation
 from cribsheet.sheet import Sheet
@@ -49,26 +50,22 @@ class Sheets:
         self._layout = ChatLayout(backbone.tokenizer)
         self._found: dict[Any, list[ReadingLayer]] = {}
 
-    def fitted(self, task: Task, rate: float, **how: Any) -> Sheet:
-        """The sheet with the most tokens that takes no more bytes than one of 16-bit numbers at that rate.
+    def fitted(self, task: Task, rate: float, *, dtype: StorageDtype, **how: Any) -> Sheet:
+        """A sheet with as many tokens as fit the bytes of a sheet of 16-bit numbers at that rate, or hardly fewer.
 
         `how` are the keyword arguments of `build`.
         """
         head = self._layout.head(task.instruction)
         whole = len(TokenizedCorpus.build(self._documents, head, self._layout.encoder))
-        most = vectors(self._backbone, int(whole / rate)) * self._backbone.head_size * 2 * 2
-        budget, found, best = int(whole / rate), 0, None
-        while found < budget:
-            sheet = self.build(task, budget=budget, **how)
-            if sheet.nbytes <= most:
-                found, best = budget, sheet
-            elif best:
-                break
-            # more tokens cost less each, as they share ranges: this ends at or below the most
-            budget = min(whole, budget + int((most - sheet.nbytes) // (sheet.nbytes / sheet.tokens)))
-        if best is None:
-            raise BudgetError(f"No token fits {most} bytes.")
-        return best
+        most = kept_bytes(self._backbone, int(whole / rate), "float16")
+        budget = bisect_right(range(whole + 1), most, key=lambda size: kept_bytes(self._backbone, size, dtype)) - 1
+        while budget > 0:
+            sheet = self.build(task, budget=budget, dtype=dtype, **how)
+            over = sheet.nbytes - most
+            if over <= 0:
+                return sheet
+            budget -= max(1, int(over / sheet.nbytes * budget))
+        raise BudgetError(f"No token fits the {most} bytes of a 16-bit sheet at {rate:g}x.")
 
     def build(
         self,
