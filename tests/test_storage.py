@@ -335,6 +335,31 @@ def test_verify_reads_every_storage_type(tmp_path, dtype):
     verify(save_sheet(built, tmp_path / "a.sheet", texts=False))
 
 
+FOUR_BITS = {
+    "no blocks": {"layers.1.key_blocks": None},
+    "no offsets": {"layers.1.value_offsets": None},
+    "a block of nothing": {"layers.1.key_blocks": torch.tensor([76, 0, 76], dtype=torch.uint8)},
+    "a block across heads": {"layers.1.key_blocks": torch.tensor([75, 77], dtype=torch.uint8)},
+    "blocks of fewer tokens": {"layers.1.key_blocks": torch.tensor([76, 70], dtype=torch.uint8)},
+    "blocks of another type": {"layers.1.key_blocks": torch.tensor([76, 76])},
+    "flat blocks": {"layers.1.key_blocks": torch.tensor(76, dtype=torch.uint8)},
+    "wide scales": {"layers.1.key_scales": torch.ones(2, 16)},
+    "more ranges": {"layers.1.key_offsets": torch.ones(3, 16, dtype=torch.float16)},
+    "whole keys": {"layers.1.keys": torch.zeros(2, 76, 16, dtype=torch.uint8)},
+    "signed values": {"layers.1.values": torch.zeros(2, 76, 8, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("lie", FOUR_BITS)
+def test_four_bits_that_are_not_as_the_format_says_are_refused(tmp_path, lie):
+    built = build_sheet(tiny_backbone(), DOCUMENTS, FEW_SHOT, rate=3, dtype="int4", scorer="task", guide="dropped")
+    assert built.layers[1].key_blocks.tolist() == [built.tokens] * 2 == [76, 76]
+    path = save_sheet(built, tmp_path / "staff.sheet")
+    load_sheet(path)
+    with pytest.raises(SheetError, match=r"staff\.sheet"):
+        load_sheet(rewritten(path, None, **FOUR_BITS[lie]))
+
+
 def test_a_sheet_made_before_there_were_segments_still_opens(sheet, file):
     tensors, metadata = parts(file)
     manifest = json.loads(metadata["cribsheet"])

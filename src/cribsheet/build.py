@@ -407,8 +407,6 @@ def storage_dtype(dtype: str | None, backbone: Backbone) -> StorageDtype:
     """The type that a sheet is stored in, the model's own if none is named. Raises `BudgetError` for others."""
     wanted = dtype or str(backbone.dtype).removeprefix("torch.")
     for known in get_args(StorageDtype):
-        if wanted == known == "int4" and backbone.head_size % 2:
-            raise BudgetError(f"int4 packs two numbers a byte, but heads have {backbone.head_size}; use int8.")
         if wanted == known:
             return known  # type: ignore[no-any-return]
     raise BudgetError(f"There is no storage dtype {wanted!r}; use {', '.join(get_args(StorageDtype))}.")

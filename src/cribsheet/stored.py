@@ -76,7 +76,7 @@ class StoredLayer:
         sizes = block_sizes(layer.counts or [keys.shape[1]] * len(keys))
         own, packed = pack_blocks(keys.flatten(0, -2), sizes), pack_groups(values)
         return cls(
-            own.codes.view(*keys.shape[:-1], -1),
+            own.codes.view(packed.codes.shape),
             packed.codes,
             layer.window,
             own.scales,
@@ -97,8 +97,8 @@ class StoredLayer:
         else:
             there = {name: half.to(device, non_blocking=half.is_pinned()) for name, half in self.tensors().items()}
             own = Packed(there["keys"].flatten(0, -2), there["key_scales"], there["key_offsets"])
-            keys = unpack_blocks(own, there["key_blocks"]).view(*self.keys.shape[:-1], -1).to(dtype)
             values = unpack_groups(Packed(there["values"], there["value_scales"], there["value_offsets"])).to(dtype)
+            keys = unpack_blocks(own, there["key_blocks"]).view(values.shape).to(dtype)
         return LayerPrefix(keys, values, self.window, self.counts)
 
     def parts(self, places: Sequence[Sequence[int]]) -> list[Self]:
