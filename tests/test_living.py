@@ -56,6 +56,13 @@ def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide
     assert len(sheet.documents) == 4
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_four_bits_come_and_go_as_any_others(family, allocation):
+    settings = {"dtype": "int4", "allocation": allocation}
+    sheet, never = build(family, **settings), build(family, [ALICE, CLARA, HUGO], **settings)
+    assert_same(living.remove(family, sheet, "bob"), never)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype, allocation, tmp_path):
