@@ -30,9 +30,8 @@ from cribsheet.bench.several import Sheets
 from cribsheet.build import build_sheet
 from cribsheet.loaded import LoadedModel
 from cribsheet.packing import Packed, block_sizes, pack_blocks, pack_groups, unpack_blocks, unpack_groups
-from cribsheet.prefix import LayerPrefix, turned_back
+from cribsheet.prefix import turned_back
 from cribsheet.segments import sheet_layers
-from cribsheet.sheet import Sheet
 from cribsheet.storage import load, save
 from cribsheet.stored import StorageDtype
 
@@ -57,7 +56,7 @@ def main() -> None:
     lines = [
         line
         for rate in options.rate
-        for half, layers in zip(("keys", "values"), halves(model.backbone, options, rate), strict=True)
+        for half, layers in halves(model.backbone, options, rate).items()
         for line in errors(layers, {"half": half, "rate": rate})
     ]
     opening = opened(model.backbone, options.opened, options.rounds)
@@ -67,24 +66,19 @@ def main() -> None:
         options.json.write_text(json.dumps(made, indent=1) + "\n")
 
 
-def halves(backbone: Backbone, options: argparse.Namespace, rate: float) -> tuple[list[Half], list[Half]]:
-    """Keys before rotation, and values, of all layers of the sheets of some cases."""
-    keys: list[Half] = []
-    values: list[Half] = []
+def halves(backbone: Backbone, options: argparse.Namespace, rate: float) -> dict[str, list[Half]]:
+    """Keys before and after rotation, and values, of all layers of the sheets of some cases."""
+    found: dict[str, list[Half]] = {"keys": [], "keys, rotated": [], "values": []}
     for seed in options.seed:
         for case in make_cases(options.family, 1, Wanted(options.tokens, seed)):
             sheet = Sheets(backbone, case.documents).build(case.task, rate)
-            for layer in plain_layers(backbone, sheet):
+            for stored, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
+                layer = stored.restored(torch.device("cpu"), torch.float32)
+                plain = turned_back(layer, sheet.length, inv_freq.cpu())
                 counts = list(layer.counts) or [layer.longest] * layer.heads
-                keys.append((counts, layer.keys.flatten(0, -2)))
-                values.append((counts, layer.values.flatten(0, -2)))
-    return keys, values
-
-
-def plain_layers(backbone: Backbone, sheet: Sheet) -> Iterator[LayerPrefix]:
-    """The layers of a sequential sheet in float32 on the CPU, keys before rotation."""
-    for layer, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
-        yield turned_back(layer.restored(torch.device("cpu"), torch.float32), sheet.length, inv_freq.cpu())
+                for name, rows in zip(found, (plain.keys, layer.keys, layer.values), strict=True):
+                    found[name].append((counts, rows.flatten(0, -2)))
+    return found
 
 
 def errors(layers: Sequence[Half], told: dict[str, Any]) -> Iterator[dict[str, Any]]:
