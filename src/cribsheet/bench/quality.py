@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rich.console import Console
 from cribsheet.bench import peers
 from cribsheet.bench.case import Case, Row, judged
 from cribsheet.bench.families import FAMILIES, Wanted, held_out_cases, make_cases
+from cribsheet.bench.peers_runner import WAYS
 from cribsheet.bench.quality_page import page, print_table, summary
 from cribsheet.bench.several import Sheets
 from cribsheet.bench.versions import versions
@@ -46,9 +49,10 @@ logger = logging.getLogger(__name__)
 FULL, CLOSED = "full context", "closed book"
 _FLAGS = {
     "model": "model", "family": "families", "cases": "cases", "questions": "questions", "tokens": "tokens",
-    "rate": "rates", "method": "methods", "seed": "seeds", "text": "text", "peers": "peers", "threads": "threads",
+    "rate": "rates", "method": "methods", "seed": "seeds", "text": "text", "peers": "peers", "press": "presses",
+    "threads": "threads", "jobs": "jobs",
 }  # fmt: skip
-_CASES = ("families", "cases", "tokens", "seeds")  # what a case is named by; a run may go on with more of them
+_FREE = ("families", "cases", "tokens", "seeds", "jobs")  # what names a case, and processes: a run goes on with others
 RATES = (4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -124,7 +128,9 @@ class Options:
     questions: int = 4
     text: Path | None = None
     peers: Path | None = None
+    presses: tuple[str, ...] = tuple(WAYS)
     threads: int = 1
+    jobs: int = 1
 
 
 def command(options: Options) -> str:
@@ -145,6 +151,9 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     for name in options.methods:
         if name not in NAMES:
             raise RequestError(f"There is no method {name!r}; use {', '.join(NAMES)}.")
+    for name in options.presses:
+        if name not in WAYS:
+            raise RequestError(f"There is no press {name!r}; use {', '.join(WAYS)}.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(options.threads)
     model = LoadedModel.get(options.model)
@@ -157,20 +166,19 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     ]
     result = _before(file, setup(model, options), {case.name for case in cases})
     rows = [Row(**row) for row in result["rows"]]
-    chosen = [m for m in METHODS if m.name in options.methods]
-    for case in cases:
-        if case.name not in result["done"]:
-            began = time.perf_counter()
-            rows += _case_rows(model, case, chosen, options, result["peers"])
-            result["done"].append(case.name)
-            result["seconds"] += round(time.perf_counter() - began, 1)
-            _write(
-                file,
-                {
-                    **{key: result[key] for key in ("setup", "seconds", "done", "peers")},
-                    "rows": [asdict(row) for row in rows],
-                },
-            )
+    began = time.perf_counter()
+    for case, more, told in _measured([case for case in cases if case.name not in result["done"]], options):
+        rows += more
+        result["peers"]["failed"] += told["failed"]
+        result["peers"]["same"] += told["same"]
+        result["done"].append(case.name)
+        logger.info("%d of %d cases done", len(result["done"]), len(cases))
+        result["seconds"] += round(time.perf_counter() - began, 1)
+        began = time.perf_counter()
+        kept = {key: result[key] for key in ("setup", "seconds", "done", "peers")}
+        _write(file, {**kept, "rows": [asdict(row) for row in rows]})
+    order = {case.name: number for number, case in enumerate(cases)}
+    rows.sort(key=lambda row: order[row.case])
     if options.peers:
         result["peers"] |= peers.report(options.peers, model, cases, options.rates)
     result |= {"command": command(options), "lines": summary(rows), "rows": [asdict(row) for row in rows]}
@@ -181,18 +189,27 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     return result
 
 
-def _case_rows(
-    model: LoadedModel, case: Case, methods: Sequence[Method], options: Options, told: dict[str, Any]
-) -> list[Row]:
-    """Rows of a case by our methods and by the peers, whose failures are told."""
-    rows = list(measure(model, [case], methods, options.rates))
+def _measured(cases: Sequence[Case], options: Options) -> Iterator[tuple[Case, list[Row], dict[str, Any]]]:
+    """Rows of each case by our methods and by the peers, whose failures are told; in processes if there are several."""
+    if options.jobs == 1:
+        yield from ((case, *_case_rows(case, options)) for case in cases)
+        return
+    spawning = multiprocessing.get_context("spawn")  # a fork would share the model's threads
+    with ProcessPoolExecutor(options.jobs, mp_context=spawning) as pool:
+        waiting = {pool.submit(_case_rows, case, options): case for case in cases}
+        for done in as_completed(waiting):
+            yield (waiting[done], *done.result())
+
+
+def _case_rows(case: Case, options: Options) -> tuple[list[Row], dict[str, Any]]:
+    torch.set_num_threads(options.threads)
+    model = LoadedModel.get(options.model)
+    rows = list(measure(model, [case], [m for m in METHODS if m.name in options.methods], options.rates))
     full = [row for row in rows if row.method == FULL]
-    if options.peers and any(row.retained for row in full):
-        found = peers.ask(options.peers, model, case, options.rates, full)
-        rows += found.rows
-        told["failed"] += found.failed
-        told["same"] += found.same
-    return rows
+    if not options.peers or not any(row.retained for row in full):
+        return rows, {"failed": [], "same": []}
+    found = peers.ask(options.peers, model, case, options.rates, full, options.presses)
+    return rows + found.rows, {"failed": found.failed, "same": found.same}
 
 
 def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[str, Any]:
@@ -204,7 +221,7 @@ def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[st
     before, now = found["setup"], json.loads(json.dumps(made))
     finished = "lines" in found and before == now
     alike = cases.issuperset(found["done"]) and all(
-        before.get(key) == value for key, value in now.items() if key not in _CASES
+        before.get(key) == value for key, value in now.items() if key not in _FREE
     )
     return {**found, "setup": made} if alike and not finished else fresh
 
