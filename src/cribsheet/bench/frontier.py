@@ -88,6 +88,7 @@ def build_costs(model: LoadedModel, case: Case, methods: Sequence[Method], rate:
             guide=method.guide,
             allocation=method.allocation,
             dtype=method.dtype,
+            chunk_tokens=method.chunk_tokens,
         )
 
     plain()

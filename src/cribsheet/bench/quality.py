@@ -72,6 +72,7 @@ class Method:
     allocation: Allocation | None = None
     query_aware: bool = False
     dtype: StorageDtype | None = None
+    chunk_tokens: int | None = None
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""
@@ -83,6 +84,8 @@ class Method:
 METHODS = (
     Method("default", guide="auto"),
     Method("default, 16-bit", guide="auto", dtype="bfloat16"),
+    Method("default, chunks of 512", guide="auto", chunk_tokens=512),
+    Method("default, chunks of 1024", guide="auto", chunk_tokens=1024),
     Method("default, int8", guide="auto", dtype="int8"),
     Method("default, int4", guide="auto", dtype="int4"),
     Method("zero-effort", examples=False, guide="auto"),
@@ -272,6 +275,8 @@ def _answers(
     model: LoadedModel, sheets: Sheets, case: Case, method: Method, rate: float, right: Sequence[bool] | None = None
 ) -> list[Row]:
     how: dict[str, Any] = {"scorer": method.scorer, "guide": method.guide, "allocation": method.allocation}
+    if method.chunk_tokens:
+        how["chunk_tokens"] = method.chunk_tokens
     if method.dtype in ("int8", "int4"):
         sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
     else:

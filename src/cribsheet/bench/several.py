@@ -77,10 +77,11 @@ class Sheets:
         guide: GuideMode = "auto",
         allocation: Allocation | None = None,
         dtype: StorageDtype | None = None,
+        chunk_tokens: int | None = None,
     ) -> Sheet:
         """The sheet that `build_sheet` makes with these arguments."""
         name, shared = resolve_defaults(scorer, allocation)
-        budgets = Budgets(rate, budget, guide=guide, allocation=shared)
+        budgets = Budgets(rate, budget, guide, chunk_tokens, shared)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
         return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)
