@@ -81,6 +81,17 @@ def test_a_text_of_the_user_s_is_asked_about_by_rule():
     assert {int(gold) for gold in when.answers} < set(towns.values())
 
 
+@pytest.mark.parametrize("family", ["needle", "variables", "multi-key"])
+def test_long_cases_are_as_long_as_asked_for(family):
+    (case,) = make_cases([family], 1, Wanted(tokens=8000, seed=5))
+    assert sum(len(document.text) for document in case.documents) > 2 * 8000 and len(case.questions) == 4
+
+
+def test_a_text_that_is_far_too_short_for_a_case_gives_none(caplog):
+    assert make_cases(["reading"], 1, Wanted(tokens=8000, seed=5)) == []
+    assert "reading has 0 of 1 cases at 8000 tokens, seed 5" in caplog.text
+
+
 def test_unknown_families_and_methods_are_named(capsys):
     with pytest.raises(RequestError, match=r"no family 'word'; use worlds, needle"):
         make_cases(["word"], 1, WANTED)
