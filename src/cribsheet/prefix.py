@@ -45,11 +45,14 @@ class LayerPrefix:
     counts: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, absent: Tensor, window: int | None = None) -> LayerPrefix:
-        """Of keys and values (K, P, D), without those at which no token stands (K, P)."""
-        if window is not None or not absent.any():
+    def of(cls, keys: Tensor, values: Tensor, counts: Sequence[int], window: int | None = None) -> LayerPrefix:
+        """Of keys and values (K, P, D), of which each head holds so many at its end."""
+        longest = keys.shape[1]
+        if window is not None or all(count == longest for count in counts):
             return cls(keys, values, window)
-        return cls(keys[~absent], values[~absent], None, tuple((~absent).sum(-1).tolist()))
+        heads = [(head, longest - count) for head, count in enumerate(counts)]
+        packed = [torch.cat([half[head, first:] for head, first in heads]) for half in (keys, values)]
+        return cls(packed[0], packed[1], None, tuple(counts))
 
     @property
     def heads(self) -> int:
@@ -333,6 +336,18 @@ class ReadingLayer(PrefixLayer):
         first = query.shape[2] - self.guide_tokens
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out, lse
+
+    def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
+        chunk = key.shape[2] - self.guide_tokens
+        if self._known is None:
+            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
+        query, key, value = (part[:, :, chunk:] for part in (query, key, value))
+        self.update(key, value)
+        if self.guide_tokens:
+            self._attend(query, key, value, None, scale, None)
+        else:
+            self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
 
     def get_seq_length(self) -> int:
         """Tokens before the next one, prefix and known chunk included."""
