@@ -91,7 +91,7 @@ def test_asking_twice_streaming_and_batches_give_the_same(family, guide):
     assert alone[0].sources and {source.document_id for source in alone[0].sources} <= {d.id for d in DOCUMENTS}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_save_then_load_is_bit_equal(tiny, tmp_path, dtype):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype, **BUILD)
     loaded = load_sheet(save_sheet(sheet, tmp_path / "staff.sheet"))

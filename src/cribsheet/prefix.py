@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cribsheet.attention import attend, attend_ragged, attend_shared, merge
 from cribsheet.captures import Captures
+from cribsheet.rope import rotate
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
@@ -360,6 +361,19 @@ class ReadingLayer(PrefixLayer):
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:
     """A fresh transformers `Cache` over a shared prefix of `start` tokens, for one forward pass or one `generate`."""
     return Cache(layers=[PrefixLayer(layer, start) for layer in layers])
+
+
+def end_positions(layer: LayerPrefix, length: int) -> Tensor:
+    """Positions (P,) or, where heads keep different numbers of tokens, (N,) of keys that end where the sheet does."""
+    if not layer.counts:
+        return torch.arange(length - layer.keys.shape[1], length)
+    return torch.cat([torch.arange(length - count, length) for count in layer.counts])
+
+
+def turned_back(layer: LayerPrefix, length: int, inv_freq: Tensor) -> LayerPrefix:
+    """A layer of a sheet of `length` positions with its keys before rotation, in float32."""
+    positions = end_positions(layer, length).to(layer.keys.device)
+    return replace(layer, keys=rotate(layer.keys, -positions, inv_freq))
 
 
 def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:

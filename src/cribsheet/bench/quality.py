@@ -38,6 +38,7 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
 from cribsheet.selection import Allocation
+from cribsheet.stored import StorageDtype
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
@@ -60,7 +61,8 @@ class Method:
     """A way to condense: which scorer, with which guide, and whether the guide stays.
 
     Without a scorer it is what the library does by default. A `query_aware` one is guided by the very questions and
-    answers: no user can, so it is a ceiling.
+    answers: no user can, so it is a ceiling. One in int8 or int4 keeps as many tokens as
+    fit the bytes that its rate leaves of a 16-bit cache.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Method:
     guide: GuideMode = "dropped"
     allocation: Allocation | None = None
     query_aware: bool = False
+    dtype: StorageDtype | None = None
+    chunk_tokens: int | None = None
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""
@@ -79,10 +83,17 @@ class Method:
 
 METHODS = (
     Method("default", guide="auto"),
+    Method("default, 16-bit", guide="auto", dtype="bfloat16"),
+    Method("default, chunks of 512", guide="auto", chunk_tokens=512),
+    Method("default, chunks of 1024", guide="auto", chunk_tokens=1024),
+    Method("default, int8", guide="auto", dtype="int8"),
+    Method("default, int4", guide="auto", dtype="int4"),
     Method("zero-effort", examples=False, guide="auto"),
+    Method("zero-effort, int4", examples=False, guide="auto", dtype="int4"),
     Method("query-aware", "task-peak", allocation="adaptive", query_aware=True),
     Method("few-shot, recall", "recall", allocation="adaptive"),
     Method("few-shot, recall with notes", "recall-notes", allocation="adaptive"),
+    Method("few-shot, recall with notes, int4", "recall-notes", allocation="adaptive", dtype="int4"),
     Method("zero-shot, recall", "recall", examples=False, allocation="adaptive"),
     Method("few-shot, notes, adaptive", "notes-peak", allocation="adaptive"),
     Method("reconstruction, adaptive", "reconstruction", allocation="adaptive"),
@@ -101,8 +112,8 @@ METHODS = (
 
 NAMES = tuple(method.name for method in METHODS)
 USUAL = (
-    "default", "zero-effort", "query-aware", "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot",
-    "finch", "start + recent", "random",
+    "default", "default, 16-bit", "default, int8", "default, int4", "zero-effort", "zero-effort, int4", "query-aware",
+    "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot", "finch", "start + recent", "random",
 )  # fmt: skip
 
 
@@ -263,9 +274,13 @@ def setup(model: LoadedModel, arguments: object) -> dict[str, Any]:
 def _answers(
     model: LoadedModel, sheets: Sheets, case: Case, method: Method, rate: float, right: Sequence[bool] | None = None
 ) -> list[Row]:
-    sheet = sheets.build(
-        method.task(case), rate, scorer=method.scorer, guide=method.guide, allocation=method.allocation
-    )
+    how: dict[str, Any] = {"scorer": method.scorer, "guide": method.guide, "allocation": method.allocation}
+    if method.chunk_tokens:
+        how["chunk_tokens"] = method.chunk_tokens
+    if method.dtype in ("int8", "int4"):
+        sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
+    else:
+        sheet = sheets.build(method.task(case), rate, dtype=method.dtype, **how)
     kb = CompressedKnowledgeLLM(model, sheet)
     most = case.most_tokens(model.backbone.tokenizer)
     streams = [kb.stream(question, max_tokens=most, evidence=False) for question in case.questions]
