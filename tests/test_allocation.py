@@ -51,7 +51,7 @@ def test_attention_over_packed_heads_is_attention_with_the_absent_masked_out(dty
     torch.manual_seed(1)
     keys, values, q = torch.randn(3, 9, 8), torch.randn(3, 9, 8), torch.randn(2, 6, 5, 8)
     absent = torch.arange(9) < torch.tensor([[0], [4], [7]])
-    layer = LayerPrefix.of(keys.to(dtype), values.to(dtype), absent)
+    layer = LayerPrefix.of(keys.to(dtype), values.to(dtype), [9, 5, 2])
     assert layer.counts == (9, 5, 2) and layer.longest == 9 and layer.heads == 3
     out, lse = layer.attend(q.to(dtype), 0.3)
     mask = ~absent.repeat_interleave(2, 0)[None, :, None]  # (1, H, 1, P)
@@ -148,7 +148,7 @@ def test_asking_twice_streaming_and_batches_give_the_same(family, guide):
     assert alone[0].sources and {source.document_id for source in alone[0].sources} <= {d.id for d in DOCUMENTS}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_save_then_load_is_bit_equal(tiny, tmp_path, dtype):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype, **BUILD)
     loaded = load_sheet(save_sheet(sheet, tmp_path / "staff.sheet"))

@@ -25,11 +25,11 @@ from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.notes import NOTES_TOKENS
-from cribsheet.prefix import LayerPrefix
+from cribsheet.prefix import LayerPrefix, turned_back
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
-from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet
+from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet, format_of
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
@@ -76,6 +76,7 @@ class Plan:
         corpus = self.corpus
         documents = list_documents(corpus)
         return Manifest(
+            format=format_of(dtype),
             cribsheet=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=fingerprint(backbone, self.layout),
@@ -154,7 +155,7 @@ def build_sheet(
     system, template_options
         a system text before everything, and options of the chat template (`enable_thinking`, for one).
     dtype
-        storage type: float32, bfloat16, float16 or int8; by default the model's own.
+        storage type: float32, bfloat16, float16, int8 or int4; by default the model's own.
     progress
         called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint
@@ -218,6 +219,9 @@ def carry_out(
         if progress is not None:
             progress(state.done, len(planned.corpus))
     layers, indices = assemble(backbone, state.kept, planned.resident)
+    if stored_as == "int4":
+        length = indices.shape[-1]
+        layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
     stored = [StoredLayer.of(layer, stored_as) for layer in layers]
     manifest = planned.manifest(backbone, stored_as, time.perf_counter() - began)
     manifest.build.update(_storage_loss(stored, layers))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
+from cribsheet.lean_read import read as read_lean
 from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
@@ -90,7 +91,7 @@ class Reading:
                 guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
-        return backbone.read(prefix, start, chunk.ids, guide, known)
+        return read_lean(backbone, prefix, start, chunk.ids, guide, known)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
@@ -138,10 +139,11 @@ def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
     size = kept_tokens(backbone, kept)
+    counts = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()  # waiting for a GPU once
     prefix = []
-    for layer, inv_freq, window in zip(kept, backbone.inv_freqs, backbone.windows, strict=True):
+    for layer, held, inv_freq, window in zip(kept, counts, backbone.inv_freqs, backbone.windows, strict=True):
         positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
-        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, layer.indices == ABSENT, window))
+        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, held, window))
     return prefix
 
 

@@ -43,12 +43,13 @@ def keep_best(scores: Sequence[Tensor], budget: int, *, least: int, most: int) -
     best = torch.cat([layer.flatten() for layer in open_]).sort(descending=True, stable=True)
     chosen = torch.zeros_like(best.values, dtype=torch.bool)
     chosen[best.indices[:free]] = best.values[:free] > float("-inf")
+    parts = chosen.split([layer.numel() for layer in open_])
+    counts = [least + part.view(len(layer.values), -1).sum(-1) for layer, part in zip(ranked, parts, strict=True)]
+    longest = torch.stack([each.max() for each in counts]).tolist()  # of all layers at once: a GPU is waited for
     found = []
-    for layer, part in zip(ranked, chosen.split([layer.numel() for layer in open_]), strict=True):
-        counts = least + part.view(layer.values.shape[0], -1).sum(-1)
-        longest = int(counts.max())
-        rank = torch.arange(longest, device=counts.device)
-        kept = layer.indices[:, :longest].masked_fill(rank >= counts.unsqueeze(-1), -1)
+    for layer, count, most_kept in zip(ranked, counts, longest, strict=True):
+        rank = torch.arange(most_kept, device=count.device)
+        kept = layer.indices[:, :most_kept].masked_fill(rank >= count.unsqueeze(-1), -1)
         found.append(kept.sort(-1).values)
     return found
 

@@ -87,6 +87,8 @@ def build_costs(model: LoadedModel, case: Case, methods: Sequence[Method], rate:
             scorer=method.scorer,
             guide=method.guide,
             allocation=method.allocation,
+            dtype=method.dtype,
+            chunk_tokens=method.chunk_tokens,
         )
 
     plain()

@@ -54,7 +54,7 @@ def build(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")
     ] = None,
     storage_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "int8"] | None,
+        Literal["float32", "bfloat16", "float16", "int8", "int4"] | None,
         typer.Option(help="Type of the stored keys and values; the model's by default."),
     ] = None,
     revision: Revision = None,
