@@ -131,6 +131,15 @@ REFERENCES = {
 }
 
 
+def test_the_needs_of_recall_are_what_stands_before_the_repetition_and_the_repetition_at_full_weight(scene):
+    told, again = torch.ones(T, S), torch.zeros(T, S)
+    told[T - REPEATED :] = 0
+    again[T - REPEATED :, S - REPEATED :] = 1
+    needs = make_scorer("recall")[1].needs(scene.view)
+    expected = [held(task_peak)(scene.view, scene.weights * rows) for rows in (told, again)]
+    torch.testing.assert_close(needs.double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
 def test_every_scorer_of_the_table_has_a_reference_here():
     assert set(REFERENCES) | {"random"} == set(SCORERS)
 

@@ -2,7 +2,8 @@
 
 A repetition (in the manner of KVzip, arXiv 2505.23416) leaves nothing out but knows no task; task and examples know
 what is asked but look at what they name themselves. Both are read as the guide's rows, and a token counts by the row
-that needs it most; rows of the repetition count less, so that they decide about what is left over.
+that needs it most; rows of the repetition count less, so that they decide about what is left over. Where both are
+spread over heads, they need not.
 """
 
 from __future__ import annotations
@@ -21,40 +22,42 @@ REPEATED = 0.3  # what a row of the repetition counts
 _BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
 
 
-class Recall:
-    """Largest attention of a row of task, examples and, counting less, the repeated chunk, times value norm.
+class RecallNotes:
+    """Largest attention of a row of task, notes, examples and, counting less, the repeated chunk, times value norm.
 
     A row of the repetition counts for the tokens about the one that it repeats: that is where a token is copied from,
-    and all other products of rows and tokens need not be made. Where heads share a budget, both needs are spread over
-    them apart, and the repetition counts as much.
+    and all other products of rows and tokens need not be made. The notes are those of CacheNotes (EACL 2026).
     """
 
-    guide: ClassVar[Guide] = "task and repeat"
+    guide: ClassVar[Guide] = "notes and repeat"
     pins_head: ClassVar[bool] = True
-    repeated: ClassVar[float] = REPEATED
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        peak, again = self._peaks(view)
-        return carried_on(max_over_group(peak.maximum(self.repeated * again), view) * value_norm(view), view)
+        peak, again = peaks(view)
+        return carried_on(max_over_group(peak.maximum(REPEATED * again), view) * value_norm(view), view)
+
+
+class Recall(RecallNotes):
+    """The same without notes; where heads share a budget, what is asked and what is repeated are needs of their own.
+
+    Both needs are spread over the heads, and the repetition counts as much.
+    """
+
+    guide: ClassVar[Guide] = "task and repeat"
 
     def needs(self, view: LayerView) -> Tensor:
-        """Scores (2, K, S) for what is asked and, counting as much, for what is repeated."""
-        each = [max_over_group(peak, view) * value_norm(view) for peak in self._peaks(view)]
+        """Scores (2, K, S) for what is asked and for what is repeated."""
+        each = [max_over_group(peak, view) * value_norm(view) for peak in peaks(view)]
         return carried_on(torch.stack(each), view)
 
-    def _peaks(self, view: LayerView) -> tuple[Tensor, Tensor]:
-        """Largest attention (H, S) of task and examples, and of the repetition, which is about the chunk only."""
-        asked = view.queries.shape[1] - view.repeated
-        queries, lse = view.queries[:, :asked], view.lse[:, :asked]
-        peak = column_peak(queries, view.keys, lse, scale=view.scale, softcap=view.softcap)
-        return peak, F.pad(copied(view), (view.keys.shape[1] - view.repeated, 0))
 
-
-class RecallNotes(Recall):
-    """`Recall` whose rows before the repetition are task, notes (CacheNotes, EACL 2026) and examples."""
-
-    guide: ClassVar[Guide] = "notes and repeat"
+def peaks(view: LayerView) -> tuple[Tensor, Tensor]:
+    """Largest attention (H, S) of what stands before the repetition, and of the repetition, about the chunk only."""
+    asked = view.queries.shape[1] - view.repeated
+    queries, lse = view.queries[:, :asked], view.lse[:, :asked]
+    peak = column_peak(queries, view.keys, lse, scale=view.scale, softcap=view.softcap)
+    return peak, F.pad(copied(view), (view.keys.shape[1] - view.repeated, 0))
 
 
 def copied(view: LayerView) -> Tensor:
