@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, OneHead
+from torch import Tensor
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention import attend_plain
-from cribsheet.build import build_sheet
+from cribsheet.build import Budgets, build_sheet, plan
+from cribsheet.compress import compress
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.evidence import looked_at
 from cribsheet.prefix import LayerPrefix
+from cribsheet.scoring.view import Guide, Scorer
 from cribsheet.selection import ABSENT, keep_best
 from cribsheet.sheet import Sheet
+from cribsheet.template import ChatLayout
 
 BUILD = {"scorer": "reconstruction", "allocation": "adaptive", "chunk_tokens": 50}
 
@@ -45,7 +51,7 @@ def test_attention_over_packed_heads_is_attention_with_the_absent_masked_out(dty
     torch.manual_seed(1)
     keys, values, q = torch.randn(3, 9, 8), torch.randn(3, 9, 8), torch.randn(2, 6, 5, 8)
     absent = torch.arange(9) < torch.tensor([[0], [4], [7]])
-    layer = LayerPrefix.of(keys.to(dtype), values.to(dtype), absent)
+    layer = LayerPrefix.of(keys.to(dtype), values.to(dtype), [9, 5, 2])
     assert layer.counts == (9, 5, 2) and layer.longest == 9 and layer.heads == 3
     out, lse = layer.attend(q.to(dtype), 0.3)
     mask = ~absent.repeat_interleave(2, 0)[None, :, None]  # (1, H, 1, P)
@@ -66,6 +72,57 @@ def test_a_head_that_matters_keeps_everything_and_some_of_the_others_one_token(t
     heads = counts.numel()
     assert int(counts.sum()) == sheet.manifest.budget * heads  # not a token more or less than uniform would keep
     assert sheet.nbytes == build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, guide="dropped").nbytes
+
+
+class Alike:
+    """A scorer by which all heads want the same tokens, the earliest most."""
+
+    guide: ClassVar[Guide] = "nothing"
+    pins_head: ClassVar[bool] = True
+
+    def score(self, view):
+        return 1 / (1 + view.positions.float().clamp(min=0))
+
+
+class Spread(Alike):
+    """The same, spread over the heads, and as a second need nothing."""
+
+    def needs(self, view):
+        wanted = self.score(view)
+        return torch.stack([wanted, torch.zeros_like(wanted)])
+
+
+@pytest.mark.parametrize("chunk", [0, 40])
+def test_needs_are_spread_over_more_tokens_in_fewer_heads_each(tiny, chunk):
+    def kept(scorer: Scorer) -> Tensor:
+        more = {"allocation": "adaptive", "guide": "dropped", "chunk_tokens": chunk}
+        indices = build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=scorer, **more).indices
+        return indices[indices >= 0]
+
+    alike, spread = kept(Alike()), kept(Spread())
+    assert alike.numel() == spread.numel()  # at the same cost
+    assert len(alike.unique()) == 30 < len(spread.unique())
+
+
+def test_what_is_kept_as_scores_is_not_spread_and_not_with_each_chunk_again(tiny):
+    layout = ChatLayout(tiny.tokenizer)
+    budgets = Budgets(budget=30, guide="dropped", chunk_tokens=40, allocation="adaptive")
+    planned = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer=Spread())
+    *_, last = compress(tiny, planned.corpus, planned.reading)
+    for layer in last.kept:
+        there = layer.indices != ABSENT
+        assert torch.equal(layer.scores[0][there], 1 / (1 + layer.indices[there].float()))
+        assert not layer.scores[1][there].any() and layer.scores[:, ~there].isneginf().all()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_needs_are_asked_for_only_where_heads_share_a_budget(tiny, allocation):
+    how = {"allocation": allocation, "guide": "dropped", "chunk_tokens": 0}
+    plain, spread = (
+        build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=scorer, **how) for scorer in (Alike(), Spread())
+    )
+    same = plain.indices.shape == spread.indices.shape and torch.equal(plain.indices, spread.indices)
+    assert same == (allocation == "uniform")
 
 
 def test_the_whole_corpus_in_one_head_looks_as_the_full_context_does_to_it(tiny):
@@ -91,7 +148,7 @@ def test_asking_twice_streaming_and_batches_give_the_same(family, guide):
     assert alone[0].sources and {source.document_id for source in alone[0].sources} <= {d.id for d in DOCUMENTS}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_save_then_load_is_bit_equal(tiny, tmp_path, dtype):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype, **BUILD)
     loaded = load_sheet(save_sheet(sheet, tmp_path / "staff.sheet"))

@@ -21,7 +21,7 @@ from cribsheet.bench.quality_page import page, summary
 from cribsheet.bench.several import Sheets
 from cribsheet.build import build_sheet
 from cribsheet.cli import run
-from cribsheet.errors import CribsheetError, RequestError
+from cribsheet.errors import BudgetError, CribsheetError, RequestError
 from cribsheet.loaded import LoadedModel
 
 WANTED = Wanted(tokens=500, seed=3)
@@ -79,6 +79,17 @@ def test_a_text_of_the_user_s_is_asked_about_by_rule():
     cases = list(prose.reading(400, 0, "\n\n".join(about.format(*each) for each in towns.items())))
     when = next(case for case in cases if case.kinds[0] == "when")
     assert {int(gold) for gold in when.answers} < set(towns.values())
+
+
+@pytest.mark.parametrize("family", ["needle", "variables", "multi-key"])
+def test_long_cases_are_as_long_as_asked_for(family):
+    (case,) = make_cases([family], 1, Wanted(tokens=8000, seed=5))
+    assert sum(len(document.text) for document in case.documents) > 2 * 8000 and len(case.questions) == 4
+
+
+def test_a_text_that_is_far_too_short_for_a_case_gives_none(caplog):
+    assert make_cases(["reading"], 1, Wanted(tokens=8000, seed=5)) == []
+    assert "reading has 0 of 1 cases at 8000 tokens, seed 5" in caplog.text
 
 
 def test_unknown_families_and_methods_are_named(capsys):
@@ -191,3 +202,32 @@ def test_a_run_writes_rows_and_a_page_and_goes_on_with_more_cases(tmp_path, caps
     assert more["done"] == ["needle/300/0/0", "common words/300/0/0", "frequent words/300/0/0"]
     kinds = {row["kind"] for row in more["rows"] if row["family"] != "frequent words"}
     assert kinds == {"from before"} and {"frequent"} == {row["kind"] for row in more["rows"]} - kinds
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_sheet_is_fitted_to_the_bytes_of_sixteen_bits(pocket, dtype):
+    (case,) = make_cases(["needle"], 1, WANTED)
+    sheets = Sheets(pocket.backbone, case.documents)
+    half = sheets.build(case.task, 8.0, dtype="bfloat16")
+    fitted = sheets.fitted(case.task, 8.0, dtype=dtype)
+    assert 0.97 * half.nbytes < fitted.nbytes <= half.nbytes
+    assert fitted.tokens > {"int8": 1.8, "int4": 3.3}[dtype] * half.tokens
+    with pytest.raises(BudgetError, match="No token fits"):
+        sheets.fitted(case.task, 10_000.0, dtype=dtype)
+
+
+def test_bytes_of_thirty_two_bits_count_as_sixteen_beside_those_that_are_stored_so():
+    row = Row(FULL, 1.0, 400, 8 << 20, 8 << 20, "needle", "needle/0", "needle", 1.0, 1.0, True)
+    stored = {"default": 2 << 20, "default, 16-bit": 1 << 20, "default, int4": 1 << 20, "kvpress KVzip": 2 << 20}
+    rows = [row, replace(row, method="closed book", exact=0.0)]
+    rows += [
+        replace(row, method=name, rate=8.0, tokens=175 if "int4" in name else 50, nbytes=size, held=size)
+        for name, size in stored.items()
+    ]
+    rows += [replace(rows[-1], method="kvpress SnapKV", exact=0.0)]
+    made = {"tokens": [400], "cases": 1, "seeds": [0], "dtype": "torch.float32"}
+    shown = page({"setup": made, "lines": summary(rows), "command": "", "seconds": 1.0, "peers": {"failed": []}})
+    for name in ("default", "default, 16-bit", "kvpress KVzip"):
+        assert f"| {name} | 50 | 1,024 | 1.00 |" in shown
+    assert "| default, int4 | 175 | 1,024 | 1.00 |" in shown
+    assert "| 8×, 16-bit | 50: 1.00 | 175: 1.00 | 50: 1.00 (KVzip) |" in shown

@@ -21,7 +21,7 @@ CORE = sorted(
     and "__main__" not in name
     and not name.startswith(UPPER)
     and (
-        name not in {"kernels.py", "step_kernels.py", "step_attention.py"} or find_spec("triton")
+        name not in {"kernels.py", "step_kernels.py", "read_kernels.py", "step_attention.py"} or find_spec("triton")
     )  # torch brings Triton along for CUDA, and only `fused` and `lean` ask for it
 )
 

@@ -108,7 +108,7 @@ REFUSALS = {
         r"the resident guide \d+; pass a budget of at least \d+, a lower rate, a shorter task, or guide='dropped'",
     ),
     "guide": ({"guide": "kept"}, r"guide is 'kept'; use auto, resident, dropped"),
-    "dtype": ({"dtype": "int4"}, r"There is no storage dtype 'int4'; use float32, bfloat16, float16"),
+    "dtype": ({"dtype": "int3"}, r"There is no storage dtype 'int3'; use float32, bfloat16, float16, int8, int4"),
     "chunk": ({"chunk_tokens": -1}, r"A chunk of -1 tokens does not fit"),
     "scorer": ({"scorer": "none"}, r"There is no scorer 'none'"),
 }

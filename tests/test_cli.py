@@ -120,6 +120,18 @@ def test_build_writes_a_sheet_and_says_what_became_of_the_corpus(cli, model, sta
     assert done.err == ""
 
 
+def test_four_bits_are_built_foretold_and_shown(cli, model, staff, tmp_path):
+    asked = ("build", staff, "--task", "Where do people live?", "--model", model, "--scorer", "task", *RATE)
+    four = (*asked, "--storage-dtype", "int4", "-o", tmp_path / "a.sheet")
+    told = cli(*four, "--dry-run", "--json").data
+    assert told["sheet_bytes"] < cli(*asked, "-o", tmp_path / "b.sheet", "--dry-run", "--json").data["sheet_bytes"]
+    assert cli(*four).code == 0
+    shown = cli("inspect", tmp_path / "a.sheet").out
+    assert "(format 2," in shown and "of keys and values in int4" in shown
+    refused = cli(*asked, "--storage-dtype", "int3", "-o", tmp_path / "c.sheet")
+    assert refused.code == 2 and "'int4'" in refused.err
+
+
 def test_a_dry_run_says_what_a_build_would_take_and_writes_nothing(cli, model, staff, tmp_path):
     asked = ("build", staff, "--model", model, "--scorer", "task", "-o", tmp_path / "a.sheet", "--dry-run", *RATE)
     told = cli(*asked, "--json")

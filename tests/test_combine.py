@@ -123,6 +123,18 @@ def test_what_came_from_a_sequential_sheet_leaves_as_a_whole(tiny):
     assert [document.id for document in living.remove(tiny, both, "clara").documents] == ["alice", "bob"]
 
 
+def test_four_bits_are_joined_without_another_rounding(tiny):
+    settings = {"dtype": "int4", "scorer": "task", "guide": "dropped", "allocation": "uniform"}
+    first, second = build(tiny, [ALICE, BOB], **settings), build(tiny, [CLARA], **{**settings, **INDEPENDENT})
+    both = combine(tiny, [first, second])
+    assert both.manifest.dtype == "int4" and both.manifest.format == 2
+    for whole, part in zip(both.layers, first.layers, strict=True):
+        mine, own = (layer.restored(torch.device("cpu"), torch.float32) for layer in (whole, part))
+        assert torch.equal(mine.keys[:, : first.tokens], own.keys)
+        assert torch.equal(mine.values[:, : first.tokens], own.values)
+    assert [document.id for document in living.remove(tiny, both, "clara").documents] == ["alice", "bob"]
+
+
 def test_sheets_that_do_not_belong_together_are_refused_by_name(tiny):
     sheet = build(tiny, [ALICE])
     with pytest.raises(SheetError, match="instruction"):

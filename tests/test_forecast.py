@@ -22,7 +22,7 @@ def backbone():
     return tiny_backbone("llama")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("scorer", ["task", "reconstruction"])
 def test_a_forecast_is_what_the_build_then_takes(backbone, scorer, dtype, tmp_path):
     options = {"rate": 4, "scorer": scorer, "chunk_tokens": 300, "dtype": dtype}

@@ -11,7 +11,7 @@ from torch import nn
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
-from cribsheet import fused, lean, step_attention, step_kernels
+from cribsheet import fused, lean, lean_read, read_kernels, step_attention, step_kernels
 from cribsheet.backbone import plain_parts
 from cribsheet.batch import Rows, SlotLayer
 from cribsheet.graphs import fixed_step
@@ -47,6 +47,44 @@ def test_a_lean_step_is_a_step(family, own, kernels_are_used):
     assert max(errors.values()) < 2e-5, errors
 
 
+@pytest.mark.parametrize("family", OWN)
+def test_a_lean_read_is_a_read(family, kernels_are_used):
+    backbone = shaken(family)
+    errors = lean_read.errors(backbone, lean_read.made(backbone))
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("guide", [0, 1, 17])
+@pytest.mark.parametrize("counts", [(), (30, 7)])
+def test_a_lean_read_takes_what_is_known_and_heads_of_different_lengths(counts, guide, kernels_are_used):
+    backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
+    random = torch.Generator().manual_seed(8)
+    shape = (sum(counts), 18) if counts else (2, 30, 18)
+    prefix = [LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv"), None, counts)] * backbone.num_layers
+    ids, rest = torch.arange(30, 70), torch.arange(5, 5 + guide)
+    wanted, got = (backbone.read(prefix, 30, ids, rest, run=run) for run in (None, lean_read.made(backbone)))
+    known = [(layer.chunk_keys[None], layer.chunk_values[None]) for layer in wanted]
+    again = backbone.read(prefix, 30, ids, rest, known, run=lean_read.made(backbone))
+    for name in ("chunk_keys", "chunk_values", "guide_queries", "guide_lse"):
+        for each in (got, again):
+            for one, other in zip(each, wanted, strict=True):
+                torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["normed", "silu_times", "turned"])
+def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
+    backbone = shaken("llama")
+    place = read_kernels if part == "turned" else step_kernels
+    right = getattr(place, part)
+
+    def wrong(*given, **named):
+        found = right(*given, **named)
+        return tuple(each * 1.2 for each in found) if isinstance(found, tuple) else found * 1.2
+
+    monkeypatch.setattr(place, part, wrong)
+    assert max(lean_read.errors(backbone, lean_read.made(backbone)).values()) > lean._BOUND
+
+
 def test_sizes_that_fit_no_tile(kernels_are_used):
     backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
     for own in (64, 0):
@@ -61,6 +99,14 @@ def test_more_rows_than_fit_a_tile_and_products_of_several_blocks():
     wanted = torch.cat([x @ weight.t() + bias for weight, bias in parts], 1)
     torch.testing.assert_close(step_kernels.product(x, parts), wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(step_kernels.product(x[:1], parts), wanted[:1], atol=1e-4, rtol=1e-4)
+    for swapped in (False, True):
+        tile = step_kernels.Tile(rows=32, entries=64, warps=4, swapped=swapped)
+        torch.testing.assert_close(step_kernels.product(x, parts, tile=tile), wanted, atol=1e-4, rtol=1e-4)
+        gate, up = weights[0], weights[0].flip(0)
+        inner = torch.nn.functional.rms_norm(x, (300,), x[0], 1e-5)
+        product = torch.nn.functional.silu(inner @ gate.t()) * (inner @ up.t())
+        got = step_kernels.gated(x, gate, up, norm=(x[0].contiguous(), 1e-5), tile=tile)
+        torch.testing.assert_close(got, product, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("counts", [(), (300, 7), (0, 70)])

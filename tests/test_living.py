@@ -40,10 +40,8 @@ def build(backbone, documents=DOCUMENTS, task=FEW_SHOT, **options):
 def assert_same(first, second):
     """Two sheets with the same bits, apart from when and how they were made."""
     for mine, theirs in zip(first.layers, second.layers, strict=True):
-        assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
-        assert mine.counts == theirs.counts
-        assert (mine.key_scales is None) == (theirs.key_scales is None)
-        assert mine.key_scales is None or torch.equal(mine.key_scales, theirs.key_scales)
+        assert mine.counts == theirs.counts and mine.tensors().keys() == theirs.tensors().keys()
+        assert all(torch.equal(tensor, theirs.tensors()[name]) for name, tensor in mine.tensors().items())
     assert torch.equal(first.indices, second.indices) and torch.equal(first.origins, second.origins)
     assert list(first.texts) == list(second.texts)
     assert first.manifest.digest == second.manifest.digest
@@ -58,7 +56,14 @@ def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide
     assert len(sheet.documents) == 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_four_bits_come_and_go_as_any_others(family, allocation):
+    settings = {"dtype": "int4", "allocation": allocation}
+    sheet, never = build(family, **settings), build(family, [ALICE, CLARA, HUGO], **settings)
+    assert_same(living.remove(family, sheet, "bob"), never)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype, allocation, tmp_path):
     settings = {"dtype": dtype, "allocation": allocation}

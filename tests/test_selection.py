@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cribsheet.errors import BudgetError
-from cribsheet.selection import keep_top, take
+from cribsheet.selection import ABSENT, keep_top, spread_out, take
 
 
 def test_the_best_tokens_of_each_head_stay_in_reading_order():
@@ -35,6 +35,23 @@ def test_a_budget_that_does_not_fit_is_refused_with_value_limit_and_way_out(budg
     assert str(refused.value) == (
         f"The budget is {budget} tokens but 5 are in the cache; pass a budget between 1 and 5."
     )
+
+
+def test_a_token_counts_less_in_each_further_head_that_wants_it_less():
+    first = torch.tensor([[9.0, 3.0, 2.0], [10.0, 6.0, 0.0]])
+    second = torch.tensor([[18.0, 2.0, 1.0]])
+    alike = torch.arange(3)
+    spread = spread_out([first, second], [alike.expand(2, -1), alike.expand(1, -1)])
+    assert spread[0].tolist() == [[1.0, 0.75, 2.0], [2.5, 6.0, 0.0]]
+    assert spread[1].tolist() == [[18.0, pytest.approx(2 / 9), 0.25]]
+
+
+def test_tokens_are_told_apart_by_where_they_stand_in_the_corpus_and_absent_ones_stay_out():
+    absent = float("-inf")
+    first, second = torch.tensor([[absent, absent, 4.0]]), torch.tensor([[4.0, 8.0]])
+    spread = spread_out([first, second], [torch.tensor([[ABSENT, ABSENT, 7]]), torch.tensor([[3, 7]])])
+    assert spread[0].tolist() == [[absent, absent, 1.0]]
+    assert spread[1].tolist() == [[4.0, 8.0]]
 
 
 def test_take_picks_by_head_from_tokens_and_from_vectors():

@@ -39,16 +39,15 @@ def size(path):
     return sheet.nbytes + sheet.indices.nbytes + sheet.origins.nbytes
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"allocation": "adaptive", "rate": 2}])
+@pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"dtype": "int4"}, {"allocation": "adaptive", "rate": 2}])
 def test_what_is_kept_is_what_stands_in_the_file(backbone, tmp_path, options):
     path = written(backbone, tmp_path / "a.sheet", text="Person 7 lives in house 9. " * 20, **options)
     kept, mapped = SheetCache(1 << 30).load(path), load(path)
     assert torch.equal(kept.indices, mapped.indices) and torch.equal(kept.origins, mapped.origins)
     assert kept.manifest == mapped.manifest and kept.texts == mapped.texts
     for mine, other in zip(kept.layers, mapped.layers, strict=True):
-        assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
-        assert mine.counts == other.counts
-        assert mine.key_scales is other.key_scales is None or torch.equal(mine.key_scales, other.key_scales)
+        assert mine.counts == other.counts and mine.tensors().keys() == other.tensors().keys()
+        assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in mine.tensors().items())
 
 
 def test_a_sheet_that_was_used_is_not_read_again_even_if_its_file_is_gone_bad(files, tmp_path):

@@ -161,10 +161,12 @@ def test_a_missing_file_and_a_folder_are_refused_with_the_way_out(tmp_path):
             load_sheet(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_format_version_is_refused_with_both_numbers(file, version):
     rewritten(file, lambda manifest: {**manifest, "format": version, "cribsheet": "9.9"})
-    with pytest.raises(SheetError, match=rf"has sheet format {version!r}, but this version reads format 1; .*\(9\.9\)"):
+    with pytest.raises(
+        SheetError, match=rf"has sheet format {version!r}, but this version reads format 1 and 2; .*\(9\.9\)"
+    ):
         load_sheet(file)
 
 
@@ -176,7 +178,9 @@ DAMAGES = {
     "a missing field": lambda manifest: {name: value for name, value in manifest.items() if name != "head"},
     "an unknown field": lambda manifest: {**manifest, "extra": 1},
     "a foreign type": lambda manifest: {**manifest, "documents": "none"},
-    "a foreign dtype": lambda manifest: {**manifest, "dtype": "int4"},
+    "a foreign dtype": lambda manifest: {**manifest, "dtype": "int3"},
+    "four bits in the format before them": lambda manifest: {**manifest, "dtype": "int4"},
+    "eight bits in the format of four": lambda manifest: {**manifest, "format": 2, "dtype": "int8"},
     "a missing print": lambda manifest: {**manifest, "fingerprint": {}},
 }
 
@@ -325,10 +329,35 @@ def test_verify_needs_a_digest_to_compare_with(file):
         verify(file)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
 def test_verify_reads_every_storage_type(tmp_path, dtype):
     built = build_sheet(tiny_backbone(), DOCUMENTS, FEW_SHOT, rate=3, dtype=dtype)
     verify(save_sheet(built, tmp_path / "a.sheet", texts=False))
+
+
+FOUR_BITS = {
+    "no blocks": {"layers.1.key_blocks": None},
+    "no offsets": {"layers.1.value_offsets": None},
+    "a block of nothing": {"layers.1.key_blocks": torch.tensor([76, 0, 76], dtype=torch.uint8)},
+    "a block across heads": {"layers.1.key_blocks": torch.tensor([75, 77], dtype=torch.uint8)},
+    "blocks of fewer tokens": {"layers.1.key_blocks": torch.tensor([76, 70], dtype=torch.uint8)},
+    "blocks of another type": {"layers.1.key_blocks": torch.tensor([76, 76])},
+    "flat blocks": {"layers.1.key_blocks": torch.tensor(76, dtype=torch.uint8)},
+    "wide scales": {"layers.1.key_scales": torch.ones(2, 16)},
+    "more ranges": {"layers.1.key_offsets": torch.ones(3, 16, dtype=torch.float16)},
+    "whole keys": {"layers.1.keys": torch.zeros(2, 76, 16, dtype=torch.uint8)},
+    "signed values": {"layers.1.values": torch.zeros(2, 76, 8, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("lie", FOUR_BITS)
+def test_four_bits_that_are_not_as_the_format_says_are_refused(tmp_path, lie):
+    built = build_sheet(tiny_backbone(), DOCUMENTS, FEW_SHOT, rate=3, dtype="int4", scorer="task", guide="dropped")
+    assert built.layers[1].key_blocks.tolist() == [built.tokens] * 2 == [76, 76]
+    path = save_sheet(built, tmp_path / "staff.sheet")
+    load_sheet(path)
+    with pytest.raises(SheetError, match=r"staff\.sheet"):
+        load_sheet(rewritten(path, None, **FOUR_BITS[lie]))
 
 
 def test_a_sheet_made_before_there_were_segments_still_opens(sheet, file):

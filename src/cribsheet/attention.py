@@ -11,7 +11,7 @@ Letters: `B` sequences, `H` query heads, `K` key/value heads (`H` a multiple of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -133,28 +133,28 @@ def _attend_long(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
 
 def attend_ragged(
     q: Tensor,
-    heads: Sequence[tuple[Tensor, Tensor]],
+    heads: Callable[[], Sequence[tuple[Tensor, Tensor]]],
     packed: tuple[Tensor, Tensor, Tensor],
+    counts: Sequence[int],
     *,
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_shared` over a prefix whose K heads hold different numbers of tokens.
 
-    `heads` are keys and values (P, D) of each head, `packed` the same one behind the other, (N, D), and where each
-    begins (K + 1,), as `flash_ragged` takes them.
+    `packed` are keys and values (N, D) of all heads, one behind the other, and where each begins (K + 1,), as
+    `flash_ragged` takes them; `counts` how many each holds, and `heads` makes keys and values (P, D) of each.
     """
     b, h, t, d = q.shape
-    kv_heads = len(heads)
+    kv_heads = len(counts)
     group = h // kv_heads
     rows = q.reshape(b, kv_heads, group, t, d).transpose(0, 1).reshape(kv_heads, b * group * t, d)
     if softcap is None and flash.on_cuda(q):
-        longest = max(keys.shape[0] for keys, _ in heads)
-        out, lse = flash.flash_ragged(rows, *packed, longest, scale)
+        out, lse = flash.flash_ragged(rows, *packed, max(counts), scale)
     else:
         found = [
             attend(own[None, None], keys[None, None], values[None, None], scale=scale, softcap=softcap)
-            for own, (keys, values) in zip(rows, heads, strict=True)
+            for own, (keys, values) in zip(rows, heads(), strict=True)
         ]
         out, lse = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
     out = out.reshape(kv_heads, b, group, t, d).transpose(0, 1).reshape(b, h, t, d)

@@ -93,6 +93,7 @@ class Backbone:
         self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `parallel.py`
         self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
         self.lean: Any = None  # a step of few kernels, or false where there must be none (`lean.py`)
+        self.lean_read: Any = None  # the same of a read (`lean_read.py`)
         self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
     @classmethod
@@ -169,12 +170,14 @@ class Backbone:
         chunk: Tensor,
         guide: Tensor,
         known: Sequence[tuple[Tensor, Tensor]] | None = None,
+        run: Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None] | None = None,
     ) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
 
         `chunk` (c,) and `guide` (T,) are token ids; T may be 0. If the chunk's keys and values (1, K, c, D) of each
         layer are `known`, only the guide is read. Returns one layer each with the chunk's keys and values and the
-        guide's queries and log-sum-exps.
+        guide's queries and log-sum-exps. `run` reads tokens (1, n) at their positions into the layers; the model's own
+        forward pass if there is none.
         """
         known = known if len(guide) else None  # a pass needs something to read
         before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
@@ -182,6 +185,9 @@ class Backbone:
         ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
         first = start + len(chunk) if known else start
         positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
+        if run is not None:
+            run(ids, positions, layers)
+            return layers
         with self.announce(ids, positions, None), self.attached():
             self.model.base_model(
                 input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True

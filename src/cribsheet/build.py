@@ -26,11 +26,11 @@ from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.notes import NOTES_TOKENS
-from cribsheet.prefix import LayerPrefix
+from cribsheet.prefix import LayerPrefix, turned_back
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
-from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet
+from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet, format_of
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
@@ -43,7 +43,6 @@ GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
 DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "notes"}  # the best of each in the bench
-_CORRECTED = "recall-even"  # better than the former where what is kept is corrected
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
@@ -78,6 +77,7 @@ class Plan:
         corpus = self.corpus
         documents = list_documents(corpus)
         return Manifest(
+            format=format_of(dtype),
             cribsheet=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=fingerprint(backbone, self.layout),
@@ -148,7 +148,7 @@ def build_sheet(
 
     scorer
         a name from `SCORERS`, or an object of your own with a `score` method; by default the best for the allocation,
-        `"recall"` (`"recall-even"` with a correction) or `"notes"`.
+        `"recall"` or `"notes"`.
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
@@ -158,7 +158,7 @@ def build_sheet(
     system, template_options
         a system text before everything, and options of the chat template (`enable_thinking`, for one).
     dtype
-        storage type: float32, bfloat16, float16 or int8; by default the model's own.
+        storage type: float32, bfloat16, float16, int8 or int4; by default the model's own.
     progress
         called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint
@@ -177,7 +177,7 @@ def build_sheet(
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = resolve_defaults(scorer, allocation, correction)
+    scorer, allocation = resolve_defaults(scorer, allocation)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
     if mode == "independent":
         if correction != "none":
@@ -227,6 +227,9 @@ def carry_out(
         if progress is not None:
             progress(state.done, len(planned.corpus))
     layers, indices = assemble(backbone, state.kept, planned.resident)
+    if stored_as == "int4":
+        length = indices.shape[-1]
+        layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
     stored = [StoredLayer.of(layer, stored_as) for layer in layers]
     manifest = planned.manifest(backbone, stored_as, time.perf_counter() - began)
     manifest.build.update(_storage_loss(stored, layers))
@@ -234,15 +237,11 @@ def carry_out(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def resolve_defaults(
-    scorer: str | Scorer | None, allocation: Allocation | None, correction: Correction = "none"
-) -> tuple[str | Scorer, Allocation]:
+def resolve_defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
-        is_default = scorer is None or scorer in (DEFAULT_SCORERS["adaptive"], _CORRECTED)
+        is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
         allocation = "adaptive" if is_default else "uniform"
-    if scorer is None and allocation == "adaptive" and correction != "none":
-        scorer = _CORRECTED
     return DEFAULT_SCORERS.get(allocation, "") if scorer is None else scorer, allocation
 
 

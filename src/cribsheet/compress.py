@@ -18,11 +18,12 @@ from torch import Tensor
 from cribsheet.backbone import Backbone
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.correction import Correction, refitted
+from cribsheet.lean_read import read as read_lean
 from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
-from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, take
+from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, spread_out, take
 
 Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
@@ -31,8 +32,9 @@ Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, 
 class Kept:
     """What one layer keeps: keys (K, P, D) *before* rotation in float32, values (K, P, D), indices and scores (K, P).
 
-    Unrotated keys can be given any position without adding up rounding errors from chunk to chunk. A head that keeps
-    fewer than P tokens has them at the end, behind indices `ABSENT` with a score of minus infinity.
+    Scores of N needs are (N, K, P). Unrotated keys can be given any position without adding up rounding errors from
+    chunk to chunk. A head that keeps fewer than P tokens has them at the end, behind indices `ABSENT` with a score of
+    minus infinity.
     """
 
     keys: Tensor
@@ -92,7 +94,7 @@ class Reading:
                 guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
-        return backbone.read(prefix, start, chunk.ids, guide, known)
+        return read_lean(backbone, prefix, start, chunk.ids, guide, known)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
@@ -142,10 +144,11 @@ def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
     size = kept_tokens(backbone, kept)
+    counts = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()  # waiting for a GPU once
     prefix = []
-    for layer, inv_freq, window in zip(kept, backbone.inv_freqs, backbone.windows, strict=True):
+    for layer, held, inv_freq, window in zip(kept, counts, backbone.inv_freqs, backbone.windows, strict=True):
         positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
-        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, layer.indices == ABSENT, window))
+        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, held, window))
     return prefix
 
 
@@ -161,7 +164,10 @@ def places(old: Kept, chunk: Chunk) -> Tensor:
 
 
 def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, layer: int) -> Tensor:
-    """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best."""
+    """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best.
+
+    Where heads share a budget and the scorer tells several needs apart, they are (N, K, S).
+    """
     indices = places(old, chunk)
     if backbone.windows[layer] is not None:
         return indices.float()
@@ -182,7 +188,9 @@ def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: 
         softcap=backbone.softcap,
         repeated=how.repeated(chunk),
     )
-    return how.scorer.score(view).masked_fill(indices == ABSENT, float("-inf"))
+    needs: Callable[[LayerView], Tensor] | None = getattr(how.scorer, "needs", None)
+    scores = needs(view) if needs and how.allocation == "adaptive" else how.scorer.score(view)
+    return scores.masked_fill(indices == ABSENT, float("-inf"))
 
 
 def choose(
@@ -194,17 +202,22 @@ def choose(
 ) -> list[Tensor]:
     """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
 
-    Scores and corpus indices are (K, S) by layer. The first tokens of the corpus stay if they are pinned. A layer with
-    a sliding window has no choice: it keeps the latest tokens that the next one can see.
+    Scores (K, S), or (N, K, S) for N needs, and corpus indices (K, S) are by layer. The first tokens of the corpus stay
+    if they are pinned. A layer with a sliding window has no choice: it keeps the latest tokens that the next one can
+    see. Needs are spread over the heads here, of the tokens that are left: what is kept as their scores is not.
     """
     found: dict[int, Tensor] = {}
-    full: dict[int, Tensor] = {}
     for number, window in enumerate(backbone.windows):
         if window is not None:
             found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
-        else:
-            head = (indices[number] >= 0) & (indices[number] < how.pinned)
-            full[number] = scores[number].masked_fill(head, float("inf"))
+    wanted, standing = ([part[number] for number in backbone.full] for part in (scores, indices))
+    if wanted[0].dim() == 3:
+        needs = [spread_out([layer[n] for layer in wanted], standing) for n in range(len(wanted[0]))]
+        wanted = [torch.stack(each).amax(0) for each in zip(*needs, strict=True)]
+    full = {
+        number: layer.masked_fill((place >= 0) & (place < how.pinned), float("inf"))
+        for number, layer, place in zip(backbone.full, wanted, standing, strict=True)
+    }
     shortest = min(layer.shape[1] for layer in full.values())
     if how.allocation == "uniform":
         found |= _keep_top_of_each(full, min(budget, shortest))
@@ -223,7 +236,7 @@ def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tenso
 
 
 def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
-    """What one layer keeps (K, P) of its old and new tokens, given their corpus indices and scores (K, S)."""
+    """What one layer keeps (K, P) of its old and new tokens, given their indices (K, S) and scores ([N,] K, S)."""
     before = old.keys.shape[1]
     absent, is_new = keep < 0, (keep >= before).unsqueeze(-1)
     place = (keep - before).clamp(min=0)  # in the chunk, of those that come from there
@@ -237,7 +250,7 @@ def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, kee
         unrotated,
         values,
         take(indices, keep).masked_fill(absent, ABSENT),
-        take(scores, keep).masked_fill(absent, float("-inf")),
+        scores.gather(-1, keep.clamp(min=0).expand(*scores.shape[:-1], -1)).masked_fill(absent, float("-inf")),
     )
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.errors import SheetError
-from cribsheet.prefix import LayerPrefix
-from cribsheet.rope import rotate
-from cribsheet.segments import Segment, end_positions, held, read_head, shifted
+from cribsheet.prefix import turned_back
+from cribsheet.segments import Segment, held, read_head, shifted
 from cribsheet.selection import ABSENT
 from cribsheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.stored import StoredLayer
@@ -97,9 +96,10 @@ def _unrotated(backbone: Backbone, sheet: Sheet) -> Sequence[StoredLayer]:
             "Layers with a sliding window hold only the end of a sequential sheet, so it cannot be joined to another; "
             "build both with mode='independent'."
         )
-    turned = []
-    for layer, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
-        plain = layer.restored(torch.device("cpu"), torch.float32)
-        keys = rotate(plain.keys, -end_positions(plain, sheet.length), inv_freq.cpu())
-        turned.append(StoredLayer.of(LayerPrefix(keys, plain.values, None, plain.counts), made.dtype))
-    return turned
+    if not made.rotated:
+        return sheet.layers
+    restored = [layer.restored(torch.device("cpu"), torch.float32) for layer in sheet.layers]
+    return [
+        StoredLayer.of(turned_back(layer, sheet.length, inv_freq.cpu()), made.dtype)
+        for layer, inv_freq in zip(restored, backbone.inv_freqs, strict=True)
+    ]

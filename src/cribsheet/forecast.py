@@ -19,6 +19,7 @@ from cribsheet.build import Budgets, GuideMode, Plan, plan, resolve_defaults, st
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading, compress, earned_budget, nothing_read
 from cribsheet.documents import Document
+from cribsheet.packing import packed_bytes
 from cribsheet.scoring import Scorer
 from cribsheet.selection import Allocation
 from cribsheet.stored import StorageDtype
@@ -27,7 +28,7 @@ from cribsheet.template import ChatLayout
 
 PROBE_TOKENS = 1024  # the longest piece that is read to time it
 _SCORES = 1 << 26  # bytes of attention logits that scoring holds at once, at most; three copies of them
-_STORED = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_STORED = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +129,17 @@ def _vectors(backbone: Backbone, tokens: int) -> int:
     return sum(held) * backbone.kv_heads
 
 
+def kept_bytes(backbone: Backbone, tokens: int, dtype: StorageDtype) -> int:
+    """Bytes of the keys and values of a prefix of so many tokens; of int4 nearly, as heads differ in length."""
+    size, held = backbone.head_size, _vectors(backbone, tokens)
+    if dtype == "int4":
+        return packed_bytes(held, backbone.num_layers * backbone.kv_heads, size)
+    return 2 * held * (size + 4 if dtype == "int8" else size * _STORED[dtype])
+
+
 def _sheet_bytes(backbone: Backbone, planned: Plan, dtype: StorageDtype) -> int:
     """Bytes of the file: keys, values, their indices and origins, and the documents' texts."""
-    scale = 4 if dtype == "int8" else 0
-    tensors = 2 * _vectors(backbone, planned.budget) * (backbone.head_size * _STORED[dtype] + scale)
+    tensors = kept_bytes(backbone, planned.budget, dtype)
     indices = 4 * len(backbone.full) * backbone.kv_heads * planned.budget
     texts = sum(len(document.text.encode()) for document in planned.corpus.documents)
     return tensors + indices + 16 * len(planned.corpus) + texts

@@ -91,28 +91,53 @@ def columns(
 
 
 @triton.jit
+def _taken(
+    row: tl.tensor, k: tl.tensor, v: tl.tensor, inside: tl.tensor, found: tl.tensor, top: tl.tensor, total: tl.tensor,
+    scale: tl.tensor, ALL: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """One block of keys (D, BN) and values (BN, D) more of a softmax to base 2; those `inside`, or ALL."""
+    logits = tl.dot(row, k, input_precision="ieee") * scale
+    if not ALL:
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+    higher = tl.maximum(top, tl.max(logits, 1))
+    shrink, weights = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
+    found = tl.dot(weights.to(v.dtype), v, found * shrink[:, None], input_precision="ieee")
+    return found, higher, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
 def over(
     row: tl.tensor, keys: tl.tensor, values: tl.tensor, low: tl.tensor, high: tl.tensor, scale: tl.tensor,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Attention (BM, BD) of some rows over keys and values from `low` to `high`, and its log-sum-exp (BM,)."""
-    d = tl.arange(0, BD)
+    """Attention (BM, BD) of some rows over keys and values from `low` to `high`, and its log-sum-exp (BM,).
+
+    Whole blocks are read without a mask, where the head fits its block.
+    """
+    d, column = tl.arange(0, BD), tl.arange(0, BN)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     found = tl.zeros((BM, BD), tl.float32)
-    for first in range(low, high, BN):
-        n = first + tl.arange(0, BN)
+    scale = scale * 1.4426950408889634  # of logits to base 2
+    whole = low + tl.maximum(high - low, 0) // BN * BN
+    for first in range(low, whole, BN):
+        n = first + column
+        if D == BD:
+            k = tl.load(keys + n[None, :] * D + d[:, None])
+            v = tl.load(values + n[:, None] * D + d[None, :])
+        else:
+            k = tl.load(keys + n[None, :] * D + d[:, None], mask=d[:, None] < D, other=0.0)
+            v = tl.load(values + n[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)
+        found, top, total = _taken(row, k, v, n < high, found, top, total, scale, True)
+    if whole < high:
+        n = whole + column
         inside = n < high
         k = tl.load(keys + n[None, :] * D + d[:, None], mask=inside[None, :] & (d[:, None] < D), other=0.0)
-        logits = tl.dot(row, k, input_precision="ieee") * scale
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shrink, weights = tl.exp(top - higher), tl.exp(logits - higher[:, None])
         v = tl.load(values + n[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
-        found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total, top = total * shrink + tl.sum(weights, 1), higher
+        found, top, total = _taken(row, k, v, inside, found, top, total, scale, False)
     there = total > 0  # parts of a short head may be empty
-    return found / tl.where(there, total, 1.0)[:, None], tl.where(there, top + tl.log(total), float("-inf"))
+    seen = (top + tl.log2(total)) * 0.6931471805599453
+    return found / tl.where(there, total, 1.0)[:, None], tl.where(there, seen, float("-inf"))
 
 
 @triton.jit

@@ -74,15 +74,7 @@ class LeanStep:
         return F.linear(normed(rows, *self._parts.norm, more)[1], self._parts.head)
 
     def _beside(self, rows: Tensor, parts: Sequence[Linear]) -> Tensor:
-        """Products (M, N1 + N2 + ...) of the same rows."""
-        widths = [len(weight) for weight, _ in parts]
-        out = rows.new_empty(len(rows), sum(widths))
-        for (weight, bias), mine in zip(parts, out.split(widths, 1), strict=True):
-            if bias is None:
-                torch.mm(rows, weight.t(), out=mine)
-            else:
-                torch.addmm(bias, rows, weight.t(), out=mine)
-        return out
+        return beside(rows, parts)
 
     def _attend(self, qkv: Tensor, turn: tuple[Tensor, Tensor], layer: SlotLayer, mine: PlainLayer) -> Tensor:
         """Append keys and values to the suffix, and attend: (B, H * D)."""
@@ -99,6 +91,18 @@ class LeanStep:
         if layer.watch is not None:
             layer.watch(layer, q, lse, self._scale, None)
         return found.reshape(len(qkv), -1)
+
+
+def beside(rows: Tensor, parts: Sequence[Linear]) -> Tensor:
+    """Products (M, N1 + N2 + ...) of the same rows."""
+    widths = [len(weight) for weight, _ in parts]
+    out = rows.new_empty(len(rows), sum(widths))
+    for (weight, bias), mine in zip(parts, out.split(widths, 1), strict=True):
+        if bias is None:
+            torch.mm(rows, weight.t(), out=mine)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=mine)
+    return out
 
 
 def find(backbone: Backbone) -> LeanStep | None:
@@ -118,23 +122,25 @@ def made(backbone: Backbone, *, own: int = _MOST_OWN) -> LeanStep | None:
 def _checked(backbone: Backbone) -> LeanStep | bool:
     """A lean step that agrees with the model's own, or false."""
     found = made(backbone)
-    if found is None:
-        return False
+    return found if found and agrees(backbone, "decoded", lambda: errors(backbone, found, _CHECKED)) else False
+
+
+def agrees(backbone: Backbone, what: str, check: Callable[[], dict[str, float]]) -> bool:
+    """Whether kernels can be compiled, and the errors found by a check are what half precision leaves."""
     known: tuple[type[Exception], ...] = (ImportError, RuntimeError, OSError, subprocess.SubprocessError)
     like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
     if not on_cuda(like) or not fused.usable(like, backbone.kv_heads):
         return False
     try:
-        error = max(errors(backbone, found, _CHECKED).values())
+        error = max(check().values())
     except (*known, *fused.triton_errors()) as failure:
         if isinstance(failure, torch.OutOfMemoryError):
             raise
-        logger.warning("%s is decoded by its own layers: %r", backbone.name, failure)
+        logger.warning("%s is %s by its own layers: %r", backbone.name, what, failure)
         return False
     if not error <= _BOUND:
-        logger.warning("%s is decoded by its own layers, from which ours differ by %.1e", backbone.name, error)
-        return False
-    return found
+        logger.warning("%s is %s by its own layers, from which ours differ by %.1e", backbone.name, what, error)
+    return error <= _BOUND
 
 
 def errors(backbone: Backbone, step: LeanStep, sizes: Iterable[int] = (1, 3)) -> dict[str, float]:

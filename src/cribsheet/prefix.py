@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cribsheet.attention import attend, attend_ragged, attend_shared, merge
 from cribsheet.captures import Captures
+from cribsheet.rope import rotate
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
@@ -44,11 +45,14 @@ class LayerPrefix:
     counts: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, absent: Tensor, window: int | None = None) -> LayerPrefix:
-        """Of keys and values (K, P, D), without those at which no token stands (K, P)."""
-        if window is not None or not absent.any():
+    def of(cls, keys: Tensor, values: Tensor, counts: Sequence[int], window: int | None = None) -> LayerPrefix:
+        """Of keys and values (K, P, D), of which each head holds so many at its end."""
+        longest = keys.shape[1]
+        if window is not None or all(count == longest for count in counts):
             return cls(keys, values, window)
-        return cls(keys[~absent], values[~absent], None, tuple((~absent).sum(-1).tolist()))
+        heads = [(head, longest - count) for head, count in enumerate(counts)]
+        packed = [torch.cat([half[head, first:] for head, first in heads]) for half in (keys, values)]
+        return cls(packed[0], packed[1], None, tuple(counts))
 
     @property
     def heads(self) -> int:
@@ -78,7 +82,7 @@ class LayerPrefix:
         """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""
         if self.counts:
             packed = self.keys, self.values, self.starts
-            return attend_ragged(query, self.each, packed, scale=scale, softcap=softcap)
+            return attend_ragged(query, lambda: self.each, packed, self.counts, scale=scale, softcap=softcap)
         return attend_shared(query, self.keys.unsqueeze(0), self.values.unsqueeze(0), scale=scale, softcap=softcap)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:
@@ -333,6 +337,18 @@ class ReadingLayer(PrefixLayer):
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out, lse
 
+    def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
+        chunk = key.shape[2] - self.guide_tokens
+        if self._known is None:
+            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
+        query, key, value = (part[:, :, chunk:] for part in (query, key, value))
+        self.update(key, value)
+        if self.guide_tokens:
+            self._attend(query, key, value, None, scale, None)
+        else:
+            self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
+
     def get_seq_length(self) -> int:
         """Tokens before the next one, prefix and known chunk included."""
         return self.start + self._before
@@ -345,6 +361,19 @@ class ReadingLayer(PrefixLayer):
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:
     """A fresh transformers `Cache` over a shared prefix of `start` tokens, for one forward pass or one `generate`."""
     return Cache(layers=[PrefixLayer(layer, start) for layer in layers])
+
+
+def end_positions(layer: LayerPrefix, length: int) -> Tensor:
+    """Positions (P,) or, where heads keep different numbers of tokens, (N,) of keys that end where the sheet does."""
+    if not layer.counts:
+        return torch.arange(length - layer.keys.shape[1], length)
+    return torch.cat([torch.arange(length - count, length) for count in layer.counts])
+
+
+def turned_back(layer: LayerPrefix, length: int, inv_freq: Tensor) -> LayerPrefix:
+    """A layer of a sheet of `length` positions with its keys before rotation, in float32."""
+    positions = end_positions(layer, length).to(layer.keys.device)
+    return replace(layer, keys=rotate(layer.keys, -positions, inv_freq))
 
 
 def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:

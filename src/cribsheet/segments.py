@@ -24,7 +24,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
 from cribsheet.compress import compress, nothing_kept, nothing_read
 from cribsheet.errors import BudgetError
-from cribsheet.prefix import LayerPrefix
+from cribsheet.prefix import LayerPrefix, end_positions
 from cribsheet.rope import rotate
 from cribsheet.selection import ABSENT
 from cribsheet.sheet import DocumentEntry, Manifest, SegmentEntry, Sheet, mean_kept
@@ -98,8 +98,8 @@ def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment
     for layer, window in zip(kept, backbone.windows, strict=True):
         last = layer.keys.shape[1]
         own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
-        whole = StoredLayer.of(LayerPrefix(layer.keys, layer.values, window), dtype)
-        layers += whole.parts([(last - count, last) for count in own])
+        (part,) = StoredLayer(layer.keys, layer.values, window).parts([(last - count, last) for count in own])
+        layers.append(StoredLayer.of(LayerPrefix(part.keys, part.values, window, part.counts), dtype))
     origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
     origins[:, 0] -= head
     return Segment(
@@ -117,29 +117,20 @@ def placed(backbone: Backbone, layers: Sequence[StoredLayer], length: int) -> li
     """Unrotated layers of a sheet of `length` positions as attention reads them, each head's last key at the last."""
     found = []
     for layer, inv_freq in zip(layers, backbone.inv_freqs, strict=True):
-        size = layer.keys.shape[1]
-        seen = layer
+        restored = layer.restored(backbone.device, torch.float32)
         if layer.window is not None:
-            first = max(0, size - layer.window + 1)
-            (seen,) = layer.parts([(first, size)] * backbone.kv_heads)
-        restored = seen.restored(backbone.device, torch.float32)
+            first = max(0, restored.longest - layer.window + 1)
+            restored = replace(restored, keys=restored.keys[:, first:], values=restored.values[:, first:])
         keys = rotate(restored.keys, end_positions(restored, length).to(backbone.device), inv_freq).to(backbone.dtype)
         found.append(replace(restored, keys=keys, values=restored.values.to(backbone.dtype)))
     return found
 
 
-def end_positions(layer: LayerPrefix, length: int) -> Tensor:
-    """Positions (P,) or, where heads keep different numbers of tokens, (N,) of keys that end where the sheet does."""
-    if not layer.counts:
-        return torch.arange(length - layer.keys.shape[1], length)
-    return torch.cat([torch.arange(length - count, length) for count in layer.counts])
-
-
 def sheet_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
     """The layers of any sheet on the model's device and in its dtype."""
-    if sheet.manifest.mode == "independent":
-        return placed(backbone, sheet.layers, sheet.length)
-    return [layer.restored(backbone.device, backbone.dtype) for layer in sheet.layers]
+    if sheet.manifest.rotated:
+        return [layer.restored(backbone.device, backbone.dtype) for layer in sheet.layers]
+    return placed(backbone, sheet.layers, sheet.length)
 
 
 def assemble(

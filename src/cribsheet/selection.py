@@ -12,6 +12,7 @@ from cribsheet.errors import BudgetError
 
 # Whether all heads keep equally many tokens, or those that need more keep more.
 Allocation = Literal["uniform", "adaptive"]
+_SPREAD = 2  # power of a head's rank by which a token counts less in it
 ABSENT = -2  # where a head has no token because another one keeps more
 
 
@@ -42,14 +43,36 @@ def keep_best(scores: Sequence[Tensor], budget: int, *, least: int, most: int) -
     best = torch.cat([layer.flatten() for layer in open_]).sort(descending=True, stable=True)
     chosen = torch.zeros_like(best.values, dtype=torch.bool)
     chosen[best.indices[:free]] = best.values[:free] > float("-inf")
+    parts = chosen.split([layer.numel() for layer in open_])
+    counts = [least + part.view(len(layer.values), -1).sum(-1) for layer, part in zip(ranked, parts, strict=True)]
+    longest = torch.stack([each.max() for each in counts]).tolist()  # of all layers at once: a GPU is waited for
     found = []
-    for layer, part in zip(ranked, chosen.split([layer.numel() for layer in open_]), strict=True):
-        counts = least + part.view(layer.values.shape[0], -1).sum(-1)
-        longest = int(counts.max())
-        rank = torch.arange(longest, device=counts.device)
-        kept = layer.indices[:, :longest].masked_fill(rank >= counts.unsqueeze(-1), -1)
+    for layer, count, most_kept in zip(ranked, counts, longest, strict=True):
+        rank = torch.arange(most_kept, device=count.device)
+        kept = layer.indices[:, :most_kept].masked_fill(rank >= count.unsqueeze(-1), -1)
         found.append(kept.sort(-1).values)
     return found
+
+
+def spread_out(scores: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
+    """Scores (K, S) of several layers in which a token counts less in each further head: 1, 1/4, 1/9, ...
+
+    Several heads look for the same token where one would do, and a token that no head looks at sharply would find no
+    place beside them. `places` (K, S) say which token of the corpus each is; a token's ranks are its heads from the
+    one that scores it highest, from 1. Scores are zero or more, or minus infinity, which they stay.
+    """
+    flat = torch.cat([layer.flatten() for layer in scores])
+    token = torch.cat([layer.flatten() for layer in places])
+    best_first = flat.sort(descending=True, stable=True).indices
+    by_token = best_first[token[best_first].sort(stable=True).indices]
+    ordered, number = token[by_token], torch.arange(len(token), device=token.device)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    rank = number - number.where(begins, 0).cummax(0).values + 1
+    shared = torch.empty_like(flat)
+    shared[by_token] = flat[by_token] / rank.to(flat.dtype) ** _SPREAD
+    parts = shared.split([layer.numel() for layer in scores])
+    return [part.view_as(layer) for part, layer in zip(parts, scores, strict=True)]
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from cribsheet.selection import ABSENT, Allocation
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 
-FORMAT_VERSION = 1
+FORMATS = (1, 2)  # 2 packs four bits a number, which readers of 1 cannot read
 
 Mode = Literal["sequential", "independent"]
 Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
@@ -65,7 +65,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     cribsheet: str
     created: str
     fingerprint: Fingerprint
@@ -94,6 +94,11 @@ class Manifest(BaseModel):
     history: list[Change] = []
 
     @property
+    def rotated(self) -> bool:
+        """Whether keys are stored rotated for their positions."""
+        return self.mode == "sequential" and self.dtype != "int4"
+
+    @property
     def digest(self) -> str:
         """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made."""
         return hashlib.sha256(self.model_dump_json(exclude={"created", "build", "history"}).encode()).hexdigest()[:16]
@@ -116,7 +121,7 @@ class Sheet:
     layers
         keys and values (K, P, D) of each layer, keys rotated for positions 0..P-1; layers with sliding-window
         attention hold the last tokens before the question instead, fewer than their window. In an independent sheet
-        keys are not rotated yet, so that documents can come and go (`segments.py`).
+        keys are not rotated yet, so that documents can come and go (`segments.py`), nor in int4 (`packing.py`).
     indices
         (F, K, P) int32, for the F layers that see everything: index in the corpus of each kept token, -1 for tokens
         of the guide. A head that keeps fewer than P tokens has -2 in front of them.
@@ -233,6 +238,11 @@ class Sheet:
                 found.append(Span(document_id, start, stop, share))
             previous_index = index
         return found
+
+
+def format_of(dtype: StorageDtype) -> Literal[1, 2]:
+    """The format of a sheet in a storage type."""
+    return 2 if dtype == "int4" else 1
 
 
 def mean_kept(counts: Tensor) -> int:

@@ -95,16 +95,7 @@ def _bytes(sheet: Sheet) -> int:
 
 def _copied(sheet: Sheet) -> Sheet:
     """The same with tensors of its own."""
-    layers = [
-        dataclasses.replace(
-            layer,
-            keys=_in_memory(layer.keys),
-            values=_in_memory(layer.values),
-            key_scales=None if layer.key_scales is None else _in_memory(layer.key_scales),
-            value_scales=None if layer.value_scales is None else _in_memory(layer.value_scales),
-        )
-        for layer in sheet.layers
-    ]
+    layers = [layer.with_each(_in_memory) for layer in sheet.layers]
     return dataclasses.replace(sheet, layers=layers, indices=sheet.indices.clone(), origins=sheet.origins.clone())
 
 

@@ -6,6 +6,8 @@ as in `attention.py`; `G` query heads of a key/value head, `S` parts.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,22 @@ from torch import Tensor
 
 from cribsheet.kernels import over
 
-_KEYS = 64  # of a block
-_PROGRAMS = 264  # twice the processors of a large GPU
 _MOST_PARTS = 63
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How attention is cut: rows and keys of a block, warps, loads under way, and programs that share the prefix."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# By the most rows that look at one head (`make step-gpu`, one H200).
+CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
 
 
 @triton.jit
@@ -93,21 +108,22 @@ def attend(
     suffix: tuple[Tensor, Tensor, Tensor],
     scale: float,
     *,
-    programs: int = _PROGRAMS,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
 
     `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
     the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
-    sees (B,). About so many `programs` share the prefix.
+    sees (B,).
     """
     (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
     batch, heads, _, size = q.shape
     kv_heads, tokens = newer.shape[1:3]
     rows = batch * heads // kv_heads
-    block = min(128, max(16, 1 << (rows - 1).bit_length()))
+    cut = cut or next(each for most, each in CUTS.items() if rows <= most)
+    block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
-    parts = min(max(1, programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // _KEYS))
+    parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
@@ -116,8 +132,8 @@ def attend(
     group = max(16, 1 << (heads // kv_heads - 1).bit_length())
     _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
         q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
-        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=group, BN=_KEYS,
-        num_warps=4 if block <= 32 else 8, num_stages=3,
+        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=group, BN=cut.keys,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     _joined[(batch * heads,)](
         found, seen, out, lse, parts + 1, batch * heads,

@@ -20,34 +20,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut: rows of the weight and entries of a row at once, warps, and loads that are under way."""
+    """How a product is cut: rows of the weight and entries of a row at once, warps, and loads that are under way.
+
+    If it is `swapped`, the weight stands left in the product, where Hopper's tensor cores take at least 64 rows.
+    """
 
     rows: int
     entries: int
     warps: int
     stages: int = 3
+    swapped: bool = False
 
 
 # By kind and by whether there is a single row: the tile that is best for all measured products of a kind together.
 TILES = {
     ("product", True): Tile(rows=16, entries=512, warps=2, stages=4),
-    ("product", False): Tile(rows=32, entries=128, warps=4, stages=5),
+    ("product", False): Tile(rows=64, entries=128, warps=4, stages=5, swapped=True),
     ("gated", True): Tile(rows=4, entries=1024, warps=4, stages=1),
-    ("gated", False): Tile(rows=64, entries=64, warps=4, stages=4),
+    ("gated", False): Tile(rows=64, entries=64, warps=4, stages=4, swapped=True),
 }
 # By kind, size and width as well, where another is measured to be better (`make step-gpu`, one H200, 1 and 32 rows).
 tuned: dict[tuple[str, int, int, bool], Tile] = {
     ("product", 4096, 4096, True): Tile(rows=4, entries=2048, warps=8, stages=1),
     ("product", 4096, 6144, True): Tile(rows=8, entries=1024, warps=4, stages=1),
-    ("product", 4096, 128256, True): Tile(rows=8, entries=1024, warps=4, stages=1),  # the only one that was tried
-    ("product", 4096, 6144, False): Tile(rows=64, entries=128, warps=4, stages=4),
-    ("gated", 4096, 14336, False): Tile(rows=64, entries=128, warps=8, stages=3),
+    ("product", 4096, 128256, True): Tile(rows=4, entries=2048, warps=8, stages=1),
 }
 
 
 @triton.jit
 def _one(
-    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, K: tl.constexpr, N: tl.constexpr,
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, n: tl.tensor, most: tl.tensor, K: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A row times some rows of a weight (BN,), in float32; the row is normalised on the way, if asked for."""
@@ -61,7 +63,7 @@ def _one(
             w = tl.load(places + first, eviction_policy="evict_first").to(tl.float32)
         else:
             own = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)
-            inside = (n[:, None] < N) & (first + k < K)
+            inside = (n[:, None] < most) & (first + k < K)
             w = tl.load(places + first, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if NORM:
             squares += own * own
@@ -75,53 +77,38 @@ def _one(
 
 @triton.jit
 def _many(
-    x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, K: tl.constexpr, N: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, m: tl.tensor, n: tl.tensor, rows: tl.tensor, most: tl.tensor, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Some rows times some rows of a weight (BM, BN), in float32."""
     k = tl.arange(0, BK)
-    lefts = x + m[:, None] * K + k[None, :]
-    rights = weight + n.to(tl.int64)[None, :] * K + k[:, None]
-    total = tl.zeros((BM, BN), tl.float32)
+    if SWAPPED:
+        lefts = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+        rights = x + m[None, :] * K + k[:, None]
+        total = tl.zeros((BN, BM), tl.float32)
+    else:
+        lefts = x + m[:, None] * K + k[None, :]
+        rights = weight + n.to(tl.int64)[None, :] * K + k[:, None]
+        total = tl.zeros((BM, BN), tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
-        if EVEN:
+        if SWAPPED:
+            if EVEN:
+                left = tl.load(lefts + first, eviction_policy="evict_first")
+                right = tl.load(rights + first, mask=m[None, :] < rows, other=0.0)
+            else:
+                inside = (n[:, None] < most) & (first + k[None, :] < K)
+                left = tl.load(lefts + first, mask=inside, other=0.0, eviction_policy="evict_first")
+                right = tl.load(rights + first, mask=(m[None, :] < rows) & (first + k[:, None] < K), other=0.0)
+        elif EVEN:
             left = tl.load(lefts + first, mask=m[:, None] < rows, other=0.0)
             right = tl.load(rights + first, eviction_policy="evict_first")
         else:
             left = tl.load(lefts + first, mask=(m[:, None] < rows) & (first + k[None, :] < K), other=0.0)
-            inside = (n[None, :] < N) & (first + k[:, None] < K)
+            inside = (n[None, :] < most) & (first + k[:, None] < K)
             right = tl.load(rights + first, mask=inside, other=0.0, eviction_policy="evict_first")
         total = tl.dot(left, right, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _block(
-    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, weight: tl.tensor, bias: tl.tensor, residual: tl.tensor,
-    out: tl.tensor, rows: tl.tensor, block: tl.tensor,
-    K: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
-) -> None:  # fmt: skip
-    """A block of one product, written to its columns of an output that is WIDTH wide, from column FIRST on."""
-    n = block * BN + tl.arange(0, BN)
-    if BM == 1:
-        found = _one(x, gain, eps, weight, n, K, N, BN, BK, STAGES, NORM, EVEN)
-        if BIAS:
-            found += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            found += tl.load(residual + FIRST + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(out + FIRST + n, found.to(out.dtype.element_ty), mask=n < N)
-    else:
-        m = tl.program_id(1) * BM + tl.arange(0, BM)
-        many = _many(x, weight, m, n, rows, K, N, BM, BN, BK, STAGES, EVEN)
-        real = (m[:, None] < rows) & (n[None, :] < N)
-        place = m[:, None] * WIDTH + FIRST + n[None, :]
-        if BIAS:
-            many += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if RESIDUAL:
-            many += tl.load(residual + place, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + place, many.to(out.dtype.element_ty), mask=real)
+    return total.trans() if SWAPPED else total
 
 
 @triton.jit
@@ -130,34 +117,37 @@ def _product(
     b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, residual: tl.tensor, out: tl.tensor, rows: tl.tensor,
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Up to three products of the same rows, one beside the other."""
+    """A block of up to three products of the same rows, one beside the other."""
+    WIDTH: tl.constexpr = N1 + N2 + N3
     block = tl.program_id(0)
-    width: tl.constexpr = N1 + N2 + N3
-    if N2 == 0:
-        _block(
-            x, gain, eps, w1, b1, residual, out, rows, block,
-            K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
-        )  # fmt: skip
-    else:
+    weight, bias, before, most = w1, b1, block * 0, block * 0 + N1
+    if N2 > 0:
         second = tl.cdiv(N1, BN)
         third = second + tl.cdiv(N2, BN)
-        if block < second:
-            _block(
-                x, gain, eps, w1, b1, residual, out, rows, block,
-                K, N1, 0, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
-            )  # fmt: skip
-        elif block < third:
-            _block(
-                x, gain, eps, w2, b2, residual, out, rows, block - second,
-                K, N2, N1, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
-            )  # fmt: skip
-        else:
-            _block(
-                x, gain, eps, w3, b3, residual, out, rows, block - third,
-                K, N3, N1 + N2, width, BM, BN, BK, STAGES, NORM, BIAS, RESIDUAL, EVEN,
-            )  # fmt: skip
+        if block >= third:
+            weight, bias, before, most, block = w3, b3, before + (N1 + N2), most * 0 + N3, block - third
+        elif block >= second:
+            weight, bias, before, most, block = w2, b2, before + N1, most * 0 + N2, block - second
+    n = block * BN + tl.arange(0, BN)
+    if BM == 1:
+        found = _one(x, gain, eps, weight, n, most, K, BN, BK, STAGES, NORM, EVEN)
+        if BIAS:
+            found += tl.load(bias + n, mask=n < most, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            found += tl.load(residual + before + n, mask=n < most, other=0.0).to(tl.float32)
+        tl.store(out + before + n, found.to(out.dtype.element_ty), mask=n < most)
+    else:
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        many = _many(x, weight, m, n, rows, most, K, BM, BN, BK, STAGES, EVEN, SWAPPED)
+        real = (m[:, None] < rows) & (n[None, :] < most)
+        place = m[:, None] * WIDTH + before + n[None, :]
+        if BIAS:
+            many += tl.load(bias + n, mask=n < most, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            many += tl.load(residual + place, mask=real, other=0.0).to(tl.float32)
+        tl.store(out + place, many.to(out.dtype.element_ty), mask=real)
 
 
 def product(
@@ -190,79 +180,102 @@ def product(
         K=size, N1=widths[0], N2=widths[1] if others else 0, N3=widths[2] if others else 0,
         BM=rows, BN=tile.rows, BK=_entries(tile, size), STAGES=tile.stages,
         NORM=norm is not None, BIAS=biased, RESIDUAL=residual is not None,
-        EVEN=_even(tile, size, widths), num_warps=tile.warps, num_stages=tile.stages,
+        EVEN=_even(tile, size, widths), SWAPPED=tile.swapped, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _gated(
-    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor, rows: tl.tensor,
-    K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr,
+def _gated_one(
+    x: tl.tensor, gain: tl.tensor, eps: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor,
+    K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`silu(x · gate) * (x · up)`."""
+    """`silu(x · gate) * (x · up)` of a single row, which is normalised on the way."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    if BM == 1:
-        line = k[None, :]
-        shift = n.to(tl.int64)[:, None] * K + line
-        left, right = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
-        squares = tl.zeros((1, BK), tl.float32)
-        for first in tl.range(0, K, BK, num_stages=STAGES):
-            own = tl.load(x + first + line, mask=first + line < K, other=0.0).to(tl.float32)
-            if EVEN:
-                g = tl.load(gate + shift + first, eviction_policy="evict_first")
-                u = tl.load(up + shift + first, eviction_policy="evict_first")
-            else:
-                inside = (n[:, None] < N) & (first + line < K)
-                g = tl.load(gate + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
-                u = tl.load(up + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
-            if NORM:
-                squares += own * own
-                own = own * tl.load(gain + first + line, mask=first + line < K, other=0.0).to(tl.float32)
-            left += g.to(tl.float32) * own
-            right += u.to(tl.float32) * own
-        one, two = tl.sum(left, 1), tl.sum(right, 1)
-        if NORM:
-            root = tl.sqrt(tl.sum(squares) / K + eps)
-            one, two = one / root, two / root
-        tl.store(out + n, (one / (1.0 + tl.exp(-one)) * two).to(out.dtype.element_ty), mask=n < N)
+    line = tl.arange(0, BK)[None, :]
+    shift = n.to(tl.int64)[:, None] * K + line
+    left, right = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BK), tl.float32)
+    squares = tl.zeros((1, BK), tl.float32)
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        own = tl.load(x + first + line, mask=first + line < K, other=0.0).to(tl.float32)
+        if EVEN:
+            g = tl.load(gate + shift + first, eviction_policy="evict_first")
+            u = tl.load(up + shift + first, eviction_policy="evict_first")
+        else:
+            inside = (n[:, None] < N) & (first + line < K)
+            g = tl.load(gate + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+            u = tl.load(up + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+        squares += own * own
+        own = own * tl.load(gain + first + line, mask=first + line < K, other=0.0).to(tl.float32)
+        left += g.to(tl.float32) * own
+        right += u.to(tl.float32) * own
+    root = tl.sqrt(tl.sum(squares) / K + eps)
+    one, two = tl.sum(left, 1) / root, tl.sum(right, 1) / root
+    tl.store(out + n, (one / (1.0 + tl.exp(-one)) * two).to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _gated_many(
+    x: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor, rows: tl.tensor,
+    K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+) -> None:  # fmt: skip
+    """`silu(x · gate) * (x · up)` of some rows that are normalised already."""
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    if SWAPPED:
+        places = x + m[None, :] * K + k[:, None]
+        shift = n.to(tl.int64)[:, None] * K + k[None, :]
+        a, b = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
     else:
-        m = tl.program_id(1) * BM + tl.arange(0, BM)
         places = x + m[:, None] * K + k[None, :]
         shift = n.to(tl.int64)[None, :] * K + k[:, None]
         a, b = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-        for first in tl.range(0, K, BK, num_stages=STAGES):
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        if SWAPPED:
+            row = tl.load(places + first, mask=(m[None, :] < rows) & (first + k[:, None] < K), other=0.0)
+            inside = (n[:, None] < N) & (first + k[None, :] < K)
+        else:
             row = tl.load(places + first, mask=(m[:, None] < rows) & (first + k[None, :] < K), other=0.0)
-            if EVEN:
-                g = tl.load(gate + shift + first, eviction_policy="evict_first")
-                u = tl.load(up + shift + first, eviction_policy="evict_first")
-            else:
-                inside = (n[None, :] < N) & (first + k[:, None] < K)
-                g = tl.load(gate + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
-                u = tl.load(up + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+            inside = (n[None, :] < N) & (first + k[:, None] < K)
+        if EVEN:
+            g = tl.load(gate + shift + first, eviction_policy="evict_first")
+            u = tl.load(up + shift + first, eviction_policy="evict_first")
+        else:
+            g = tl.load(gate + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+            u = tl.load(up + shift + first, mask=inside, other=0.0, eviction_policy="evict_first")
+        if SWAPPED:
+            a = tl.dot(g, row, a, input_precision="ieee")
+            b = tl.dot(u, row, b, input_precision="ieee")
+        else:
             a = tl.dot(row, g, a, input_precision="ieee")
             b = tl.dot(row, u, b, input_precision="ieee")
-        real = (m[:, None] < rows) & (n[None, :] < N)
-        tl.store(out + m[:, None] * N + n[None, :], (a / (1.0 + tl.exp(-a)) * b).to(out.dtype.element_ty), mask=real)
+    found = a / (1.0 + tl.exp(-a)) * b
+    if SWAPPED:
+        found = found.trans()
+    real = (m[:, None] < rows) & (n[None, :] < N)
+    tl.store(out + m[:, None] * N + n[None, :], found.to(out.dtype.element_ty), mask=real)
 
 
 def gated(x: Tensor, gate: Tensor, up: Tensor, *, norm: tuple[Tensor, float], tile: Tile | None = None) -> Tensor:
     """`silu(x @ gate.T) * (x @ up.T)` (M, N) of rows (M, K) that are normalised with gain (K,) and epsilon before."""
-    alone = len(x) == 1
-    if not alone:
-        x = normed(x, *norm)[1]
     count, size = x.shape
     width = len(gate)
     out = x.new_empty(count, width)
     tile = tile or _tile("gated", size, width, count)
-    rows = _rows(count)
-    _gated[(triton.cdiv(width, tile.rows), triton.cdiv(count, rows))](
-        x, *norm, gate, up, out, count, K=size, N=width, BM=rows, BN=tile.rows, BK=_entries(tile, size),
-        STAGES=tile.stages, NORM=alone, EVEN=_even(tile, size, [width]), num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+    blocks, entries = triton.cdiv(width, tile.rows), _entries(tile, size)
+    even = _even(tile, size, [width])
+    if count == 1:
+        _gated_one[(blocks,)](
+            x, *norm, gate, up, out, K=size, N=width, BN=tile.rows, BK=entries, STAGES=tile.stages, EVEN=even,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    else:
+        rows = _rows(count)
+        _gated_many[(blocks, triton.cdiv(count, rows))](
+            normed(x, *norm)[1], gate, up, out, count, K=size, N=width, BM=rows, BN=tile.rows, BK=entries,
+            STAGES=tile.stages, EVEN=even, SWAPPED=tile.swapped, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out
 
 

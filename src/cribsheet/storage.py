@@ -22,14 +22,13 @@ from torch import Tensor
 
 from cribsheet.errors import SheetError
 from cribsheet.selection import ABSENT
-from cribsheet.sheet import FORMAT_VERSION, Manifest, Sheet, mean_kept, segment_bounds
-from cribsheet.stored import StoredLayer
+from cribsheet.sheet import FORMATS, Manifest, Sheet, format_of, mean_kept, segment_bounds
+from cribsheet.stored import StoredLayer, parts_of
 from cribsheet.task import Task
 
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
-_PARTS = ("keys", "values", "key_scales", "value_scales")
 
 
 def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
@@ -43,10 +42,7 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     tensors: dict[str, Tensor] = {"indices": sheet.indices, "origins": sheet.origins}
     for number, layer in enumerate(sheet.layers):
-        for part in _PARTS:
-            tensor = getattr(layer, part)
-            if tensor is not None:
-                tensors[f"layers.{number}.{part}"] = tensor
+        tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.tensors().items()}
     if texts and sheet.texts:
         encoded = json.dumps(list(sheet.texts), ensure_ascii=False).encode()
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -67,12 +63,13 @@ def load(path: str | Path) -> Sheet:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    parts = _PARTS if manifest.dtype == "int8" else _PARTS[:2]
     indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
     windows, kept = manifest.fingerprint.windows, _kept(indices)
     layers = [
         StoredLayer(
-            **{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts}, window=window, counts=counts
+            **{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts_of(manifest.dtype)},
+            window=window,
+            counts=counts,
         )
         for number, (window, counts) in enumerate(zip(windows, _counts(kept, windows), strict=True))
     ]
@@ -124,13 +121,15 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         raw: dict[str, Any] = json.loads(metadata[_MANIFEST], object_pairs_hook=_unique)
         json.dumps(raw, ensure_ascii=False).encode()  # escapes may stand for what is no text
-        if raw.get("format") != FORMAT_VERSION:
+        if raw.get("format") not in FORMATS:
             raise SheetError(
                 f"{str(path)!r} has sheet format {raw.get('format')!r}, but this version reads format "
-                f"{FORMAT_VERSION}; build the sheet again or use the cribsheet version that made it "
+                f"{' and '.join(map(str, FORMATS))}; build the sheet again or use the cribsheet version that made it "
                 f"({raw.get('cribsheet', 'unknown')})."
             )
         manifest = Manifest.model_validate(raw)
+        if manifest.format != format_of(manifest.dtype):
+            raise ValueError(f"sheets in {manifest.dtype} have another format than {manifest.format}")
         Task.from_dict(manifest.task)
         if not all(document.id.strip() for document in manifest.documents):
             raise ValueError("a document has no id")
@@ -183,11 +182,7 @@ def _check_shapes(
     for layer in layers if sound else ():
         tokens = _held(manifest, layer, next(longest) if layer.window is None else indices.shape[-1])
         vectors = (sum(layer.counts),) if layer.counts else (made.kv_heads, tokens)
-        for half in (layer.keys, layer.values):
-            sound = sound and half.shape == (*vectors, made.head_size)
-            sound = sound and half.dtype == getattr(torch, manifest.dtype)
-        for scales in (layer.key_scales, layer.value_scales):
-            sound = sound and (scales is None or scales.shape == vectors)
+        sound = sound and layer.is_sound(vectors, made.head_size, manifest.dtype)
     sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
     if not sound:
         raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -111,16 +110,15 @@ def held(reference):
     return scores
 
 
-def recall(view, weights, repeated=0.3):
+def recall(view, weights):
     """As `task_peak`, with the rows that repeat the chunk counting less, and for the tokens that they repeat alone."""
     counted = torch.ones(T, S)
-    counted[T - REPEATED :] = torch.tensor([repeated if token >= S - REPEATED else 0.0 for token in range(S)])
+    counted[T - REPEATED :] = torch.tensor([0.3 if token >= S - REPEATED else 0.0 for token in range(S)])
     return task_peak(view, weights * counted)
 
 
 REFERENCES = {
     "recall": held(recall),
-    "recall-even": held(partial(recall, repeated=1.0)),
     "recall-notes": held(recall),
     "notes": held(task),
     "notes-peak": held(task_peak),
@@ -131,6 +129,15 @@ REFERENCES = {
     "key-norm": key_norm,
     "recent": recent,
 }
+
+
+def test_the_needs_of_recall_are_what_stands_before_the_repetition_and_the_repetition_at_full_weight(scene):
+    told, again = torch.ones(T, S), torch.zeros(T, S)
+    told[T - REPEATED :] = 0
+    again[T - REPEATED :, S - REPEATED :] = 1
+    needs = make_scorer("recall")[1].needs(scene.view)
+    expected = [held(task_peak)(scene.view, scene.weights * rows) for rows in (told, again)]
+    torch.testing.assert_close(needs.double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_every_scorer_of_the_table_has_a_reference_here():
@@ -243,8 +250,7 @@ def test_a_token_the_task_looks_at_is_kept(scene, name):
 
 def test_an_unknown_scorer_is_refused_with_the_names_that_exist():
     with pytest.raises(
-        CribsheetError,
-        match=r"There is no scorer 'tasks'; use one of recall, recall-even, recall-notes, notes, notes-peak, task,",
+        CribsheetError, match=r"There is no scorer 'tasks'; use one of recall, recall-notes, notes, notes-peak, task,"
     ):
         make_scorer("tasks")
 

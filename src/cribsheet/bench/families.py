@@ -31,6 +31,7 @@ Maker = Callable[["Wanted"], Iterator[Case]]
 
 _PATIENCE = 60  # worlds drawn for one that fits
 _FEW, _MANY = 10, 12  # needles in prose, and needles that distract from each other
+_APART = 400  # tokens for each needle of a long text
 _LEVELS = (1, 2, 4)  # projects of each person
 
 
@@ -83,10 +84,11 @@ def _worlds(wanted: Wanted) -> Iterator[Case]:
 
 
 def _needle(wanted: Wanted) -> Iterator[Case]:
-    """Few needles in prose, one value each."""
+    """Few needles in prose, one value each; in long texts no more for their length than in short ones."""
+    most = max(_FEW, wanted.tokens // _APART)
     for world in _drawn(wanted, "needles", filler=True):
         asked = _once(q for q in world.questions if q.kind == "needle")
-        if len(asked) <= _FEW and all(len(q.answers) == 1 for q in asked):
+        if len(asked) <= most and all(len(q.answers) == 1 for q in asked):
             yield from _cases(world, asked, examples=2, least=2)
 
 

@@ -88,6 +88,8 @@ def build_costs(model: LoadedModel, case: Case, methods: Sequence[Method], rate:
             guide=method.guide,
             allocation=method.allocation,
             correction=method.correction,
+            dtype=method.dtype,
+            chunk_tokens=method.chunk_tokens,
         )
 
     plain()

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rich.console import Console
 from cribsheet.bench import peers
 from cribsheet.bench.case import Case, Row, judged
 from cribsheet.bench.families import FAMILIES, Wanted, held_out_cases, make_cases
+from cribsheet.bench.peers_runner import WAYS
 from cribsheet.bench.quality_page import page, print_table, summary
 from cribsheet.bench.several import Sheets
 from cribsheet.bench.versions import versions
@@ -36,6 +39,7 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
 from cribsheet.selection import Allocation
+from cribsheet.stored import StorageDtype
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
@@ -46,9 +50,10 @@ logger = logging.getLogger(__name__)
 FULL, CLOSED = "full context", "closed book"
 _FLAGS = {
     "model": "model", "family": "families", "cases": "cases", "questions": "questions", "tokens": "tokens",
-    "rate": "rates", "method": "methods", "seed": "seeds", "text": "text", "peers": "peers", "threads": "threads",
+    "rate": "rates", "method": "methods", "seed": "seeds", "text": "text", "peers": "peers", "press": "presses",
+    "threads": "threads", "jobs": "jobs",
 }  # fmt: skip
-_CASES = ("families", "cases", "tokens", "seeds")  # what a case is named by; a run may go on with more of them
+_FREE = ("families", "cases", "tokens", "seeds", "jobs")  # what names a case, and processes: a run goes on with others
 RATES = (4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -57,7 +62,8 @@ class Method:
     """A way to condense: which scorer, with which guide, and whether the guide stays.
 
     Without a scorer it is what the library does by default. A `query_aware` one is guided by the very questions and
-    answers: no user can, so it is a ceiling.
+    answers: no user can, so it is a ceiling. One in int8 or int4 keeps as many tokens as
+    fit the bytes that its rate leaves of a 16-bit cache.
     """
 
     name: str
@@ -67,6 +73,8 @@ class Method:
     allocation: Allocation | None = None
     query_aware: bool = False
     correction: Correction = "none"
+    dtype: StorageDtype | None = None
+    chunk_tokens: int | None = None
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""
@@ -77,13 +85,18 @@ class Method:
 
 METHODS = (
     Method("default", guide="auto"),
+    Method("default, 16-bit", guide="auto", dtype="bfloat16"),
+    Method("default, chunks of 512", guide="auto", chunk_tokens=512),
+    Method("default, chunks of 1024", guide="auto", chunk_tokens=1024),
+    Method("default, int8", guide="auto", dtype="int8"),
+    Method("default, int4", guide="auto", dtype="int4"),
     Method("zero-effort", examples=False, guide="auto"),
+    Method("zero-effort, int4", examples=False, guide="auto", dtype="int4"),
     Method("query-aware", "task-peak", allocation="adaptive", query_aware=True),
     Method("few-shot, recall", "recall", allocation="adaptive"),
     Method("few-shot, recall with notes", "recall-notes", allocation="adaptive"),
-    Method("few-shot, refit", correction="refit"),
-    Method("few-shot, recall, refit", "recall", correction="refit"),
-    Method("few-shot, recall-even", "recall-even"),
+    Method("few-shot, recall, refit", "recall", allocation="adaptive", correction="refit"),
+    Method("few-shot, recall with notes, int4", "recall-notes", allocation="adaptive", dtype="int4"),
     Method("zero-shot, recall", "recall", examples=False, allocation="adaptive"),
     Method("few-shot, notes, adaptive", "notes-peak", allocation="adaptive"),
     Method("reconstruction, adaptive", "reconstruction", allocation="adaptive"),
@@ -102,8 +115,8 @@ METHODS = (
 
 NAMES = tuple(method.name for method in METHODS)
 USUAL = (
-    "default", "zero-effort", "query-aware", "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot",
-    "finch", "start + recent", "random",
+    "default", "default, 16-bit", "default, int8", "default, int4", "zero-effort", "zero-effort, int4", "query-aware",
+    "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot", "finch", "start + recent", "random",
 )  # fmt: skip
 
 
@@ -121,7 +134,9 @@ class Options:
     questions: int = 4
     text: Path | None = None
     peers: Path | None = None
+    presses: tuple[str, ...] = tuple(WAYS)
     threads: int = 1
+    jobs: int = 1
 
 
 def command(options: Options) -> str:
@@ -142,6 +157,9 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     for name in options.methods:
         if name not in NAMES:
             raise RequestError(f"There is no method {name!r}; use {', '.join(NAMES)}.")
+    for name in options.presses:
+        if name not in WAYS:
+            raise RequestError(f"There is no press {name!r}; use {', '.join(WAYS)}.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(options.threads)
     model = LoadedModel.get(options.model)
@@ -154,20 +172,19 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     ]
     result = _before(file, setup(model, options), {case.name for case in cases})
     rows = [Row(**row) for row in result["rows"]]
-    chosen = [m for m in METHODS if m.name in options.methods]
-    for case in cases:
-        if case.name not in result["done"]:
-            began = time.perf_counter()
-            rows += _case_rows(model, case, chosen, options, result["peers"])
-            result["done"].append(case.name)
-            result["seconds"] += round(time.perf_counter() - began, 1)
-            _write(
-                file,
-                {
-                    **{key: result[key] for key in ("setup", "seconds", "done", "peers")},
-                    "rows": [asdict(row) for row in rows],
-                },
-            )
+    began = time.perf_counter()
+    for case, more, told in _measured([case for case in cases if case.name not in result["done"]], options):
+        rows += more
+        result["peers"]["failed"] += told["failed"]
+        result["peers"]["same"] += told["same"]
+        result["done"].append(case.name)
+        logger.info("%d of %d cases done", len(result["done"]), len(cases))
+        result["seconds"] += round(time.perf_counter() - began, 1)
+        began = time.perf_counter()
+        kept = {key: result[key] for key in ("setup", "seconds", "done", "peers")}
+        _write(file, {**kept, "rows": [asdict(row) for row in rows]})
+    order = {case.name: number for number, case in enumerate(cases)}
+    rows.sort(key=lambda row: order[row.case])
     if options.peers:
         result["peers"] |= peers.report(options.peers, model, cases, options.rates)
     result |= {"command": command(options), "lines": summary(rows), "rows": [asdict(row) for row in rows]}
@@ -178,18 +195,27 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     return result
 
 
-def _case_rows(
-    model: LoadedModel, case: Case, methods: Sequence[Method], options: Options, told: dict[str, Any]
-) -> list[Row]:
-    """Rows of a case by our methods and by the peers, whose failures are told."""
-    rows = list(measure(model, [case], methods, options.rates))
+def _measured(cases: Sequence[Case], options: Options) -> Iterator[tuple[Case, list[Row], dict[str, Any]]]:
+    """Rows of each case by our methods and by the peers, whose failures are told; in processes if there are several."""
+    if options.jobs == 1:
+        yield from ((case, *_case_rows(case, options)) for case in cases)
+        return
+    spawning = multiprocessing.get_context("spawn")  # a fork would share the model's threads
+    with ProcessPoolExecutor(options.jobs, mp_context=spawning) as pool:
+        waiting = {pool.submit(_case_rows, case, options): case for case in cases}
+        for done in as_completed(waiting):
+            yield (waiting[done], *done.result())
+
+
+def _case_rows(case: Case, options: Options) -> tuple[list[Row], dict[str, Any]]:
+    torch.set_num_threads(options.threads)
+    model = LoadedModel.get(options.model)
+    rows = list(measure(model, [case], [m for m in METHODS if m.name in options.methods], options.rates))
     full = [row for row in rows if row.method == FULL]
-    if options.peers and any(row.retained for row in full):
-        found = peers.ask(options.peers, model, case, options.rates, full)
-        rows += found.rows
-        told["failed"] += found.failed
-        told["same"] += found.same
-    return rows
+    if not options.peers or not any(row.retained for row in full):
+        return rows, {"failed": [], "same": []}
+    found = peers.ask(options.peers, model, case, options.rates, full, options.presses)
+    return rows + found.rows, {"failed": found.failed, "same": found.same}
 
 
 def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[str, Any]:
@@ -201,7 +227,7 @@ def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[st
     before, now = found["setup"], json.loads(json.dumps(made))
     finished = "lines" in found and before == now
     alike = cases.issuperset(found["done"]) and all(
-        before.get(key) == value for key, value in now.items() if key not in _CASES
+        before.get(key) == value for key, value in now.items() if key not in _FREE
     )
     return {**found, "setup": made} if alike and not finished else fresh
 
@@ -251,14 +277,15 @@ def setup(model: LoadedModel, arguments: object) -> dict[str, Any]:
 def _answers(
     model: LoadedModel, sheets: Sheets, case: Case, method: Method, rate: float, right: Sequence[bool] | None = None
 ) -> list[Row]:
-    sheet = sheets.build(
-        method.task(case),
-        rate,
-        scorer=method.scorer,
-        guide=method.guide,
-        allocation=method.allocation,
-        correction=method.correction,
-    )
+    how: dict[str, Any] = {"scorer": method.scorer, "guide": method.guide, "allocation": method.allocation}
+    if method.correction != "none":
+        how["correction"] = method.correction
+    if method.chunk_tokens:
+        how["chunk_tokens"] = method.chunk_tokens
+    if method.dtype in ("int8", "int4"):
+        sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
+    else:
+        sheet = sheets.build(method.task(case), rate, dtype=method.dtype, **how)
     kb = CompressedKnowledgeLLM(model, sheet)
     most = case.most_tokens(model.backbone.tokenizer)
     streams = [kb.stream(question, max_tokens=most, evidence=False) for question in case.questions]

@@ -12,6 +12,7 @@ from cribsheet.bench.case import Row
 from cribsheet.bench.metrics import clustered_interval
 
 ALL = "all"  # the family that stands for every family
+STORED = (", 16-bit", ", int8", ", int4")  # how names of methods end that store in another type than they compute in
 Lines = dict[tuple[str, float, str], dict[str, Any]]
 
 
@@ -74,6 +75,7 @@ def page(result: dict[str, Any]) -> str:
         ),
         "## All families together\n\nShare of the questions that full context answers, with its 95 % interval.\n",
         _overall(result, rates),
+        _equal_bytes(result, rates),
         *(f"## At {rate:g}×\n\n{_at(result, rate)}" for rate in rates),
         _peers_part(result),
         "Setup: "
@@ -91,6 +93,10 @@ How much of what full context answers survives compression, at {rates} times few
 A guide's examples name other people and things than the questions do. Budgets count what is kept of the guide.
 *Default* is what `build` does with a description and three or four examples; *zero-effort* has the description only;
 *query-aware* is guided by the very questions and their answers, which no user can.
+
+Rates are of tokens, and so of bytes, at 16 bits a number: *KiB* counts what is computed in 32 bits as 16, presses too.
+What is stored in *int8* or *int4* keeps as many tokens as fit the bytes that the others take at that rate, so methods
+compare at equal tokens without these rows and at equal bytes with them. *16-bit* is stored in bfloat16.
 
 ```sh
 {command}
@@ -140,17 +146,40 @@ def _overall(result: dict[str, Any], rates: Sequence[float]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _equal_bytes(result: dict[str, Any], rates: Sequence[float]) -> str:
+    """Tokens that fit the bytes of each rate by storage type, what they retain, and the press that retains most."""
+    lines, methods = _indexed(result), _methods(result)
+    stored = [method for method in methods if method.endswith(STORED)]
+    presses = [method for method in methods if method.startswith("kvpress")]
+    if not stored:
+        return ""
+    shown = [*stored, *(["the best press"] if presses else [])]
+    rows = ["## At equal bytes\n", "Tokens of a head that fit, and the share retained.\n"]
+    rows += [f"| bytes of | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
+    for rate in rates:
+        found = [lines.get((method, rate, ALL)) for method in stored]
+        cells = [f"{line['tokens']:.0f}: {line['retained']:.2f}" if line else "–" for line in found]
+        asked = [line for method in presses if (line := lines.get((method, rate, ALL)))]
+        if asked:
+            best = max(asked, key=lambda line: line["retained"])
+            cells.append(f"{best['tokens']:.0f}: {best['retained']:.2f} ({best['method'].removeprefix('kvpress ')})")
+        rows.append(f"| {rate:g}×, 16-bit | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def _at(result: dict[str, Any], rate: float) -> str:
     """Sizes and families of all methods at one rate; a number in brackets says that fewer questions were asked."""
     lines = _indexed(result)
+    is_wide = result["setup"]["dtype"] == "torch.float32"
     families = [name for name in _families(result)[1:] if lines["full context", 1.0, name]["retained_n"]]
     rows = [f"| method | tokens | KiB | {' | '.join(families)} |", f"|---|---|---|{'---|' * len(families)}"]
     for method in _methods(result):
         own = lines.get((method, rate, ALL))
         if own:
-            held = f" ({own['held'] / 1024:,.0f} held)" if own["held"] > 1.01 * own["bytes"] else ""
+            half = 2048 if is_wide and not method.endswith(STORED) else 1024  # bytes of a KiB at 16 bits a number
+            held = f" ({own['held'] / half:,.0f} held)" if own["held"] > 1.01 * own["bytes"] else ""
             cells = [_share(lines.get((method, rate, name)), lines["full context", 1.0, name]) for name in families]
-            rows.append(f"| {method} | {own['tokens']:.0f} | {own['bytes'] / 1024:,.0f}{held} | {' | '.join(cells)} |")
+            rows.append(f"| {method} | {own['tokens']:.0f} | {own['bytes'] / half:,.0f}{held} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -6,19 +6,23 @@ budget. The sheets are those of `build_sheet`, bit for bit.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
-from cribsheet.chunks import Chunk
+from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading
 from cribsheet.correction import Correction
 from cribsheet.documents import Document
+from cribsheet.errors import BudgetError
+from cribsheet.forecast import kept_bytes
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.selection import Allocation
 from cribsheet.sheet import Sheet
+from cribsheet.stored import StorageDtype
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
 
@@ -47,19 +51,39 @@ class Sheets:
         self._layout = ChatLayout(backbone.tokenizer)
         self._found: dict[Any, list[ReadingLayer]] = {}
 
+    def fitted(self, task: Task, rate: float, *, dtype: StorageDtype, **how: Any) -> Sheet:
+        """A sheet with as many tokens as fit the bytes of a sheet of 16-bit numbers at that rate, or hardly fewer.
+
+        `how` are the keyword arguments of `build`.
+        """
+        head = self._layout.head(task.instruction)
+        whole = len(TokenizedCorpus.build(self._documents, head, self._layout.encoder))
+        most = kept_bytes(self._backbone, int(whole / rate), "float16")
+        budget = bisect_right(range(whole + 1), most, key=lambda size: kept_bytes(self._backbone, size, dtype)) - 1
+        while budget > 0:
+            sheet = self.build(task, budget=budget, dtype=dtype, **how)
+            over = sheet.nbytes - most
+            if over <= 0:
+                return sheet
+            budget -= max(1, int(over / sheet.nbytes * budget))
+        raise BudgetError(f"No token fits the {most} bytes of a 16-bit sheet at {rate:g}x.")
+
     def build(
         self,
         task: Task,
-        rate: float,
+        rate: float | None = None,
         *,
+        budget: int | None = None,
         scorer: str | None = None,
         guide: GuideMode = "auto",
         allocation: Allocation | None = None,
         correction: Correction = "none",
+        dtype: StorageDtype | None = None,
+        chunk_tokens: int | None = None,
     ) -> Sheet:
         """The sheet that `build_sheet` makes with these arguments."""
-        name, shared = resolve_defaults(scorer, allocation, correction)
-        budgets = Budgets(rate, guide=guide, allocation=shared, correction=correction)
+        name, shared = resolve_defaults(scorer, allocation)
+        budgets = Budgets(rate, budget, guide, chunk_tokens, shared, correction)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
-        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)))
+        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)

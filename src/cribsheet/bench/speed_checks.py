@@ -60,7 +60,7 @@ def attention_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
             whole = [each.float().expand(batch, -1, -1, -1) for each in (k, v)]
             note(f"shared {batch}x{rows} {size}", shared, attend_plain(q.float(), *whole, scale=scale))
             absent = torch.arange(5000, device=device) < torch.tensor([[0], [3100]], device=device)
-            ragged = LayerPrefix.of(k, v, absent)
+            ragged = LayerPrefix.of(k, v, (~absent).sum(-1).tolist())
             mask = ~absent.repeat_interleave(4, 0)[None, :, None]
             wanted = attend_plain(q.float(), *whole, scale=scale, mask=mask)
             note(f"ragged {batch}x{rows} {size}", ragged.attend(q, scale), wanted)

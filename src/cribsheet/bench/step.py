@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cribsheet import lean
+from cribsheet import lean, lean_read
 from cribsheet.backbone import Backbone, Linear, PlainParts, plain_parts
 from cribsheet.batch import Rows, SlotLayer
 from cribsheet.bench.speed_setting import SHAPES, Setting, make_setting
@@ -293,12 +293,15 @@ def families(setting: Setting, found: Found) -> None:
     found.fact("the model is plain", plain_parts(setting.backbone) is not None)
     setting.backbone.lean = None
     found.fact("the model passed its check", lean.find(setting.backbone) is not None)
+    found.fact("so did reads", lean_read.find(setting.backbone) is not None)
     for family in ("qwen3", "mistral"):
         backbone = tiny_backbone(family, dtype=torch.bfloat16, head_dim=32)
         backbone.model.to(setting.device)
         small = lean.made(backbone)
         assert small is not None
-        found.fact(f"errors, {family}", lean.errors(backbone, small))
+        read = lean_read.made(backbone)
+        assert read is not None
+        found.fact(f"errors, {family}", lean.errors(backbone, small) | lean_read.errors(backbone, read))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

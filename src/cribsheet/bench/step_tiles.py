@@ -14,17 +14,30 @@ from cribsheet.bench.speed_setting import Setting
 from cribsheet.bench.step_clock import graphed, timed
 from cribsheet.prefix import Prefix
 
-_TILES = {  # rows of the weight, entries, warps, stages; by kind and by whether there is a single row
+_TILES: dict[tuple[str, bool], list[tuple[int, ...]]] = {  # as in `Tile`; by kind and by whether there is a single row
     ("product", True): [
         (4, 1024, 4, 1), (8, 1024, 4, 1), (16, 1024, 4, 1), (4, 2048, 8, 1), (16, 512, 2, 1), (8, 1024, 4, 3),
         (16, 512, 2, 4),
     ],
     ("product", False): [
-        (16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 4),
+        (16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3), (64, 128, 4, 4), (64, 64, 4, 6), (64, 128, 4, 5, True),
+        (64, 64, 4, 6, True), (64, 256, 4, 3, True), (64, 128, 8, 4, True), (64, 128, 4, 4, True),
+        (64, 128, 8, 5, True), (128, 64, 8, 6, True), (32, 256, 4, 4, True),
     ],
     ("gated", True): [(2, 1024, 4, 1), (4, 1024, 4, 1), (8, 1024, 4, 1), (8, 512, 2, 1), (4, 1024, 4, 3)],
-    ("gated", False): [(16, 128, 4, 4), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 8, 3)],
+    ("gated", False): [
+        (16, 128, 4, 4), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 8, 3), (64, 64, 4, 4, True), (64, 64, 4, 5, True),
+        (64, 128, 4, 3, True),
+    ],
 }  # fmt: skip
+_CUTS = [  # as in `Cut`
+    (rows, keys, warps, stages, programs)
+    for rows, keys, warps, stages in (
+        (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 4, 3), (128, 128, 8, 3),
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 4), (64, 64, 8, 3),
+    )
+    for programs in (66, 132, 264)
+]  # fmt: skip
 Fact = Callable[[str, Any], None]
 
 
@@ -46,7 +59,7 @@ def tiles(setting: Setting, fact: Fact, size: int) -> None:
 @torch.no_grad()
 def parts(setting: Setting, fact: Fact, prefix: Prefix, size: int) -> None:
     """Attention of so many answers over a uniform prefix, all layers one after the other, by programs that share it."""
-    from cribsheet.step_attention import attend
+    from cribsheet.step_attention import CUTS, Cut, attend
 
     backbone, layers = setting.backbone, prefix.layers
     like = layers[0].keys
@@ -54,13 +67,20 @@ def parts(setting: Setting, fact: Fact, prefix: Prefix, size: int) -> None:
     newer = torch.randn(size, backbone.kv_heads, 256, backbone.head_size).to(like)
     suffix = newer, newer, torch.full((size,), 40, device=like.device)
 
-    def ours(programs: int) -> None:
+    def ours(cut: Cut) -> None:
         for layer in layers:
             whole = layer.keys.flatten(0, 1), layer.values.flatten(0, 1), layer.starts, layer.longest
-            attend(q, whole, suffix, backbone.scale, programs=programs)
+            attend(q, whole, suffix, backbone.scale, cut=cut)
 
     moved = sum(2 * layer.keys.nbytes for layer in layers)
-    line = [f"{programs} programs {_rate(setting, partial(ours, programs), moved)}" for programs in (66, 132, 264, 528)]
+    rows = size * backbone.num_heads // backbone.kv_heads
+    most = next(most for most in CUTS if rows <= most)
+    line, best = [], 0.0
+    for sizes in _CUTS:
+        rate = _tried(setting, partial(ours, Cut(*sizes)), moved)
+        line.append(f"{sizes} {rate}")
+        if isinstance(rate, float) and rate > best:
+            best, CUTS[most] = rate, Cut(*sizes)
     fact(f"TB/s, attention, {size} answers", " | ".join(line))
 
 
@@ -125,16 +145,20 @@ def _compare(
 
     line, best = [f"torch {_rate(setting, by_torch, moved)}"], 0.0
     for sizes in _TILES[key[0], key[3]]:
-        tile = Tile(*sizes)
-        try:
-            rate = _rate(setting, partial(ours, tile), moved)
-        except Exception as failure:  # a tile that needs more memory than there is, say
-            line.append(f"{sizes} {type(failure).__name__}")
-            continue
+        tile = Tile(*sizes)  # type: ignore[arg-type]
+        rate = _tried(setting, partial(ours, tile), moved)
         line.append(f"{sizes} {rate}")
-        if rate > best:
+        if isinstance(rate, float) and rate > best:
             best, tuned[key] = rate, tile
     fact(f"TB/s, {name}", " | ".join(line))
+
+
+def _tried(setting: Setting, run: Callable[[], Any], moved: int) -> float | str:
+    """Bytes a second, or why not: a tile may need more memory than there is."""
+    try:
+        return _rate(setting, run, moved)
+    except Exception as failure:
+        return type(failure).__name__
 
 
 def _rate(setting: Setting, run: Callable[[], Any], moved: int) -> float:

@@ -72,7 +72,11 @@ def quality(
     peers: Annotated[
         Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress; its presses are asked too.")
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N")] = 1,
+    presses: Annotated[
+        list[str] | None, typer.Option("--press", metavar="NAME", help="Of the peers; repeatable.  [default: all]")
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", help="Of each process.")] = 1,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes, each with a case of its own.")] = 1,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there, and a page beside it.")
     ] = None,
@@ -83,8 +87,15 @@ def quality(
     quiet_libraries()
     from cribsheet.bench.quality import Options, run
 
-    lists = {"families": families, "tokens": tokens, "rates": rates, "methods": methods, "seeds": seeds}
+    lists = {
+        "families": families,
+        "tokens": tokens,
+        "rates": rates,
+        "methods": methods,
+        "seeds": seeds,
+        "presses": presses,
+    }
     given = {name: tuple(values) for name, values in lists.items() if values}
-    counts = {"cases": cases, "questions": questions, "threads": threads}
+    counts = {"cases": cases, "questions": questions, "threads": threads, "jobs": jobs}
     run(Options(model=model, text=text, peers=peers, **counts, **given), file=as_json)  # type: ignore[arg-type]
     return 0

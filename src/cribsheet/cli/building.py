@@ -36,7 +36,7 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="recall (default; recall-even with a correction), recall-notes, notes, notes-peak, task, task-peak, "
+            help="recall (default), recall-notes, notes, notes-peak, task, task-peak, "
             "finch, reconstruction, key-norm, recent or random.",
         ),
     ] = None,
@@ -54,7 +54,7 @@ def build(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")
     ] = None,
     storage_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "int8"] | None,
+        Literal["float32", "bfloat16", "float16", "int8", "int4"] | None,
         typer.Option(help="Type of the stored keys and values; the model's by default."),
     ] = None,
     revision: Revision = None,

@@ -11,7 +11,7 @@ from cribsheet.errors import CribsheetError
 from cribsheet.scoring.finch import Finch
 from cribsheet.scoring.floors import KeyNorm, Random, Recent
 from cribsheet.scoring.notes_attention import NotesAttention, NotesPeak
-from cribsheet.scoring.recall import Recall, RecallEven, RecallNotes
+from cribsheet.scoring.recall import Recall, RecallNotes
 from cribsheet.scoring.reconstruction import Reconstruction
 from cribsheet.scoring.task_attention import TaskAttention, TaskPeak
 from cribsheet.scoring.view import LayerView, Scorer
@@ -20,7 +20,6 @@ __all__ = ["SCORERS", "LayerView", "Scorer", "make_scorer"]
 
 SCORERS: dict[str, Callable[[], Scorer]] = {
     "recall": Recall,
-    "recall-even": RecallEven,
     "recall-notes": RecallNotes,
     "notes": NotesAttention,
     "notes-peak": NotesPeak,

@@ -2,13 +2,15 @@
 
 A repetition (in the manner of KVzip, arXiv 2505.23416) leaves nothing out but knows no task; task and examples know
 what is asked but look at what they name themselves. Both are read as the guide's rows, and a token counts by the row
-that needs it most; rows of the repetition count less, so that they decide about what is left over.
+that needs it most; rows of the repetition count less, so that they decide about what is left over. Where both are
+spread over heads, they need not.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,39 +22,42 @@ REPEATED = 0.3  # what a row of the repetition counts
 _BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
 
 
-class Recall:
-    """Largest attention of a row of task, examples and, counting less, the repeated chunk, times value norm.
+class RecallNotes:
+    """Largest attention of a row of task, notes, examples and, counting less, the repeated chunk, times value norm.
 
     A row of the repetition counts for the tokens about the one that it repeats: that is where a token is copied from,
-    and all other products of rows and tokens need not be made.
+    and all other products of rows and tokens need not be made. The notes are those of CacheNotes (EACL 2026).
     """
 
-    guide: ClassVar[Guide] = "task and repeat"
+    guide: ClassVar[Guide] = "notes and repeat"
     pins_head: ClassVar[bool] = True
-    repeated: ClassVar[float] = REPEATED
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
-        asked, old = view.queries.shape[1] - view.repeated, view.keys.shape[1] - view.repeated
-        queries, lse = view.queries[:, :asked], view.lse[:, :asked]
-        peak = column_peak(queries, view.keys, lse, scale=view.scale, softcap=view.softcap)
-        peak[:, old:] = peak[:, old:].maximum(self.repeated * copied(view))
-        return carried_on(max_over_group(peak, view) * value_norm(view), view)
+        peak, again = peaks(view)
+        return carried_on(max_over_group(peak.maximum(REPEATED * again), view) * value_norm(view), view)
 
 
-class RecallEven(Recall):
-    """`Recall` in which a row of the repetition counts as much as one of task and examples.
+class Recall(RecallNotes):
+    """The same without notes; where heads share a budget, what is asked and what is repeated are needs of their own.
 
-    Task and examples look at much that all heads can do without if what they keep is corrected (`correction.py`).
+    Both needs are spread over the heads, and the repetition counts as much.
     """
 
-    repeated: ClassVar[float] = 1.0
+    guide: ClassVar[Guide] = "task and repeat"
+
+    def needs(self, view: LayerView) -> Tensor:
+        """Scores (2, K, S) for what is asked and for what is repeated."""
+        each = [max_over_group(peak, view) * value_norm(view) for peak in peaks(view)]
+        return carried_on(torch.stack(each), view)
 
 
-class RecallNotes(Recall):
-    """`Recall` whose rows before the repetition are task, notes (CacheNotes, EACL 2026) and examples."""
-
-    guide: ClassVar[Guide] = "notes and repeat"
+def peaks(view: LayerView) -> tuple[Tensor, Tensor]:
+    """Largest attention (H, S) of what stands before the repetition, and of the repetition, about the chunk only."""
+    asked = view.queries.shape[1] - view.repeated
+    queries, lse = view.queries[:, :asked], view.lse[:, :asked]
+    peak = column_peak(queries, view.keys, lse, scale=view.scale, softcap=view.softcap)
+    return peak, F.pad(copied(view), (view.keys.shape[1] - view.repeated, 0))
 
 
 def copied(view: LayerView) -> Tensor:

@@ -74,6 +74,6 @@ def value_norm(view: LayerView) -> Tensor:
 
 
 def carried_on(scores: Tensor, view: LayerView) -> Tensor:
-    """(K, S) scores in which no token kept earlier falls below the score that it was kept with."""
-    kept = view.carried.shape[1]
-    return torch.cat([torch.maximum(scores[:, :kept], view.carried), scores[:, kept:]], 1)
+    """([N,] K, S) scores in which no token kept earlier falls below the score that it was kept with."""
+    kept = view.carried.shape[-1]
+    return torch.cat([torch.maximum(scores[..., :kept], view.carried), scores[..., kept:]], -1)

@@ -28,7 +28,7 @@ class LayerView:
     repeated
         how many of the last guide rows are the chunk again, as the answer to the turn that asks to repeat it.
     carried
-        (K, P) float32 scores of the first P tokens from when they were kept; P is 0 in the first chunk.
+        (K, P) or (N, K, P) float32 scores of the first P tokens from when they were kept; P is 0 in the first chunk.
     scale
         factor of the attention logits, normally D ** -0.5.
     softcap
@@ -60,6 +60,9 @@ class Scorer(Protocol):
     that the model writes about the chunk, a repetition of the chunk, one of the former and then the latter, or nothing.
     `pins_head` says whether the template's head (attention sinks among it) is always kept; if heads share a budget, it
     is the first token only, and the rest of the head competes.
+
+    A scorer may also have `needs(view)`, scores (N, K, S) of zero or more. It is asked instead where heads share a
+    budget: of each need a token counts less in each further head (`selection.spread_out`), and its best need counts.
     """
 
     guide: ClassVar[Guide]
