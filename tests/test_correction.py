@@ -182,7 +182,7 @@ def test_what_cannot_be_corrected_is_refused(tiny, options, message):
 
 @pytest.mark.parametrize(
     ("options", "scorer"),
-    [({}, "recall-even"), ({"scorer": "recall"}, "recall"), ({"allocation": "uniform"}, "notes")],
+    [({}, "recall"), ({"scorer": "task"}, "task"), ({"allocation": "uniform"}, "notes")],
 )
 def test_a_correction_chooses_the_scorer_that_goes_with_it_unless_told_otherwise(tiny, options, scorer):
     manifest = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, correction="refit", **options).manifest
