@@ -180,16 +180,6 @@ def test_what_cannot_be_corrected_is_refused(tiny, options, message):
         build_sheet(tiny, DOCUMENTS, FEW_SHOT, **{**BUILD, **options})
 
 
-@pytest.mark.parametrize(
-    ("options", "scorer"),
-    [({}, "recall"), ({"scorer": "task"}, "task"), ({"allocation": "uniform"}, "notes")],
-)
-def test_a_correction_chooses_the_scorer_that_goes_with_it_unless_told_otherwise(tiny, options, scorer):
-    manifest = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=4, correction="refit", **options).manifest
-    assert manifest.scorer == scorer
-    assert manifest.allocation == options.get("allocation", "adaptive")
-
-
 def test_corrected_sheets_are_not_combined(tiny):
     sheets = [build_sheet(tiny, DOCUMENTS[n : n + 2], FEW_SHOT, **BUILD, correction="refit") for n in (0, 2)]
     with pytest.raises(SheetError, match="stands for its corpus alone"):
