@@ -42,7 +42,7 @@ TILES = {
 # By kind, size and width as well, where another is measured to be better (`make step-gpu`, one H200, 1 and 32 rows).
 tuned: dict[tuple[str, int, int, bool], Tile] = {
     ("product", 4096, 4096, True): Tile(rows=4, entries=2048, warps=8, stages=1),
-    ("product", 4096, 6144, True): Tile(rows=8, entries=1024, warps=4, stages=1),
+    ("product", 4096, 6144, True): Tile(rows=4, entries=2048, warps=8, stages=1),
     ("product", 4096, 128256, True): Tile(rows=4, entries=2048, warps=8, stages=1),
 }
 

@@ -88,6 +88,7 @@ METHODS = (
     Method("default, 16-bit", guide="auto", dtype="bfloat16"),
     Method("default, chunks of 512", guide="auto", chunk_tokens=512),
     Method("default, chunks of 1024", guide="auto", chunk_tokens=1024),
+    Method("default, one chunk", guide="auto", chunk_tokens=0),
     Method("default, int8", guide="auto", dtype="int8"),
     Method("default, int4", guide="auto", dtype="int4"),
     Method("zero-effort", examples=False, guide="auto"),
