@@ -13,6 +13,7 @@ from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention import attend_plain
 from cribsheet.build import Budgets, build_sheet, plan
 from cribsheet.compress import compress
+from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.evidence import looked_at
 from cribsheet.prefix import LayerPrefix
@@ -123,6 +124,18 @@ def test_needs_are_asked_for_only_where_heads_share_a_budget(tiny, allocation):
     )
     same = plain.indices.shape == spread.indices.shape and torch.equal(plain.indices, spread.indices)
     assert same == (allocation == "uniform")
+
+
+@pytest.mark.parametrize(("rate", "spread"), [(40, True), (60, False)])
+def test_needs_are_not_spread_where_there_is_no_place_for_a_little_of_everything(tiny, rate, spread):
+    text = " ".join(f"Person {number} lives in house {number * 7 % 31}." for number in range(400))
+    how = {"allocation": "adaptive", "guide": "dropped", "rate": rate}
+    plain, needing = (
+        build_sheet(tiny, [Document(text=text, id="street")], FEW_SHOT, scorer=scorer, **how)
+        for scorer in (Alike(), Spread())
+    )
+    same = plain.indices.shape == needing.indices.shape and torch.equal(plain.indices, needing.indices)
+    assert same == (not spread)
 
 
 def test_the_whole_corpus_in_one_head_looks_as_the_full_context_does_to_it(tiny):

@@ -48,6 +48,7 @@ _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
 _BEFORE_REPEAT: dict[Guide, Literal["guide", "notes"]] = {"task and repeat": "guide", "notes and repeat": "notes"}
 QUESTION_SHARE = 0.25  # of the window that no head fills
+_SPREAD_TO = 48  # rate beyond which there is no place for a little of everything (decision 20)
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
 
 
@@ -348,6 +349,7 @@ def plan(
         head=corpus.head_tokens,
         pinned=_pinned(chosen, budgets.allocation, corpus.head_tokens),
         allocation=budgets.allocation,
+        spread=len(corpus) <= keep * _SPREAD_TO,
         correction=budgets.correction,
         most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,

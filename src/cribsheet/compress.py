@@ -56,6 +56,7 @@ class Reading:
     it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
+    If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
     With a `correction`, what is kept is made to stand for what was dropped.
     """
 
@@ -69,6 +70,7 @@ class Reading:
     head: int
     pinned: int
     allocation: Allocation = "uniform"
+    spread: bool = True
     correction: Correction = "none"
     least: int = 1
     most: int = 0
@@ -189,7 +191,7 @@ def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: 
         repeated=how.repeated(chunk),
     )
     needs: Callable[[LayerView], Tensor] | None = getattr(how.scorer, "needs", None)
-    scores = needs(view) if needs and how.allocation == "adaptive" else how.scorer.score(view)
+    scores = needs(view) if needs and how.spread and how.allocation == "adaptive" else how.scorer.score(view)
     return scores.masked_fill(indices == ABSENT, float("-inf"))
 
 

@@ -281,7 +281,7 @@ def _answers(
     how: dict[str, Any] = {"scorer": method.scorer, "guide": method.guide, "allocation": method.allocation}
     if method.correction != "none":
         how["correction"] = method.correction
-    if method.chunk_tokens:
+    if method.chunk_tokens is not None:
         how["chunk_tokens"] = method.chunk_tokens
     if method.dtype in ("int8", "int4"):
         sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
