@@ -125,8 +125,8 @@ def _attending(device: torch.device, dtype: torch.dtype, size: int, group: int) 
         weight = torch.linspace(0, 1, rows + 1, device=device)[1:]
         for name, peak, plain in (("mass", False, attention.plain_mass), ("peak", True, attention.plain_peak)):
             got = columns(q, k, lse, scale, weight, peak=peak)
-            found[f"{name} of {rows}"] = _error(got, plain(q, k, lse, scale, weight, None))
-    found["mass of 33 sequences"] = _error(*_on_heads(random, size, group))
+            found[f"{name} of {rows}"] = relative_error(got, plain(q, k, lse, scale, weight, None))
+    found["mass of 33 sequences"] = relative_error(*_on_heads(random, size, group))
     q, keys, values = random(3, 2 * group, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
     index = torch.tensor([0, 70, 129], device=device)
     mask = (torch.arange(130, device=device) <= index[:, None])[:, None, None]
@@ -171,8 +171,9 @@ class _Random:
 
 
 def _worse(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
-    return max(_error(one, other) for one, other in zip(got, wanted, strict=True))
+    return max(relative_error(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-def _error(got: Tensor, wanted: Tensor) -> float:
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """L2 norm of the difference over that of what is wanted."""
     return float((got.float() - wanted.float()).norm() / wanted.float().norm())

@@ -177,4 +177,4 @@ def _error(backbone: Backbone, step: LeanStep, size: int) -> float:
             [logits, *(torch.stack([layer.keys[:, :, 5:], layer.values[:, :, 5:]]).float() for layer in layers)]
         )
     pairs = zip(*outcomes, strict=True)
-    return max(float((got - wanted).norm() / wanted.norm()) for got, wanted in pairs)
+    return max(fused.relative_error(got, wanted) for got, wanted in pairs)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.backbone import Backbone, PlainParts, plain_parts
+from cribsheet.fused import relative_error
 from cribsheet.lean import agrees, beside
 from cribsheet.prefix import LayerPrefix, ReadingLayer
 
@@ -92,8 +93,4 @@ def errors(backbone: Backbone, lean: LeanRead) -> dict[str, float]:
     chunk, guide = ids.split(_CHECKED // 2)
     pairs = list(zip(*(backbone.read(prefix, 24, chunk, guide, run=run) for run in (lean, None)), strict=True))
     names = "chunk_keys", "chunk_values", "guide_queries", "guide_lse"
-    return {name: max(_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}
-
-
-def _error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+    return {name: max(relative_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}

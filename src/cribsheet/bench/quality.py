@@ -62,8 +62,8 @@ class Method:
     """A way to condense: which scorer, with which guide, and whether the guide stays.
 
     Without a scorer it is what the library does by default. A `query_aware` one is guided by the very questions and
-    answers: no user can, so it is a ceiling. One in int8 or int4 keeps as many tokens as
-    fit the bytes that its rate leaves of a 16-bit cache.
+    answers: no user can, so it is a ceiling. One in int8 or int4 keeps as many tokens as fit the bytes that its rate
+    leaves of a 16-bit cache.
     """
 
     name: str
@@ -278,11 +278,7 @@ def setup(model: LoadedModel, arguments: object) -> dict[str, Any]:
 def _answers(
     model: LoadedModel, sheets: Sheets, case: Case, method: Method, rate: float, right: Sequence[bool] | None = None
 ) -> list[Row]:
-    how: dict[str, Any] = {"scorer": method.scorer, "guide": method.guide, "allocation": method.allocation}
-    if method.correction != "none":
-        how["correction"] = method.correction
-    if method.chunk_tokens is not None:
-        how["chunk_tokens"] = method.chunk_tokens
+    how = {name: getattr(method, name) for name in ("scorer", "guide", "allocation", "correction", "chunk_tokens")}
     if method.dtype in ("int8", "int4"):
         sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
     else:

@@ -87,7 +87,7 @@ def model_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
                 wanted = _logits(kb)
             got = _logits(kb)
             kb.close()
-            found[f"{family} {allocation}"] = float((got - wanted).norm() / wanted.norm())
+            found[f"{family} {allocation}"] = fused.relative_error(got, wanted)
     return found
 
 
@@ -152,7 +152,7 @@ def steps_agree(setting: Setting, report: Report) -> None:
         step = graphs.fixed_step(backbone, layers, rows, given.to(setting.device), 256, evidence=True)
         wanted = [*_found(*slow[:2]), *_found(*step)]
         plainly = _by_tokens(setting, prefix, question)
-        report.fact(f"question padded against alone, {label}", _difference(slow[0], plainly))
+        report.fact(f"question padded against alone, {label}", fused.relative_error(slow[0], plainly))
         if setting.device.type != "cuda":
             continue
         read_graph = graphs.ReadGraph(backbone, prefix, 64, True)
@@ -160,7 +160,7 @@ def steps_agree(setting: Setting, report: Report) -> None:
         for turn in range(3):  # the later ones must not be harmed by the earlier
             logits, mass, _ = read_graph.replay(question, weights)
             got = [*_found(logits, mass), *_found(*step_graph.replay(*given.tolist()))]
-            errors = [_difference(one, other) for one, other in zip(got, wanted, strict=True)]
+            errors = [fused.relative_error(one, other) for one, other in zip(got, wanted, strict=True)]
             report.fact(f"replayed, {label}, turn {turn}: question, its glance, step, its glance", errors)
             if not max(errors) <= REPLAY_BOUND:
                 raise RuntimeError(f"replaying differs from running kernel by kernel: {label}, {errors}")
@@ -177,7 +177,3 @@ def _found(logits: Tensor, masses: Tensor | list[Tensor] | None) -> list[Tensor]
     """Copies of what a captured computation leaves in its own tensors."""
     assert masses is not None
     return [logits.clone(), torch.stack(list(masses)).clone()]
-
-
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
