@@ -84,8 +84,95 @@ def test_a_question_that_holds_passages_is_recognised():
     context = {"role": "system", "content": f"Use this context: {document.splitlines()[1]} That is all."}
     assert is_told_already([context, asked], ["other", document])
     assert is_told_already([{"role": "user", "content": f"{document}\n\nWhere?"}], [document])
-    assert is_told_already([{"role": "user", "content": f"Tell me. {document[20:75]}, where?"}], [document])
+    assert not is_told_already([{"role": "user", "content": f"Tell me. {document[20:75]}, where?"}], [document])
     assert is_told_already([{"role": "user", "content": f"{HEADING}\n\nx\n\nWhere?"}], [])
     assert not is_told_already([asked], [document, ""])
     assert not is_told_already([{"role": "user", "content": f"Is it true that {document[10:50]}?"}], [document])
     assert not is_told_already([context, {"role": "assistant", "content": "?"}, asked], ["Another text. " * 50])
+
+
+TITLE = "A History of the Long and Winding Road from the Old Mill to the Harbour of Whitby, Told by Those Who Walked It"
+SONG = (
+    "In 1963 the band released a song called Stone Harbour, which sold more than two million copies.\n"
+    "The song was inducted into the Grammy Hall of Fame in 1998 for its lasting influence. Its writer, Hugo Ali, "
+    "was born in Quito and learned the violin from his aunt.\n\n"
+    "It was recorded in one night in an empty church near Oslo, with two microphones and a borrowed organ. "
+    "Critics called it the quietest record of its year, and the church has been a studio ever since."
+)
+MILL = "The mill was built in 1820 by Clara Berg. It burned down in 1911 and was never built again."
+RECORD = "name: Bob Smith\ncity: Oslo\nemployer: Harbour Foods of Whitby\nhobby: chess, mostly by letter\nsince: 2011"
+HOMES = {"Ana": "Rome", "Bo": "Oslo", "Cy": "Lima"}
+SHORT = [f"{name} lives in {city}. {name} plays chess." for name, city in HOMES.items()]
+FAQ = "Where does the winner of the prize for the longest walk along the river live now?\nIn Whitby."
+CORPUS = [TITLE, SONG, MILL, RECORD, *SHORT, FAQ]
+LINES = SONG.splitlines()
+
+QUOTING = {
+    "a stretch": f"Who wrote the {SONG[27:120]}?",
+    "a title in a sentence": f"Who walked it, according to {TITLE}, and when?",
+    "a title in quotation marks": f'Who wrote "{TITLE}"?',
+    "a title in a line of its own": f"{TITLE}\n\nWho wrote it?",
+    "a title under a label": f"Title: {TITLE}\nQuestion: Who wrote it?",
+    "at the start": f"{LINES[0]} Who sang it?",
+    "at the end": f"Who sang it? {LINES[0]}",
+    "in the last line": f"Who sang what is told of here?\n{LINES[1]}",
+    "all of a short document": f"Is it true that {SHORT[0]}",
+    "all of a short document, apart": f"{SHORT[0]}\n\nWhere else does she play?",
+    "several": f'Which came first: "{LINES[0][:70]}", "{LINES[1][:75]}" or "{MILL[:41]}"?',
+    "over several lines": f"I read this about the mill:\n{MILL[:60]}\n{MILL[60:]}\nWho told it?",
+    "options": f"Which of these is told?\n\nA) {LINES[0]}\nB) {MILL}\nC) {LINES[1][:85]}\n\nAnswer with a letter.",
+    "options without letters": f"Which of these is told?\n{LINES[0]}\n{MILL}\nNone of them.\nAnswer with a sentence.",
+    "options with numbers": f"Which of these is told?\n1. {LINES[0]}\n2. {LINES[1]}\n3. Neither.\nAnswer:",
+    "a question that stands in a document": FAQ.splitlines()[0],
+    "nothing": "Who wrote the song that two million people bought, and where did that one learn to play the violin?",
+}
+
+
+@pytest.mark.parametrize("question", QUOTING.values(), ids=QUOTING)
+def test_a_question_that_quotes_a_document_holds_no_passages(question):
+    assert not is_told_already([{"role": "user", "content": question}], CORPUS)
+    told = {"role": "system", "content": f"You know all about {TITLE[:60]}. Answer shortly."}
+    assert not is_told_already([told, {"role": "user", "content": question}], CORPUS)
+
+
+TEMPLATES = {
+    "plain": "{context}\n\n{question}",
+    "LangChain, stuff": "Use the following pieces of context to answer the question at the end. If you don't know the "
+    "answer, just say that you don't know.\n\n{context}\n\nQuestion: {question}\nHelpful Answer:",
+    "LangChain, hub": "Use the following pieces of retrieved context to answer the question.\nQuestion: {question} \n"
+    "Context: {context} \nAnswer:",
+    "LlamaIndex": "Context information is below.\n---------------------\n{context}\n---------------------\nGiven the "
+    "context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer: ",
+    "LlamaIndex with metadata": "Context information is below.\n---------------------\npage_label: 3\n"
+    "file_path: a.pdf\n\n{context}\n---------------------\nQuery: {question}\nAnswer: ",
+    "tags": "<context>\n{context}\n</context>\n{question}",
+    "numbers": "[1] {context}\n\n{question}",
+    "Haystack": "Given these documents, answer the question.\nDocuments:\n{context}\nQuestion: {question}\nAnswer:",
+}
+CONTEXTS = {
+    "a document": SONG,
+    "a paragraph": LINES[3],
+    "cut anywhere": SONG[40:400],
+    "two documents": f"{LINES[3]}\n\n{MILL}",
+    "a record": RECORD,
+    "short documents": "\n\n".join(SHORT),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_prompts_of_chains_hold_passages(template, context):
+    asked = template.format(context=context, question="Where was it?")
+    among_others = template in (TEMPLATES["LangChain, hub"], TEMPLATES["Haystack"])
+    if among_others and context in (CONTEXTS["a record"], CONTEXTS["short documents"]):
+        return  # among lines of the prompt's own they cannot be told from answers to choose from
+    assert is_told_already([{"role": "user", "content": asked}], CORPUS)
+    assert not is_told_already([{"role": "user", "content": asked}], ["The parrot speaks Greek. " * 50])
+    system = template.format(context=context, question="").strip()
+    assert is_told_already([{"role": "system", "content": system}, *QUESTION], CORPUS)
+
+
+def test_documents_that_a_chain_writes_as_python_does_are_passages_too():
+    shown = f"[Document(metadata={{'source': 'a.txt'}}, page_content={SONG!r})]\n\nWho wrote it?"
+    assert is_told_already([{"role": "user", "content": shown}], [" ".join(SONG.split())])
+    assert is_told_already([{"role": "user", "content": shown}], [SONG])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -13,8 +14,15 @@ HEADING = "Passages:"
 GAP = "\n\n"
 _OVERLAP = 20  # characters that the end of a passage and the beginning of the next share when they were cut so
 _SHORTEST_CUT = 8  # tokens; less of a passage says nothing
-_RECOGNISED = 50  # characters in a row of a document that show that somebody has retrieved already
-_WHOLE = 20  # characters of a document that show the same where it is all of it
+_WHOLE = 20  # characters of a passage that nobody writes by chance
+# Characters of documents that show that somebody has retrieved already: in lines of their own, and anywhere in a row.
+_APART, _QUOTED = 150, 300
+_SYSTEM_APART, _SYSTEM_QUOTED = 75, 80
+_LINES = 500  # of a prompt that are looked for at most: each takes a while in a large corpus
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n|^[^\w\n]{3,}$", re.M)  # blank lines, rulers
+_SENTENCE = re.compile(r"[.!?…]['\")\]]*(?:\s|$)|[。！？]")
+# What prompts put before a passage, such as "Context:", "[2]", "Source 3:" or "<text>"; not the letters of options.
+_LABEL = re.compile(r"^(?:\[\d+\]|<[^<>]{2,30}>|[^\W\d_][\w #.-]{1,20}:)\s*")
 
 
 def query_of(turns: Sequence[Message]) -> str:
@@ -64,36 +72,83 @@ def choose(
 
 
 def is_told_already(turns: Sequence[Message], texts: Sequence[str]) -> bool:
-    """Whether the question holds passages: under our heading, or a stretch of the documents' `texts`, or all of one."""
-    asked = _asked(turns)
-    if asked[-1].startswith(HEADING + GAP):
+    """Whether a chain has put passages into the prompt: under our heading, or stretches of the documents' `texts`.
+
+    A question may quote a document, and still nothing was retrieved for it. So passages are what stands apart, in
+    lines of its own that are sentences and no title, before the last line, which asks; or more than anybody quotes.
+    In a system text, where nobody asks, less of either will do.
+    """
+    if query_of(turns).startswith(HEADING + GAP):
         return True
-    return any(_quotes(part, text) for part in asked for text in texts)
+    *systems, asked = _asked(turns)
+    if len(asked) < _APART // 2 and not systems:
+        return False
+    known = "\n".join(["", *map(_flat, texts), ""])
+    if any(_tells(each, known, _SYSTEM_APART) or _quotes(each, known, _SYSTEM_QUOTED) for each in systems):
+        return True
+    if _flat(asked) in known:  # such as a question that stands in a list of questions
+        return False
+    before, _, _ = asked.rstrip().rpartition("\n")
+    return _tells(before, known, _APART) or _quotes(asked, known, _QUOTED)
 
 
 def says(turns: Sequence[Message], passage: Passage) -> bool:
-    """Whether the question holds all of a passage."""
+    """Whether the prompt holds all of a passage, in lines of its own."""
     flat = _flat(passage.text)
-    return len(flat) >= _WHOLE and any(flat in _flat(part) for part in _asked(turns))
+    lines = (_piece(line, flat) or "" for part in _asked(turns) for line in part.splitlines())
+    return len(flat) >= _WHOLE and flat in _flat(" ".join(lines))
 
 
 def _asked(turns: Sequence[Message]) -> list[str]:
-    """Where chains put what they have retrieved: system texts, and last the question itself."""
-    return [str(turn["content"]) for turn in turns if turn["role"] == "system"] + [query_of(turns)]
+    """Where chains put what they have retrieved: system texts, and last the question itself.
+
+    A chain that formats nothing tells documents as Python writes them, line breaks as a backslash and a letter.
+    """
+    texts = [str(turn["content"]) for turn in turns if turn["role"] == "system"] + [query_of(turns)]
+    return [text.replace("\\n", "\n") for text in texts]
 
 
-def _quotes(asked: str, text: str) -> bool:
-    """Whether a question holds a long stretch of a text, wherever, or all of it; found by a part, then grown."""
-    whole = text.strip()
-    if len(whole) >= _WHOLE and whole in asked:
-        return True
-    part = _RECOGNISED // 2
+def _tells(prompt: str, known: str, least: int) -> bool:
+    """Whether at least so many characters of a prompt stand apart and are known: from texts, one flat text a line.
+
+    A whole document counts twice: nobody quotes all of one.
+    """
+    first = "\n".join(prompt.splitlines()[:_LINES])
+    return sum(_told(paragraph, known, least) for paragraph in _PARAGRAPH.split(first)) >= least
+
+
+def _told(paragraph: str, known: str, least: int) -> int:
+    """Characters of known lines; of long stretches only where other lines stand among them, as among answers."""
+    stretches: list[list[str]] = []
+    others = False
+    for line in paragraph.splitlines():
+        piece = _piece(line, known)
+        if piece is None:
+            others = True
+        elif stretches and " ".join([*stretches[-1], piece]) in known:
+            stretches[-1].append(piece)
+        elif piece:
+            stretches.append([piece])
+    whole = [" ".join(lines) for lines in stretches if len(lines) > 1 or _SENTENCE.search(lines[0])]
+    long = [each for each in whole if len(each) >= (least if others else _WHOLE)]
+    return sum(len(each) * (2 if f"\n{each}\n" in known else 1) for each in long)
+
+
+def _piece(line: str, known: str) -> str | None:
+    """What of a line is known: all, or all but a label, which is nothing of a line that is a label only; or none."""
+    flat = _flat(line)
+    return next((piece for piece in (flat, _LABEL.sub("", flat)) if piece in known), None)
+
+
+def _quotes(prompt: str, known: str, least: int) -> bool:
+    """Whether so many characters of a prompt in a row are known; found by a part, then grown."""
+    asked, part = _flat(prompt), least // 2
     for at in range(0, len(asked) - part + 1, part):
-        found = text.find(asked[at : at + part])
+        found = known.find(asked[at : at + part])
         if found >= 0:
-            before = _alike(asked[:at][-_RECOGNISED:][::-1], text[:found][-_RECOGNISED:][::-1])
-            after = _alike(asked[at:][:_RECOGNISED], text[found : found + _RECOGNISED])
-            if before + after >= _RECOGNISED:
+            before = _alike(asked[max(0, at - least) : at][::-1], known[max(0, found - least) : found][::-1])
+            after = _alike(asked[at : at + least], known[found : found + least])
+            if before + after >= least:
                 return True
     return False
 
