@@ -16,9 +16,10 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_answer
 
 from cribsheet import Answer, CompressedKnowledgeLLM
+from cribsheet.backbone import Backbone
 from cribsheet.errors import CribsheetError, EngineError, ModelError, RequestError
 from cribsheet.loaded import LoadedModel
-from cribsheet.testing import save_tiny_model, tiny_backbone
+from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -594,3 +595,38 @@ def test_a_sheet_closed_before_its_first_async_answer_says_so(kb):
         assert asyncio.run(ask()) == "cancelled"
     except EngineError as error:
         assert "This sheet is closed" in str(error)
+
+
+def base_model(answer):
+    """An echo model without a chat template: what leads to the answer is the last token of "Answer:"."""
+    echo = echo_backbone(answer)
+    tokenizer, weights = echo.tokenizer, echo.model.base_model.embed_tokens.weight
+    last = tokenizer("Answer:", add_special_tokens=False)["input_ids"][-1]
+    with torch.no_grad():
+        weights[last] = weights[tokenizer.convert_tokens_to_ids("<|assistant|>")]
+    tokenizer.chat_template = None
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=Backbone(echo.model, tokenizer, name="base"), rate=1)
+
+
+@pytest.mark.parametrize(
+    ("says", "settings", "expected"),
+    [
+        ("\n\nLisbon is it.\n\nQuestion: Where?", {}, "Lisbon is it."),
+        ("\nLisbon is it.\n\nMore", {}, "Lisbon is it."),
+        ("Lisbon is it.\n\nMore", {}, "Lisbon is it."),
+        ("\n\nLisbon is it.", {"stop": ["bon"]}, "Lis"),
+        ("\n\nLisbon is it.", {"stop": ["\n"]}, ""),
+        ("\n\nLisbon is it.", {"choices": ["Lisbon", "Oslo"]}, "Lisbon"),
+    ],
+)
+def test_a_model_without_a_chat_template_answers_though_it_begins_with_a_blank_line(says, settings, expected):
+    kb = base_model(says)
+    answer = kb.ask(QUESTION, max_tokens=20, **settings)
+    assert (answer.text, answer.finish_reason) == (expected, "stop")
+    with kb.stream(QUESTION, max_tokens=20, **settings) as pieces:
+        assert "".join(pieces) == expected and pieces.answer.text == expected
+
+
+def test_a_model_with_a_chat_template_keeps_the_lines_it_begins_with():
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=echo_backbone("\n\nLisbon."), rate=1)
+    assert kb.ask(QUESTION).text == "\n\nLisbon."

@@ -210,14 +210,14 @@ def test_a_model_without_a_template_gets_a_plain_one_that_stops_at_a_blank_line(
     assert ChatLayout(tiny_tokenizer()).stop == ()
 
 
-def test_a_sheet_of_a_model_without_a_template_answers_and_never_goes_past_a_blank_line():
+def test_a_sheet_of_a_model_without_a_template_answers_and_blank_lines_alone_are_no_answer():
     backbone = tiny_backbone()
     backbone.tokenizer.chat_template = None
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=backbone, rate=2)
     assert kb.ask(QUESTION, max_tokens=5).usage.completion_tokens == 5
     (newline,) = backbone.tokenizer("\n")["input_ids"]
     answer = kb.ask(QUESTION, max_tokens=40, logit_bias={newline: 100})
-    assert (answer.text, answer.finish_reason, answer.usage.completion_tokens) == ("", "stop", 2)
+    assert (answer.text, answer.finish_reason, answer.usage.completion_tokens) == ("", "length", 40)
 
 
 THINKING = (

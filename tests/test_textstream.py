@@ -27,9 +27,9 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def stream(tokenizer, text, stop=()):
+def stream(tokenizer, text, stop=(), ends=()):
     """(pieces, whether stopped, tokens pushed) of a text written token by token."""
-    here = TextStream(tokenizer, tuple(stop))
+    here = TextStream(tokenizer, tuple(stop), ends=tuple(ends))
     pieces, pushed = [], 0
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         pieces.append(here.push(token))
@@ -119,6 +119,36 @@ def test_an_answer_ends_before_its_stop_string_wherever_tokens_begin(tokenizer, 
     assert ("".join(pieces), stopped) == (expected, True)
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "stops"),
+    [
+        ("\n\nAlice lives.\n\nBob", [], "Alice lives.", True),
+        ("\n \n\t\n\n Alice", [], "Alice", False),
+        ("\nAlice\nBob\n\n", [], "Alice\nBob", True),
+        ("Alice lives.\n\nBob", [], "Alice lives.", True),
+        ("\n\n\n", [], "", False),
+        ("", [], "", False),
+        ("\n\nAlice", ["\n"], "", True),
+        ("\n\nAlice", ["\n\n"], "", True),
+        ("\n\nAlice lives.\n\nBob", ["lives"], "Alice ", True),
+        ("\n\nAlice", ["\nAl"], "", True),
+        ("\n\nAlice", ["\nBo"], "Alice", False),
+    ],
+)
+def test_an_end_that_nobody_asked_for_ends_no_answer_that_has_not_begun(tokenizer, text, stop, expected, stops):
+    pieces, stopped, pushed = stream(tokenizer, text, stop, ends=["\n\n"])
+    assert ("".join(pieces), stopped) == (expected, stops)
+    here, told = TextStream(tokenizer, tuple(stop), ends=("\n\n",)), []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"][:pushed]:
+        told.append(here.text_of(token))
+        here.push(token)
+    assert "".join(told).strip().startswith(expected.strip())
+
+
+def test_without_ends_of_its_own_an_answer_keeps_the_lines_it_begins_with(tokenizer):
+    assert "".join(stream(tokenizer, "\n\nAlice")[0]) == "\n\nAlice"
+
+
 def test_a_stop_string_is_found_as_soon_as_it_is_complete(tokenizer):
     ids = tokenizer("Alice lives in Lisbon. Bob lives in Oslo.", add_special_tokens=False)["input_ids"]
     _, stopped, pushed = stream(tokenizer, "Alice lives in Lisbon. Bob lives in Oslo.", ["Lisbon"])
@@ -166,6 +196,15 @@ def test_any_stop_in_any_text_cuts_at_the_first_place(tokenizer):
         complete = min((text.find(s) + len(s) for s in stop if s in text), default=0)
         first = [text.find(s) for s in stop if s in text and text.find(s) + len(s) == complete]
         assert "".join(pieces) == text[: min(first)] if found else text == "".join(pieces), (text, stop)
+
+
+def test_ends_in_any_text_cut_at_the_first_place_after_its_beginning(tokenizer):
+    rng = random.Random(1)
+    for _ in range(300):
+        text = "".join(rng.choice("ab \n") for _ in range(rng.randint(0, 20))).lstrip(" ")
+        pieces, stopped, _ = stream(tokenizer, text, ends=["\n\n"])
+        expected, end, _ = text.lstrip().partition("\n\n")
+        assert ("".join(pieces), stopped) == (expected, bool(end)), text
 
 
 def test_a_thousand_long_stop_strings_do_not_slow_a_stream_down(tokenizer):

@@ -57,7 +57,7 @@ class Request:
     params: SamplingParams
     sink: Sink
     choice: int = 0
-    ends: tuple[str, ...] = ()  # where the template's turn ends, besides the caller's own stop strings
+    ends: tuple[str, ...] = ()  # where the template's turn ends once it has begun, besides the caller's own stops
     constraint: Constraint | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     timeout: float | None = None  # seconds from now on until the caller gets an error instead
@@ -103,7 +103,7 @@ class Answering:
         self.eos = eos | _special_tokens(tokenizer, request.params.stops)
         self.sampler = Sampler(request.params, request.choice)
         form = request.constraint is not None
-        self.text = TextStream(tokenizer, request.params.stops + request.ends, exact=form)
+        self.text = TextStream(tokenizer, request.params.stops, ends=request.ends, exact=form)
         self.length = len(request.question)  # tokens in the suffix whenever it has no slot
         self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
         self.produced = 0

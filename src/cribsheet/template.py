@@ -80,7 +80,10 @@ class ChatLayout:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Stop strings that the layout itself needs: a base model does not know when its answer is over."""
+        """Stop strings that the layout itself needs: a base model does not know when its answer is over.
+
+        Such a model may also begin with a blank line, which is neither the answer's end nor a part of it.
+        """
         return (_GAP,) if self.plain else ()
 
     def head(self, instruction: str) -> str:

@@ -14,22 +14,35 @@ class TextStream:
     `push` returns the text that is certain: never half a character, never the beginning of what may become a stop
     string. `stopped` turns true when a stop string is complete; it and everything after it are cut off. Unless the
     text must be `exact`, it begins without spaces.
+
+    `ends` are stop strings that nobody asked for, of a layout whose model knows no end. They cannot end an answer that
+    has not begun: where there are any, the text begins with its first character that is no blank, and they count from
+    there on. Those of `stop` count from the first token on, blanks included.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), *, exact: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...] = (), *, ends: tuple[str, ...] = (), exact: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._exact = exact
         self._stop = stop
-        self._longest = max(map(len, stop), default=0)
+        self._ends = ends
+        self._longest = max(map(len, stop + ends), default=0)
         self._by_first: dict[str, list[str]] = {}
-        for text in stop:
+        for text in stop + ends:
             self._by_first.setdefault(text[0], []).append(text)
         self._ids: list[int] = []
         self._context = 0  # first id of the window that is decoded
-        self._read = 0  # ids before this are in `text`
+        self._read = 0  # ids before this are in `_written`
+        self._written = ""  # with the blanks before the text
+        self._begun = 0  # where in it the text begins
         self._emitted = 0
-        self.text = ""
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All of it so far, also what is not certain yet."""
+        return self._written[self._begun :]
 
     def push(self, token: int) -> str:
         """Add a token; returns newly certain text, possibly none."""
@@ -39,7 +52,7 @@ class TextStream:
         if len(after) > len(before) and not after.endswith(_BROKEN):
             self._append(after[len(before) :])
             self._context, self._read = self._read, len(self._ids)
-        return self._emit(len(self.text) - self._held())
+        return self._emit(len(self._written) - self._held())
 
     def text_of(self, token: int) -> str:
         """What a token would add here, as it is written; a part of a character is the replacement character.
@@ -51,7 +64,7 @@ class TextStream:
         window = next((ids for ids in windows if (text := self._decode(ids)) and not text.endswith(_BROKEN)), [])
         text = self._decode([*window, token])[len(self._decode(window)) :]
         if not self.text and not self._exact:
-            text = text.lstrip(" ")
+            text = text.lstrip(None if self._ends else " ")
         return text or str(self._tokenizer.decode([token])).lstrip(" ")
 
     def finish(self) -> str:
@@ -59,33 +72,37 @@ class TextStream:
         if not self.stopped:
             before = self._decode(self._ids[self._context : self._read])
             self._append(self._decode(self._ids[self._context :])[len(before) :])
-        return self._emit(len(self.text))
+        return self._emit(len(self._written))
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _append(self, new: str) -> None:
-        if not self.text and not self._exact:  # some tokenizers give the first word a space that no one wrote
+        if not self._written and not self._exact:  # some tokenizers give the first word a space that no one wrote
             new = new.lstrip(" ")
-        searched = max(0, len(self.text) - self._longest + 1)
-        self.text += new
-        found = [(at + len(stop), at) for stop in self._stop if (at := self.text.find(stop, searched)) >= 0]
-        if found:  # the one that is complete first, as if its characters had come one by one
-            self.text, self.stopped = self.text[: min(found)[1]], True
+        searched = max(0, len(self._written) - self._longest + 1)
+        self._written += new
+        if self._ends and not self._emitted:
+            self._begun = len(self._written) - len(self._written.lstrip())
+        found = [(stop, self._written.find(stop, searched)) for stop in self._stop]
+        found += [(end, self._written.find(end, max(searched, self._begun))) for end in self._ends]
+        complete = [(at + len(stop), at) for stop, at in found if at >= 0]
+        if complete:  # the one that is complete first, as if its characters had come one by one
+            self._written, self.stopped = self._written[: min(complete)[1]], True
 
     def _held(self) -> int:
         """Length of the longest end of the text that begins some stop string."""
         if self.stopped:
             return 0
-        start = max(self._emitted, len(self.text) - self._longest + 1)  # what is out cannot be held back
-        for at in range(start, len(self.text)):
-            candidates = self._by_first.get(self.text[at])
-            if candidates and any(stop.startswith(self.text[at:]) for stop in candidates):
-                return len(self.text) - at
+        start = max(self._emitted, len(self._written) - self._longest + 1)  # what is out cannot be held back
+        for at in range(start, len(self._written)):
+            candidates = self._by_first.get(self._written[at])
+            if candidates and any(stop.startswith(self._written[at:]) for stop in candidates):
+                return len(self._written) - at
         return 0
 
     def _emit(self, upto: int) -> str:
-        new = self.text[self._emitted : upto]
-        self._emitted = max(self._emitted, upto)
+        new = self._written[max(self._emitted, self._begun) : upto]
+        self._emitted = max(self._emitted, upto if new else 0)
         return new
