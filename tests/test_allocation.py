@@ -16,6 +16,7 @@ from cribsheet.compress import compress
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.evidence import looked_at
+from cribsheet.forecast import forecast
 from cribsheet.prefix import LayerPrefix
 from cribsheet.scoring.view import Guide, Scorer
 from cribsheet.selection import ABSENT, keep_best
@@ -235,14 +236,23 @@ def test_the_first_token_stays_in_every_head_and_the_rest_of_the_template_s_head
     [
         ({}, ("recall", "adaptive")),
         ({"scorer": "finch"}, ("finch", "uniform")),
-        ({"allocation": "uniform"}, ("notes", "uniform")),
+        ({"allocation": "uniform"}, ("recall", "uniform")),
+        ({"allocation": "uniform", "scorer": "notes"}, ("notes", "uniform")),
         ({"scorer": "task", "allocation": "adaptive"}, ("task", "adaptive")),
         ({"mode": "independent"}, ("recall", "adaptive")),
+        ({"mode": "independent", "rate": 1.2, "allocation": "uniform"}, ("recall", "uniform")),
     ],
 )
 def test_the_default_is_adaptive_and_published_methods_are_as_published(tiny, asked, made):
-    manifest = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, **asked).manifest
+    manifest = build_sheet(tiny, DOCUMENTS, FEW_SHOT, **{"rate": 2, **asked}).manifest
     assert (manifest.scorer, manifest.allocation) == made
+
+
+def test_the_forecast_of_a_uniform_sheet_is_of_the_scorer_that_makes_it(tiny):
+    def peak(**options):
+        return forecast(tiny, DOCUMENTS, FEW_SHOT, rate=2, allocation="uniform", **options).peak_bytes
+
+    assert peak() == peak(scorer="recall") > peak(scorer="notes")
 
 
 def test_room_is_what_the_longest_head_leaves(tiny):

@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE = 8.0
-DEFAULT_SCORERS: dict[Allocation, str] = {"adaptive": "recall", "uniform": "notes"}  # the best of each in the bench
+DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
@@ -148,8 +148,7 @@ def build_sheet(
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
     scorer
-        a name from `SCORERS`, or an object of your own with a `score` method; by default the best for the allocation,
-        `"recall"` or `"notes"`.
+        a name from `SCORERS`, or an object of your own with a `score` method; `"recall"` by default.
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
@@ -241,9 +240,8 @@ def carry_out(
 def resolve_defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
-        is_default = scorer is None or scorer == DEFAULT_SCORERS["adaptive"]
-        allocation = "adaptive" if is_default else "uniform"
-    return DEFAULT_SCORERS.get(allocation, "") if scorer is None else scorer, allocation
+        allocation = "adaptive" if scorer is None or scorer == DEFAULT_SCORER else "uniform"
+    return DEFAULT_SCORER if scorer is None else scorer, allocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +442,7 @@ def circumstances(backbone: Backbone, seconds: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "window": backbone.window,
     }
 
 
