@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from corpus import DOCUMENTS
 
-from cribsheet import load_sheet
+from cribsheet import load_sheet, save_sheet
 from cribsheet.cli import run
 from cribsheet.cli.inspecting import columns
 from cribsheet.cli.progress import lines
@@ -116,6 +116,7 @@ def test_build_writes_a_sheet_and_says_what_became_of_the_corpus(cli, model, sta
     assert made.manifest.chunk_tokens == 20
     assert not made.texts
     assert f"{made.manifest.corpus_tokens} tokens of 2 documents became {made.tokens} (rate 2." in done.out
+    assert f" MB, {made.length} of 16,384 positions of the window, in " in done.out
     assert "\x1b" not in done.out + done.err
     assert done.err == ""
 
@@ -273,7 +274,18 @@ def test_inspect_shows_everything_without_a_model(cli, sheet, staff):
         assert text in shown
     assert data["manifest"]["task"]["description"] == "Who lives where?"
     assert data["bytes"] == made.nbytes
+    assert (data["positions"], data["window"]) == (made.length, 16384) and made.length > made.tokens
+    assert f"{made.length} of 16,384 positions" in shown
     assert set(data["kept_per_document"]) == {"alice.txt", "bob.txt", "clara.txt", "hugo.txt"}
+
+
+def test_a_sheet_of_an_earlier_version_does_not_know_its_model_s_window(cli, sheet, tmp_path):
+    made = load_sheet(sheet)
+    build = {name: value for name, value in made.manifest.build.items() if name != "window"}
+    old = save_sheet(replace(made, manifest=made.manifest.model_copy(update={"build": build})), tmp_path / "old.sheet")
+    assert f"window       {made.length} positions, tokens" in cli("inspect", old).out
+    data = cli("inspect", old, "--json").data
+    assert (data["positions"], data["window"]) == (made.length, None)
 
 
 def test_the_demo_shows_answers_sources_and_sizes(cli, model):

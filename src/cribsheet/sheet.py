@@ -144,6 +144,12 @@ class Sheet:
         return self.indices.shape[2]
 
     @property
+    def window(self) -> int | None:
+        """Positions of the model's window, if the sheet says so; those of earlier versions do not."""
+        window = self.manifest.build.get("window")
+        return window if isinstance(window, int) else None
+
+    @property
     def tokens(self) -> int:
         """Kept tokens per layer and head, the guide included; the mean where heads keep different numbers."""
         if self.manifest.allocation == "uniform":

@@ -33,6 +33,7 @@ _VOLATILE = [  # what differs from run to run and from machine to machine
     (re.compile(r"\b[0-9a-f]{16}\b"), "<digest>"),
     (re.compile(r"^(seconds.*?) [\d. -]+$", re.M), r"\1 #"),
     (re.compile(r"[\d,.]+ (bytes|MB|s|threads|tokens/s)\b"), r"# \1"),
+    (re.compile(r"[\d,]+ (of [\d,]+ positions)"), r"# \1"),  # of the longest head, which is decided by last digits
     (re.compile(r"\d+\.\d+|\d+%"), "#"),
     (re.compile(r" +"), " "),
 ]

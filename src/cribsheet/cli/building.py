@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misuse, quiet_libraries, say, say_json
+from cribsheet.cli.inspecting import positions
 from cribsheet.cli.progress import build_progress
 from cribsheet.task import Task
 
@@ -192,6 +193,8 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
                 "corpus_tokens": made.corpus_tokens,
                 "tokens": sheet.tokens,
                 "rate": round(sheet.rate, 3),
+                "positions": sheet.length,
+                "window": sheet.window,
                 "guide": made.guide,
                 "scorer": made.scorer,
                 "file_bytes": size,
@@ -202,5 +205,5 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
         return
     say(
         f"{output}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became {sheet.tokens:,} "
-        f"(rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, in {seconds:.1f} s"
+        f"(rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, {positions(sheet)} of the window, in {seconds:.1f} s"
     )

@@ -49,6 +49,8 @@ def sheet_data(sheet: Sheet, file: Path) -> dict[str, Any]:
         "sheet": str(file),
         "tokens": sheet.tokens,
         "rate": round(sheet.rate, 3),
+        "positions": sheet.length,
+        "window": sheet.window,
         "bytes": sheet.nbytes,
         "file_bytes": file.stat().st_size,
         "has_texts": bool(sheet.texts),
@@ -67,6 +69,12 @@ def sheet_lines(sheet: Sheet, file: Path) -> Iterator[str]:
         share = f"{kept[entry.id] / entry.tokens:.0%}" if entry.tokens else "-"
         rows.append((entry.id, f"{entry.tokens:,}", f"{kept[entry.id]:,.1f}", share))
     yield from columns(rows)
+
+
+def positions(sheet: Sheet) -> str:
+    """What the sheet takes of the model's window: the longest head counts, not the mean."""
+    of_all = f" of {sheet.window:,}" if sheet.window else ""
+    return f"{sheet.length:,}{of_all} positions"
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -99,6 +107,7 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "texts": "in the sheet" if sheet.texts else "left out",
         "kept": f"{sheet.tokens:,} tokens per layer and head, of which {made.guide_tokens} are the {made.guide} guide",
         "rate": f"{sheet.rate:.2f}",
+        "window": f"{positions(sheet)}, tokens of the head that keeps most",
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
         "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}"
         + (f", corrected: {made.correction}" if made.correction != "none" else ""),
