@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 
-from cribsheet import CompressedKnowledgeLLM, build_sheet
+from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
 from cribsheet.build import Budgets
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError
@@ -293,3 +294,26 @@ def test_a_number_of_tokens_is_whole_or_refused_by_name(tiny, options):
     name = "budget" if "budget" in options else "chunk_tokens"
     with pytest.raises(BudgetError, match=f"{name} is {options[name]}; pass a whole number of tokens"):
         build_sheet(tiny, DOCUMENTS, ZERO_SHOT, **options)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_a_build_without_a_task_warns_once_and_names_the_way_out(tiny, caplog, mode):
+    with caplog.at_level(logging.WARNING, "cribsheet"):
+        CompressedKnowledgeLLM.build(DOCUMENTS, model=tiny, rate=1.5, mode=mode)
+    (warning,) = caplog.messages
+    assert "no task was given" in warning and "task= or --task" in warning
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("Where do people live?", {}),
+        (Task(Task.of(None).description, (("Where does Bob live?", "Oslo"),)), {}),
+        (None, {"scorer": "recent"}),  # which looks at no task
+        (None, {"scorer": "reconstruction"}),
+    ],
+)
+def test_nobody_is_warned_of_a_task_that_is_given_or_not_looked_at(tiny, caplog, task, options):
+    with caplog.at_level(logging.WARNING, "cribsheet"):
+        CompressedKnowledgeLLM.build(DOCUMENTS, task, model=tiny, rate=1.5, **options)
+    assert caplog.messages == []

@@ -121,6 +121,15 @@ def test_build_writes_a_sheet_and_says_what_became_of_the_corpus(cli, model, sta
     assert done.err == ""
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_build_without_a_task_notes_that_and_is_made_all_the_same(cli, model, staff, tmp_path, dry_run):
+    # in a process of its own, as logging is set up once
+    process = start("build", staff, "--model", model, *RATE, "-o", tmp_path / "a.sheet", *dry_run)
+    out, err = process.communicate()
+    assert process.returncode == 0 and err.startswith("cribsheet: no task was given, so ")
+    assert err.count("no task") == 1 and "documents" in out
+
+
 def test_four_bits_are_built_foretold_and_shown(cli, model, staff, tmp_path):
     asked = ("build", staff, "--task", "Where do people live?", "--model", model, "--scorer", "task", *RATE)
     four = (*asked, "--storage-dtype", "int4", "-o", tmp_path / "a.sheet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from cribsheet.template import ChatLayout
 
 if TYPE_CHECKING:
     from cribsheet.independent import Reader
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
@@ -174,10 +177,12 @@ def build_sheet(
     read
         who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
 
-    Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts.
+    Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts. A general task, which is what
+    stands for none, is warned of.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     scorer, allocation = resolve_defaults(scorer, allocation)
+    warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
     if mode == "independent":
         if correction != "none":
@@ -242,6 +247,15 @@ def resolve_defaults(scorer: str | Scorer | None, allocation: Allocation | None)
     if allocation is None:
         allocation = "adaptive" if scorer is None or scorer == DEFAULT_SCORER else "uniform"
     return DEFAULT_SCORER if scorer is None else scorer, allocation
+
+
+def warn_without_task(task: Task, scorer: str | Scorer) -> None:
+    """Log a warning if a scorer that looks at the task has none to look at."""
+    if task == Task.of(None) and make_scorer(scorer)[1].guide not in ("nothing", "repeat"):
+        logger.warning(
+            "no task was given, so what questions that nobody described need is kept only as far as a repetition of "
+            "the documents tells; say what will be asked, with task= or --task, best with examples"
+        )
 
 
 @dataclass(frozen=True, slots=True)

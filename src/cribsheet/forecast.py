@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cribsheet.backbone import Backbone
-from cribsheet.build import Budgets, GuideMode, Plan, plan, resolve_defaults, storage_dtype
+from cribsheet.build import Budgets, GuideMode, Plan, plan, resolve_defaults, storage_dtype, warn_without_task
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading, compress, earned_budget, nothing_read
 from cribsheet.documents import Document
@@ -64,9 +64,10 @@ def forecast(
     seed: int = 0,
     allocation: Allocation | None = None,
 ) -> Forecast:
-    """What `build_sheet` with the same options would take; raises the errors that it would raise."""
+    """What `build_sheet` with the same options would take; raises and warns of what it would."""
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     scorer, allocation = resolve_defaults(scorer, allocation)
+    warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
     planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
     corpus, reading = planned.corpus, planned.reading

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from cribsheet.build import Plan, Progress, build_sheet
+from cribsheet.build import Plan, Progress, build_sheet, resolve_defaults, warn_without_task
 from cribsheet.documents import Document
 from cribsheet.errors import EngineError
 from cribsheet.independent import Terms
@@ -80,6 +80,8 @@ def build_each(
     `options` are those of `build_sheet`. `progress` counts the tokens of all corpora that were begun. Raises what the
     first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.
     """
+    scorer, _ = resolve_defaults(options.get("scorer"), options.get("allocation"))
+    warn_without_task(task, scorer)  # here, as workers warn where nobody looks
     needs = workers or Workers()
     board = ray.remote(_Board).options(num_cpus=0).remote()
     build = ray.remote(_build).options(**needs.options)
