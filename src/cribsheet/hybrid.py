@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from cribsheet.answer import Answer
 from cribsheet.answering import Delta, Finished, Request, tell
 from cribsheet.certainty import Judged, judge
+from cribsheet.dense import require_dense
 from cribsheet.errors import RequestError
 from cribsheet.passages import choose, is_told_already, query_of, says
 from cribsheet.retrieval import Passage, Search, as_retriever
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
 
-BUILT_IN = "bm25"
+BUILT_IN = ("bm25", "dense")  # each a property of the LLM; the first is the default
 PASSAGE_TOKENS = 512
 SURE = 0.7  # decisions/0018 has the measurements behind this
 SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
@@ -53,7 +54,7 @@ class Retrieval:
     """
 
     mode: Mode
-    retriever: Any = BUILT_IN
+    retriever: Any = BUILT_IN[0]
     top_k: int | None = None
     passage_tokens: int = PASSAGE_TOKENS
     sure: float = SURE
@@ -67,10 +68,11 @@ class Retrieval:
                 raise RequestError(f"{name} is {value!r}; use a whole number of at least 1.")
         if isinstance(self.sure, bool) or not isinstance(self.sure, int | float) or not 0 <= self.sure <= 1:
             raise RequestError(f"sure is {self.sure!r}; give a probability from 0 to 1.")
-        if isinstance(self.retriever, str) and self.retriever != BUILT_IN:
-            raise RequestError(
-                f"There is no built-in retriever {self.retriever!r}; use {BUILT_IN!r}, or pass your own."
-            )
+        if isinstance(self.retriever, str) and self.retriever not in BUILT_IN:
+            names = ", ".join(map(repr, BUILT_IN))
+            raise RequestError(f"There is no built-in retriever {self.retriever!r}; use {names}, or pass your own.")
+        if self.retriever == "dense":
+            require_dense()
 
     @classmethod
     def taken_from(cls, settings: Mapping[str, Any]) -> tuple[Retrieval | None, dict[str, Any]]:
@@ -96,7 +98,7 @@ class Retrieval:
 
     def search(self, llm: CompressedKnowledgeLLM) -> Search:
         """The retriever in our form."""
-        return as_retriever(llm.bm25 if isinstance(self.retriever, str) else self.retriever)
+        return as_retriever(getattr(llm, self.retriever) if isinstance(self.retriever, str) else self.retriever)
 
 
 class Asking(NamedTuple):

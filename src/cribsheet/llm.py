@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.combine import combine
 from cribsheet.compress import as_prefix, nothing_kept
+from cribsheet.dense import DenseRetriever
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError, SheetError, WindowError
 from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at
@@ -41,6 +42,8 @@ from cribsheet.telling import Told, after_sheet, instead_of_documents
 from cribsheet.template import ChatLayout, Message
 from cribsheet.tools import Toolbox
 from cribsheet.turns import Question, as_turns
+
+BuiltIn = TypeVar("BuiltIn", BM25Retriever, DenseRetriever)
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
@@ -68,7 +71,7 @@ class CompressedKnowledgeLLM:
         self.sheet = sheet
         self._prefix: Prefix | None = None
         self._bare: Prefix | None = None
-        self._bm25: tuple[Sheet, BM25Retriever] | None = None
+        self._retrievers: dict[type, tuple[Sheet, Any]] = {}
         self._lock, self._indexing, self._closed = threading.Lock(), threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
@@ -154,7 +157,7 @@ class CompressedKnowledgeLLM:
     def _become(self, sheet: Sheet) -> Self:
         """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
         with self._lock:
-            self.sheet, self._prefix, self._bm25 = sheet, None, None
+            self.sheet, self._prefix, self._retrievers = sheet, None, {}
         return self
 
     def close(self) -> None:
@@ -163,7 +166,7 @@ class CompressedKnowledgeLLM:
         The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
         """
         with self._lock:
-            self._closed, self._prefix, self._bare, self._bm25 = True, None, None, None
+            self._closed, self._prefix, self._bare, self._retrievers = True, None, None, {}
             streams = list(self._streams)
         for stream in streams:
             stream.cancel()
@@ -208,9 +211,10 @@ class CompressedKnowledgeLLM:
         in seconds. The answer's `sources` say what it looked at, unless `evidence=False`. Raises `RequestError` for a
         question that does not fit the window, or settings out of range, and `EngineError` when time is up.
 
-        `retriever=` tells passages after the sheet: `"bm25"` for the sheet's own documents, or what `as_retriever`
-        takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and `top_k=` bound
-        the passages, and `sure=` is what `auto` asks of a draft. The answer's `mode` and `passages` say what was used.
+        `retriever=` tells passages after the sheet: `"bm25"` or `"dense"` for the sheet's own documents, or what
+        `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and
+        `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's `mode` and `passages` say
+        what was used.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -398,11 +402,20 @@ class CompressedKnowledgeLLM:
     @property
     def bm25(self) -> BM25Retriever:
         """The built-in retriever over the sheet's own documents; indexed on first use."""
+        return self._retriever(BM25Retriever)
+
+    @property
+    def dense(self) -> DenseRetriever:
+        """The same by an embedding model (`dense.py`); its passages are placed on first use."""
+        return self._retriever(DenseRetriever)
+
+    def _retriever(self, kind: type[BuiltIn]) -> BuiltIn:
         with self._indexing:  # not the other lock: whoever only asks need not wait for an index
-            sheet = self.sheet
-            if self._bm25 is None or self._bm25[0] is not sheet:
-                self._bm25 = sheet, BM25Retriever(sheet.documents)
-            return self._bm25[1]
+            sheet, known = self.sheet, self._retrievers
+            if kind not in known or known[kind][0] is not sheet:
+                known[kind] = sheet, kind(sheet.documents)
+            retriever: BuiltIn = known[kind][1]
+            return retriever
 
     def _begin(self, streams: Sequence[Stream], search: Asking | None) -> None:
         if search is None:

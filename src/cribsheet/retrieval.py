@@ -62,6 +62,17 @@ def cut_into_passages(documents: Sequence[Document], characters: int = PASSAGE_C
     ]
 
 
+def searchable(documents: Sequence[Document], characters: int) -> list[Passage]:
+    """Passages to search. Raises `RequestError` if there is no text."""
+    passages = cut_into_passages(documents, characters)
+    if not passages:
+        raise RequestError(
+            "There is no text to search: the sheet was saved without its documents' texts; pass a retriever of "
+            "your own, or build the sheet again and save it with them."
+        )
+    return passages
+
+
 class BM25Retriever:
     """Finds passages of documents that share words with a query (BM25, by the `bm25s` library); thread-safe.
 
@@ -72,12 +83,7 @@ class BM25Retriever:
         """Index documents. Raises `RequestError` if there is no text to search."""
         import bm25s  # only here: most sheets are never searched
 
-        self.passages = cut_into_passages(documents, characters)
-        if not self.passages:
-            raise RequestError(
-                "There is no text to search: the sheet was saved without its documents' texts; pass a retriever of "
-                "your own, or build the sheet again and save it with them."
-            )
+        self.passages = searchable(documents, characters)
         names = {document.id: _words(f"{document.id} {document.metadata.get('title', '')}") for document in documents}
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index otherwise
         self._index = bm25s.BM25()
@@ -104,10 +110,10 @@ class Search:
 def as_retriever(retriever: Any) -> Search:
     """`retriever` in our form, whatever it is.
 
-    It may be a `BM25Retriever`; a LlamaIndex retriever or anything with `retrieve` or `aretrieve`; a LangChain
-    retriever, runnable or anything with `invoke` or `ainvoke`; an index or vector store with `as_retriever`; or a
-    callable, async or not, from a query to texts, mappings, documents or passages. Raises `RequestError` for anything
-    else.
+    It may be a `BM25Retriever` or `DenseRetriever`; a LlamaIndex retriever or anything with `retrieve` or `aretrieve`;
+    a LangChain retriever, runnable or anything with `invoke` or `ainvoke`; an index or vector store with
+    `as_retriever`; or a callable, async or not, from a query to texts, mappings, documents or passages. Raises
+    `RequestError` for anything else.
     """
     if isinstance(retriever, Search):
         return retriever
@@ -122,7 +128,7 @@ def as_retriever(retriever: Any) -> Search:
         return as_retriever(make())
     raise RequestError(
         f"The retriever is {short(retriever)}, which has neither retrieve() nor invoke() and cannot be called; pass "
-        '"bm25", a LangChain or LlamaIndex retriever, or a function from a query to texts.'
+        '"bm25", "dense", a LangChain or LlamaIndex retriever, or a function from a query to texts.'
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from live import random_sheet, serving
@@ -63,3 +64,11 @@ def test_a_sheet_without_texts_has_nothing_to_search(live):
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "cribsheet.mode"
     assert "without their texts" in reply.json()["error"]["message"]
     assert live.post(**ASK, model="bare", cribsheet={"mode": "sheet"}).status_code == 200
+
+
+@pytest.mark.skipif(find_spec("sentence_transformers") is not None, reason="the extra cribsheet[dense] is installed")
+def test_a_server_whose_retriever_is_not_installed_says_so_only_where_it_is_asked_for():
+    with serving({"noise": random_sheet()}, retriever="dense") as live:
+        assert choices(live)
+        reply = live.post(**ASK, model="noise", cribsheet={"mode": "hybrid"})
+        assert reply.status_code == 400 and 'pip install "cribsheet[dense]"' in reply.json()["error"]["message"]

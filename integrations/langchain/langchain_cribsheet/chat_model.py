@@ -56,9 +56,9 @@ class ChatCribsheet(BaseChatModel):
         an open `CompressedKnowledgeLLM` instead of a path.
 
     retriever, mode, passage_tokens, sure
-        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" for the sheet's own
-        documents, or any retriever or runnable, and `top_k` then counts passages. In a chain that has a retriever
-        already nothing is retrieved again, and a warning says so.
+        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" or "dense" for the
+        sheet's own documents, or any retriever or runnable, and `top_k` then counts passages. In a chain that has a
+        retriever already nothing is retrieved again, and a warning says so.
     evidence
         whether answers tell what they looked at (`source_documents`); they do unless it is false.
 

@@ -14,6 +14,7 @@ from cribsheet.errors import RequestError
 
 if TYPE_CHECKING:
     from cribsheet.answer import Answer, Source
+    from cribsheet.dense import DenseRetriever
     from cribsheet.llm import CompressedKnowledgeLLM
 
 SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
@@ -34,7 +35,12 @@ TopK = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")]
 Retriever = Annotated[
-    Literal["bm25"] | None, typer.Option(help="Search the documents and tell passages after the sheet.")
+    Literal["bm25", "dense"] | None,
+    typer.Option(help="Search the documents, by words or by an embedding model, and tell passages after the sheet."),
+]
+DenseModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="With --retriever dense, its model: a folder or id of sentence-transformers."),
 ]
 Mode = Annotated[
     Literal["sheet", "retrieval", "hybrid", "auto"] | None,
@@ -60,6 +66,7 @@ def ask(
     retriever: Retriever = None,
     mode: Mode = None,
     passage_tokens: PassageTokens = None,
+    dense_model: DenseModel = None,
     sources: Annotated[bool, typer.Option("--sources", help="Show where in the documents the answer looked.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the answer while it is written.")] = False,
     as_json: AsJson = False,
@@ -70,8 +77,10 @@ def ask(
     if stream and as_json:
         misuse("--json prints one object at the end, so it cannot be combined with --stream")
     settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
-    settings |= _passages(retriever, mode, passage_tokens)
+    settings |= _passages(retriever, mode, passage_tokens, dense_model)
     kb = _load(file, model, device, dtype, revision)
+    if dense_model is not None:
+        settings["retriever"] = _dense(kb, dense_model)
     settings["evidence"] = sources
     answer = _streamed(kb, question, settings) if stream else kb.ask(question, **settings)
     looked_at = list(answer.sources)
@@ -99,6 +108,7 @@ def chat(
     retriever: Retriever = None,
     mode: Mode = None,
     passage_tokens: PassageTokens = None,
+    dense_model: DenseModel = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -108,8 +118,10 @@ def chat(
     Later questions may refer to earlier ones. It ends with the input (Ctrl-D).
     """
     settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
-    settings |= _passages(retriever, mode, passage_tokens)
+    settings |= _passages(retriever, mode, passage_tokens, dense_model)
     kb = _load(file, model, device, dtype, revision)
+    if dense_model is not None:
+        settings["retriever"] = _dense(kb, dense_model)
     by_hand = sys.stdin.isatty() and not as_json
     messages: list[dict[str, str]] = []
     turns: list[dict[str, Any]] = []
@@ -161,10 +173,20 @@ def _sampling(
     return {name: value for name, value in (settings | {"stop": stop or None}).items() if value is not None}
 
 
-def _passages(retriever: str | None, mode: str | None, passage_tokens: int | None) -> dict[str, Any]:
+def _passages(
+    retriever: str | None, mode: str | None, passage_tokens: int | None, dense_model: str | None
+) -> dict[str, Any]:
     """The settings of retrieval that were given."""
+    if dense_model is not None and retriever != "dense":
+        misuse("--dense-model is the model of --retriever dense; give both")
     given = {"retriever": retriever, "mode": mode, "passage_tokens": passage_tokens}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _dense(kb: CompressedKnowledgeLLM, model: str) -> DenseRetriever:
+    from cribsheet.dense import DenseRetriever
+
+    return DenseRetriever(kb.sheet.documents, model=model)
 
 
 def _streamed(kb: CompressedKnowledgeLLM, question: Any, settings: dict[str, Any]) -> Answer:

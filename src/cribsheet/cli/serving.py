@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -49,6 +49,9 @@ def serve(
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long running answers may go on after SIGTERM.")
     ] = 30.0,
+    retriever: Annotated[
+        Literal["bm25", "dense"], typer.Option(help="What finds passages where a request asks for a mode with them.")
+    ] = "bm25",
     hide_documents: Annotated[bool, typer.Option("--hide-documents", help="Do not show the documents' texts.")] = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Log questions and answers.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Serve by replicas on a Ray cluster, here or elsewhere.")] = False,
@@ -85,7 +88,11 @@ def serve(
     for needed in ("fastapi", "uvicorn"):
         integration(needed, "cribsheet[server]")
     quiet_libraries()
+    from cribsheet.dense import require_dense
     from cribsheet.server import ServerSettings
+
+    if retriever == "dense":
+        require_dense()
 
     hosts = (
         (*_LOCAL, host.lower(), *(name.lower() for name in allow_host or ()))
@@ -100,6 +107,7 @@ def serve(
         answer_seconds=timeout,
         show_documents=not hide_documents,
         log_text=log_text,
+        retriever=retriever,
         hosts=hosts,
     )
     options = {"model": model, "device": device, "dtype": dtype, "revision": revision}

@@ -100,7 +100,7 @@ def _settings(
     settings: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     settings["max_tokens"] = max_tokens or limits.max_tokens
     settings["timeout"] = limits.answer_seconds
-    settings |= _extended(body.extension, kb)
+    settings |= _extended(body.extension, kb, limits.retriever)
     if body.logit_bias:
         size = kb.backbone.config.vocab_size
         beyond = [token for token in body.logit_bias if int(token) >= size]
@@ -110,7 +110,7 @@ def _settings(
     return settings
 
 
-def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any]:
+def _extended(extension: Extension, kb: CompressedKnowledgeLLM, retriever: str) -> dict[str, Any]:
     """Settings of evidence and retrieval. Raises `Refusal` for what means nothing in this mode or for this sheet."""
     if extension.evidence is False and extension.sources:
         raise Refusal(400, "sources without evidence cannot be; leave out one of them.", param="cribsheet.sources")
@@ -136,7 +136,7 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM) -> dict[str, Any
             param="cribsheet.mode",
         )
     assert extension.mode is not None
-    return {**settings, "mode": Retrieval(extension.mode, **given)}
+    return {**settings, "mode": Retrieval(extension.mode, retriever, **given)}
 
 
 def _schema(form: AsJsonObject | AsJsonSchema | Any) -> dict[str, Any]:

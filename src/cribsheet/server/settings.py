@@ -26,6 +26,8 @@ class ServerSettings:
         whether callers may read the documents' texts, as evidence and on the page.
     log_text
         whether questions and answers are logged.
+    retriever
+        what finds passages in the modes that retrieve, "bm25" or "dense".
     hosts
         names that requests may address the server by; empty for any.
     """
@@ -40,4 +42,5 @@ class ServerSettings:
     send_seconds: float = 60.0
     show_documents: bool = True
     log_text: bool = False
+    retriever: str = "bm25"
     hosts: tuple[str, ...] = ()

@@ -66,8 +66,8 @@ class CribsheetLLM(SchemaBoundLLM):
         the sheet must be this one (`Manifest.digest`); known as soon as it is open.
 
     retriever, mode, passage_tokens, sure
-        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" for the sheet's own
-        documents, or any retriever; `top_k` then counts passages.
+        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" or "dense" for the
+        sheet's own documents, or any retriever; `top_k` then counts passages.
     evidence
         whether responses tell what the answer looked at, in `raw["sources"]`; they do unless it is false.
 
@@ -91,7 +91,9 @@ class CribsheetLLM(SchemaBoundLLM):
     presence_penalty: float | None = None
     stop: list[str] | None = None
     timeout: float | None = Field(default=None, description="Seconds that an answer may take.")
-    retriever: Any = Field(default=None, description="What finds passages; bm25 for the sheet's own documents.")
+    retriever: Any = Field(
+        default=None, description="What finds passages; bm25 or dense for the sheet's own documents."
+    )
     mode: str | None = Field(default=None, description="sheet, retrieval, hybrid or auto.")
     passage_tokens: int | None = Field(default=None, description="Most tokens of passages.")
     sure: float | None = Field(default=None, description="How certain a draft must be in mode auto.")
