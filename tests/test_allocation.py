@@ -231,6 +231,23 @@ def test_the_first_token_stays_in_every_head_and_the_rest_of_the_template_s_head
     assert any(head[: len(opening)] != opening for head in kept)
 
 
+@pytest.mark.parametrize("budget", [2, 3, 5])
+def test_where_heads_share_a_budget_it_may_be_less_than_the_template_s_head(tiny, tmp_path, budget):
+    options = {"budget": budget, "guide": "dropped", "chunk_tokens": 40}
+    with CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, **options) as kb:
+        assert kb.sheet.tokens == budget < kb.sheet.manifest.head_tokens
+        kept = [head[head != ABSENT].tolist() for layer in kb.sheet.indices for head in layer]
+        assert {head[0] for head in kept} == {0}  # where attention rests
+        path = kb.save(tmp_path / "a.sheet")
+        answer = kb.ask(QUESTION, max_tokens=5).text
+    with CompressedKnowledgeLLM(tiny, load_sheet(path)) as again:
+        assert again.ask(QUESTION, max_tokens=5).text == answer
+    with pytest.raises(BudgetError, match=r"head takes \d+ .* at least \d+, a lower rate\.$"):
+        build_sheet(tiny, DOCUMENTS, FEW_SHOT, allocation="uniform", **options)
+    with pytest.raises(BudgetError, match=r"head takes 1 and the resident guide 0; pass a budget of at least 2"):
+        build_sheet(tiny, DOCUMENTS, FEW_SHOT, **{**options, "budget": 1})
+
+
 @pytest.mark.parametrize(
     ("asked", "made"),
     [

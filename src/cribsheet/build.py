@@ -332,12 +332,12 @@ def plan(
         resident = resident[:0]
     layout.verify(head, corpus.text, guide.resident if len(resident) else "", task)
     keep = budget - len(resident)
-    least = corpus.head_tokens + 1
-    if keep < least:
+    fixed = corpus.head_tokens if budgets.allocation == "uniform" else _pinned(chosen, "adaptive", corpus.head_tokens)
+    if keep <= fixed:
+        drop = ", a shorter task, or guide='dropped'" if len(resident) else ""
         raise BudgetError(
-            f"The budget is {budget} tokens, but the template's head takes {corpus.head_tokens} and the resident "
-            f"guide {len(resident)}; pass a budget of at least {least + len(resident)}, a lower rate, a shorter task, "
-            "or guide='dropped'."
+            f"The budget is {budget} tokens, but the template's head takes {fixed} and the resident guide "
+            f"{len(resident)}; pass a budget of at least {fixed + 1 + len(resident)}, a lower rate{drop}."
         )
     request = encode(layout.request(task))
     noted = len(request) + len(scored) + NOTES_TOKENS
