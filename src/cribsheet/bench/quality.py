@@ -27,6 +27,7 @@ from rich.console import Console
 from cribsheet.bench import peers
 from cribsheet.bench.case import Case, Row, judged
 from cribsheet.bench.families import FAMILIES, Wanted, held_out_cases, make_cases
+from cribsheet.bench.journal import write_whole
 from cribsheet.bench.peers_runner import WAYS
 from cribsheet.bench.quality_page import page, print_table, summary
 from cribsheet.bench.several import Sheets
@@ -235,9 +236,7 @@ def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[st
 
 def _write(file: Path | None, result: dict[str, Any]) -> None:
     if file:
-        unfinished = file.with_name(file.name + ".unfinished")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_whole(file, json.dumps(result, indent=1) + "\n")
 
 
 def measure(

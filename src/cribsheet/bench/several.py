@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from cribsheet.backbone import Backbone
 from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
 from cribsheet.chunks import Chunk, TokenizedCorpus
@@ -67,6 +69,17 @@ class Sheets:
                 return sheet
             budget -= max(1, int(over / sheet.nbytes * budget))
         raise BudgetError(f"No token fits the {most} bytes of a 16-bit sheet at {rate:g}x.")
+
+    def whole(self, task: Task) -> Sheet:
+        """Everything, with the guide on top of it: the prompt of full context, which is no sheet of any rate."""
+        budgets = Budgets(rate=1, guide="dropped")
+        planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer="recent")
+        guide = self.guide(task)
+        return carry_out(self._backbone, replace(planned, resident=guide, budget=planned.budget + len(guide)))
+
+    def guide(self, task: Task) -> Tensor:
+        """Token ids (T,) of the guide where it stays in the prompt."""
+        return self._layout.encoder.after(self._layout.guide(task).resident, continues=True)
 
     def build(
         self,
