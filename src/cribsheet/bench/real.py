@@ -113,13 +113,13 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     file = file and shard_file(file, options.shard)
     before = _before(file, options.terms)
     journal = Journal(file, options.terms, Row)
-    known, models = [*before.rows, *journal.rows], dict(before.models)
+    known = [*before.rows, *journal.rows]
     for name, why in options.missing().items():
         logger.info("%s is left out: %s", name, why)
-    work = _Work(options, {row.key for row in known}, journal.add)
+    work = _Work(options, {row.key for row in known}, journal.add, dict(before.models))
     for place in options.models:
-        models |= work.ask_model(place, is_known=name_of(place) in models)
-    result = result_of(Result(options.terms, models, [*before.rows, *journal.rows]))
+        work.ask_model(place)
+    result = result_of(Result(options.terms, work.models, [*before.rows, *journal.rows]))
     if work.is_late:
         logger.info("time is up; run it again to go on")
     if not result.rows:
@@ -165,11 +165,12 @@ def _before(file: Path | None, terms: dict[str, Any]) -> Result:
 
 @dataclass(eq=False)
 class _Work:
-    """A run on its way: what is known by key, where rows go, and when it began."""
+    """A run on its way: which rows are known, where new ones go, what each model is, and when it began."""
 
     options: Options
     known: set[tuple[Any, ...]]
     add: Callable[[Iterable[Row]], None]
+    models: dict[str, Any]
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -177,24 +178,27 @@ class _Work:
         """Whether nothing new is to be begun."""
         return time.monotonic() - self.began > self.options.limit
 
-    def ask_model(self, place: str, *, is_known: bool) -> dict[str, Any]:
-        """Ask a model about every corpus. What it is, by its name; nothing if that is known and nothing is left."""
-        model = None if is_known else self._loaded(place)
+    def ask_model(self, place: str) -> None:
+        """Ask a model about every corpus; it is loaded only if something is left to ask."""
+        name = name_of(place)
+        model = None if name in self.models else self._loaded(place)
         try:
             for case, folder in self._own_corpora():
                 corpus = read_corpus(folder, case)
-                points = self._points(name_of(place), corpus)
+                points = self._points(name, corpus)
                 if points and not self.is_late:
                     model = model or self._loaded(place)
-                    self._ask_case(Case(name_of(place), model, corpus, self.options.means), points)
-            return {name_of(place): _about(model)} if model else {}
+                    self._ask_case(Case(name, model, corpus, self.options.means), points)
         finally:
             if model:
                 model.leave(self)
 
     def _loaded(self, place: str) -> LoadedModel:
         """The model; its engine stays, with all that it has compiled, from one sheet to the next."""
-        model = LoadedModel.get(place, device=self.options.device, dtype=self.options.dtype)
+        model, name = LoadedModel.get(place, device=self.options.device, dtype=self.options.dtype), name_of(place)
+        told = _about(model)
+        if self.models.setdefault(name, told)["weights"] != told["weights"]:
+            raise RequestError(f"Another model was called {name!r} in this file; give another --json.")
         model.enter(self)
         return model
 

@@ -20,7 +20,7 @@ from cribsheet.bench.compare import CLOSED, FULL
 from cribsheet.bench.corpora import group_of
 from cribsheet.bench.journal import read_lines
 from cribsheet.bench.metrics import clustered_interval
-from cribsheet.bench.real_ways import KVZIP, NAMES
+from cribsheet.bench.real_ways import INT4, KVZIP, NAMES
 from cribsheet.errors import RequestError
 
 ALL = "all"
@@ -127,8 +127,9 @@ def result_of(result: Result) -> Result:
 class View:
     """The rows of one model, by method and rate, and which groups say something."""
 
-    def __init__(self, rows: Iterable[Row], *, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, rows: Iterable[Row], *, seed: int = 0, is_wide: bool = False) -> None:
+        """`is_wide` says that the model computes in 32 bits; sizes are then shown as of 16."""
+        self.seed, self.is_wide = seed, is_wide
         self._by_way: dict[tuple[str, float], dict[tuple[str, int], Row]] = {}
         for row in rows:
             self._by_way.setdefault((row.method, row.rate), {})[row.case, row.number] = row
@@ -178,7 +179,9 @@ def views(result: Result) -> dict[str, View]:
     rows: dict[str, list[Row]] = {}
     for row in result.rows:
         rows.setdefault(row.model, []).append(row)
-    return {model: View(own, seed=result.setup.get("seed", 0)) for model, own in rows.items()}
+    wide = {model for model, about in result.models.items() if about.get("dtype") == "float32"}
+    seed = result.setup.get("seed", 0)
+    return {model: View(own, seed=seed, is_wide=model in wide) for model, own in rows.items()}
 
 
 def print_table(result: Result, console: Console) -> None:
@@ -216,7 +219,8 @@ alone, and `int4` keeps as many tokens as fit the same bytes. This page is writt
 100. Differences are those on the questions that both methods were asked, with 95 % intervals, drawn by case from ten
 cases on and by question below; those beyond their interval are bold. *Retained* is the share of the questions that full
 context answers (the answer's words stand in what the model says) that the method answers too. *Retrieved* is the share
-of answers that were told passages; *leaked* that of answers that are an example's.
+of answers that were told passages; *leaked* that of answers that are an example's. *KiB* are keys and values before the
+question, in 16 bits a number where they are not in `int4`.
 """
 
 
@@ -258,7 +262,8 @@ def _pooled(view: View, rate: float, groups: Sequence[str]) -> Iterable[list[str
             continue
         own = method, 1.0 if method in (FULL, CLOSED) else rate
         gains = [view.difference(own, (rival, 1.0 if rival == FULL else rate), groups) for rival in _rivals(view)]
-        kept = view.retained(method, rate, groups)
+        kept, unit = view.retained(method, rate, groups), 2048 if view.is_wide and method != INT4 else 1024
+        told = method != CLOSED and _mean(row.mode in ("hybrid", "retrieval") for row in rows)
         yield [
             method,
             _score(rows),
@@ -266,8 +271,8 @@ def _pooled(view: View, rate: float, groups: Sequence[str]) -> Iterable[list[str
             *(str(gain) if gain else "–" for gain in gains),
             f"{kept[0]:.0f} % of {kept[1]}" if kept else "–",
             f"{_mean(row.tokens for row in rows):.0f}",
-            f"{_mean(row.nbytes for row in rows) / 1024:,.0f}",
-            f"{100 * _mean(row.mode in ('hybrid', 'retrieval') for row in rows):.0f} %",
+            f"{_mean(row.nbytes for row in rows) / unit:,.0f}",
+            f"{100 * told:.0f} %",
             f"{100 * _mean(row.leaked for row in rows):.1f} %",
         ]
 

@@ -9,7 +9,7 @@ from cribsheet.bench.compare import CLOSED, FULL
 from cribsheet.bench.quality import Method
 from cribsheet.hybrid import Mode
 
-KVZIP = "kvzip"
+KVZIP, INT4 = "kvzip", "int4"
 _INT4_TOKENS = 3.5  # times as many tokens fit the bytes that 16 bits take
 _OUR_DEFAULT = Method("default", guide="resident")
 
@@ -45,7 +45,7 @@ WAYS = (
     _sheet("zero-shot", examples=False),
     _sheet("uniform", "recall", allocation="uniform"),
     _sheet("bounded", "recall", allocation="bounded"),
-    _sheet("int4", dtype="int4", share=_INT4_TOKENS),
+    _sheet(INT4, dtype="int4", share=_INT4_TOKENS),
     _sheet("reconstruction", "reconstruction", allocation="adaptive"),
     _sheet("task", "task", allocation="uniform"),
     _sheet("finch", "finch", allocation="uniform"),

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cribsheet.backbone import Backbone
-from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
+from cribsheet.build import Budgets, GuideMode, Plan, carry_out, plan, resolve_defaults
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading
 from cribsheet.correction import Correction
@@ -75,7 +75,7 @@ class Sheets:
         budgets = Budgets(rate=1, guide="dropped")
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer="recent")
         guide = self.guide(task)
-        return carry_out(self._backbone, replace(planned, resident=guide, budget=planned.budget + len(guide)))
+        return self._carried_out(replace(planned, resident=guide, budget=planned.budget + len(guide)))
 
     def guide(self, task: Task) -> Tensor:
         """Token ids (T,) of the guide where it stays in the prompt."""
@@ -98,5 +98,8 @@ class Sheets:
         name, shared = resolve_defaults(scorer, allocation)
         budgets = Budgets(rate, budget, guide, chunk_tokens, shared, correction)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
+        return self._carried_out(planned, dtype)
+
+    def _carried_out(self, planned: Plan, dtype: StorageDtype | None = None) -> Sheet:
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
         return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)
