@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +57,12 @@ class Journal(Generic[R]):
         """Forget the file; the result is written."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def tell_progress() -> None:
+    """Show on stderr what benches tell of their progress, also where other libraries are to be quiet."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cribsheet.bench").setLevel(logging.INFO)
 
 
 def unfinished(output: Path) -> Path:

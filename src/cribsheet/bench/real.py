@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from rich.console import Console
 
 from cribsheet.bench.compare import CLOSED, FULL, Corpus
 from cribsheet.bench.corpora import find_corpora, group_of, read_corpus
-from cribsheet.bench.journal import Journal, write_rows, write_whole
+from cribsheet.bench.journal import Journal, tell_progress, write_rows, write_whole
 from cribsheet.bench.real_case import Case, Means, dense_retriever
 from cribsheet.bench.real_page import Result, Row, merged, page, print_table, read_result, result_of
 from cribsheet.bench.real_ways import KVZIP, NAMES, WAYS, Way
@@ -95,7 +94,7 @@ class Options:
             missing["bounded"] = "the library has no such allocation"
         if dense_retriever() is None:
             dense = (way.name for way in WAYS if way.retriever == "dense")
-            missing |= dict.fromkeys(dense, "the library has no dense retriever")
+            missing |= dict.fromkeys(dense, "there is no dense retriever, or no sentence-transformers")
         if self.means.peers is None:
             missing[KVZIP] = "no --peers was given, a python that has kvpress"
         return {name: why for name, why in missing.items() if name in self.methods}
@@ -107,7 +106,7 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     A run that was killed goes on, and so does one with more of anything: what `file` has is not asked again. Of a
     shard, `file` gets the shard's number into its name. Raises `RequestError` if `file` was made on other terms.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    tell_progress()
     if options.threads:
         torch.set_num_threads(options.threads)
     file = file and shard_file(file, options.shard)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cribsheet import retrieval
 from cribsheet.answer import Answer
 from cribsheet.bench import peers
 from cribsheet.bench.compare import CLOSED, FULL, Corpus, size_before
@@ -44,8 +45,11 @@ class Means:
 
 
 def dense_retriever() -> Callable[..., Any] | None:
-    """The library's dense retriever, if it has one."""
-    return vars(retrieval).get("DenseRetriever")
+    """The library's dense retriever, if it has one and what that needs is installed."""
+    if find_spec("cribsheet.dense") is None or find_spec("sentence_transformers") is None:
+        return None
+    made: Callable[..., Any] = import_module("cribsheet.dense").DenseRetriever
+    return made
 
 
 class Found:
@@ -88,9 +92,9 @@ class Case:
             asking = {"mode": way.mode, "passage_tokens": passages, "retriever": self._finder(way.retriever)}
         else:
             made, size = way.sheet, min(int(budget * way.share), len(self.whole))
-            kb = self._opened((made, size), lambda: self._build(made, size))
             if way.mode != "sheet":
                 asking = {"mode": way.mode, "passage_tokens": budget - size, "retriever": self._finder(way.retriever)}
+            kb = self._opened((made, size), lambda: self._build(made, size))
         return self._ask(kb, way.name, rate, numbers, asking)
 
     def _build(self, made: Method, budget: int) -> Sheet:

@@ -19,7 +19,6 @@ import json
 import logging
 import random
 import re
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any
 
 from cribsheet.bench.compare import Corpus
 from cribsheet.bench.corpora import write_corpus
+from cribsheet.bench.journal import tell_progress
 from cribsheet.bench.metrics import normalise
 from cribsheet.bench.questions import CHOICE, SUMMARY, Asked
 from cribsheet.documents import Document
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="about each corpus, at most")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    tell_progress()
     written = 0
     for chosen in (each for each in SETS if each.name in given.sets):
         for tokens in given.tokens:
