@@ -42,7 +42,8 @@ class Journal(Generic[R]):
             if json.dumps(first, sort_keys=True) != head:
                 raise RequestError(f"{str(self._path)!r} is of another comparison; finish that one, or remove the file")
             self.rows += [row(**line) for line in lines]
-            told(f"going on after {len(lines)} answers")
+            if lines:
+                told(f"going on after {len(lines)} answers")
         write_whole(self._path, "".join(line + "\n" for line in (head, *map(_line, self.rows))))
 
     def add(self, rows: Iterable[R]) -> None:
