@@ -5,10 +5,11 @@ RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 PEERS := .venv-peers
+CORPORA ?= build/real-corpora
 FAST := -m "not slow and not reliability"
 CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
 
-.PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers connectivity certainty \
+.PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers real connectivity certainty \
 	memory throughput speed speed-gpu step-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
@@ -64,6 +65,11 @@ quality: $(READY)  ## what survives compression, by method, rate and family of t
 
 peers: $(READY) $(PEERS)/.ready  ## the same with the presses of kvpress, in an environment of their own, and the page (40 minutes)
 	$(RUN)/cribsheet bench quality --peers $(PEERS)/bin/python --json docs/benchmarks/quality.json
+
+real: $(READY)  ## real models: make real MODEL=Qwen/Qwen2.5-0.5B-Instruct DATA=data-sets [CORPORA=folder] [OPTIONS="--only xquad/4000 --cases 1"]
+	test -d $(CORPORA) || $(RUN)/python -m cribsheet.bench.real_sets $(DATA) $(CORPORA)
+	$(RUN)/cribsheet bench real $(CORPORA) $(addprefix --model ,$(MODEL)) --json docs/benchmarks/real.json \
+		$(addprefix --peers ,$(wildcard $(PEERS)/bin/python)) $(OPTIONS)
 
 connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (35 minutes on a free core)
 	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json

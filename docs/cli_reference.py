@@ -30,12 +30,14 @@ With `--json`, stdout holds one JSON object and nothing else.
 
 def render() -> str:
     """The page as it should be."""
-    names = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    names = [
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback is not None
+    ]
     parts = [_TOP, _section("cribsheet", [])]
     parts += [_section(f"cribsheet {name}", [name]) for name in names]
     for group in app.registered_groups:
         inner = group.typer_instance.registered_commands if group.typer_instance else []
-        within = [command.callback.__name__ for command in inner if command.callback is not None]
+        within = [command.name or command.callback.__name__ for command in inner if command.callback is not None]
         parts += [_section(f"cribsheet {group.name} {name}", [str(group.name), name]) for name in within]
     return "\n".join(parts)
 

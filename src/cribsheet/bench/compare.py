@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cribsheet.answer import Answer
 from cribsheet.bench.metrics import clustered_interval
 from cribsheet.bench.questions import Asked
 from cribsheet.build import GuideMode
@@ -210,13 +211,18 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
         question = corpus.questions[number]
         answer = kb.ask(question.text, **asking)
         em, f1, items = question.judge(answer.text)
-        tokens = answer.usage.prompt_tokens - answer.usage.cached_tokens - kb.count_tokens(question.text)
-        tokens += kb.sheet.tokens if answer.mode != "retrieval" else 0  # `cached_tokens` are positions
-        per_token = kb.sheet.nbytes / kb.sheet.tokens
+        tokens, nbytes = size_before(kb, question.text, answer)
         yield Record(
             corpus.name, method.name, rate, budget, number, question.type, _cluster(corpus, number), answer.text,
-            em, f1, items, tokens, round(tokens * per_token), round(answer.seconds, 4), answer.mode,
+            em, f1, items, tokens, nbytes, round(answer.seconds, 4), answer.mode,
         )  # fmt: skip
+
+
+def size_before(kb: CompressedKnowledgeLLM, question: str, answer: Answer) -> tuple[int, int]:
+    """Tokens before a question that was answered, per layer and head, and the bytes of their keys and values."""
+    tokens = answer.usage.prompt_tokens - answer.usage.cached_tokens - kb.count_tokens(question)
+    tokens += kb.sheet.tokens if answer.mode != "retrieval" else 0  # `cached_tokens` are positions
+    return tokens, round(tokens * kb.sheet.nbytes / kb.sheet.tokens)
 
 
 def _nothing(query: str) -> list[str]:

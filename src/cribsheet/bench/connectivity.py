@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from cribsheet.bench.compare import ALL, FULL, NAMES, Corpus, Record, Settings, compare, summary
+from cribsheet.bench.journal import write_whole
 from cribsheet.bench.judged import CONNECTED, judged, print_judged
 from cribsheet.bench.questions import Asked
 from cribsheet.bench.report import page, print_table, setup_of
@@ -281,9 +282,7 @@ def _write(file: Path | None, setup: dict[str, Any], records: Sequence[Record]) 
     result["rows"] = rows_of(records, seed=seed)
     if file is not None:
         answers = [asdict(record) for record in records]
-        unfinished = file.with_name(file.name + ".unfinished")
-        unfinished.write_text(json.dumps({**result, "answers": answers}, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_whole(file, json.dumps({**result, "answers": answers}, indent=1) + "\n")
         shown = page(result, title="Direct and join questions by connectivity", metric="set_f1")
         file.with_suffix(".html").write_text(shown, encoding="utf-8")
     return result

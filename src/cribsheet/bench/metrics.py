@@ -2,6 +2,7 @@
 
 Normalisation and word F1 are those of SQuAD (Rajpurkar et al., arXiv 1606.05250, section 6); set F1 splits answers
 at commas, semicolons and "and" as the CacheNotes evaluation does, since the order of a list does not matter.
+ROUGE-L is that of Lin (2004), F1 of the longest common subsequence of words.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SEPARATORS = re.compile(r"\s*(?:[,;/\n]|\band\b)\s*")
+_LETTER = re.compile(r"\b[A-F]\b")
 
 
 def normalise(text: str) -> str:
@@ -37,6 +39,23 @@ def set_f1(answer: str, golds: Sequence[str]) -> float:
     return max(_f1(Counter(_items(answer)), Counter(_items(gold))) for gold in golds)
 
 
+def included(answer: str, golds: Sequence[str]) -> float:
+    """1 if the words of a gold stand in the answer, in their order and without others between them."""
+    said = f" {normalise(answer)} "
+    return float(any(f" {normalise(gold)} " in said for gold in golds))
+
+
+def same_letter(answer: str, golds: Sequence[str]) -> float:
+    """1 if the first letter from A to F that stands alone in the answer is a gold; for multiple choice."""
+    found = _LETTER.search(answer)
+    return float(found is not None and found[0] in golds)
+
+
+def rouge_l(answer: str, golds: Sequence[str]) -> float:
+    """Best ROUGE-L of the answer against a gold; for summaries."""
+    return max(_rouge(normalise(answer).split(), normalise(gold).split()) for gold in golds)
+
+
 def clustered_interval(
     scores: Sequence[float], clusters: Sequence[object], *, seed: int = 0, draws: int = 1000
 ) -> tuple[float, float]:
@@ -55,6 +74,16 @@ Metric = Callable[[str, Sequence[str]], float]
 
 def _items(text: str) -> set[str]:
     return {item for part in _SEPARATORS.split(text) if (item := normalise(part))}
+
+
+def _rouge(answer: Sequence[str], gold: Sequence[str]) -> float:
+    longest = [0] * (len(gold) + 1)  # common subsequence of the answer so far with each beginning of the gold
+    for word in answer:
+        before = 0
+        for at, other in enumerate(gold, 1):
+            before, longest[at] = longest[at], before + 1 if word == other else max(longest[at], longest[at - 1])
+    total = len(answer) + len(gold)
+    return 2 * longest[-1] / total if total else 1.0
 
 
 def _f1(answer: Counter[str], gold: Counter[str]) -> float:

@@ -67,7 +67,7 @@ def ask(
     """
     right = [row.retained for row in full]
     found = Found([], [], [])
-    for line in run(python, {**_job(model), "presses": list(presses), "cases": [prompts(model, case, rates)]}):
+    for line in run(python, {**job_of(model), "presses": list(presses), "cases": [prompts(model, case, rates)]}):
         if "error" in line:
             found.failed.append({key: line[key] for key in ("press", "rate", "case", "error")})
         elif "press" in line:
@@ -94,7 +94,7 @@ def report(python: Path, model: LoadedModel, cases: Sequence[Case], rates: Seque
         "budget": int(len(long) / _TIMED_RATE),
         "rounds": _ROUNDS,
     }
-    results = run(python, {**_job(model), "finch": told, "timing": timing})
+    results = run(python, {**job_of(model), "finch": told, "timing": timing})
     build = next(line for line in results if "build" in line)
     return {
         "versions": next(line["versions"] for line in results if "versions" in line),
@@ -103,12 +103,14 @@ def report(python: Path, model: LoadedModel, cases: Sequence[Case], rates: Seque
     }
 
 
-def _job(model: LoadedModel) -> dict[str, Any]:
+def job_of(model: LoadedModel) -> dict[str, Any]:
     """What every job says; budgets are those of our sheets at the same rates."""
     backbone = model.backbone
     return {
         "model": str(backbone.model.config._name_or_path),
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": str(backbone.device),
+        "full": True,
         "threads": torch.get_num_threads(),
         "stop": sorted(backbone.eos_ids),
         "presses": [],

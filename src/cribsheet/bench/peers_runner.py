@@ -66,13 +66,18 @@ class Peer:
         torch.set_num_threads(job["threads"])
         torch.set_grad_enabled(False)
         dtype = getattr(torch, job["dtype"])
-        self.model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation="sdpa")
+        self.model = model.eval().to(job["device"])
         self.stop = set(job["stop"])
+
+    def ids(self, ids: Sequence[int]) -> torch.Tensor:
+        """Token ids (1, T) where the model is."""
+        return torch.tensor([list(ids)], device=self.model.device)
 
     def prefill(self, ids: Sequence[int], press: Any = None) -> DynamicCache:
         """The cache that a press leaves of a prompt."""
         cache = DynamicCache()
-        inputs = {"input_ids": torch.tensor([list(ids)]), "past_key_values": cache}
+        inputs = {"input_ids": self.ids(ids), "past_key_values": cache}
         if press is None:
             self.model.model(**inputs)
         else:
@@ -121,16 +126,16 @@ class Peer:
         return found
 
     def _answer(self, cache: DynamicCache, start: int, question: Sequence[int], most: int) -> Iterator[int]:
-        ids = torch.tensor([list(question)])
+        ids = self.ids(question)
         for _ in range(most):
-            positions = torch.arange(start, start + ids.shape[1])[None]
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             logits = self.model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
             start += ids.shape[1]
             token = int(logits[0, -1].argmax())
             if token in self.stop:
                 return
             yield token
-            ids = torch.tensor([[token]])
+            ids = self.ids([token])
 
     def size(self, cache: DynamicCache) -> tuple[float, int, int]:
         """Kept tokens per layer and head, the bytes of these, and the bytes that the cache holds."""
@@ -249,11 +254,8 @@ def work(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
     peer = Peer(job)
     tell({"versions": {"transformers": transformers.__version__, "torch": torch.__version__, "kvpress": _version()}})
     for case in job["cases"]:
-        cache = peer.prefill(case["context"])
-        tokens, nbytes, held = peer.size(cache)
-        found = peer.answers(cache, len(case["context"]), case["questions"], case["most"])
-        size = {"tokens": tokens, "bytes": nbytes, "held": held}
-        tell({"case": case["name"], "press": FULL, "rate": 1.0, **size, "answers": found})
+        if job["full"]:
+            tell({"case": case["name"], "press": FULL, "rate": 1.0, **_full(peer, case)})
         read: dict[int, list[Read]] = {}
         for name in job["presses"]:
             for rate, budget in case["budgets"]:
@@ -265,6 +267,13 @@ def work(job: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
             _try(tell, where, partial(finch_keeps, peer, case, budget))
     if job["timing"]:
         _try(tell, {"build": True}, partial(build_times, peer, job["timing"]))
+
+
+def _full(peer: Peer, case: Mapping[str, Any]) -> Answered:
+    cache = peer.prefill(case["context"])
+    tokens, nbytes, held = peer.size(cache)
+    found = peer.answers(cache, len(case["context"]), case["questions"], case["most"])
+    return {"tokens": tokens, "bytes": nbytes, "held": held, "answers": found}
 
 
 def _answer(peer: Peer, name: str, case: Mapping[str, Any], budget: int, read: dict[int, list[Read]]) -> Answered:

@@ -13,7 +13,6 @@ import json
 import logging
 import multiprocessing
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +26,7 @@ from rich.console import Console
 from cribsheet.bench import peers
 from cribsheet.bench.case import Case, Row, judged
 from cribsheet.bench.families import FAMILIES, Wanted, held_out_cases, make_cases
+from cribsheet.bench.journal import tell_progress, write_whole
 from cribsheet.bench.peers_runner import WAYS
 from cribsheet.bench.quality_page import page, print_table, summary
 from cribsheet.bench.several import Sheets
@@ -161,7 +161,7 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
     for name in options.presses:
         if name not in WAYS:
             raise RequestError(f"There is no press {name!r}; use {', '.join(WAYS)}.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    tell_progress()
     torch.set_num_threads(options.threads)
     model = LoadedModel.get(options.model)
     text = options.text.read_text(encoding="utf-8") if options.text else None
@@ -235,9 +235,7 @@ def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[st
 
 def _write(file: Path | None, result: dict[str, Any]) -> None:
     if file:
-        unfinished = file.with_name(file.name + ".unfinished")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_whole(file, json.dumps(result, indent=1) + "\n")
 
 
 def measure(

@@ -2,7 +2,8 @@
 
 One question a line: `{"question", "answers": [..], "type", "documents": [ids]}`. `answers` are alternatives, any of
 which is right, and each may be a list ("Oslo, Rome"); with `"all": true` they are the items of one list instead.
-`type` groups questions in reports, `documents` are those that hold the answer.
+`type` groups questions in reports, `documents` are those that hold the answer. Two types are judged in their own way by
+`Asked.marks`: the answer to a "choice" is a letter, and a "summary" is compared by ROUGE-L.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cribsheet.bench.metrics import exact_match, set_f1, word_f1
+from cribsheet.bench.metrics import exact_match, included, rouge_l, same_letter, set_f1, word_f1
 from cribsheet.errors import DocumentError
 
+CHOICE, SUMMARY = "choice", "summary"
 _KEYS = ("question", "answers", "type", "documents", "all")
 
 
@@ -33,6 +35,18 @@ class Asked:
         """Exact match (lists in any order), word F1 and set F1 of an answer, each 0 to 1."""
         items = set_f1(answer, self.golds)
         return float(items == 1 or exact_match(answer, self.golds)), word_f1(answer, self.golds), items
+
+    def marks(self, answer: str) -> tuple[float, float, float]:
+        """Exact match, score and inclusion of a model's answer, each 0 to 1; which score is a matter of the type.
+
+        Models go on after an answer, so the score of words is that of the first line, and inclusion that of all of it.
+        """
+        if self.type == CHOICE:
+            return (same_letter(answer, self.golds),) * 3
+        if self.type == SUMMARY:
+            return 0.0, rouge_l(answer, self.golds), 0.0
+        first = answer.strip().partition("\n")[0]
+        return exact_match(first, self.golds), word_f1(first, self.golds), included(answer, self.golds)
 
 
 def read_questions(path: str | Path) -> list[Asked]:

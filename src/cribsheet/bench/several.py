@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from cribsheet.backbone import Backbone
-from cribsheet.build import Budgets, GuideMode, carry_out, plan, resolve_defaults
+from cribsheet.build import Budgets, GuideMode, Plan, carry_out, plan, resolve_defaults
 from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.compress import Reading
 from cribsheet.correction import Correction
@@ -68,6 +70,17 @@ class Sheets:
             budget -= max(1, int(over / sheet.nbytes * budget))
         raise BudgetError(f"No token fits the {most} bytes of a 16-bit sheet at {rate:g}x.")
 
+    def whole(self, task: Task) -> Sheet:
+        """Everything, with the guide on top of it: the prompt of full context, which is no sheet of any rate."""
+        budgets = Budgets(rate=1, guide="dropped")
+        planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer="recent")
+        guide = self.guide(task)
+        return self._carried_out(replace(planned, resident=guide, budget=planned.budget + len(guide)))
+
+    def guide(self, task: Task) -> Tensor:
+        """Token ids (T,) of the guide where it stays in the prompt."""
+        return self._layout.encoder.after(self._layout.guide(task).resident, continues=True)
+
     def build(
         self,
         task: Task,
@@ -85,5 +98,8 @@ class Sheets:
         name, shared = resolve_defaults(scorer, allocation)
         budgets = Budgets(rate, budget, guide, chunk_tokens, shared, correction)
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
+        return self._carried_out(planned, dtype)
+
+    def _carried_out(self, planned: Plan, dtype: StorageDtype | None = None) -> Sheet:
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
         return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +13,7 @@ from cribsheet.cli.building import check_output, make_task
 from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say
 
 if TYPE_CHECKING:
-    from cribsheet.bench.compare import Corpus, Record
+    from cribsheet.bench.compare import Corpus
     from cribsheet.task import Task
 
 
@@ -81,8 +80,9 @@ def compare(
     named, wanted = _names(methods), _rates(rates)
     purpose = make_task(task, example or [], task_file)
     quiet_libraries()
-    from cribsheet.bench.compare import NAMES, Settings, summary
+    from cribsheet.bench.compare import NAMES, Record, Settings, summary
     from cribsheet.bench.compare import compare as run
+    from cribsheet.bench.journal import Journal, write_whole
     from cribsheet.bench.report import page, print_table, setup_of
     from cribsheet.loaded import LoadedModel
 
@@ -93,61 +93,28 @@ def compare(
     asked = _corpus(corpus, questions, purpose, examples, seed)
     loaded = LoadedModel.get(model, device=device, revision=revision)
     setup = setup_of(loaded, asked, chosen, wanted, settings)
-    journal = Journal(as_json, setup)
-    records = list(journal.records)
+    journal = Journal(as_json, setup, Record, told=note)
+    records = journal.rows
 
     def progress(name: str, rate: float) -> None:
         note(f"{name}, rate {rate:g}")
 
-    for record in run(loaded, asked, methods=chosen, rates=wanted, settings=settings, done=records, progress=progress):
-        journal.add(record)
-        records.append(record)
+    before = list(records)
+    for record in run(loaded, asked, methods=chosen, rates=wanted, settings=settings, done=before, progress=progress):
+        journal.add([record])
     if not records:
         misuse("nothing could be compared: every method was left out (--verbose says why)")
     result: dict[str, Any] = {"setup": setup, "rows": summary(records, seed=seed)}
     print_table(result["rows"])
     if as_json is not None:
         rows = [{key: row[key] for key in _REPORTED} for row in result["rows"]]
-        _write(as_json, json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+        write_whole(as_json, json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
     if answers is not None:
-        _write(answers, "".join(json.dumps(asdict(each)) + "\n" for each in records))
+        write_whole(answers, "".join(json.dumps(asdict(each)) + "\n" for each in records))
     if html is not None:
-        _write(html, page(result))
+        write_whole(html, page(result))
         say(f"\n{html}")
     journal.remove()
-
-
-class Journal:
-    """Answers that were given, as lines beside the JSON file, so that a killed comparison can go on."""
-
-    def __init__(self, output: Path | None, setup: dict[str, Any]) -> None:
-        from cribsheet.bench.compare import Record
-
-        self.records: list[Record] = []
-        self._path = output.with_name(output.name + ".partial") if output else None
-        if self._path is None:
-            return
-        head = json.dumps(setup, sort_keys=True)
-        if self._path.exists():
-            first, *rest = self._path.read_text(encoding="utf-8").split("\n")
-            if first != head:
-                misuse(f"{str(self._path)!r} is of another comparison; finish that one, or remove the file")
-            for line in rest[:-1]:  # what follows the last line end was cut off
-                self.records.append(Record(**json.loads(line)))
-            note(f"going on after {len(self.records)} answers")
-        lines = [head, *(json.dumps(asdict(record)) for record in self.records)]
-        _write(self._path, "".join(line + "\n" for line in lines))
-
-    def add(self, record: Record) -> None:
-        """Remember an answer, at once."""
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
-
-    def remove(self) -> None:
-        """Forget them all; the result is written."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 def _corpus(paths: list[str], questions: Path, task: Task, examples: int, seed: int) -> Corpus:
@@ -180,10 +147,3 @@ def _rates(text: str) -> list[float]:
     if not all(1 <= rate < float("inf") for rate in rates):
         misuse(f"--rates {text!r}: each must be at least 1")
     return rates
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
