@@ -94,6 +94,7 @@ class Backbone:
         self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
         self.lean: Any = None  # a step of few kernels, or false where there must be none (`lean.py`)
         self.lean_read: Any = None  # the same of a read (`lean_read.py`)
+        self.profiles: dict[str, Any] = {}  # how many tokens each head looks up, by template (`profile.py`)
         self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
     @classmethod

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -28,6 +29,7 @@ from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, turned_back
+from cribsheet.profile import profile_of
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
@@ -170,8 +172,10 @@ def build_sheet(
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
-        `"adaptive"`, the default with the default scorer: heads that need more tokens keep more, and the budget is the
-        mean. `"uniform"`, as published and the default with any other scorer: all heads keep equally many.
+        `"profiled"`, the default with the default scorer: heads keep as many tokens as questions make them look up
+        (`profile.py`); the budget is the mean. `"adaptive"`: heads whose scores are higher keep more, the default of
+        independent sheets. `"uniform"`, as published and the default with any other scorer: all heads keep equally
+        many.
     correction
         `"refit"`: what is kept is made to stand for what was dropped (`correction.py`), in a sequential sheet.
     read
@@ -181,10 +185,14 @@ def build_sheet(
     stands for none, is warned of.
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = resolve_defaults(scorer, allocation)
+    scorer, allocation = resolve_defaults(scorer, allocation, mode)
     warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
     if mode == "independent":
+        if allocation == "profiled":
+            raise BudgetError(
+                "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."
+            )
         if correction != "none":
             raise BudgetError(
                 "An independent sheet cannot be corrected: its documents are read apart, whatever stands beside them."
@@ -242,10 +250,13 @@ def carry_out(
     return Sheet(stored, indices, kept_origins(planned.corpus, indices), manifest, texts)
 
 
-def resolve_defaults(scorer: str | Scorer | None, allocation: Allocation | None) -> tuple[str | Scorer, Allocation]:
+def resolve_defaults(
+    scorer: str | Scorer | None, allocation: Allocation | None, mode: Mode = "sequential"
+) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
-        allocation = "adaptive" if scorer is None or scorer == DEFAULT_SCORER else "uniform"
+        shared: Allocation = "adaptive" if mode == "independent" else "profiled"
+        allocation = shared if scorer is None or scorer == DEFAULT_SCORER else "uniform"
     return DEFAULT_SCORER if scorer is None else scorer, allocation
 
 
@@ -362,11 +373,18 @@ def plan(
         pinned=_pinned(chosen, budgets.allocation, corpus.head_tokens),
         allocation=budgets.allocation,
         spread=len(corpus) <= keep * _SPREAD_TO,
+        weigh=cache(partial(_weights, backbone, layout, keep / len(corpus))),
         correction=budgets.correction,
         most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
+
+
+def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
+    """What each head keeps of a budget that is a share of the corpus, by the model's profile; alike if it has none."""
+    profile = profile_of(backbone, layout)
+    return [1.0] * len(backbone.full) * backbone.kv_heads if profile is None else profile.weights(share)
 
 
 def _pinned(scorer: Scorer, allocation: Allocation, head_tokens: int) -> int:

@@ -59,7 +59,7 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
     if not any(sheet.resident for sheet in sheets):
         guide = guide[:0]
     rates = {sheet.manifest.document_rate for sheet in sheets}
-    adaptive = any(sheet.manifest.allocation == "adaptive" for sheet in sheets)
+    adaptive = any(sheet.manifest.allocation != "uniform" for sheet in sheets)
     allocation: Allocation = "adaptive" if adaptive else "uniform"
     manifest = first.model_copy(
         update={

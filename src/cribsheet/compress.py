@@ -23,7 +23,7 @@ from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
-from cribsheet.selection import ABSENT, Allocation, keep_best, keep_top, spread_out, take
+from cribsheet.selection import ABSENT, Allocation, apportion, keep_best, keep_counts, keep_top, spread_out, take
 
 Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
@@ -57,6 +57,7 @@ class Reading:
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
     If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
+    If it is profiled, `weigh` says what each head of the layers that see everything keeps of it, the mean being 1.
     With a `correction`, what is kept is made to stand for what was dropped.
     """
 
@@ -71,6 +72,7 @@ class Reading:
     pinned: int
     allocation: Allocation = "uniform"
     spread: bool = True
+    weigh: Callable[[], Sequence[float]] = list
     correction: Correction = "none"
     least: int = 1
     most: int = 0
@@ -191,7 +193,12 @@ def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: 
         repeated=how.repeated(chunk),
     )
     needs: Callable[[LayerView], Tensor] | None = getattr(how.scorer, "needs", None)
-    scores = needs(view) if needs and how.spread and how.allocation == "adaptive" else how.scorer.score(view)
+    if needs and how.allocation == "profiled":
+        scores = needs(view).amax(0)
+    elif needs and how.spread and how.allocation == "adaptive":
+        scores = needs(view)
+    else:
+        scores = how.scorer.score(view)
     return scores.masked_fill(indices == ABSENT, float("-inf"))
 
 
@@ -223,11 +230,23 @@ def choose(
     shortest = min(layer.shape[1] for layer in full.values())
     if how.allocation == "uniform":
         found |= _keep_top_of_each(full, min(budget, shortest))
+    elif how.allocation == "profiled":
+        found |= dict(zip(full, keep_counts(list(full.values()), _counts(standing, how, budget)), strict=True))
     else:
         least = min(shortest, budget, how.least)
         best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
         found |= dict(zip(full, best, strict=True))
     return [found[number] for number in range(len(scores))]
+
+
+def _counts(standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
+    """How many tokens each head of each layer keeps by its weight, of those that stand there (K, S)."""
+    limits = torch.stack([(layer != ABSENT).sum(-1) for layer in standing]).flatten().tolist()
+    most = max(budget, how.most)
+    limits = [min(limit, most) for limit in limits]
+    counts = apportion(how.weigh(), limits, budget * len(limits), least=min(budget, max(how.least, how.pinned)))
+    heads = len(standing[0])
+    return [counts[first : first + heads] for first in range(0, len(counts), heads)]
 
 
 def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tensor]:

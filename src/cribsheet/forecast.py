@@ -94,6 +94,7 @@ def _probe(backbone: Backbone, corpus: TokenizedCorpus, reading: Reading) -> tup
     budget = max(1, earned_budget(reading.budget, size, len(corpus), reading.pinned))
     how = dataclasses.replace(reading, budget=budget, chunk_tokens=size)
     backbone.read(nothing_read(backbone), 0, piece.ids[:64], piece.ids[:0])  # whatever is made at a first use
+    reading.weigh()  # the model's profile is measured once, whatever is built
     _wait(backbone)
     began = time.perf_counter()
     for _ in compress(backbone, piece, how):

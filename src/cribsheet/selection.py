@@ -10,8 +10,10 @@ from torch import Tensor
 
 from cribsheet.errors import BudgetError
 
-# Whether all heads keep equally many tokens, or those that need more keep more.
-Allocation = Literal["uniform", "adaptive"]
+# Whether all heads keep equally many tokens; or each what the model's profile gives it (`profile.py`); or those whose
+# scores are higher keep more.
+Allocation = Literal["uniform", "profiled", "adaptive"]
+_HALVINGS = 60  # until two factors differ by less than a float can say
 _SPREAD = 2  # power of a head's rank by which a token counts less in it
 ABSENT = -2  # where a head has no token because another one keeps more
 
@@ -46,12 +48,50 @@ def keep_best(scores: Sequence[Tensor], budget: int, *, least: int, most: int) -
     parts = chosen.split([layer.numel() for layer in open_])
     counts = [least + part.view(len(layer.values), -1).sum(-1) for layer, part in zip(ranked, parts, strict=True)]
     longest = torch.stack([each.max() for each in counts]).tolist()  # of all layers at once: a GPU is waited for
+    parts_kept = zip(ranked, counts, longest, strict=True)
+    return [_first_of_each(layer.indices, count, most_kept) for layer, count, most_kept in parts_kept]
+
+
+def keep_counts(scores: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """As `keep_best`, where it is said how many of its tokens each head of each layer keeps."""
     found = []
-    for layer, count, most_kept in zip(ranked, counts, longest, strict=True):
-        rank = torch.arange(most_kept, device=count.device)
-        kept = layer.indices[:, :most_kept].masked_fill(rank >= count.unsqueeze(-1), -1)
-        found.append(kept.sort(-1).values)
+    for layer, each in zip(scores, counts, strict=True):
+        best = torch.sort(layer, dim=-1, descending=True, stable=True).indices
+        found.append(_first_of_each(best, torch.tensor(each, device=layer.device), max(each)))
     return found
+
+
+def apportion(weights: Sequence[float], limits: Sequence[int], total: int, *, least: int = 0) -> list[int]:
+    """How many of `total` tokens each head keeps: in proportion to its weight, between `least` and its limit.
+
+    Heads that reach their limit leave the rest to the others. Weights are above zero; the sum is `total`, or that of
+    all limits if it is less.
+    """
+    total = min(total, sum(limits))
+
+    def wanted(factor: float) -> list[float]:
+        pairs = zip(weights, limits, strict=True)
+        return [min(limit, max(least, factor * weight)) for weight, limit in pairs]
+
+    low, high = 0.0, max(limits, default=0) / min(weights, default=1.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(wanted(middle)) < total else (low, middle)
+    exact = wanted(high)
+    counts = [int(each) for each in exact]
+    by_rest = sorted(range(len(counts)), key=lambda n: (counts[n] - exact[n], n))  # the largest rest first
+    missing = total - sum(counts)
+    while missing > 0:
+        for n in by_rest:
+            if missing > 0 and counts[n] < limits[n]:
+                counts[n], missing = counts[n] + 1, missing - 1
+    return counts
+
+
+def _first_of_each(ranked: Tensor, counts: Tensor, longest: int) -> Tensor:
+    """The first so many (K,) of each head's ranked tokens (K, S) in reading order: (K, longest), -1 in front."""
+    rank = torch.arange(longest, device=ranked.device)
+    return ranked[:, :longest].masked_fill(rank >= counts.unsqueeze(-1), -1).sort(-1).values
 
 
 def spread_out(scores: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:

@@ -208,7 +208,7 @@ def _allocation_is_sound(manifest: Manifest, indices: Tensor, kept: Tensor) -> b
     if bool((kept == indices.shape[-1]).all()):
         return True
     absent = indices == ABSENT
-    return manifest.allocation == "adaptive" and not (
+    return manifest.allocation != "uniform" and not (
         (absent[..., 1:] & ~absent[..., :-1]).any() or absent[..., -1].any()
     )
 
@@ -233,7 +233,7 @@ def _segments_are_sound(manifest: Manifest, indices: Tensor) -> bool:
     if not 0 <= guide < indices.shape[-1] or any(segment.read < 1 for segment in segments):
         return False
     corpus, end = indices.split([indices.shape[-1] - guide, guide], -1)
-    least = 0 if manifest.allocation == "adaptive" else 1
+    least = 1 if manifest.allocation == "uniform" else 0
     counts = segment_bounds(indices, guide, [manifest.head_tokens, *(each.read for each in segments)]).diff()
     ordered = (corpus[..., 1:] > corpus[..., :-1]) | (corpus[..., :-1] == ABSENT)
     return (

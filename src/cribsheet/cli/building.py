@@ -65,9 +65,10 @@ def build(
         typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
     ] = None,
     allocation: Annotated[
-        Literal["uniform", "adaptive"] | None,
+        Literal["uniform", "profiled", "adaptive"] | None,
         typer.Option(
-            help="Whether heads that need more tokens may keep more.  [default: adaptive with the default scorer]"
+            help="How heads share the budget: alike, by the model's profile, or by scores.  "
+            "[default: profiled with the default scorer]"
         ),
     ] = None,
     correction: Annotated[

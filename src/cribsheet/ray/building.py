@@ -80,7 +80,7 @@ def build_each(
     `options` are those of `build_sheet`. `progress` counts the tokens of all corpora that were begun. Raises what the
     first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.
     """
-    scorer, _ = resolve_defaults(options.get("scorer"), options.get("allocation"))
+    scorer, _ = resolve_defaults(options.get("scorer"), options.get("allocation"), "independent")
     warn_without_task(task, scorer)  # here, as workers warn where nobody looks
     needs = workers or Workers()
     board = ray.remote(_Board).options(num_cpus=0).remote()
