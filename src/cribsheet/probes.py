@@ -87,9 +87,7 @@ class Exam:
     asks for a short answer, as long ones cannot be compared.
     """
 
-    def __init__(
-        self, model: Backbone | LoadedModel, layout: ChatLayout, task: Task, *, resident: bool = True
-    ) -> None:
+    def __init__(self, model: Backbone | LoadedModel, layout: ChatLayout, task: Task, *, resident: bool = True) -> None:
         self.loaded = LoadedModel.get(model)
         self.layout, self.task, self.resident = layout, task, resident
         self._nothing = Prefix(as_prefix(self.backbone, nothing_kept(self.backbone)), 0)
