@@ -14,6 +14,7 @@ from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_shee
 from cribsheet.build import Budgets, plan, read_through
 from cribsheet.cli import run
 from cribsheet.compress import cut
+from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.loaded import LoadedModel
 from cribsheet.probes import Exam, Probe
@@ -158,7 +159,8 @@ def test_a_check_of_an_independent_sheet_ends_with_the_next_change(pocket):
     kb = CompressedKnowledgeLLM.build(STAFF, TASK, model=pocket, rate=1.5, mode="independent", check=True, dtype="int4")
     found = kb.sheet.manifest.retention
     assert found.counted >= 8 and found.rungs == []
-    assert kb.extend(["Omar Haddad lives in Tunis."]).sheet.manifest.retention is None
+    more = Document(text="Omar Haddad lives in Tunis.", id="omar")
+    assert kb.extend([more]).sheet.manifest.retention is None
 
 
 def test_examples_to_spare_are_held_back_from_the_sheet_and_asked(pocket):
@@ -216,7 +218,7 @@ def test_what_a_user_must_hear():
     assert remarks(none) == ["of 24 probes the sheet answers 0 as the full context does"]
 
 
-def test_the_command_line_retains_checks_and_tells(tmp_path, capsys):
+def test_the_command_line_retains_checks_and_tells(tmp_path, capsys, caplog):
     for document in STAFF:
         (tmp_path / f"{document.id}.txt").write_text(document.text)
     task = ["--task", TASK.description, "--example", "Where does Bob Smith live? => Oslo"]
@@ -225,9 +227,8 @@ def test_the_command_line_retains_checks_and_tells(tmp_path, capsys):
     told = capsys.readouterr()
     found = load_sheet(file).manifest.retention
     assert f"; answers {found.retained} of {found.counted} probes as full context does" in told.out
-    assert "cribsheet: probes: the model writes questions" in told.err and "probes are retained" in told.err
+    assert "the model writes questions" in caplog.text and "probes are retained" in caplog.text
     arguments = ["build", str(tmp_path), *task, "--rate", "1.5", "--check", "--json", "--force", "-o", str(file)]
     assert run(arguments) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["retention"]["counted"] == load_sheet(file).manifest.retention.counted
-    assert "probes" not in told.err

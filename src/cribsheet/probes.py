@@ -62,8 +62,10 @@ _ABOUT_ITSELF = re.compile(
 )
 _STEM = 3  # letters of the shortest stem, and of the longest ending
 _SMALL = frozenset(
-    "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this to was "
-    "were with".split()
+    words(
+        "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this "
+        "to was were with"
+    )
 )  # words that say nothing of their own
 
 Way = Literal["user", "request"]  # whether a question is written in the user's place, or on request
