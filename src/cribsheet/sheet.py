@@ -113,7 +113,7 @@ class Retention(BaseModel):
     @property
     def share(self) -> float | None:
         """What is retained, 0 to 1; none if nothing was checked."""
-        return None if self.why else self.retained / self.counted
+        return self.retained / self.counted if self.counted and not self.why else None
 
     @property
     def is_weak(self) -> bool:
