@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
-DEFAULT_RATE = 8.0
+DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
 DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
 _METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
@@ -72,6 +72,7 @@ class Plan:
     resident: Tensor
     scorer_name: str
     reading: Reading
+    cut_from: int | None = None  # the budget of the reading that the sheet is cut from, if that is a larger one
 
     @property
     def rate(self) -> float:
@@ -105,6 +106,7 @@ class Plan:
             allocation=self.reading.allocation,
             correction=self.reading.correction,
             build=circumstances(backbone, seconds),
+            cut_from=self.cut_from,
         )
 
     def identity(self, backbone: Backbone) -> dict[str, Any]:
@@ -149,6 +151,8 @@ def build_sheet(
     allocation: Allocation | None = None,
     correction: Correction = "none",
     read: Reader | None = None,
+    retain: float | None = None,
+    check: bool = False,
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet of `budget` tokens per layer and head, or `rate` times shorter.
 
@@ -163,7 +167,8 @@ def build_sheet(
     system, template_options
         a system text before everything, and options of the chat template (`enable_thinking`, for one).
     dtype
-        storage type: float32, bfloat16, float16, int8 or int4; by default the model's own.
+        storage type: float32, bfloat16, float16, int8 or int4; by default the model's own, or int4 where no size was given
+        either (rate 4).
     progress
         called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint
@@ -180,6 +185,12 @@ def build_sheet(
         `"refit"`: what is kept is made to stand for what was dropped (`correction.py`), in a sequential sheet.
     read
         who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
+    retain
+        instead of a rate or budget: the share, above 0 and at most 1, of what full context answers that the sheet must
+        answer too. The model writes probes, and the highest rate that retains so much is chosen (`retention.py`).
+    check
+        ask the finished sheet such probes; what it retains stands in `manifest.retention`, and is warned of if it is
+        little. With eight examples or more, every fourth is held back as a probe.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts. A general task, which is what
     stands for none, is warned of.
@@ -188,6 +199,16 @@ def build_sheet(
     scorer, allocation = resolve_defaults(scorer, allocation, mode)
     warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
+    if dtype is None and budgets.is_open and retain is None and mode == "sequential":
+        dtype = DEFAULT_DTYPE
+    checker = None
+    if retain is not None or check:
+        from cribsheet.retention import build_retaining, checked, make_checker  # it is made of what is here
+
+        checker = make_checker(backbone, layout, documents, task, budgets, mode, retain, scorer=scorer, seed=seed)
+        task = checker.task
+    if mode not in get_args(Mode):
+        raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     if mode == "independent":
         if allocation == "profiled":
             raise BudgetError(
@@ -199,7 +220,7 @@ def build_sheet(
             )
         from cribsheet.independent import build_independent  # it is made of what is here
 
-        return build_independent(
+        sheet = build_independent(
             backbone,
             layout,
             documents,
@@ -212,10 +233,12 @@ def build_sheet(
             checkpoint=checkpoint,
             read=read,
         )
-    if mode != "sequential":
-        raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
-    planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
-    return carry_out(backbone, planned, dtype=dtype, progress=progress, checkpoint=checkpoint)
+    elif checker is not None and retain is not None:
+        return build_retaining(checker, dtype=dtype, progress=progress, checkpoint=checkpoint)
+    else:
+        planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
+        sheet = carry_out(backbone, planned, dtype=dtype, progress=progress, checkpoint=checkpoint)
+    return sheet if checker is None else checked(checker, sheet, dtype=dtype)
 
 
 def carry_out(
@@ -229,6 +252,14 @@ def carry_out(
     """The sheet that a plan is for; arguments as in `build_sheet`."""
     stored_as = storage_dtype(dtype, backbone)
     began = time.perf_counter()
+    state = read_through(backbone, planned, progress=progress, checkpoint=checkpoint)
+    return finish(backbone, planned, state, stored_as, began)
+
+
+def read_through(
+    backbone: Backbone, planned: Plan, *, progress: Progress | None = None, checkpoint: str | Path | None = None
+) -> State:
+    """All that a plan keeps of its corpus, the guide left out."""
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
     start = saved.load(backbone.device) if saved else None
     state = start or State(0, nothing_kept(backbone))
@@ -239,6 +270,11 @@ def carry_out(
             saved.save(state)
         if progress is not None:
             progress(state.done, len(planned.corpus))
+    return state
+
+
+def finish(backbone: Backbone, planned: Plan, state: State, stored_as: StorageDtype, began: float) -> Sheet:
+    """The sheet of what was kept, begun at a time of `time.perf_counter`."""
     layers, indices = assemble(backbone, state.kept, planned.resident)
     if stored_as == "int4":
         length = indices.shape[-1]
@@ -288,6 +324,11 @@ class Budgets:
         ):
             if value not in get_args(known):
                 raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing was said of the size."""
+        return self.rate is None and self.budget is None
 
     def tokens(self, corpus_tokens: int) -> int:
         """The budget in tokens. Raises `BudgetError` if it does not fit the corpus."""

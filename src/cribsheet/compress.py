@@ -139,6 +139,27 @@ def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: S
         yield State(chunk.stop, kept)
 
 
+def cut(backbone: Backbone, state: State, how: Reading) -> State:
+    """What a reading of a smaller budget keeps of a finished one, chosen again by the scores that it was kept by.
+
+    Of a corpus that was read in one chunk it is what a reading of that budget would have kept, token for token: a token
+    is among the best of fewer only if it was among the best of more. Where the corpus was read in several chunks, each
+    was read on what the larger budget had kept of those before it.
+    """
+    kept = state.kept
+    keep = choose(backbone, [layer.scores for layer in kept], [layer.indices for layer in kept], how, how.budget)
+    return State(state.done, [_chosen(layer, indices) for layer, indices in zip(kept, keep, strict=True)])
+
+
+def _chosen(layer: Kept, keep: Tensor) -> Kept:
+    """Of a layer's kept tokens those of these places (K, P), -1 where a head keeps fewer."""
+    absent = keep < 0
+    indices = take(layer.indices, keep).masked_fill(absent, ABSENT)
+    scores = layer.scores.gather(-1, keep.clamp(min=0).expand(*layer.scores.shape[:-1], -1))
+    scores = scores.masked_fill(absent, float("-inf"))
+    return Kept(take(layer.keys, keep), take(layer.values, keep), indices, scores)
+
+
 def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -> list[ReadingLayer]:
     """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
     prefix, start = as_prefix(backbone, kept), kept_tokens(backbone, kept)

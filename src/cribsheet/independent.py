@@ -46,6 +46,7 @@ _WIDEST = 1e9  # a rate at which every document keeps the least
 _NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", "guide", "guide_tokens"} | {
     "corpus_digest",
     "corpus_tokens",
+    "retention",
 }
 
 
@@ -248,10 +249,12 @@ def read_all(
 
 
 def changed(backbone: Backbone, manifest: Manifest, operation: Operation, documents: int, began: float) -> Manifest:
-    """A manifest with one more entry in its history; nothing is left of the circumstances of earlier builds."""
+    """A manifest with one more entry in its history; nothing is left of how earlier builds went, or were checked."""
     entry = Change(operation=operation, at=datetime.now(UTC).isoformat(timespec="seconds"), documents=documents)
     facts = circumstances(backbone, time.perf_counter() - began)
-    return manifest.model_copy(update={"build": facts, "history": [*manifest.history, entry]})
+    return manifest.model_copy(
+        update={"build": facts, "history": [*manifest.history, entry], "cut_from": None, "retention": None}
+    )
 
 
 def refuse_twice(ids: Sequence[str]) -> None:

@@ -94,8 +94,8 @@ class CompressedKnowledgeLLM:
 
         `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
-        `Backbone.load`. All other options are those of `build_sheet`: `rate=` or `budget=`, `scorer`, `guide`,
-        `chunk_tokens`, `system`, `dtype`, `seed`, `progress`.
+        `Backbone.load`. All other options are those of `build_sheet`: `rate=`, `budget=` or `retain=`, `check`,
+        `scorer`, `guide`, `chunk_tokens`, `system`, `dtype`, `seed`, `progress`.
         """
         read = read_documents(documents)
         purpose = Task.of(task)

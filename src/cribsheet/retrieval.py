@@ -84,17 +84,17 @@ class BM25Retriever:
         import bm25s  # only here: most sheets are never searched
 
         self.passages = searchable(documents, characters)
-        names = {document.id: _words(f"{document.id} {document.metadata.get('title', '')}") for document in documents}
+        names = {document.id: words(f"{document.id} {document.metadata.get('title', '')}") for document in documents}
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index otherwise
         self._index = bm25s.BM25()
-        self._index.index([names[each.document_id] + _words(each.text) for each in self.passages], show_progress=False)
+        self._index.index([names[each.document_id] + words(each.text) for each in self.passages], show_progress=False)
 
     def retrieve(self, query: str, top_k: int | None = None) -> list[Passage]:
         """Passages that share a word with the query, best first, equals in the documents' order; at most `top_k`."""
-        words = _words(query)
-        if not words:
+        wanted = words(query)
+        if not wanted:
             return []
-        scores = self._index.get_scores(words).tolist()
+        scores = self._index.get_scores(wanted).tolist()
         best = sorted((n for n, score in enumerate(scores) if score > 0), key=lambda n: -scores[n])
         return [replace(self.passages[n], score=scores[n]) for n in best[:top_k]]
 
@@ -207,7 +207,8 @@ def _method(retriever: Any, name: str) -> Callable[..., Any] | None:
     return method if callable(method) else None
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a text in small letters, without punctuation; where no blanks part them, its characters."""
     return _WORD.findall(text.casefold())
 
 

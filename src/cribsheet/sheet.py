@@ -60,6 +60,74 @@ class Change(BaseModel):
     documents: int
 
 
+class Rung(BaseModel):
+    """What a sheet of some rate retains: of `counted` probes, how many it answers as the reference does."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rate: float
+    budget: int
+    counted: int
+    retained: int
+
+    @property
+    def share(self) -> float:
+        """0 to 1; 0 where nothing counts."""
+        return self.retained / self.counted if self.counted else 0.0
+
+
+class Retention(BaseModel):
+    """What a check found: of the probes that full context answers, how many the sheet answers alike.
+
+    reference
+        whose answers count: those of full context, or where the window does not hold it, of the stretches alone that
+        the probes were written about.
+    bound
+        the share that was asked for, or below which a check warns.
+    asked, known, confirmed
+        probes; those that the model answers alike closed book, which do not count; and those that the reference answers
+        as their stretches alone do.
+    counted, retained
+        probes that the reference answers otherwise than closed book, and those that the sheet answers as it does.
+    held_back
+        probes that are examples of the task; the sheet was made without them.
+    rungs
+        sheets of other rates that were asked too, and this one if it was chosen among them.
+    why
+        why nothing was checked, or empty.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    reference: Literal["full context", "stretches"] = "full context"
+    bound: float
+    asked: int = 0
+    known: int = 0
+    confirmed: int = 0
+    counted: int = 0
+    retained: int = 0
+    held_back: int = 0
+    rungs: list[Rung] = []
+    why: str = ""
+
+    @property
+    def share(self) -> float | None:
+        """What is retained, 0 to 1; none if nothing was checked."""
+        return self.retained / self.counted if self.counted and not self.why else None
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether the model knows more than it finds with everything before it."""
+        return self.asked > 0 and self.confirmed < max(1, self.known)
+
+    def __str__(self) -> str:
+        """In a line."""
+        if self.why:
+            return f"not checked: {self.why}"
+        whose = "full context does" if self.reference == "full context" else "their stretches alone are answered"
+        return f"answers {self.retained} of {self.counted} probes as {whose}"
+
+
 class Manifest(BaseModel):
     """Everything a sheet was made with; stored as JSON in the file's metadata (docs: the sheet format)."""
 
@@ -92,6 +160,8 @@ class Manifest(BaseModel):
     document_most: float | None = None
     segments: list[SegmentEntry] = []
     history: list[Change] = []
+    cut_from: int | None = None
+    retention: Retention | None = None
 
     @property
     def rotated(self) -> bool:
@@ -99,9 +169,16 @@ class Manifest(BaseModel):
         return self.mode == "sequential" and self.dtype != "int4"
 
     @property
+    def cuttable(self) -> bool:
+        """Whether smaller sheets can be cut from the reading that it is of."""
+        return self.mode == "sequential" and self.correction == "none"
+
+    @property
     def digest(self) -> str:
         """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made."""
-        return hashlib.sha256(self.model_dump_json(exclude={"created", "build", "history"}).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            self.model_dump_json(exclude={"created", "build", "history", "retention"}).encode()
+        ).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

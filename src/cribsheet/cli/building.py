@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from pathlib import Path
@@ -33,6 +34,17 @@ def build(
     budget: Annotated[
         int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")
     ] = None,
+    retain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Instead of a rate: the share of what the model answers with everything before it that the sheet must "
+            "answer too, such as 0.95, of questions that it asks itself.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask the finished sheet such questions, and warn if it has lost many.")
+    ] = False,
     scorer: Annotated[
         str | None,
         typer.Option(
@@ -110,9 +122,16 @@ def build(
     purpose = make_task(task, example or [], task_file)
     if dry_run and (ray or mode == "independent"):
         misuse("--dry-run knows only what a sequential build in this process takes; leave --ray and --mode out")
-    if rate is not None and budget is not None:
-        misuse("--rate and --budget were both given; leave one out")
+    if dry_run and (check or retain is not None):
+        misuse("--dry-run asks no questions; leave --check and --retain out")
+    sizes = [
+        name for name, value in (("--rate", rate), ("--budget", budget), ("--retain", retain)) if value is not None
+    ]
+    if len(sizes) > 1:
+        misuse(f"{' and '.join(sizes)} were given together; leave all but one out")
     quiet_libraries()
+    if (check or retain is not None) and not as_json:
+        _tell_of_probes()
     from cribsheet.documents import read_documents
 
     documents = read_documents([Path(path) for path in paths])
@@ -123,7 +142,7 @@ def build(
     if dry_run:
         _foretell(documents, purpose, model, given, as_json=as_json, **options)
         return
-    options |= {"checkpoint": checkpoint, "mode": mode, "correction": correction}
+    options |= {"checkpoint": checkpoint, "mode": mode, "correction": correction, "retain": retain, "check": check}
     options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
@@ -160,6 +179,12 @@ def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, 
         f"Python and its libraries\n"
         f"about {found.seconds:.1f} s here, as the first {found.probe_tokens:,} tokens took {found.probe_seconds:.2f} s"
     )
+
+
+def _tell_of_probes() -> None:
+    """A check asks many questions after the corpus was read; how far it is stands on stderr."""
+    for name in ("probes", "retention"):
+        logging.getLogger(f"cribsheet.{name}").setLevel(logging.INFO)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -199,6 +224,7 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
                 "guide": made.guide,
                 "scorer": made.scorer,
                 "file_bytes": size,
+                "retention": made.retention.model_dump() if made.retention else None,
                 "build_seconds": made.build["seconds"],
                 "seconds": round(seconds, 3),
             }
@@ -207,4 +233,5 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
     say(
         f"{output}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became {sheet.tokens:,} "
         f"(rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, {positions(sheet)} of the window, in {seconds:.1f} s"
+        + (f"; {made.retention}" if made.retention else "")
     )

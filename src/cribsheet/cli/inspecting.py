@@ -12,7 +12,7 @@ from cribsheet.cli.console import AsJson, Debug, Verbose, quiet_libraries, say, 
 from cribsheet.cli.reading import SheetFile
 
 if TYPE_CHECKING:
-    from cribsheet.sheet import Sheet
+    from cribsheet.sheet import Manifest, Sheet
 
 
 def inspect(
@@ -108,6 +108,7 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "kept": f"{sheet.tokens:,} tokens per layer and head, of which {made.guide_tokens} are the {made.guide} guide",
         "rate": f"{sheet.rate:.2f}",
         "window": f"{positions(sheet)}, tokens of the head that keeps most",
+        **_checked(made),
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
         "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}"
         + (f", corrected: {made.correction}" if made.correction != "none" else ""),
@@ -118,3 +119,21 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "template": print_.template,
         "rotary": print_.rotary,
     }
+
+
+def _checked(made: Manifest) -> dict[str, str]:
+    """What a check of the sheet found; nothing if there was none."""
+    found = made.retention
+    if found is None:
+        return {}
+    facts = {"retention": str(found)}
+    if found.why:
+        return facts
+    facts["probes"] = (
+        f"{found.asked} asked, of which {found.known} are answered closed book; {found.reference} answers "
+        f"{found.confirmed} as their stretches alone do; {found.held_back} of the task's examples were held back"
+    )
+    if found.rungs:
+        rungs = [f"{rung.retained} of {rung.counted} at {rung.rate:g}" for rung in found.rungs]
+        facts["rates asked"] = f"{', '.join(rungs)}; wanted {found.bound:.0%}"
+    return facts
