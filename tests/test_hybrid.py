@@ -85,6 +85,8 @@ def test_questions_with_passages_share_one_prefix_without_the_guide(kb, scorer):
     resident = CompressedKnowledgeLLM.build(
         DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1.5, guide="resident", scorer=scorer, mode="independent"
     )
+    resident.sources(QUESTION, resident.ask(QUESTION, max_tokens=2, mode="retrieval", retriever=Retriever()))
+    assert resident._unguided is None  # passages alone need none of it
     sheet, prefix = resident._placed(NEWS)
     guide = sheet.manifest.guide_tokens
     assert resident._placed(NEWS[:1])[1] is prefix is not resident.prefix and guide > 0

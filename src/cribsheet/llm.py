@@ -359,7 +359,7 @@ class CompressedKnowledgeLLM:
         alone = isinstance(answer, Answer) and answer.mode == "retrieval"
         asked = self._told(question, passages=passages, alone=alone)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
-        sheet, prefix = self._placed(passages)
+        sheet, prefix = self._placed(() if alone else passages)
         prefix = self._nothing() if alone else prefix
         self._check_room(len(asked.ids) + len(answered) - 1, prefix.tokens)
         return sheet, looked_at(self.backbone, prefix, asked, answered), asked
@@ -443,10 +443,12 @@ class CompressedKnowledgeLLM:
             begin(self, streams, search)
 
     def _submit(self, *streams: Stream) -> None:
-        """Hand questions with the same passages to the engine, over the sheet unless they bring their own prefix."""
-        sheet, prefix = self._placed(streams[0].passages)
+        """Hand one question's streams to the engine, over the sheet unless they bring a prefix of their own."""
+        first = streams[0]
+        alone = bool(first.request.prefix.layers)
+        sheet, prefix = self._placed(() if alone else first.passages)
         for stream in streams:
-            if not stream.request.prefix.layers:
+            if not alone:
                 stream.request.prefix = prefix
             stream.trace = partial(find_sources, sheet, passages=stream.passages, places=stream.request.told)
         with self._lock:
