@@ -11,7 +11,7 @@ import pytest
 from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Record, Settings, compare, summary
+from cribsheet.bench.compare import ALL, CLOSED, FULL, NAMES, Corpus, Record, Settings, compare, size_before, summary
 from cribsheet.bench.connectivity import DIRECT, JOIN, make_corpus, rows_of
 from cribsheet.bench.judged import judged
 from cribsheet.bench.questions import Asked, draw_examples, read_questions, write_questions
@@ -61,6 +61,16 @@ def test_every_method_answers_every_question_and_none_exceeds_its_budget(records
     used = {(each.method, each.rate): each.tokens for each in records}
     assert used["few-shot", 2] == budgets[2] and used["hybrid", 2] > budgets[2] // 4
     assert {each.mode for each in records if each.method == "retrieval"} == {"retrieval"}
+
+
+@pytest.mark.parametrize("guide", ["resident", "dropped"])
+def test_what_stands_before_a_question_counts_once_also_where_the_guide_is_read_again(model, guide):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, rate=1.5, guide=guide)
+    asked, told = "Where does Bob live?", "Bob moved to Bergen."
+    passage = len(kb._layout.encoder.after(told + "\n\n", continues=True))
+    hybrid = kb.ask(asked, max_tokens=1, retriever=lambda query: [told])
+    assert hybrid.passages and size_before(kb, asked, hybrid)[0] == kb.sheet.tokens + passage
+    assert size_before(kb, asked, kb.ask(asked, max_tokens=1)) == (kb.sheet.tokens, kb.sheet.nbytes)
 
 
 def test_our_sheets_are_made_as_by_default_and_keep_their_budget_though_heads_differ(model, corpus):

@@ -15,7 +15,7 @@ from cribsheet import CompressedKnowledgeLLM, prefill
 from cribsheet.answering import Finished, Request
 from cribsheet.bench.evidence import demo_case
 from cribsheet.errors import RequestError
-from cribsheet.evidence import find_sources, looked_at
+from cribsheet.evidence import find_sources, looked_at, of_sheet
 from cribsheet.retrieval import Passage
 from cribsheet.sampling import SamplingParams
 from cribsheet.testing import tiny_backbone
@@ -35,15 +35,15 @@ def ids(kb):
     return kb._told(QUESTION), kb._layout.encoder.plain(ANSWER)
 
 
-def by_the_formula(kb, asked, answered):
+def by_the_formula(kb, prefix, asked, answered):
     """Attention weights of the rows that count, layer by layer, from `reference.attention_weights`."""
-    backbone, size = kb.backbone, kb.prefix.tokens
+    backbone, size = kb.backbone, prefix.tokens
     rows = torch.cat([asked.ids, answered[:-1]])
-    read = backbone.read(kb.prefix.layers, size, rows[:0], rows)
+    read = backbone.read(prefix.layers, size, rows[:0], rows)
     found = []
     for number in backbone.full[len(backbone.full) // 2 :]:
-        layer, prefix = read[number], kb.prefix.layers[number]
-        keys = torch.cat([prefix.keys, layer.guide_keys], 1)
+        layer = read[number]
+        keys = torch.cat([prefix.layers[number].keys, layer.guide_keys], 1)
         first, last = (asked.places[0][0], asked.places[-1][1]) if asked.places else (0, 0)
         weights = attention_weights(layer.guide_queries, keys, backbone.scale, size + 1)
         weights = torch.cat([weights[..., :size], weights[..., size + first : size + last]], -1)
@@ -55,16 +55,18 @@ def by_the_formula(kb, asked, answered):
 def test_what_is_looked_at_is_the_attention_of_question_and_answer_in_the_upper_layers(kb):
     asked, answered = ids(kb)
     found = looked_at(kb.backbone, kb.prefix, asked, answered)
-    torch.testing.assert_close(found, by_the_formula(kb, asked, answered), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found, by_the_formula(kb, kb.prefix, asked, answered), atol=1e-3, rtol=1e-3)
 
 
-def test_what_is_looked_at_in_passages_is_the_attention_of_what_comes_after_them(kb):
-    asked = kb._told(QUESTION, passages=[Passage("Hugo moved to Lima."), Passage("Bob stayed.")])
+def test_what_is_looked_at_in_passages_is_the_attention_of_what_is_asked_after_them(kb):
+    passages = [Passage("Hugo moved to Lima."), Passage("Bob stayed.")]
+    asked, (_, prefix) = kb._told(QUESTION, passages=passages), kb._placed(passages)
     answered = kb._layout.encoder.plain(ANSWER)
     texts = [kb.backbone.tokenizer.decode(asked.ids[first:last]).strip() for first, last in asked.places]
-    assert texts == ["Hugo moved to Lima.", "Bob stayed."] and asked.lead == asked.places[-1][1]
-    found = looked_at(kb.backbone, kb.prefix, asked, answered)
-    torch.testing.assert_close(found, by_the_formula(kb, asked, answered), atol=1e-3, rtol=1e-3)
+    assert texts == ["Hugo moved to Lima.", "Bob stayed."]
+    assert len(asked.ids) - asked.lead == kb.count_tokens(QUESTION)
+    found = looked_at(kb.backbone, prefix, asked, answered)
+    torch.testing.assert_close(found, by_the_formula(kb, prefix, asked, answered), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("piece", [1024, 16], ids=["in one piece", "in pieces"])
@@ -73,20 +75,23 @@ def test_what_is_looked_at_in_passages_is_the_attention_of_what_comes_after_them
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, told, piece, scorer, monkeypatch):
     monkeypatch.setattr(prefill, "PIECE", piece)
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer=scorer)
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer=scorer, guide="resident"
+    )
     asked = kb._told(QUESTION, passages=told)
-    tokens, looked = answered(kb, asked)
-    torch.testing.assert_close(looked, looked_at(kb.backbone, kb.prefix, asked, tokens), atol=2e-3, rtol=2e-3)
+    _, prefix = kb._placed(told)
+    tokens, looked = answered(kb, prefix, asked)
+    torch.testing.assert_close(looked, looked_at(kb.backbone, prefix, asked, tokens), atol=2e-3, rtol=2e-3)
 
 
-def answered(kb, asked):
+def answered(kb, prefix, asked):
     """Tokens of an answer and what the engine saw it look at, others asking at the same time."""
     streams = [
         kb.stream(text, max_tokens=9, evidence=number != 1) for number, text in enumerate(("Alice?", "Hugo? Oslo?"))
     ]
     events = queue.SimpleQueue()
     params = SamplingParams(max_tokens=6, logprobs=0)
-    request = Request(kb.prefix, asked.ids, params, events.put, evidence=True, told=asked.places, lead=asked.lead)
+    request = Request(prefix, asked.ids, params, events.put, evidence=True, told=asked.places, lead=asked.lead)
     kb._loaded.engine.submit(request)
     tokens = []
     while not isinstance(event := events.get(timeout=60), Finished):
@@ -119,6 +124,24 @@ def test_a_document_counts_by_its_most_attended_token_of_each_head_not_by_its_le
     looked[number == 0] = 0.1  # every token of one document a little
     looked.view(-1)[(number == 3).flatten().nonzero()[0]] = 5.0
     assert [source.document_id for source in find_sources(kb.sheet, looked, 2)] == ["hugo", "alice"]
+
+
+def test_what_is_looked_at_in_passages_is_not_taken_for_the_sheet_s_where_its_guide_is_read_behind_them(kb):
+    told, sheet = [Passage("Hugo moved to Lima."), Passage("Bob stayed.")], kb.sheet
+    places, prefix = kb._told(QUESTION, passages=told).places, kb._placed(told)[1]
+    assert prefix.tokens == sheet.length - sheet.manifest.guide_tokens
+    looked = torch.zeros(2, sheet.indices.shape[1], prefix.tokens + places[-1][1] - places[0][0])
+    looked[1, 0, (sheet.origins[:, 1][sheet.places[-1, 0]] == 2).nonzero()[-1]] = 2.0
+    looked[1, 0, prefix.tokens] = 1.0  # the first passage's first token
+    looked[0, 0, -1] = 3.0  # the last one's last
+    found = find_sources(sheet, looked, passages=told, places=places)
+    assert [(each.text, each.weight) for each in found if each.retrieved] == [
+        (told[1].text, pytest.approx(0.5)), (told[0].text, pytest.approx(1 / 6))
+    ]  # fmt: skip
+    assert [(each.document_id, each.weight) for each in found if not each.retrieved] == [
+        ("clara", pytest.approx(1 / 3))
+    ]
+    assert of_sheet(sheet, looked, places).shape[2] == sheet.length
 
 
 def test_sources_are_documents_in_order_of_weight_with_the_text_around_the_place(kb):

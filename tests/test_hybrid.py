@@ -10,14 +10,17 @@ import threading
 import time
 
 import pytest
+import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task, prefill
 from cribsheet.certainty import judge
 from cribsheet.cli import run
+from cribsheet.cutting import cut
 from cribsheet.errors import EngineError, RequestError
 from cribsheet.passages import with_passages
 from cribsheet.retrieval import Passage
+from cribsheet.segments import assemble
 from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone
 
 NEWS = [
@@ -47,14 +50,80 @@ class Retriever:
         return self.found
 
 
-def test_a_retriever_puts_its_passages_before_the_question(kb):
-    retriever = Retriever()
-    answer = kb.ask(QUESTION, max_tokens=12, retriever=retriever)
-    told = kb.ask(with_passages([{"role": "user", "content": QUESTION}], NEWS), max_tokens=12)
-    assert answer.text == told.text != kb.ask(QUESTION, max_tokens=12).text
+def whole(documents, backbone):
+    """A sheet that keeps everything of the documents."""
+    return CompressedKnowledgeLLM.build(documents, FEW_SHOT, model=backbone, rate=1, guide="dropped")
+
+
+def with_guide(kb):
+    """The same with its guide, for which no budget would have room."""
+    guide = kb._layout.encoder.after(kb._layout.guide(FEW_SHOT).resident, continues=True)
+    return CompressedKnowledgeLLM(
+        kb.backbone, assemble(kb.backbone, kb.sheet.manifest, *cut(kb.backbone, kb.sheet), guide)
+    )
+
+
+@pytest.mark.parametrize("guide", ["resident", "dropped"])
+def test_passages_are_read_as_documents_that_stand_after_the_sheet_s(kb, guide):
+    documents = [Document(each.text, f"news {number}") for number, each in enumerate(NEWS)]
+    few, all_of_them = whole(DOCUMENTS, kb.backbone), whole([*DOCUMENTS, *documents], kb.backbone)
+    if guide == "resident":
+        few, all_of_them = with_guide(few), with_guide(all_of_them)
+    retriever, settings = Retriever(), {"max_tokens": 12, "logprobs": 0}
+    answer, same = few.ask(QUESTION, retriever=retriever, **settings), all_of_them.ask(QUESTION, **settings)
+    assert answer.text == same.text != few.ask(QUESTION, **settings).text
+    told, known = ([each.logprob for each in one.logprobs] for one in (answer, same))
+    assert told == pytest.approx(known, abs=1e-3)
     assert (answer.mode, answer.passages) == ("hybrid", tuple(NEWS))
     assert retriever.queries == [QUESTION]
-    assert answer.usage == told.usage and told.mode == "sheet" and told.passages == ()
+    assert answer.usage.prompt_tokens == same.usage.prompt_tokens
+    assert answer.usage.cached_tokens == few.sheet.length - few.sheet.manifest.guide_tokens
+
+
+@pytest.mark.parametrize("scorer", ["task", "recall"])  # all heads keep equally many tokens, or not
+def test_questions_with_passages_share_one_prefix_without_the_guide(kb, scorer):
+    resident = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1.5, guide="resident", scorer=scorer, mode="independent"
+    )
+    resident.sources(QUESTION, resident.ask(QUESTION, max_tokens=2, mode="retrieval", retriever=Retriever()))
+    assert resident._unguided is None  # passages alone need none of it
+    sheet, prefix = resident._placed(NEWS)
+    guide = sheet.manifest.guide_tokens
+    assert resident._placed(NEWS[:1])[1] is prefix is not resident.prefix and guide > 0
+    for shorter, layer in zip(prefix.layers, resident.prefix.layers, strict=True):
+        for own, kept in zip(shorter.each, layer.each, strict=True):
+            assert all(torch.equal(one, other[:-guide]) for one, other in zip(own, kept, strict=True))
+        assert bool(shorter.counts) or shorter.keys.data_ptr() == layer.keys.data_ptr()
+    assert resident._placed()[1] is resident.prefix
+    resident.extend([Document("Eve Lund lives in Turin, where she was born and where she works.", "eve")])
+    longer = resident._placed(NEWS)[1]
+    assert longer.tokens == resident.sheet.length - resident.sheet.manifest.guide_tokens > prefix.tokens
+    resident.close()
+    assert resident._unguided is None
+    assert kb._placed(NEWS)[1] is kb.prefix  # nothing is to be taken off
+
+
+def test_where_layers_have_windows_passages_stand_behind_the_guide_in_the_question_s_turn():
+    gemma = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone("gemma2"), rate=1.5, guide="resident")
+    answer = gemma.ask(QUESTION, max_tokens=12, retriever=Retriever())
+    told = gemma.ask(with_passages([{"role": "user", "content": QUESTION}], NEWS), max_tokens=12)
+    assert answer.text == told.text != gemma.ask(QUESTION, max_tokens=12).text
+    assert (answer.mode, answer.passages, told.mode, told.passages) == ("hybrid", tuple(NEWS), "sheet", ())
+    assert answer.usage == told.usage and answer.usage.cached_tokens == gemma.sheet.length
+    dropped = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=gemma.backbone, rate=3, guide="dropped")
+    assert not dropped._tells_in_turn and dropped._told(QUESTION, passages=NEWS).lead > 0
+
+
+@pytest.mark.parametrize("guide", ["resident", "dropped"])
+def test_sheet_passages_guide_question_and_answer_fill_the_window_and_no_more(guide):
+    small = tiny_backbone(max_position_embeddings=400)
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=small, rate=1.5, guide=guide, scorer="task")
+    long = [Passage(f"Bob moved to house number {number}.") for number in range(80)]
+    settings = {"max_tokens": 30, "retriever": Retriever(long), "passage_tokens": 4000}
+    answer = kb.ask(QUESTION, **settings)
+    assert 400 - 12 < answer.usage.total_tokens <= 400 and answer.usage.completion_tokens == 30
+    assert 3 < len(answer.passages) < 80
+    assert {each.text for each in answer.sources if each.retrieved} == {each.text for each in answer.passages}
 
 
 def test_the_built_in_retriever_searches_the_sheet_s_own_documents_and_is_made_once(kb):

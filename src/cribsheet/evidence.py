@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.answer import Source
@@ -45,20 +46,33 @@ def find_sources(
     passages: Sequence[Passage] = (),
     places: Sequence[tuple[int, int]] = (),
 ) -> tuple[Source, ...]:
-    """The `limit` documents that were looked at most (M, K, P + N), each with its most attended stretch; by weight.
+    """The `limit` documents that were looked at most (M, K, p + N), each with its most attended stretch; by weight.
 
     The last N columns are tokens of `passages`, which are at `places` of the question; all passages are sources too.
     """
-    looked = looked.float().cpu()
+    kept, told = _parted(sheet, looked.float().cpu(), places)
     first = places[0][0] if places else 0
-    size = places[-1][1] - first if places else 0
-    kept, told = looked.split([looked.shape[2] - size, size], 2)
     per_passage = [float(told[..., a - first : b - first].amax(2).sum()) for a, b in places]
     per_document = _per_document(sheet, kept) if kept.shape[2] else torch.zeros(0)
     total = float(per_document.sum()) + sum(per_passage) or 1.0
     found = _documents(sheet, kept, per_document, limit, total)
     found += [_retrieved(sheet, each, weight / total) for each, weight in zip(passages, per_passage, strict=False)]
     return tuple(sorted(found, key=lambda each: -each.weight))
+
+
+def of_sheet(sheet: Sheet, looked: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    """What of (M, K, p + N) was looked at in the sheet, (M, K, P), where passages are at `places` of the question."""
+    return _parted(sheet, looked, places)[0]
+
+
+def _parted(sheet: Sheet, looked: Tensor, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """What was looked at (M, K, p + N) in the sheet (M, K, P), or (M, K, 0) without one, and in passages (M, K, N).
+
+    `p` is less than P where the guide was read with the question (`telling.beside_documents`); nothing of it counts.
+    """
+    size = places[-1][1] - places[0][0] if places else 0
+    kept, told = looked.split([looked.shape[2] - size, size], 2)
+    return F.pad(kept, (0, sheet.length - kept.shape[2])) if kept.shape[2] else kept, told
 
 
 def _per_document(sheet: Sheet, looked: Tensor) -> Tensor:

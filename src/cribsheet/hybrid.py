@@ -4,7 +4,7 @@ Modes:
 
     sheet       the sheet alone
     retrieval   passages alone, where the documents would stand, within the tokens of sheet and passages together
-    hybrid      passages after the sheet, before the question
+    hybrid      passages after the sheet's documents, as further documents, before the guide and the question
     auto        the sheet's own answer if it is certain that passages add nothing to it, else hybrid
 
 `auto` asks the sheet first and measures its draft (`certainty.py`): it stands if it is probable, and was read elsewhere
@@ -49,7 +49,7 @@ _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the wind
 class Retrieval:
     """How passages help with a question: settings that were checked.
 
-    `top_k` bounds how many passages are told, `passage_tokens` how many tokens they take, heading and gaps included.
+    `top_k` bounds how many passages are told, `passage_tokens` how many tokens they take, gaps included.
     `sure` is how certain `auto` must be, 0 to 1, that passages add nothing to a draft: 0 takes every draft, 1 none.
     """
 
@@ -209,8 +209,8 @@ def _tell(
         else:
             tokens = min(tokens, llm.room - asked - longest)
         order, encoder = [document.id for document in made.documents], llm._layout.encoder
-        chosen = choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=not alone)
-        return tokens, chosen
+        heading = llm._tells_in_turn and not alone
+        return tokens, choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=heading)
 
     alone = retrieval.mode == "retrieval"
     tokens, chosen = choice(alone)

@@ -23,7 +23,7 @@ from cribsheet.compress import as_prefix, nothing_kept
 from cribsheet.dense import DenseRetriever
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError, SheetError, WindowError
-from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at
+from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at, of_sheet
 from cribsheet.fingerprint import fingerprint
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
@@ -38,7 +38,7 @@ from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
-from cribsheet.telling import Told, after_sheet, instead_of_documents
+from cribsheet.telling import Told, after_sheet, beside_documents, instead_of_documents
 from cribsheet.template import ChatLayout, Message
 from cribsheet.tools import Toolbox
 from cribsheet.turns import Question, as_turns
@@ -71,6 +71,7 @@ class CompressedKnowledgeLLM:
         self.sheet = sheet
         self._prefix: Prefix | None = None
         self._bare: Prefix | None = None
+        self._unguided: Prefix | None = None
         self._retrievers: dict[type, tuple[Sheet, Any]] = {}
         self._lock, self._indexing, self._closed = threading.Lock(), threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -157,7 +158,7 @@ class CompressedKnowledgeLLM:
     def _become(self, sheet: Sheet) -> Self:
         """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
         with self._lock:
-            self.sheet, self._prefix, self._retrievers = sheet, None, {}
+            self.sheet, self._prefix, self._unguided, self._retrievers = sheet, None, None, {}
         return self
 
     def close(self) -> None:
@@ -166,7 +167,8 @@ class CompressedKnowledgeLLM:
         The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
         """
         with self._lock:
-            self._closed, self._prefix, self._bare, self._retrievers = True, None, None, {}
+            self._closed, self._retrievers = True, {}
+            self._prefix = self._bare = self._unguided = None
             streams = list(self._streams)
         for stream in streams:
             stream.cancel()
@@ -211,7 +213,7 @@ class CompressedKnowledgeLLM:
         in seconds. The answer's `sources` say what it looked at, unless `evidence=False`. Raises `RequestError` for a
         question that does not fit the window, or settings out of range, and `EngineError` when time is up.
 
-        `retriever=` tells passages after the sheet: `"bm25"` or `"dense"` for the sheet's own documents, or what
+        `retriever=` tells passages as further documents: `"bm25"` or `"dense"` for those of the sheet, or what
         `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and
         `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's `mode` and `passages` say
         what was used.
@@ -348,16 +350,16 @@ class CompressedKnowledgeLLM:
                 raise RequestError(f"{name} is {value}; give at least 1.")
         if isinstance(answer, Answer) and answer.mode == "retrieval":
             return []
-        sheet, looked, _ = self._looked_at(question, answer)
-        return find_passages(sheet, looked[..., : sheet.length], limit, characters)
+        sheet, looked, asked = self._looked_at(question, answer)
+        return find_passages(sheet, of_sheet(sheet, looked, asked.places), limit, characters)
 
     def _looked_at(self, question: Question, answer: Answer | str) -> tuple[Sheet, torch.Tensor, Told]:
-        """The sheet, what question and answer look at in it and in passages (M, K, P + N), and the question."""
+        """The sheet, what question and answer look at in it and in passages (M, K, p + N), and the question."""
         passages = answer.passages if isinstance(answer, Answer) else ()
         alone = isinstance(answer, Answer) and answer.mode == "retrieval"
         asked = self._told(question, passages=passages, alone=alone)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
-        sheet, prefix = self._placed()
+        sheet, prefix = self._placed(() if alone else passages)
         prefix = self._nothing() if alone else prefix
         self._check_room(len(asked.ids) + len(answered) - 1, prefix.tokens)
         return sheet, looked_at(self.backbone, prefix, asked, answered), asked
@@ -391,13 +393,30 @@ class CompressedKnowledgeLLM:
         """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
         return self._placed()[1]
 
-    def _placed(self) -> tuple[Sheet, Prefix]:
+    def _placed(self, passages: Sequence[Passage] = ()) -> tuple[Sheet, Prefix]:
+        """The sheet and its prefix: up to the resident guide where passages are told, one for all such questions."""
         with self._lock:
             if self._closed:
                 raise EngineError("This sheet is closed; load it again to ask more questions.")
             if self._prefix is None:
                 self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.length)
-            return self.sheet, self._prefix
+            if not (guide := self._guide_after(passages)):
+                return self.sheet, self._prefix
+            if self._unguided is None:
+                self._unguided = self._prefix.without_last(guide)
+            return self.sheet, self._unguided
+
+    @property
+    def _tells_in_turn(self) -> bool:
+        """Whether passages stand in the question's turn, behind the guide, because it cannot be taken off.
+
+        Layers with sliding windows hold what stands before the question; that is the guide, and not what it hides.
+        """
+        return self.sheet.resident and any(window is not None for window in self.backbone.windows)
+
+    def _guide_after(self, passages: Sequence[Passage]) -> int:
+        """Tokens of the resident guide if it stands behind passages, so that it is read with the question; else 0."""
+        return self.sheet.manifest.guide_tokens if passages and not self._tells_in_turn else 0
 
     @property
     def bm25(self) -> BM25Retriever:
@@ -424,10 +443,12 @@ class CompressedKnowledgeLLM:
             begin(self, streams, search)
 
     def _submit(self, *streams: Stream) -> None:
-        """Hand questions to the engine, over the sheet unless they bring a prefix of their own."""
-        sheet, prefix = self._placed()
+        """Hand one question's streams to the engine, over the sheet unless they bring a prefix of their own."""
+        first = streams[0]
+        alone = bool(first.request.prefix.layers)
+        sheet, prefix = self._placed(() if alone else first.passages)
         for stream in streams:
-            if not stream.request.prefix.layers:
+            if not alone:
                 stream.request.prefix = prefix
             stream.trace = partial(find_sources, sheet, passages=stream.passages, places=stream.request.told)
         with self._lock:
@@ -478,7 +499,7 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
         asked = self._told(question, toolbox, passages, alone=alone)
-        prefix = self._nothing() if alone else Prefix((), self.sheet.length)
+        prefix = self._nothing() if alone else Prefix((), self.sheet.length - self._guide_after(passages))
         left = self._check_room(len(asked.ids), prefix.tokens)
         params = SamplingParams(**given)
         if params.max_tokens > left:
@@ -527,8 +548,10 @@ class CompressedKnowledgeLLM:
         *,
         alone: bool = False,
     ) -> Told:
-        """A question in tokens, with passages after the sheet, or `alone` where its documents would stand."""
+        """A question in tokens, with passages beside the sheet's documents, or `alone` where those would stand."""
         turns = as_turns(question, toolbox)
+        if passages and not alone and not self._tells_in_turn:
+            return beside_documents(self._layout, self._task, self.sheet, turns, passages)
         if alone:
             return instead_of_documents(self._layout, self._task, self.sheet, turns, passages)
         return after_sheet(self._layout, self._task, self.sheet.resident, turns, passages)

@@ -45,13 +45,13 @@ def choose(
     *,
     tokens: int,
     top_k: int | None = None,
-    heading: bool = True,
+    heading: bool = False,
 ) -> list[Passage]:
     """The first passages that fit into `tokens`, none of them told twice, as they stand in the documents.
 
     What a turn or an earlier passage already says is left out, also where two overlap; the first passage that does not
     fit is cut at a word, and the rest is left out. Unless all are known to be in the documents of `order`, ids in the
-    order of the sheet, they keep the retriever's.
+    order of the sheet, they keep the retriever's. With a `heading` it counts, too.
     """
     said = "\n".join(str(turn["content"]) for turn in turns)
     left = tokens - (encoder.count([HEADING + GAP]) if heading else 0)
@@ -192,7 +192,11 @@ def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
     """The passage, or as many of its first words as fit; nothing if that is hardly any."""
     if _tokens(passage.text, encoder) <= tokens:
         return passage
-    kept = encoder.first(encoder.defuse(passage.text), tokens - encoder.count([GAP]))
+    room = tokens - encoder.count([GAP])
+    kept = encoder.first(encoder.defuse(passage.text), room)
+    while kept and _tokens(kept, encoder) > tokens:
+        room -= 1
+        kept = encoder.first(kept, room)
     if not kept or encoder.count([kept]) < _SHORTEST_CUT:
         return None
     text = passage.text[: len(kept)]
@@ -200,8 +204,8 @@ def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
 
 
 def _tokens(text: str, encoder: Encoder) -> int:
-    """What a passage takes, the gap after it included."""
-    return encoder.count([encoder.defuse(text) + GAP])
+    """What a passage takes between others, the gap after it included."""
+    return len(encoder.after(encoder.defuse(text) + GAP, continues=True))
 
 
 def _in_order(passages: list[Passage], order: Sequence[str]) -> list[Passage]:

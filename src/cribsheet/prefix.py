@@ -97,6 +97,20 @@ class LayerPrefix:
         ]
         return LayerPrefix(halves[0], halves[1], None, tuple(count + keys.shape[1] for count in self.counts))
 
+    def without_last(self, tokens: int) -> LayerPrefix:
+        """Without the last tokens of every head, of a layer without a window.
+
+        It shares its storage where it can: where heads are packed, and for kernels, they must lie close together.
+        """
+        if self.counts:
+            each = [(keys[: len(keys) - tokens], values[: len(values) - tokens]) for keys, values in self.each]
+            keys, values = (torch.cat(half) for half in zip(*each, strict=True))
+            return LayerPrefix(keys, values, None, tuple(count - tokens for count in self.counts))
+        keys, values = (half[:, : half.shape[1] - tokens] for half in (self.keys, self.values))
+        if keys.is_cuda:
+            keys, values = keys.contiguous(), values.contiguous()
+        return LayerPrefix(keys, values)
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -110,6 +124,10 @@ class Prefix:
     tokens: int
     resting: list[Any] = field(default_factory=list, compare=False, repr=False)
     reads: Captures[Any] = field(default_factory=Captures, compare=False, repr=False)
+
+    def without_last(self, tokens: int) -> Prefix:
+        """A prefix without its last tokens, of layers without windows."""
+        return Prefix([layer.without_last(tokens) for layer in self.layers], self.tokens - tokens)
 
 
 # Called after attention with the layer, queries (B, H, T, D), log-sum-exps (B, H, T), scale and softcap (`glance.py`).

@@ -39,25 +39,56 @@ def after_sheet(
     return Told(ids, places, places[-1][1])
 
 
+def beside_documents(
+    layout: ChatLayout, task: Task, sheet: Sheet, turns: Sequence[Message], passages: Sequence[Passage]
+) -> Told:
+    """A conversation as it follows the documents of a sheet, with passages as further documents.
+
+    They stand where the guide begins if it is resident, so that it is read again behind them.
+    """
+    ids, spans = layout.encoder.placed(_as_documents(layout, passages), continues=True)
+    return _asked_behind(_guided(layout, task, sheet, ids), _places(spans, passages, 0), layout, task, sheet, turns)
+
+
 def instead_of_documents(
     layout: ChatLayout, task: Task, sheet: Sheet, turns: Sequence[Message], passages: Sequence[Passage]
 ) -> Told:
     """A conversation behind passages that stand where the documents would."""
-    head, places = opening(layout, task, sheet, passages)
-    asked = after_sheet(layout, task, sheet.resident, turns)
-    return Told(torch.cat([head, asked.ids]), places, len(head))
+    return _asked_behind(*opening(layout, task, sheet, passages), layout, task, sheet, turns)
 
 
 def opening(
     layout: ChatLayout, task: Task, sheet: Sheet, passages: Sequence[Passage]
 ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     """Tokens (T,) of what a sheet would stand for: head, passages as documents, the guide if it is resident; places."""
-    encoder, head = layout.encoder, sheet.manifest.head
-    ids, spans = encoder.left(head + "".join(encoder.defuse(each.text) + GAP for each in passages))
-    places = _places(spans, passages, len(head))
+    head = sheet.manifest.head
+    ids, spans = layout.encoder.left(head + _as_documents(layout, passages))
+    return _guided(layout, task, sheet, ids), _places(spans, passages, len(head))
+
+
+def _as_documents(layout: ChatLayout, passages: Sequence[Passage]) -> str:
+    """Passages as documents stand in a prompt, each before a blank line."""
+    return "".join(layout.encoder.defuse(passage.text) + GAP for passage in passages)
+
+
+def _guided(layout: ChatLayout, task: Task, sheet: Sheet, ids: Tensor) -> Tensor:
+    """Tokens (T,) of documents, and of the guide behind them if it is resident."""
     if not sheet.resident:
-        return ids, places
-    return torch.cat([ids, encoder.after(layout.guide(task).resident, continues=True)]), places
+        return ids
+    return torch.cat([ids, layout.encoder.after(layout.guide(task).resident, continues=True)])
+
+
+def _asked_behind(
+    lead: Tensor,
+    places: tuple[tuple[int, int], ...],
+    layout: ChatLayout,
+    task: Task,
+    sheet: Sheet,
+    turns: Sequence[Message],
+) -> Told:
+    """A conversation behind `lead` (T,), documents and guide, among which passages have `places`."""
+    asked = after_sheet(layout, task, sheet.resident, turns)
+    return Told(torch.cat([lead, asked.ids]), places, len(lead))
 
 
 def _places(spans: Tensor, passages: Sequence[Passage], start: int) -> tuple[tuple[int, int], ...]:

@@ -220,8 +220,8 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
 
 def size_before(kb: CompressedKnowledgeLLM, question: str, answer: Answer) -> tuple[int, int]:
     """Tokens before a question that was answered, per layer and head, and the bytes of their keys and values."""
-    tokens = answer.usage.prompt_tokens - answer.usage.cached_tokens - kb.count_tokens(question)
-    tokens += kb.sheet.tokens if answer.mode != "retrieval" else 0  # `cached_tokens` are positions
+    tokens = answer.usage.prompt_tokens - kb.count_tokens(question)
+    tokens += kb.sheet.tokens - kb.sheet.length if answer.mode != "retrieval" else 0  # prompts count positions
     return tokens, round(tokens * kb.sheet.nbytes / kb.sheet.tokens)
 
 
