@@ -1,9 +1,10 @@
 """Probes: questions that show what a sheet has lost, with nothing of the questions to come in them.
 
-The model writes them itself, each about one stretch of the documents that stands alone before it, in the user's place
-of the conversation or because it is asked to. A question stays if the stretch alone answers it with words of its own,
-and names something that few other stretches do. Those that the model answers the same with nothing before it are known:
-they say what it needs no documents for. Examples that a task can spare are probes too.
+The model writes them itself, each about one stretch of the documents that stands alone before it: in the user's place
+of the conversation, where a task's examples show the form, or because it is asked to, whichever it is better at. A
+question stays if the stretch alone answers it with words of its own, and names something that few other stretches do.
+Those that the model answers the same with nothing before it are known: they say what it needs no documents for.
+Examples that a task can spare are probes too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -51,8 +52,8 @@ _LONGEST = 240  # characters of a question
 
 _OPENINGS = ("What", "Who", "When", "Which", "Where", "How many", "What", "How", "Why")
 _REQUEST = (
-    "Write one question that only the text above answers, in a few words of it. Name what the question is about, so "
-    "that it can be understood without the text."
+    "Ask a question about a detail in the text above, such as a name, a number, a date or a place. Name what the "
+    "question is about, so that it can be understood without the text."
 )
 _SHORTLY = "Answer with a few words."
 _ABOUT_ITSELF = re.compile(
@@ -149,13 +150,11 @@ class Exam:
 
     def _begun(self, opening: str, way: Way) -> Tensor:
         """The beginning of a question (T,): in the user's next turn, or in the answer to a request."""
-        task, layout = self.task, self.layout
+        layout = self.layout
         if way == "user":
-            text = layout.guide(task).resident
-        else:
-            shown = [f"Question: {question}" for question, _ in task.examples]
-            request = GAP.join([f"Task: {task.description}", *shown, _REQUEST])
-            text = layout.question([{"role": "user", "content": request}], task, False)
+            text = layout.guide(self.task).resident
+        else:  # right behind the text: small models write about what they read last
+            text = layout.question([{"role": "user", "content": _REQUEST}], self.task, False)
             text += f"{'' if text[-1:].isspace() else ' '}Question:"
         return layout.encoder.after(f"{text}{'' if text[-1:].isspace() else ' '}{opening}")
 
@@ -204,18 +203,22 @@ def make_probes(
     attempts = _attempts(stretches, exam.task, seed)
     spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
     rare = {word for word, places in spread.items() if places <= max(1, _RARE * len(stretches))}
+    ways: Sequence[Way] = ("request", "user")
     for number in range(_ROUNDS):
         batch = list(islice(attempts, 2 * count))
         if not batch or sum(not probe.known for probe in found) >= count:
             break
-        asked = exam.questions([(stretch.text, opening, way) for stretch, opening, way in batch])
-        kept: list[tuple[str, Passage]] = []
-        for (stretch, _, _), question in zip(batch, asked, strict=True):
+        tries = [(stretch, opening, ways[(n + number) % len(ways)]) for n, (stretch, opening) in enumerate(batch)]
+        asked = exam.questions([(stretch.text, opening, way) for stretch, opening, way in tries])
+        kept: dict[str, tuple[Passage, Way]] = {}
+        for (stretch, _, way), question in zip(tries, asked, strict=True):
             if words(question) not in written and _is_apt(question, stretch, rare):
                 written.append(words(question))
-                kept.append((question, stretch))
-        found += _judged(exam, _answered(exam, kept))
-        logger.info("round %d: the model wrote %d questions, of which %d may serve", number + 1, len(asked), len(kept))
+                kept[question] = stretch, way
+        new = _judged(exam, _answered(exam, [(question, stretch) for question, (stretch, _) in kept.items()]))
+        ways = _better(ways, Counter(kept[probe.question][1] for probe in new if not probe.known))
+        logger.info("round %d: of %d questions %d may serve", number + 1, len(asked), len(new))
+        found += new
     fresh, known = ([probe for probe in found if probe.known is wanted] for wanted in (False, True))
     order = {stretch: number for number, stretch in enumerate(stretches)}
     fresh.sort(key=lambda probe: -1 if probe.stretch is None else order[probe.stretch])
@@ -296,13 +299,18 @@ def _spread(passages: Sequence[Passage], count: int, seed: int) -> list[Passage]
     return [found[(n * len(found) + seed % len(found)) // count] for n in range(count)] if len(found) > count else found
 
 
-def _attempts(stretches: Sequence[Passage], task: Task, seed: int) -> Iterator[tuple[Passage, str, Way]]:
-    """What to write about, in which words, and how: every stretch in turn, then all again with other openings."""
+def _attempts(stretches: Sequence[Passage], task: Task, seed: int) -> Iterator[tuple[Passage, str]]:
+    """What to write about, and in which words to begin: every stretch in turn, then all again with other openings."""
     openings = _openings(task)
     for turn in range(len(openings)):
         for number, stretch in enumerate(stretches):
-            way: Way = "user" if (number + turn) % 2 else "request"
-            yield stretch, openings[(number + turn + seed) % len(openings)], way
+            yield stretch, openings[(number + turn + seed) % len(openings)]
+
+
+def _better(ways: Sequence[Way], served: Mapping[Way, int]) -> Sequence[Way]:
+    """The ways that go on: one alone if it gave twice as many questions as the other."""
+    best = max(ways, key=lambda way: served.get(way, 0))
+    return (best,) if all(served.get(best, 0) >= 2 * served.get(way, 0) for way in ways if way != best) else ways
 
 
 def _openings(task: Task) -> tuple[str, ...]:
