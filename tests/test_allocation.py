@@ -251,7 +251,8 @@ def test_where_heads_share_a_budget_it_may_be_less_than_the_template_s_head(tiny
 @pytest.mark.parametrize(
     ("asked", "made"),
     [
-        ({}, ("recall", "adaptive")),
+        ({}, ("recall", "profiled")),
+        ({"allocation": "adaptive"}, ("recall", "adaptive")),
         ({"scorer": "finch"}, ("finch", "uniform")),
         ({"allocation": "uniform"}, ("recall", "uniform")),
         ({"allocation": "uniform", "scorer": "notes"}, ("notes", "uniform")),
@@ -278,5 +279,5 @@ def test_room_is_what_the_longest_head_leaves(tiny):
 
 
 def test_an_unknown_allocation_is_refused_by_name(tiny):
-    with pytest.raises(BudgetError, match="allocation is 'fair'; use uniform, adaptive"):
+    with pytest.raises(BudgetError, match="allocation is 'fair'; use uniform, profiled, adaptive"):
         build_sheet(tiny, DOCUMENTS, FEW_SHOT, allocation="fair")

@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, keep):
         build(tiny, chunk_tokens=40, checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize(("asked", "tokens"), [({}, 12), ({"rate": 4}, 25), ({"rate": 1}, 100), ({"budget": 7}, 7)])
+@pytest.mark.parametrize(("asked", "tokens"), [({}, 25), ({"rate": 5}, 20), ({"rate": 1}, 100), ({"budget": 7}, 7)])
 def test_budgets_are_counted_in_tokens(asked, tokens):
     assert Budgets(**asked).tokens(100) == tokens
 
