@@ -324,3 +324,12 @@ def test_a_sheet_of_another_template_is_refused(tmp_path):
     other.tokenizer.chat_template = TEMPLATES["zephyr"]
     with pytest.raises(MismatchError, match="made with another chat template"):
         CompressedKnowledgeLLM.load(path, model=other)
+
+
+def test_a_task_line_that_is_a_question_is_quoted_so_that_nobody_answers_it():
+    layout = ChatLayout(tiny_tokenizer())
+    plain, asked = layout.guide(Task("Say who lives where.")), layout.guide(Task("Where do people live?"))
+    assert "Task: Say who lives where." in plain.resident
+    assert 'Task: Answer questions like "Where do people live?" about the documents.' in asked.resident
+    turns = [{"role": "user", "content": "Where does Bob live?"}]
+    assert "people" not in layout.question(turns, Task("Where do people live?"), True)

@@ -167,8 +167,8 @@ def build_sheet(
     system, template_options
         a system text before everything, and options of the chat template (`enable_thinking`, for one).
     dtype
-        storage type: float32, bfloat16, float16, int8 or int4; by default the model's own, or int4 where no size was given
-        either (rate 4).
+        storage type: float32, bfloat16, float16, int8 or int4; by default the model's own, or int4 where neither rate,
+        budget nor share to retain was given (rate 4).
     progress
         called as `progress(tokens_read, tokens)` before the first and after each chunk.
     checkpoint

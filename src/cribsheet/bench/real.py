@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +32,6 @@ from cribsheet.bench.versions import versions
 from cribsheet.errors import CribsheetError, RequestError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.loaded import LoadedModel
-from cribsheet.selection import Allocation
 from cribsheet.template import ChatLayout
 
 logger = logging.getLogger(__name__)
@@ -90,8 +89,6 @@ class Options:
     def missing(self) -> dict[str, str]:
         """The methods that cannot be had here, and why."""
         missing = {}
-        if "bounded" not in get_args(Allocation):
-            missing["bounded"] = "the library has no such allocation"
         if dense_retriever() is None:
             dense = (way.name for way in WAYS if way.retriever == "dense")
             missing |= dict.fromkeys(dense, "there is no dense retriever, or no sentence-transformers")

@@ -44,7 +44,7 @@ WAYS = (
     Way("default", _OUR_DEFAULT),
     _sheet("zero-shot", examples=False),
     _sheet("uniform", "recall", allocation="uniform"),
-    _sheet("bounded", "recall", allocation="bounded"),
+    _sheet("adaptive", "recall", allocation="adaptive"),
     _sheet(INT4, dtype="int4", share=_INT4_TOKENS),
     _sheet("reconstruction", "reconstruction", allocation="adaptive"),
     _sheet("task", "task", allocation="uniform"),
