@@ -78,7 +78,7 @@ def test_our_sheets_are_made_as_by_default_and_keep_their_budget_though_heads_di
     budget = records[0].budget
     assert all(each.tokens <= budget for each in records) and records[0].tokens == pytest.approx(budget, abs=1)
     default = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, budget=budget)
-    assert default.sheet.manifest.allocation == "adaptive" and default.sheet.length > budget
+    assert default.sheet.manifest.allocation == "profiled" and default.sheet.length > budget
     asked = corpus.questions[0].text
     assert records[0].answer == default.ask(asked, max_tokens=2).text
 

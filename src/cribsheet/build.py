@@ -177,10 +177,10 @@ def build_sheet(
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
         each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
     allocation
-        `"profiled"`, the default with the default scorer: heads keep as many tokens as questions make them look up
-        (`profile.py`); the budget is the mean. `"adaptive"`: heads whose scores are higher keep more, the default of
-        independent sheets. `"uniform"`, as published and the default with any other scorer: all heads keep equally
-        many.
+        `"profiled"`, the default with the default scorer: half of the budget goes to heads as questions make them look
+        things up (`profile.py`), half to those whose scores are higher, and the budget is the mean. `"adaptive"`: all
+        of it to those whose scores are higher, the default of independent sheets.
+        `"uniform"`, as published and the default with any other scorer: all heads keep equally many.
     correction
         `"refit"`: what is kept is made to stand for what was dropped (`correction.py`), in a sequential sheet.
     read

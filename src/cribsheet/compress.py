@@ -23,7 +23,17 @@ from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
-from cribsheet.selection import ABSENT, Allocation, apportion, keep_best, keep_counts, keep_top, spread_out, take
+from cribsheet.selection import (
+    ABSENT,
+    Allocation,
+    apportion,
+    best_of_all,
+    keep_best,
+    keep_counts,
+    keep_top,
+    spread_out,
+    take,
+)
 
 Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
@@ -57,7 +67,8 @@ class Reading:
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
     If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
-    If it is profiled, `weigh` says what each head of the layers that see everything keeps of it, the mean being 1.
+    If it is profiled, half of it goes where the scores are highest, and of the other half `weigh` says what each head
+    of the layers that see everything keeps, the mean being 1.
     With a `correction`, what is kept is made to stand for what was dropped.
     """
 
@@ -252,7 +263,11 @@ def choose(
     if how.allocation == "uniform":
         found |= _keep_top_of_each(full, min(budget, shortest))
     elif how.allocation == "profiled":
-        found |= dict(zip(full, keep_counts(list(full.values()), _counts(standing, how, budget)), strict=True))
+        found |= dict(
+            zip(
+                full, keep_counts(list(full.values()), _counts(list(full.values()), standing, how, budget)), strict=True
+            )
+        )
     else:
         least = min(shortest, budget, how.least)
         best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
@@ -260,12 +275,13 @@ def choose(
     return [found[number] for number in range(len(scores))]
 
 
-def _counts(standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
-    """How many tokens each head of each layer keeps by its weight, of those that stand there (K, S)."""
+def _counts(scores: Sequence[Tensor], standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
+    """How many of its tokens (K, S) each head of each layer keeps: half by its weight, half by its scores."""
     limits = torch.stack([(layer != ABSENT).sum(-1) for layer in standing]).flatten().tolist()
-    most = max(budget, how.most)
+    most, total = max(budget, how.most), budget * len(limits)
     limits = [min(limit, most) for limit in limits]
-    counts = apportion(how.weigh(), limits, budget * len(limits), least=min(budget, max(how.least, how.pinned)))
+    shares = [(weight + won / budget) / 2 for weight, won in zip(how.weigh(), best_of_all(scores, total), strict=True)]
+    counts = apportion(shares, limits, total, least=min(budget, max(how.least, how.pinned)))
     heads = len(standing[0])
     return [counts[first : first + heads] for first in range(0, len(counts), heads)]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cribsheet.errors import BudgetError
 
-# Whether all heads keep equally many tokens; or each what the model's profile gives it (`profile.py`); or those whose
-# scores are higher keep more.
+# Whether all heads keep equally many tokens; or half of the budget goes where the model's profile says (`profile.py`) and
+# half where scores are higher; or all of it where scores are higher.
 Allocation = Literal["uniform", "profiled", "adaptive"]
 _HALVINGS = 60  # until two factors differ by less than a float can say
 _SPREAD = 2  # power of a head's rank by which a token counts less in it
@@ -59,6 +59,14 @@ def keep_counts(scores: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> li
         best = torch.sort(layer, dim=-1, descending=True, stable=True).indices
         found.append(_first_of_each(best, torch.tensor(each, device=layer.device), max(each)))
     return found
+
+
+def best_of_all(scores: Sequence[Tensor], total: int) -> list[int]:
+    """How many of the `total` highest scores of all heads (K, S) of some layers together each head has."""
+    flat = torch.cat([layer.flatten() for layer in scores])
+    limit = flat.topk(min(total, len(flat))).values[-1]
+    counts: list[int] = torch.cat([(layer >= limit).sum(-1) for layer in scores]).tolist()
+    return counts
 
 
 def apportion(weights: Sequence[float], limits: Sequence[int], total: int, *, least: int = 0) -> list[int]:

@@ -88,7 +88,7 @@ class Options:
 
     def missing(self) -> dict[str, str]:
         """The methods that cannot be had here, and why."""
-        missing = {}
+        missing: dict[str, str] = {}
         if dense_retriever() is None:
             dense = (way.name for way in WAYS if way.retriever == "dense")
             missing |= dict.fromkeys(dense, "there is no dense retriever, or no sentence-transformers")
