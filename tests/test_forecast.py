@@ -53,3 +53,10 @@ def test_what_a_build_refuses_is_refused(backbone):
         forecast(backbone, DOCUMENTS, TASK, rate=0.5)
     with pytest.raises(BudgetError, match="storage dtype"):
         forecast(backbone, DOCUMENTS, TASK, dtype="int3", scorer="task")
+
+
+def test_where_nothing_is_said_of_the_size_it_is_of_the_sheet_that_a_build_makes(backbone):
+    told = forecast(backbone, DOCUMENTS, TASK, guide="dropped")
+    made = build_sheet(backbone, DOCUMENTS, TASK, guide="dropped")
+    assert made.manifest.dtype == "int4" and told.tokens == made.manifest.budget
+    assert told.sheet_bytes < forecast(backbone, DOCUMENTS, TASK, guide="dropped", rate=4).sheet_bytes

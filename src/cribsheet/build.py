@@ -199,8 +199,8 @@ def build_sheet(
     scorer, allocation = resolve_defaults(scorer, allocation, mode)
     warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
-    if dtype is None and budgets.is_open and retain is None and mode == "sequential":
-        dtype = DEFAULT_DTYPE
+    if retain is None and mode == "sequential":
+        dtype = budgets.stored_as(dtype)
     checker = None
     if retain is not None or check:
         from cribsheet.retention import build_retaining, checked, make_checker  # it is made of what is here
@@ -325,10 +325,9 @@ class Budgets:
             if value not in get_args(known):
                 raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")
 
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing was said of the size."""
-        return self.rate is None and self.budget is None
+    def stored_as(self, dtype: str | None) -> str | None:
+        """The storage type that was asked for, or the default where nothing was said of the size either."""
+        return DEFAULT_DTYPE if dtype is None and self.rate is None and self.budget is None else dtype
 
     def tokens(self, corpus_tokens: int) -> int:
         """The budget in tokens. Raises `BudgetError` if it does not fit the corpus."""

@@ -69,6 +69,7 @@ def forecast(
     scorer, allocation = resolve_defaults(scorer, allocation)
     warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation)
+    dtype = budgets.stored_as(dtype)
     planned = plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)
     corpus, reading = planned.corpus, planned.reading
     took, piece = _probe(backbone, corpus, reading)

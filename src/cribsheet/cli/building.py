@@ -29,7 +29,7 @@ def build(
     ] = None,
     model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
     rate: Annotated[
-        float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 8]")
+        float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 4, in int4]")
     ] = None,
     budget: Annotated[
         int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")
@@ -68,7 +68,7 @@ def build(
     ] = None,
     storage_dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "int8", "int4"] | None,
-        typer.Option(help="Type of the stored keys and values; the model's by default."),
+        typer.Option(help="Type of the stored keys and values.  [default: the model's, or int4 without a rate]"),
     ] = None,
     revision: Revision = None,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is random in a build.")] = 0,
