@@ -14,9 +14,10 @@ from test_prefix import LEFT
 from transformers import AttentionInterface
 
 from cribsheet.backbone import FAMILIES, ROPE_TYPES, Backbone, check_supported
+from cribsheet.compress import nothing_read
 from cribsheet.errors import ModelError
 from cribsheet.parallel import Leader, divided
-from cribsheet.prefix import LayerPrefix, empty_prefix, prefix_cache
+from cribsheet.prefix import LayerPrefix, prefix_cache
 from cribsheet.testing import save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
 
 
@@ -31,7 +32,7 @@ def family(request):
 
 
 def nothing(backbone):
-    return empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, torch.zeros(1))
+    return nothing_read(backbone)
 
 
 def test_a_model_loads_from_a_folder_by_path_and_by_name(folder, tiny):
@@ -303,7 +304,7 @@ def test_a_model_without_sheet_goes_along_with_what_the_attention_of_another_giv
 
     leader.announce, leader.attached().share, follower.attached().share = announce, give, take
     chunk, guide = torch.arange(10, 40), torch.arange(40, 45)
-    nothing = empty_prefix(leader.num_layers, leader.kv_heads, leader.head_size, torch.empty(0))
+    nothing = nothing_read(leader)
     read = leader.read(nothing, 0, chunk, guide)
     layers = [LayerPrefix(each.chunk_keys, each.chunk_values) for each in read]
     leader.step(guide.unsqueeze(0), torch.arange(30, 35).unsqueeze(0), prefix_cache(layers, 30))

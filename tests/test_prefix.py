@@ -7,7 +7,8 @@ import torch
 from reference import full_context_answer, full_context_logits
 
 from cribsheet.backbone import Backbone
-from cribsheet.prefix import LayerPrefix, PrefixLayer, empty_prefix, prefix_cache
+from cribsheet.compress import nothing_read
+from cribsheet.prefix import LayerPrefix, PrefixLayer, prefix_cache
 from cribsheet.testing import tiny_backbone
 
 LEFT = torch.arange(100, 140)
@@ -131,7 +132,7 @@ def test_crop_and_reset_touch_the_suffix_only():
 
 
 def test_a_prefix_of_no_tokens_is_plain_attention(tiny):
-    nothing = prefix_cache(empty_prefix(tiny.num_layers, tiny.kv_heads, tiny.head_size, torch.zeros(1)), 0)
+    nothing = prefix_cache(nothing_read(tiny), 0)
     logits = tiny.step(LEFT[None], torch.arange(len(LEFT))[None], nothing, keep=len(LEFT))[0]
     torch.testing.assert_close(logits, full_context_logits(tiny, LEFT), atol=2e-3, rtol=1e-3)
 

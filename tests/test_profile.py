@@ -8,6 +8,7 @@ from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM, profile
 from cribsheet.build import build_sheet
+from cribsheet.compress import nothing_read
 from cribsheet.errors import BudgetError
 from cribsheet.loaded import LoadedModel
 from cribsheet.profile import LEAST, Profile, profile_of
@@ -63,6 +64,14 @@ def test_a_window_without_room_for_it_gives_every_head_the_same_half():
     assert profile_of(small, ChatLayout(small.tokenizer)) is None
     sheet = build_sheet(small, DOCUMENTS[:1], FEW_SHOT, rate=2, guide="dropped")
     assert sheet.manifest.allocation == "profiled" and counts(sheet).min().item() >= sheet.manifest.budget // 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_what_is_read_first_has_the_models_windows(family):
+    """A profile is measured by a read on nothing, in which sliding layers must see no more than in any other."""
+    backbone = tiny_backbone(family)
+    assert [layer.window for layer in nothing_read(backbone)] == backbone.windows
+    assert all(layer.longest == 0 for layer in nothing_read(backbone))
 
 
 @pytest.mark.parametrize("chunk", [None, 40])

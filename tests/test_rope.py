@@ -64,9 +64,9 @@ def test_a_yarn_model_keeps_its_attention_factor_in_moved_keys():
 @pytest.mark.parametrize("name", SCALINGS)
 def test_a_model_reads_at_any_start_as_if_its_keys_had_been_moved_there(name):
     backbone = tiny_backbone(rope_parameters=SCALINGS[name])
-    from cribsheet.prefix import empty_prefix
+    from cribsheet.compress import nothing_read
 
-    empty = empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, torch.zeros(1))
+    empty = nothing_read(backbone)
     ids = torch.arange(40, 60)
     here, there = (backbone.read(empty, start, ids, ids[:0])[0].chunk_keys for start in (0, 700))
     moved = move(here, torch.arange(20), torch.arange(700, 720), backbone.inv_freqs[0])

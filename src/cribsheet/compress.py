@@ -20,7 +20,7 @@ from cribsheet.chunks import Chunk, TokenizedCorpus
 from cribsheet.correction import Correction, refitted
 from cribsheet.lean_read import read as read_lean
 from cribsheet.notes import NOTES_TOKENS, write_notes
-from cribsheet.prefix import LayerPrefix, ReadingLayer, empty_prefix
+from cribsheet.prefix import LayerPrefix, ReadingLayer
 from cribsheet.rope import rotate
 from cribsheet.scoring import LayerView, Scorer
 from cribsheet.selection import (
@@ -329,9 +329,8 @@ def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:
 
 
 def nothing_read(backbone: Backbone) -> list[LayerPrefix]:
-    """The prefix of what is read first."""
-    like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-    return empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, like)
+    """The prefix of what is read first, of no tokens; layers with sliding windows have them."""
+    return as_prefix(backbone, nothing_kept(backbone))
 
 
 def nothing_kept(backbone: Backbone) -> list[Kept]:

@@ -19,7 +19,7 @@ from cribsheet.answering import Event, Request, tell
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.combine import combine
-from cribsheet.compress import as_prefix, nothing_kept
+from cribsheet.compress import nothing_read
 from cribsheet.dense import DenseRetriever
 from cribsheet.documents import read_documents
 from cribsheet.errors import EngineError, RequestError, SheetError, WindowError
@@ -482,7 +482,7 @@ class CompressedKnowledgeLLM:
         """A prefix of no tokens, for questions that bring their own documents; one for all of them, to be a batch."""
         with self._lock:
             if self._bare is None:
-                self._bare = Prefix(as_prefix(self.backbone, nothing_kept(self.backbone)), 0)
+                self._bare = Prefix(nothing_read(self.backbone), 0)
             return self._bare
 
     def _ask_request(

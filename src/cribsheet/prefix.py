@@ -403,9 +403,3 @@ def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:
     if filled:
         grown[:, :, :filled] = buffer[:, :, :filled]
     return grown
-
-
-def empty_prefix(num_layers: int, kv_heads: int, head_size: int, like: Tensor) -> list[LayerPrefix]:
-    """A prefix of no tokens, in the dtype and on the device of `like`."""
-    nothing = torch.empty(kv_heads, 0, head_size, dtype=like.dtype, device=like.device)
-    return [LayerPrefix(nothing, nothing)] * num_layers

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cribsheet.answering import Request
 from cribsheet.backbone import Backbone
-from cribsheet.compress import as_prefix, nothing_kept
+from cribsheet.compress import nothing_read
 from cribsheet.documents import Document
 from cribsheet.loaded import LoadedModel
 from cribsheet.passages import GAP
@@ -97,7 +97,7 @@ class Exam:
     def __init__(self, model: Backbone | LoadedModel, layout: ChatLayout, task: Task, *, resident: bool = True) -> None:
         self.loaded = LoadedModel.get(model)
         self.layout, self.task, self.resident = layout, task, resident
-        self._nothing = Prefix(as_prefix(self.backbone, nothing_kept(self.backbone)), 0)
+        self._nothing = Prefix(nothing_read(self.backbone), 0)
 
     @classmethod
     def of(cls, knowledge: CompressedKnowledgeLLM) -> Exam:

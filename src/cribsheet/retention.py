@@ -32,7 +32,7 @@ from cribsheet.build import (
     usual_chunk,
 )
 from cribsheet.chunks import TokenizedCorpus
-from cribsheet.compress import as_prefix, cut, nothing_kept
+from cribsheet.compress import cut, nothing_read
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.lean_read import read as read_lean
@@ -91,7 +91,7 @@ def full_context(exam: Exam, documents: Sequence[Document]) -> Prefix | None:
     ids = TokenizedCorpus.build(documents, exam.opening, exam.layout.encoder).ids
     if len(ids) + len(guide) + _ROOM > backbone.window:
         return None
-    layers, done = as_prefix(backbone, nothing_kept(backbone)), 0
+    layers, done = nothing_read(backbone), 0
     try:
         for piece in (*ids.split(usual_chunk(backbone, "nothing")), guide):
             if not len(piece):

@@ -97,7 +97,7 @@ class ChatLayout:
         if task.few_shot:
             return Guide(scored=resident, resident=resident)
         # A bare task line ends where the model would start to plan its answer: the end of the user's turn.
-        return Guide(scored=self._cut([_user(task_line(task))], task.instruction)[1], resident=resident)
+        return Guide(scored=self._cut([_user(_task_line(task))], task.instruction)[1], resident=resident)
 
     def request(self, task: Task) -> str:
         """The turn that asks for notes, ready for the answer."""
@@ -136,7 +136,7 @@ class ChatLayout:
 
     def _request_line(self, task: Task) -> str:
         asking = notes_request(self._tokenizer)
-        return task_line(task) + (_GAP + asking if asking else "")
+        return _task_line(task) + (_GAP + asking if asking else "")
 
     def question(self, turns: Sequence[Message], task: Task, resident: bool) -> str:
         """The rendered text after the sheet for a conversation of `turns` (role and content), ready for the answer.
@@ -163,7 +163,7 @@ class ChatLayout:
                 raise TemplateError(_rewrites("the documents", expected, rendered))
 
     def _guide_turns(self, task: Task) -> list[Message]:
-        line = task_line(task)
+        line = _task_line(task)
         if not task.few_shot:
             return [_user(line)]
         turns: list[Message] = []
@@ -201,7 +201,7 @@ def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def task_line(task: Task) -> str:
+def _task_line(task: Task) -> str:
     """What the user's turn says of the task.
 
     A description that is a question is quoted: as it stands, a model answers it instead of the user's own.

@@ -25,10 +25,11 @@ from rich.console import Console
 from cribsheet.bench.compare import CLOSED, FULL, Corpus
 from cribsheet.bench.corpora import find_corpora, group_of, read_corpus
 from cribsheet.bench.journal import Journal, tell_progress, write_rows, write_whole
-from cribsheet.bench.real_case import Case, Means, dense_retriever
+from cribsheet.bench.real_case import Case, Means
 from cribsheet.bench.real_page import Result, Row, merged, page, print_table, read_result, result_of
 from cribsheet.bench.real_ways import KVZIP, NAMES, WAYS, Way
 from cribsheet.bench.versions import versions
+from cribsheet.dense import require_dense
 from cribsheet.errors import CribsheetError, RequestError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.loaded import LoadedModel
@@ -89,9 +90,10 @@ class Options:
     def missing(self) -> dict[str, str]:
         """The methods that cannot be had here, and why."""
         missing: dict[str, str] = {}
-        if dense_retriever() is None:
-            dense = (way.name for way in WAYS if way.retriever == "dense")
-            missing |= dict.fromkeys(dense, "there is no dense retriever, or no sentence-transformers")
+        try:
+            require_dense()
+        except RequestError as error:
+            missing |= dict.fromkeys((way.name for way in WAYS if way.retriever == "dense"), str(error))
         if self.means.peers is None:
             missing[KVZIP] = "no --peers was given, a python that has kvpress"
         return {name: why for name, why in missing.items() if name in self.methods}

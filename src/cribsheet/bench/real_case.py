@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from cribsheet.bench.real_page import Row
 from cribsheet.bench.real_ways import KVZIP, Way
 from cribsheet.bench.several import Sheets
 from cribsheet.chunks import TokenizedCorpus
+from cribsheet.dense import DenseRetriever
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
@@ -42,14 +41,6 @@ class Means:
     asking: int = 16
     dense: str | None = None
     peers: Path | None = None
-
-
-def dense_retriever() -> Callable[..., Any] | None:
-    """The library's dense retriever, if it has one and what that needs is installed."""
-    if find_spec("cribsheet.dense") is None or find_spec("sentence_transformers") is None:
-        return None
-    made: Callable[..., Any] = import_module("cribsheet.dense").DenseRetriever
-    return made
 
 
 class Found:
@@ -132,10 +123,10 @@ class Case:
         if not name:
             return lambda query: []
         if name not in self._finders:
-            given = {"model": self.means.dense} if self.means.dense and name == "dense" else {}
-            make: Callable[..., Any] | None = BM25Retriever if name == "bm25" else dense_retriever()
-            assert make is not None  # ways without their retriever are left out
-            self._finders[name] = Found(make(self.corpus.documents, **given))
+            documents = self.corpus.documents
+            dense = name == "dense"
+            made = DenseRetriever(documents, model=self.means.dense) if dense else BM25Retriever(documents)
+            self._finders[name] = Found(made)
         return self._finders[name]
 
     def _ask(
