@@ -13,6 +13,7 @@ from reference import full_context_answer, full_context_logits
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
+from cribsheet.compress import nothing_read
 from cribsheet.prefix import prefix_cache
 from cribsheet.rope import move
 from cribsheet.template import ChatLayout
@@ -49,18 +50,12 @@ def test_a_sheet_that_keeps_everything_answers_as_the_full_context_does(family, 
 
 def test_moving_keys_equals_rotating_them_there_in_the_first_place(family):
     ids = torch.arange(10, 42)
-    here, there = (family.read(kept_nothing(family), start, ids, ids[:0]) for start in (0, 1000))
+    here, there = (family.read(nothing_read(family), start, ids, ids[:0]) for start in (0, 1000))
     for layer, inv_freq in enumerate(family.inv_freqs):
         moved = move(here[layer].chunk_keys, torch.arange(32), torch.arange(1000, 1032), inv_freq)
         if len(inv_freq):
             assert (here[layer].chunk_keys - there[layer].chunk_keys).abs().max() > 0.1
         torch.testing.assert_close(moved, there[layer].chunk_keys, atol=5e-4, rtol=1e-4)
-
-
-def kept_nothing(backbone: Backbone):
-    from cribsheet.prefix import empty_prefix
-
-    return empty_prefix(backbone.num_layers, backbone.kv_heads, backbone.head_size, torch.zeros(1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int4"])
