@@ -18,7 +18,7 @@ from typing import Any
 
 from cribsheet.errors import DocumentError
 from cribsheet.formats import READERS, read_file
-from cribsheet.formats.record import given_id, is_record, record_of, short
+from cribsheet.formats.record import given_id, is_record, record_of, short, surrogate_in
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +192,11 @@ def _from_files(files: list[Path], root: Path, where: str) -> Iterator[Draft]:
 
 def _from_file(path: Path, root: Path) -> Iterator[Draft]:
     source = path.as_posix()
+    if surrogate_in(source):
+        raise DocumentError(
+            f"the file name {source!r} is not in UTF-8, so no sheet can hold it; rename the file or its folder, or pass "
+            "its text in Document(text, id)"
+        )
     names = _possible_names(path, root)
     records = read_file(path)
     if not records:

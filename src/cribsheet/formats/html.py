@@ -1,72 +1,130 @@
-"""HTML to the text that a browser would show."""
+"""HTML to the text that a browser would show, by justhtml, which reads it as browsers do."""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from cribsheet.errors import DocumentError
+from cribsheet.formats.encoding import in_html
 from cribsheet.formats.record import Record, one
 from cribsheet.formats.text import decode
 
-_HIDDEN = frozenset({"script", "style", "template", "svg"})
-_LINES = ("body", "caption", "dd", "div", "dt", "figcaption", "li", "option", "summary", "tr")
+if TYPE_CHECKING:
+    from justhtml import Node
+
+# What a page holds for scripts, for programs that lack something, or for later.
+_HIDDEN = frozenset(
+    (
+        *("annotation", "annotation-xml", "audio", "canvas", "datalist", "iframe", "meter", "noembed", "noframes"),
+        *("noscript", "object", "progress", "script", "style", "template", "video"),
+    )
+)
+_HIDDEN_IN_PICTURES = frozenset({"defs", "desc", "metadata", "script", "style", "symbol", "title"})
+_STYLE = re.compile(r"(?:^|[;{])\s*(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))\b", re.I)
+_CSS_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+_LINES = ("body", "caption", "dd", "div", "dt", "figcaption", "li", "option", "summary", "text", "tr")
 _BLOCKS = (
     *("article", "aside", "blockquote", "dl", "fieldset", "figure", "footer", "form", "header", "hr", "main"),
-    *("h1", "h2", "h3", "h4", "h5", "h6", "nav", "ol", "p", "pre", "section", "table", "ul"),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "nav", "ol", "p", "pre", "section", "svg", "table", "textarea", "ul"),
 )
 _LINE_ENDS_AROUND = dict.fromkeys(_LINES, 1) | dict.fromkeys(_BLOCKS, 2)
+_PREFORMATTED = frozenset({"pre", "textarea"})
+# 10 to the 6th is not 106.
+_SHIFTED = {
+    "sup": str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ"),
+    "sub": str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎"),
+}
+_SELF_CLOSED = re.compile(r"<([A-Za-z][\w.:-]*)((?:\s+[^\s<>=/]+(?:\s*=\s*(?:\"[^\"]*\"|'[^']*'))?)*)\s*/>")
+_VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
+_TITLE = re.compile(r"<title\b[^>]*>[^<]*", re.I)
+_CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.S)
 
 
 def read_html(data: bytes, name: str) -> list[Record]:
-    """The visible text: blank lines around blocks, tabs between cells; metadata has `title`."""
+    """The visible text: blank lines around blocks, tabs between cells; metadata has `title`.
+
+    An XML declaration or a `meta` element tells the encoding if it is not UTF-8. Hidden is what a browser hides before
+    any script has run: by its kind, by `hidden`, and by `display` or `visibility` in its `style`; style sheets are not
+    looked at. What a reader unfolds (`details`) or searches for (`hidden="until-found"`) is text.
+    """
+    text = decode(data, name, in_html(data))
+    if name.lower().endswith(".xhtml") or text.lstrip().startswith("<?xml"):
+        text = _as_html(text)
+    return read_page(text)
+
+
+def read_page(text: str) -> list[Record]:
+    """The visible text of HTML that was decoded already."""
+    from justhtml import JustHTML  # here because most corpora hold none
+
+    if "</title" not in text.lower():  # browsers show nothing of a page whose title never ends
+        text = _TITLE.sub(r"\g<0></title>", text, count=1)
     page = _VisibleText()
-    try:
-        page.feed(decode(data, name))
-        page.close()
-    except AssertionError as error:  # html.parser's only way to give up, on an unknown `<![...[`
-        raise DocumentError(f"{name} is broken HTML ({error}); repair it, or save it as text") from error
+    page.read(JustHTML(text, sanitize=False).root)
     return one("".join(page.pieces), {"title": page.title} if page.title else {})
 
 
-class _VisibleText(HTMLParser):
+def _as_html(text: str) -> str:
+    """XML's short forms, which mean something else in HTML, written out."""
+    text = _CDATA.sub(lambda found: found[1].replace("&", "&amp;").replace("<", "&lt;"), text)
+    return _SELF_CLOSED.sub(
+        lambda found: found[0] if found[1].lower() in _VOID else f"<{found[1]}{found[2]}></{found[1]}>", text
+    )
+
+
+class _VisibleText:
     """Collects visible text in `pieces`, none of them empty, and the page's title in `title`."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self.pieces: list[str] = []
         self.title = ""
-        self._hidden = self._preformatted = 0
-        self._in_title = False
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in _HIDDEN
-        self._preformatted += tag == "pre"
-        self._in_title = tag == "title" and not self._hidden
-        self._end_line(_LINE_ENDS_AROUND.get(tag, 0))
-        if tag == "br":
+    def read(self, root: Node) -> None:
+        """Go through a page; not by recursion, because pages may nest without end."""
+        left: list[tuple[Node, bool, bool]] = [(root, False, False)]  # nodes, preformatted or not, begun or ended
+        while left:
+            node, preformatted, ended = left.pop()
+            if ended:
+                self._end_line(_LINE_ENDS_AROUND.get(node.name, 0))
+            elif node.name == "#text":
+                self._add(str(node.data or ""), preformatted)
+            elif node.name in ("#document", "#document-fragment") or self._begin(node):
+                preformatted = preformatted or node.name in _PREFORMATTED
+                left.append((node, preformatted, True))
+                left += [(child, preformatted, False) for child in reversed(node.children or [])]
+
+    def _begin(self, node: Node) -> bool:
+        """Begin an element; whether its children are to be read."""
+        name, attributes = node.name, node.attrs or {}
+        if name.startswith(("#", "!")) or _is_hidden(name, attributes, node.namespace):
+            return False
+        if name == "title":
+            self.title = self.title or " ".join(_text_of(node).split())
+            return False
+        self._end_line(_LINE_ENDS_AROUND.get(name, 0))
+        if name == "br":
             self.pieces.append("\n")
-        elif tag in ("td", "th") and self.pieces and not self.pieces[-1].endswith("\n"):
+        elif name in ("td", "th") and self.pieces and not self.pieces[-1].endswith("\n"):
             self.pieces[-1] = self.pieces[-1].rstrip(" ") + "\t"
+        elif name in _SHIFTED:
+            return not self._shift(_text_of(node), _SHIFTED[name])
+        return True
 
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
-        self._preformatted = max(0, self._preformatted - (tag == "pre"))
-        self._in_title = False
-        self._end_line(_LINE_ENDS_AROUND.get(tag, 0))
+    def _shift(self, text: str, signs: Mapping[int, int]) -> bool:
+        """Add what stands above or below the line by its own signs, if there are such."""
+        if not text.strip() or not all(ord(sign) in signs for sign in text.strip()):
+            return False
+        self.pieces.append(text.strip().translate(signs))
+        return True
 
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if self._in_title:
-            self.title = self.title or " ".join(data.split())
-            return
-        if not self._preformatted:
-            data = re.sub(r"\s+", " ", data)
+    def _add(self, text: str, preformatted: bool) -> None:
+        if not preformatted:
+            text = re.sub(r"\s+", " ", text)
             if not self.pieces or self.pieces[-1][-1].isspace():
-                data = data.lstrip()
-        if data:
-            self.pieces.append(data)
+                text = text.lstrip()
+        if text:
+            self.pieces.append(text)
 
     def _end_line(self, line_ends: int) -> None:
         """Make the text so far end in at least that many line ends."""
@@ -74,3 +132,26 @@ class _VisibleText(HTMLParser):
             last = self.pieces[-1].rstrip(" \t")
             present = len(last) - len(last.rstrip("\n"))
             self.pieces[-1] = last + "\n" * (line_ends - present)
+
+
+def _is_hidden(name: str, attributes: Mapping[str, str | None], namespace: str | None) -> bool:
+    if name in _HIDDEN or (namespace == "svg" and name in _HIDDEN_IN_PICTURES):
+        return True
+    if "hidden" in attributes and (attributes["hidden"] or "").strip().lower() != "until-found":
+        return True
+    if "popover" in attributes or (name == "dialog" and "open" not in attributes):
+        return True
+    return bool(_STYLE.search(_CSS_COMMENT.sub("", attributes.get("style") or "")))
+
+
+def _text_of(node: Node) -> str:
+    return "".join(_texts(node))
+
+
+def _texts(node: Node) -> Iterator[str]:
+    left = [node]
+    while left:
+        node = left.pop()
+        if node.name == "#text":
+            yield str(node.data or "")
+        left += reversed(node.children or [])
