@@ -54,7 +54,14 @@ def test_big_endian_utf_16_is_told_by_its_mark() -> None:
 
 
 def test_another_encoding_is_refused_with_the_byte_the_offset_and_a_command() -> None:
-    refused("a.txt", "Zoë".encode("latin-1"), "not UTF-8", "byte 0xeb at offset 2", "iconv -f ENCODING -t utf-8", "shift_jis in Japan")
+    refused(
+        "a.txt",
+        "Zoë".encode("latin-1"),
+        "not UTF-8",
+        "byte 0xeb at offset 2",
+        "iconv -f ENCODING -t utf-8",
+        "shift_jis in Japan",
+    )
 
 
 def test_offsets_in_marked_files_count_the_mark() -> None:

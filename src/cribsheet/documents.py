@@ -45,10 +45,10 @@ class Document:
             raise DocumentError(f"the text of document {self.id!r} is of type {kind}; give a string")
         object.__setattr__(self, "text", normalise(self.text))
         object.__setattr__(self, "metadata", dict(self.metadata))
-        for what, value in (("", self.text), ("'s id", self.id), ("'s metadata", self.metadata)):
+        for what, value in (("", self.text), ("the id of ", self.id), ("the metadata of ", self.metadata)):
             if found := surrogate_in(value):
                 raise DocumentError(
-                    f"document {self.id!r}{what} holds {found}, which no encoding can store; {mending_of(found)}"
+                    f"{what}document {self.id!r} holds {found}, which no encoding can store; {mending_of(found)}"
                 )
 
 

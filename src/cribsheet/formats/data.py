@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from typing import Any
 
 from cribsheet.errors import DocumentError
@@ -26,9 +27,10 @@ def read_json(data: bytes, name: str) -> list[Record]:
     if not text.strip():
         return []
     try:
-        value = _loaded(text, name)
+        value = json.loads(text, object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{name} is broken JSON ({error}); repair it, or rename it to .txt") from error
+    _refuse_half_pairs(value, text, name)
     if is_record(value):
         return [record_of(value, name)]
     if isinstance(value, list) and any(map(is_record, value)):
@@ -49,9 +51,10 @@ def read_jsonl(data: bytes, name: str) -> list[Record]:
 
 def _line_record(line: str, where: str, row: int) -> Record:
     try:
-        value = _loaded(line, where)
+        value = json.loads(line, object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{where}: broken JSON ({error}) in {short(line)}; repair or remove the line") from error
+    _refuse_half_pairs(value, line, where)
     return _item(value if is_record(value) else _as_written(line), where, row)
 
 
@@ -67,14 +70,12 @@ def _item(value: Any, where: str, row: int) -> Record:
     return Record(_cell(value) if _is_filled(value) else "", {}, row=row)
 
 
-def _loaded(text: str, where: str) -> Any:
-    """The value of JSON; `ValueError` where it is none, `DocumentError` for half a surrogate pair."""
-    value = json.loads(text, object_pairs_hook=_named_once)
-    if _HALF_PAIR.search(text) and (found := surrogate_in(value, len(text))):
+def _refuse_half_pairs(value: Any, text: str, where: str) -> None:
+    """Raise `DocumentError` for half a surrogate pair in the value of JSON, where it comes from an escape."""
+    if _HALF_PAIR.search(text) and (found := surrogate_in(value, depth=len(text))):
         raise DocumentError(
             f"{where} holds {found}: an escape without its other half, as \\ud83d\\ude00 has one; complete or remove it"
         )
-    return value
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,8 +136,8 @@ def _table(text: str, name: str, *, tabs: bool) -> list[Record]:
 def _row_record(header: list[str], line: list[str], where: str, row: int) -> Record:
     if any(map(str.strip, line[len(header) :])):
         raise DocumentError(
-            f"{where} has {len(line)} cells, but the header names {len(header)}, so its text may be cut; put cells that "
-            "hold a separator into quotes, or use JSONL for long texts"
+            f"{where} has {len(line)} cells, but the header names {len(header)}, so its text may be cut; put cells "
+            "that hold a separator into quotes, or use JSONL for long texts"
         )
     cells = dict(_named_cells(header, line))
     text, id_ = cells.pop("text", ""), cells.pop("id", "")
@@ -145,7 +146,12 @@ def _row_record(header: list[str], line: list[str], where: str, row: int) -> Rec
 
 def _told_apart(header: list[str]) -> list[str]:
     """Headers with a number where one stands twice, so that no cell takes another's place."""
-    return [f"{name} {n}" if name and (n := header[: at + 1].count(name)) > 1 else name for at, name in enumerate(header)]
+    counts: Counter[str] = Counter()
+    told: list[str] = []
+    for name in header:
+        counts[name] += 1
+        told.append(f"{name} {counts[name]}" if name and counts[name] > 1 else name)
+    return told
 
 
 def _named_cells(header: list[str], line: list[str]) -> list[tuple[str, str]]:

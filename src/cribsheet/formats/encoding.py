@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import logging
 import re
@@ -40,7 +41,13 @@ _KNOWN = re.compile(
     r"utf-8|utf-(?:16|32)(?:-[lb]e)?|cp(?:125\d|437|720|737|775|8[56]\d|874|932|949|950)|iso8859-\d+|koi8-[rtu]|kz1048|ptcp154|mac-[a-z]+|"
     r"gb18030|big5hkscs|euc_\w+|shift_jis\w+|iso2022_\w+|hz|johab"
 )
-_NICKNAMES = {"ansinew": "cp1252", "applemac": "mac-roman", "iso-latin-1": "latin-1", "iso-8859-8-i": "iso-8859-8"}
+_NICKNAMES = {
+    "ansinew": "cp1252",
+    "windows-31j": "cp932",
+    "applemac": "mac-roman",
+    "iso-latin-1": "latin-1",
+    "iso-8859-8-i": "iso-8859-8",
+}
 _LABEL = rb"([\w.:-]{1,40})"
 _XML = re.compile(rb"\s*<\?xml\b[^>]*?\sencoding\s*=\s*[\"']\s*" + _LABEL)
 _CONTENT = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.I)
@@ -69,10 +76,8 @@ def in_html(data: bytes) -> str:
     if found := _XML.match(data[:_FIRST]):
         return found[1].decode()
     page = _Declaration()
-    try:
+    with contextlib.suppress(AssertionError):  # html.parser gives up on an unknown `<![...[`
         page.feed(data[:_FIRST].decode("latin-1"))
-    except AssertionError:  # html.parser gives up on an unknown `<![...[`
-        pass
     return page.label
 
 
@@ -84,7 +89,8 @@ def in_json(data: bytes) -> str:
 def known(label: str) -> str:
     """Python's name for the encoding of a label; "" for none and for what is none."""
     name = label.strip().lower()
-    for wanted in (_NICKNAMES.get(name, name), name.removeprefix("x-"), name.replace("windows-", "cp")):
+    whole = re.sub(r"^iso8859(?=\d)", "iso-8859-", name)
+    for wanted in (_NICKNAMES.get(name, whole), name.removeprefix("x-"), name.replace("windows-", "cp")):
         try:
             found = codecs.lookup(wanted).name if wanted else ""
         except LookupError:
@@ -103,7 +109,9 @@ def encoding_of(data: bytes, label: str, name: str) -> str:
     if not declared:
         return _by_escapes(data)
     if declared.startswith("utf-"):
-        return declared if b"\0" in data[:4] else "utf-8"  # what can be read as ASCII is not in UTF-16, as browsers know
+        return (
+            declared if b"\0" in data[:4] else "utf-8"
+        )  # what can be read as ASCII is not in UTF-16, as browsers know
     if data.isascii() or not _is_utf8(data):
         return declared
     characters = len(data.translate(None, bytes(range(0xC0))))

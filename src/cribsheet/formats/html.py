@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cribsheet.formats.encoding import in_html
+from cribsheet.formats.hidden import Hidden
 from cribsheet.formats.record import Record, one
 from cribsheet.formats.text import decode
 
 if TYPE_CHECKING:
     from justhtml import Node
 
-# What a page holds for scripts, for programs that lack something, or for later.
-_HIDDEN = frozenset(
-    (
-        *("annotation", "annotation-xml", "audio", "canvas", "datalist", "iframe", "meter", "noembed", "noframes"),
-        *("noscript", "object", "progress", "script", "style", "template", "video"),
-    )
-)
-_HIDDEN_IN_PICTURES = frozenset({"defs", "desc", "metadata", "script", "style", "symbol", "title"})
-_STYLE = re.compile(r"(?:^|[;{])\s*(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))\b", re.I)
-_CSS_COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _LINES = ("body", "caption", "dd", "div", "dt", "figcaption", "li", "option", "summary", "text", "tr")
 _BLOCKS = (
     *("article", "aside", "blockquote", "dl", "fieldset", "figure", "footer", "form", "header", "hr", "main"),
     *("h1", "h2", "h3", "h4", "h5", "h6", "nav", "ol", "p", "pre", "section", "svg", "table", "textarea", "ul"),
 )
 _LINE_ENDS_AROUND = dict.fromkeys(_LINES, 1) | dict.fromkeys(_BLOCKS, 2)
+_CELLS = frozenset({"td", "th"})
+# Cells that hold these hold a page, not a value.
+_LONG = frozenset(
+    ("article", "blockquote", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "pre", "section", "table", "ul")
+)
 _PREFORMATTED = frozenset({"pre", "textarea"})
 # 10 to the 6th is not 106.
 _SHIFTED = {
@@ -36,7 +32,9 @@ _SHIFTED = {
     "sub": str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎"),
 }
 _SELF_CLOSED = re.compile(r"<([A-Za-z][\w.:-]*)((?:\s+[^\s<>=/]+(?:\s*=\s*(?:\"[^\"]*\"|'[^']*'))?)*)\s*/>")
-_VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
+_VOID = frozenset(
+    ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr"]
+)
 _TITLE = re.compile(r"<title\b[^>]*>[^<]*", re.I)
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.S)
 
@@ -45,8 +43,8 @@ def read_html(data: bytes, name: str) -> list[Record]:
     """The visible text: blank lines around blocks, tabs between cells; metadata has `title`.
 
     An XML declaration or a `meta` element tells the encoding if it is not UTF-8. Hidden is what a browser hides before
-    any script has run: by its kind, by `hidden`, and by `display` or `visibility` in its `style`; style sheets are not
-    looked at. What a reader unfolds (`details`) or searches for (`hidden="until-found"`) is text.
+    any script has run: by its kind, by `hidden`, and by `display` or `visibility` in its `style` or, for `display`, in
+    the page's own style sheets. What a reader unfolds (`details`) or searches for (`hidden="until-found"`) is text.
     """
     text = decode(data, name, in_html(data))
     if name.lower().endswith(".xhtml") or text.lstrip().startswith("<?xml"):
@@ -60,8 +58,9 @@ def read_page(text: str) -> list[Record]:
 
     if "</title" not in text.lower():  # browsers show nothing of a page whose title never ends
         text = _TITLE.sub(r"\g<0></title>", text, count=1)
-    page = _VisibleText()
-    page.read(JustHTML(text, sanitize=False).root)
+    root = JustHTML(text, sanitize=False).root
+    page = _VisibleText(Hidden(root))
+    page.read([root])
     return one("".join(page.pieces), {"title": page.title} if page.title else {})
 
 
@@ -76,13 +75,15 @@ def _as_html(text: str) -> str:
 class _VisibleText:
     """Collects visible text in `pieces`, none of them empty, and the page's title in `title`."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: Hidden) -> None:
         self.pieces: list[str] = []
         self.title = ""
+        self._hidden = hidden
+        self._first_cell = True
 
-    def read(self, root: Node) -> None:
-        """Go through a page; not by recursion, because pages may nest without end."""
-        left: list[tuple[Node, bool, bool]] = [(root, False, False)]  # nodes, preformatted or not, begun or ended
+    def read(self, nodes: Sequence[Node]) -> None:
+        """Go through nodes and all in them; not by recursion, because pages may nest without end."""
+        left = [(node, False, False) for node in reversed(nodes)]  # preformatted or not, begun or ended
         while left:
             node, preformatted, ended = left.pop()
             if ended:
@@ -96,8 +97,8 @@ class _VisibleText:
 
     def _begin(self, node: Node) -> bool:
         """Begin an element; whether its children are to be read."""
-        name, attributes = node.name, node.attrs or {}
-        if name.startswith(("#", "!")) or _is_hidden(name, attributes, node.namespace):
+        name = node.name
+        if name.startswith(("#", "!")) or node in self._hidden:
             return False
         if name == "title":
             self.title = self.title or " ".join(_text_of(node).split())
@@ -105,10 +106,26 @@ class _VisibleText:
         self._end_line(_LINE_ENDS_AROUND.get(name, 0))
         if name == "br":
             self.pieces.append("\n")
-        elif name in ("td", "th") and self.pieces and not self.pieces[-1].endswith("\n"):
-            self.pieces[-1] = self.pieces[-1].rstrip(" ") + "\t"
+        elif name == "tr":
+            self._first_cell = True
+        elif name in _CELLS:
+            return not self._add_cell(node)
         elif name in _SHIFTED:
             return not self._shift(_text_of(node), _SHIFTED[name])
+        return True
+
+    def _add_cell(self, node: Node) -> bool:
+        """Begin a cell behind the one before; also write one that says a thing or two, in one line, as its row is."""
+        if not self._first_cell:
+            before = self.pieces.pop().rstrip(" ") if self.pieces else ""
+            self.pieces.append(before + "\t")
+        self._first_cell = False
+        if any(inner.name in _LONG for inner in _below(node)):
+            return False
+        cell = _VisibleText(self._hidden)
+        cell.read(node.children or [])
+        if line := " ".join("".join(cell.pieces).split()):
+            self.pieces.append(line)
         return True
 
     def _shift(self, text: str, signs: Mapping[int, int]) -> bool:
@@ -134,24 +151,14 @@ class _VisibleText:
             self.pieces[-1] = last + "\n" * (line_ends - present)
 
 
-def _is_hidden(name: str, attributes: Mapping[str, str | None], namespace: str | None) -> bool:
-    if name in _HIDDEN or (namespace == "svg" and name in _HIDDEN_IN_PICTURES):
-        return True
-    if "hidden" in attributes and (attributes["hidden"] or "").strip().lower() != "until-found":
-        return True
-    if "popover" in attributes or (name == "dialog" and "open" not in attributes):
-        return True
-    return bool(_STYLE.search(_CSS_COMMENT.sub("", attributes.get("style") or "")))
-
-
 def _text_of(node: Node) -> str:
-    return "".join(_texts(node))
+    return "".join(str(inner.data or "") for inner in _below(node) if inner.name == "#text")
 
 
-def _texts(node: Node) -> Iterator[str]:
-    left = [node]
+def _below(node: Node) -> Iterator[Node]:
+    """All in a node, as it stands in the text."""
+    left = list(reversed(node.children or []))
     while left:
-        node = left.pop()
-        if node.name == "#text":
-            yield str(node.data or "")
-        left += reversed(node.children or [])
+        inner = left.pop()
+        yield inner
+        left += reversed(inner.children or [])

@@ -7,6 +7,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from cribsheet.errors import DocumentError
@@ -64,7 +65,9 @@ def _refuse_others(data: bytes, name: str) -> None:
         with zipfile.ZipFile(io.BytesIO(data)) as packed:
             size = sum(entry.file_size for entry in packed.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise DocumentError(f"{name} is no office document ({error}); open it and save it anew, or leave it out") from error
+        raise DocumentError(
+            f"{name} is no office document ({error}); open it and save it anew, or leave it out"
+        ) from error
     if size > _LARGEST:
         raise DocumentError(f"{name} unpacks to {size:,} bytes, of which {_LARGEST:,} are read; divide it")
 
@@ -121,13 +124,11 @@ def _chart(chart: Any) -> str:
     for plot in chart.plots:
         names = [str(category) for category in plot.categories]
         for series in plot.series:
-            named = (f"{n}: {value}" if n else str(value) for n, value in zip(_padded(names, series), series.values))
-            lines.append(f"{series.name}: {'; '.join(named)}")
+            pairs = zip_longest(names, series.values, fillvalue="")
+            lines.append(
+                f"{series.name}: {'; '.join(f'{name}: {value}' if name else str(value) for name, value in pairs)}"
+            )
     return "\n".join(lines)
-
-
-def _padded(names: list[str], series: Any) -> list[str]:
-    return names + [""] * (len(series.values) - len(names))
 
 
 def _diagram(xml: bytes) -> str:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from cribsheet.errors import DocumentError
 
-
 METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -38,7 +37,9 @@ def one(text: str, metadata: dict[str, Any] | None = None) -> list[Record]:
 
 def is_record(value: object) -> bool:
     """Whether this is an object with a text, which may be null: {"text": ..., "id": ..., "metadata": ...}."""
-    return isinstance(value, Mapping) and "text" in value and (isinstance(value["text"], str) or _is_null(value["text"]))
+    return (
+        isinstance(value, Mapping) and "text" in value and (isinstance(value["text"], str) or _is_null(value["text"]))
+    )
 
 
 def _is_null(value: object) -> bool:

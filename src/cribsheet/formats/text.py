@@ -40,10 +40,10 @@ def decode(data: bytes, name: str, label: str = "") -> str:
         text = body.decode(encoding)
     except UnicodeDecodeError as error:
         raise DocumentError(
-            f"{name} is not {encoding.upper()}{_so_declared(label, encoding)}: byte 0x{body[error.start]:02x} at offset "
-            f"{len(mark) + error.start} does not fit ({error.reason}); save it as UTF-8, for example with `iconv -f "
-            f"ENCODING -t utf-8`, where ENCODING is what it was written in: windows-1252 in most of the West, "
-            f"shift_jis in Japan, windows-1251 in Russia"
+            f"{name} is not {encoding.upper()}{_so_declared(label, encoding)}: byte 0x{body[error.start]:02x} at "
+            f"offset {len(mark) + error.start} does not fit ({error.reason}); save it as UTF-8, for example with "
+            "`iconv -f ENCODING -t utf-8`, where ENCODING is what it was written in: windows-1252 in most of the West, "
+            "shift_jis in Japan, windows-1251 in Russia"
         ) from error
     if wide:
         _refuse_binary(text.encode("utf-8"), name)
