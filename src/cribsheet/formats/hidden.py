@@ -22,7 +22,8 @@ _CONDITIONAL = re.compile(r"@[^{};]*(?:;|\{(?:[^{}]*\{[^{}]*\})*[^{}]*\})")  # f
 _RULE = re.compile(r"([^{}]+)\{([^{}]*)\}")
 _DISPLAY = re.compile(r"(?:^|;)\s*display\s*:\s*([a-z-]+)", re.I)
 _INVISIBLE = re.compile(r"(?:^|;)\s*visibility\s*:\s*(?:hidden|collapse)\b", re.I)
-_RULES = 1000  # of a page that are looked at: each is a walk through all of it
+_NAMES = re.compile(r"[.#]([\w-]+)")
+_RULES = 200  # of those that could fit a page: each is a walk through all of it
 
 
 class Hidden:
@@ -59,8 +60,24 @@ def _display_rules(root: Node) -> Iterator[tuple[str, bool]]:
     ]
     text = "\n".join(str(child.data or "") for sheet in sheets for child in sheet.children or [])
     rules = _RULE.findall(_CONDITIONAL.sub("", _COMMENT.sub("", text)))
-    found = [(selector.strip(), _hides(body)) for selector, body in rules]
-    yield from [(selector, hides) for selector, hides in found if hides is not None][:_RULES]
+    said = ((selector.strip(), _hides(body)) for selector, body in rules)
+    found = [(selector, hides) for selector, hides in said if hides is not None]
+    names = _names_in(root) if found else set()
+    yield from [(selector, hides) for selector, hides in found if _may_fit(selector, names)][:_RULES]
+
+
+def _names_in(root: Node) -> set[str]:
+    """Classes and ids of a page."""
+    names: set[str] = set()
+    for node in _matching(root, "[class], [id]"):
+        attributes = node.attrs or {}
+        names.update((attributes.get("class") or "").split(), (attributes.get("id") or "").split())
+    return names
+
+
+def _may_fit(selector: str, names: set[str]) -> bool:
+    """Whether the page has the names of one of a rule's alternatives, which most rules of a framework find nowhere."""
+    return "(" in selector or any(names.issuperset(_NAMES.findall(part)) for part in selector.split(","))
 
 
 def _hides(declarations: str) -> bool | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 _SEPARATORS = "\t;|,"  # of two that fit alike, the one that prose and numbers have less often
-_SEEN = 1000  # rows by which a separator is judged
+_SEEN, _FIRST = 1000, 1 << 22  # rows, and characters, by which a separator is judged
 _NONE = "\x1f"  # separates nothing: no text has it
 _SAID = re.compile(r'"?sep=([^\w\r\n"])"?\1*[^\S\r\n]*(?=[\r\n]|$)', re.I)  # what Excel reads in a first line
 _NUMBER = re.compile(r"[-+(]?[^\w\s]?\s?\d[\d.,'\s]*\s?\S?\)?")
@@ -48,7 +48,7 @@ def _evenest(text: str) -> str:
 
 def _first_rows(text: str, separator: str) -> Rows:
     with _any_size(text):
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        lines = csv.reader(io.StringIO(text[:_FIRST], newline=""), delimiter=separator, skipinitialspace=True)
         return list(islice(filter(_is_filled, lines), _SEEN))
 
 
