@@ -54,7 +54,14 @@ def test_big_endian_utf_16_is_told_by_its_mark() -> None:
 
 
 def test_another_encoding_is_refused_with_the_byte_the_offset_and_a_command() -> None:
-    refused("a.txt", "Zoë".encode("latin-1"), "not UTF-8", "byte 0xeb at offset 2", "iconv -f latin1 -t utf-8")
+    refused(
+        "a.txt",
+        "Zoë".encode("latin-1"),
+        "not UTF-8",
+        "byte 0xeb at offset 2",
+        "iconv -f ENCODING -t utf-8",
+        "shift_jis in Japan",
+    )
 
 
 def test_offsets_in_marked_files_count_the_mark() -> None:
@@ -109,8 +116,9 @@ def test_html_that_leaves_a_title_open_keeps_its_body() -> None:
     assert text_of("a.htm", "<title>T<body><p>kept") == "kept"
 
 
-def test_html_that_python_cannot_parse_is_refused() -> None:
-    refused("a.html", "<![zz>q", "broken HTML")
+@pytest.mark.parametrize("page", ["<![zz>q", "<!>q", "<!-->q", "<!-- a --!>q", "</ p>q", "<?x?>q", "<p <b>>q</p"])
+def test_broken_html_is_read_as_browsers_do(page: str) -> None:
+    assert text_of("a.html", page).endswith("q")
 
 
 # ---- PDF
@@ -270,7 +278,7 @@ def test_json_that_holds_nothing_is_empty(content: str) -> None:
 
 
 def test_an_unsupported_type_named_alone_is_an_error_that_lists_the_supported() -> None:
-    refused("a.docx", b"PK", "a.docx is of an unsupported type (.docx)", ".pdf, ", "Document(text, id)")
+    refused("a.odt", b"PK", "a.odt is of an unsupported type (.odt)", ".pdf, ", "Document(text, id)")
     refused("README", "hello", "unsupported type (no suffix)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def test_a_malformed_task_is_refused_with_the_value(fields: dict[str, Any], mess
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("half", ["\ud83d", "\udc00", "\udce9"])
+@pytest.mark.parametrize("field", ["description", "instruction", "question", "answer"])
+def test_half_a_surrogate_pair_is_refused_where_it_stands(field: str, half: str) -> None:
+    fields = {"description": "d", "instruction": "i", "question": "q", "answer": "a"} | {field: f"ab{half}"}
+    with pytest.raises(TaskError, match=f"the (task's )?{field}.* holds half a surrogate pair, .*, at character 2"):
+        Task(fields["description"], [(fields["question"], fields["answer"])], fields["instruction"])  # type: ignore[arg-type]
+
+
 # ---- Task.of
 
 
@@ -90,6 +99,12 @@ def test_a_task_file_that_is_missing_is_an_error_not_a_description() -> None:
 
 
 # ---- files
+
+
+def test_a_task_file_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "task.toml")
+    with pytest.raises(TaskError, match=r"task\.toml is no task file: it is no regular file"):
+        Task.of(tmp_path / "task.toml")
 
 
 def test_json_says_the_same_as_toml(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.fingerprint import fingerprint
+from cribsheet.formats.record import METADATA_DEPTH
 from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, turned_back
 from cribsheet.profile import profile_of
@@ -49,7 +50,6 @@ GuideMode = Literal["auto", "resident", "dropped"]
 DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
 DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
-_METADATA_DEPTH = 20  # what nests deeper, or in itself, is kept as its text
 _CHUNK_NOTES = 1024  # notes have room for so many facts only
 _BEFORE_REPEAT: dict[Guide, Literal["guide", "notes"]] = {"task and repeat": "guide", "notes and repeat": "notes"}
 QUESTION_SHARE = 0.25  # of the window that no head fills
@@ -549,9 +549,9 @@ def _jsonable(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
-    if depth < _METADATA_DEPTH and isinstance(value, Mapping):
+    if depth < METADATA_DEPTH and isinstance(value, Mapping):
         return {str(key): _plain(inner, depth + 1) for key, inner in value.items()}
-    if depth < _METADATA_DEPTH and isinstance(value, (list, tuple)):
+    if depth < METADATA_DEPTH and isinstance(value, (list, tuple)):
         return [_plain(inner, depth + 1) for inner in value]
     return str(value)
 

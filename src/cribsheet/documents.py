@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any, TypeAlias
 
 from cribsheet.errors import DocumentError
-from cribsheet.formats.record import normalise, short
+from cribsheet.formats.record import mending_of, normalise, short, surrogate_in
 from cribsheet.sources import Draft, drafts_of
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class Document:
     puts `source` there (the path as it was given), `row` for rows, and `title` and `pages` (where each page
     starts) where a format has them.
 
-    Raises `DocumentError` for a text that is no string or holds half a surrogate pair, and for an empty id.
+    Raises `DocumentError` for a text that is no string, for an empty id, and where text, id or metadata hold half a
+    surrogate pair.
     """
 
     text: str
@@ -44,13 +45,11 @@ class Document:
             raise DocumentError(f"the text of document {self.id!r} is of type {kind}; give a string")
         object.__setattr__(self, "text", normalise(self.text))
         object.__setattr__(self, "metadata", dict(self.metadata))
-        try:
-            self.text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DocumentError(
-                f"document {self.id!r} holds half a surrogate pair, {self.text[error.start]!r}, at character "
-                f"{error.start}, which no encoding can store; decode its bytes with errors='replace'"
-            ) from None
+        for what, value in (("", self.text), ("the id of ", self.id), ("the metadata of ", self.metadata)):
+            if found := surrogate_in(value):
+                raise DocumentError(
+                    f"{what}document {self.id!r} holds {found}, which no encoding can store; {mending_of(found)}"
+                )
 
 
 def _is_string(value: object) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cribsheet.errors import DocumentError
 from cribsheet.formats import READERS, read_file
-from cribsheet.formats.record import given_id, is_record, record_of, short
+from cribsheet.formats.record import given_id, is_record, record_of, short, surrogate_in
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,8 @@ def _from_path(path: Path) -> Iterator[Draft]:
         return _from_files(_files_matching(pattern), _fixed_part(path), f"the pattern {path.as_posix()}")
     if os.path.exists(path):
         raise DocumentError(f"{path.as_posix()} is neither a file nor a folder; copy its content into a file")
+    if os.path.islink(path):
+        raise DocumentError(f"{path.as_posix()} is a broken link; mend it, or name the file that it should lead to")
     raise DocumentError(
         f"no such file or folder: {path.as_posix()!r} (looked from {Path.cwd().as_posix()}); to pass text, "
         "wrap it in Document(text, id)"
@@ -154,10 +156,13 @@ def _files_below(folder: Path) -> list[Path]:
             f"cannot list the folder {error.filename}: {error.strerror}; make it readable, or leave it out"
         ) from error
 
-    files: list[Path] = []
+    files, links = [], []
     for here, folders, names in os.walk(folder, onerror=give_up):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links += [Path(here, name).as_posix() for name in folders if os.path.islink(os.path.join(here, name))]
         files += [Path(here, name) for name in names if not name.startswith(".")]
+    if links:
+        logger.warning("did not follow links to folders (%d), such as %r; name what they lead to", len(links), links[0])
     return sorted(files)
 
 
@@ -192,6 +197,11 @@ def _from_files(files: list[Path], root: Path, where: str) -> Iterator[Draft]:
 
 def _from_file(path: Path, root: Path) -> Iterator[Draft]:
     source = path.as_posix()
+    if surrogate_in(source):
+        raise DocumentError(
+            f"the file name {source!r} is not in UTF-8, so no sheet can hold it; rename the file or its folder, or "
+            "pass its text in Document(text, id)"
+        )
     names = _possible_names(path, root)
     records = read_file(path)
     if not records:

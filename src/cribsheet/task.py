@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cribsheet.errors import TaskError
+from cribsheet.formats.record import mending_of, surrogate_in
 
 _KEYS = ("description", "examples", "instruction")
 _EXAMPLE_KEYS = ("question", "answer")
@@ -23,7 +24,7 @@ class Task:
 
     `examples` may be given as any iterable of (question, answer) pairs or of mappings {"question", "answer"}.
     All texts are stripped. Raises `TaskError` for an empty description, question or answer, and for anything
-    that is no text.
+    that is no text or holds half a surrogate pair.
     """
 
     description: str
@@ -64,6 +65,8 @@ class Task:
         parse = _PARSERS.get(path.suffix.lower())
         if parse is None:
             raise TaskError(f"{path} is no task file: its suffix is {path.suffix!r}; use {' or '.join(_PARSERS)}")
+        if path.exists() and not path.is_file():
+            raise TaskError(f"{path} is no task file: it is no regular file; copy its content into one")
         try:
             return cls.from_dict(parse(path.read_text(encoding="utf-8-sig")))
         except OSError as error:
@@ -138,9 +141,11 @@ def _filled(value: object, what: str) -> str:
 
 
 def _text(value: object, what: str) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    raise TaskError(f"{what} is {value!r}, which is no text; put it in quotes")
+    if not isinstance(value, str):
+        raise TaskError(f"{what} is {value!r}, which is no text; put it in quotes")
+    if found := surrogate_in(value):
+        raise TaskError(f"{what} holds {found}, which no encoding can store; {mending_of(found)}")
+    return value.strip()
 
 
 def _refuse_unknown(data: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cribsheet.passages import GAP, HEADING, block_of, with_passages
+from cribsheet.passages import GAP, HEADING, with_passages
 from cribsheet.retrieval import Passage
 from cribsheet.sheet import Sheet
 from cribsheet.task import Task
@@ -30,9 +30,11 @@ def after_sheet(
     layout: ChatLayout, task: Task, resident: bool, turns: Sequence[Message], passages: Sequence[Passage] = ()
 ) -> Told:
     """A conversation as it follows a sheet, with passages at the beginning of its last turn."""
-    text = layout.question(with_passages(turns, passages), task, resident)
+    told = with_passages(turns, passages)
+    text = layout.question(told, task, resident)
     ids, spans = layout.encoder.placed(text)
-    at = text.rfind(layout.encoder.defuse(block_of(passages))) if passages else -1
+    # the whole last turn, because it may quote the passages
+    at = text.rfind(layout.encoder.defuse(str(told[-1]["content"]).strip())) if passages else -1
     if at < 0:
         return Told(ids)
     places = _places(spans, passages, at + len(HEADING + GAP))

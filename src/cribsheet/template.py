@@ -7,8 +7,9 @@ The documents stand inside the first user turn, because that is the one place th
     guide     task line and examples, as turns of the same conversation (when it is resident)
     question  the user's text and what the template writes after it, up to the answer
 
-Cuts are found by rendering marker words and are verified by rendering the real text: a template that rewrites what
-stands left of the question (some fold newlines or move the system text) is refused, never silently approximated.
+Cuts are found by rendering marker words, which nothing else in the conversation holds, and are verified by rendering
+the real text: a template that rewrites what stands left of the question (some fold newlines or move the system text) is
+refused, never silently approximated.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
 from cribsheet.errors import TemplateError
+from cribsheet.formats.record import mending_of, surrogate_in
 from cribsheet.notes import notes_request, self_asked
 from cribsheet.task import Task
 from cribsheet.tokens import Encoder
 
 Message = Mapping[str, Any]
 
-_CORPUS, _QUESTION = "CribsheetCorpusMarker", "CribsheetQuestionMarker"
+_MARKER = "CribsheetMarker"
 _GAP = "\n\n"
 _QUESTION_MARKS = ("?", "？", "؟")
 _REPEAT = "Repeat the documents."
@@ -65,9 +68,9 @@ class ChatLayout:
     def __init__(self, tokenizer: Any, *, system: str = "", options: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
         self.encoder = Encoder(tokenizer)
-        self.system = system.strip()
+        self.system = _system_text(system)
         try:
-            self.options: dict[str, Any] = json.loads(json.dumps(dict(options or {})))
+            self.options: dict[str, Any] = json.loads(json.dumps(dict(options or {}), ensure_ascii=False).encode())
         except (TypeError, ValueError) as error:
             raise TemplateError(f"The template options {options!r} do not fit into a sheet: {error}") from error
         self.plain = not getattr(tokenizer, "chat_template", None)
@@ -89,7 +92,7 @@ class ChatLayout:
 
     def head(self, instruction: str) -> str:
         """What stands before the first document. Raises `TemplateError` if no exact cut exists."""
-        return self._cut([_user(_QUESTION)], instruction)[0]
+        return self._cut([_user(self._marker([], instruction))], instruction)[0]
 
     def guide(self, task: Task) -> Guide:
         """Task line and examples as they stand after the documents."""
@@ -132,7 +135,8 @@ class ChatLayout:
 
         Tokenizers join a space to the word that follows it, so it goes with that text.
         """
-        return self._cut([*turns, _user(_QUESTION)], instruction)[1].split(_QUESTION)[0].rstrip(" ")
+        question = self._marker(turns, instruction)
+        return self._cut([*turns, _user(question)], instruction)[1].split(question)[0].rstrip(" ")
 
     def _request_line(self, task: Task) -> str:
         asking = notes_request(self._tokenizer)
@@ -153,13 +157,15 @@ class ChatLayout:
 
     def verify(self, head: str, corpus: str, guide: str, task: Task) -> None:
         """Render the real documents and refuse a template that changes anything left of the question."""
-        turns = [*(self._guide_turns(task) if guide else []), _user(_QUESTION)]
+        guided = self._guide_turns(task) if guide else []
+        question = self._marker(guided, task.instruction)
+        turns = [*guided, _user(question)]
         later = [*turns, {"role": "assistant", "content": "Yes."}, _user("And then?")]
         expected = head + corpus + _GAP + guide
         for conversation in (turns, later):
             rendered = self._render(_merged(conversation, task.instruction, corpus))
             after = rendered.removeprefix(expected)
-            if after == rendered or not after.lstrip(" ").startswith(_QUESTION):
+            if after == rendered or not after.lstrip(" ").startswith(question):
                 raise TemplateError(_rewrites("the documents", expected, rendered))
 
     def _guide_turns(self, task: Task) -> list[Message]:
@@ -174,11 +180,17 @@ class ChatLayout:
 
     def _cut(self, turns: Sequence[Message], instruction: str) -> tuple[str, str]:
         """(text before the corpus, text after the gap that follows it) of a rendered conversation."""
-        rendered = self._render(_merged(turns, instruction, _CORPUS))
-        head, marker, after = rendered.partition(_CORPUS)
-        if not marker or _CORPUS in after or not after.startswith(_GAP):
-            raise TemplateError(_rewrites("the first user turn", f"…{_CORPUS}{_GAP}…", rendered))
+        corpus = self._marker(turns, instruction)
+        rendered = self._render(_merged(turns, instruction, corpus))
+        head, marker, after = rendered.partition(corpus)
+        if not marker or corpus in after or not after.startswith(_GAP):
+            raise TemplateError(_rewrites("the first user turn", f"…{corpus}{_GAP}…", rendered))
         return head, after[len(_GAP) :]
+
+    def _marker(self, turns: Sequence[Message], *texts: str) -> str:
+        """A word that stands nowhere else in a conversation: in no turn or text, nor in what the layout is made of."""
+        told = json.dumps([self.template, self.system, self.options, list(turns), texts], default=str).lower()
+        return next(word for number in count() if (word := f"{_MARKER}{number}x").lower() not in told)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         if self.system:
@@ -195,6 +207,14 @@ class ChatLayout:
         except (JinjaError, TypeError, ValueError) as error:
             raise TemplateError(f"The chat template cannot render this conversation: {error}") from error
         return text
+
+
+def _system_text(system: object) -> str:
+    if not isinstance(system, str):
+        raise TemplateError(f"The system text is {system!r}, which is no text; put it in quotes.")
+    if found := surrogate_in(system):
+        raise TemplateError(f"The system text holds {found}, which no encoding can store; {mending_of(found)}.")
+    return system.strip()
 
 
 def _user(content: str) -> Message:

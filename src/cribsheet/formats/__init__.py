@@ -7,12 +7,15 @@ and add a row.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from cribsheet.errors import DocumentError
 from cribsheet.formats.data import read_csv, read_json, read_jsonl, read_tsv
 from cribsheet.formats.html import read_html
+from cribsheet.formats.office import read_docx, read_pptx
 from cribsheet.formats.pdf import read_pdf
 from cribsheet.formats.record import Record
 from cribsheet.formats.text import read_text
@@ -29,6 +32,8 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys((*_PROSE, *_CODE), read_text),
     **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
     ".pdf": read_pdf,
+    ".docx": read_docx,
+    ".pptx": read_pptx,
     ".json": read_json,
     **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl),
     ".csv": read_csv,
@@ -45,8 +50,26 @@ def read_file(path: Path) -> list[Record]:
             f"{name} is of an unsupported type ({path.suffix or 'no suffix'}); convert it to one of "
             f"{', '.join(sorted(READERS))}, or pass its text in Document(text, id)"
         )
+    return reader(_bytes_of(path, name), name)
+
+
+def _bytes_of(path: Path, name: str) -> bytes:
+    """The content of a regular file. Pipes, sockets and devices have no end, or act when they are read."""
     try:
-        data = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DocumentError(f"{name} is no regular file, but {_kind_of(path)}; copy its content, or leave it out")
+        with open(path, "rb", opener=_without_waiting) as file:  # it may have become a pipe since
+            return file.read()
     except OSError as error:
         raise DocumentError(f"cannot read {name}: {error.strerror}; make it readable, or leave it out") from error
-    return reader(data, name)
+    except (MemoryError, OverflowError) as error:
+        raise DocumentError(f"{name} is larger than this machine's memory; split it, or leave it out") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _kind_of(path: Path) -> str:
+    kinds = {"a pipe": path.is_fifo(), "a socket": path.is_socket(), "a folder": path.is_dir()}
+    return next((kind for kind, fits in kinds.items() if fits), "a device")

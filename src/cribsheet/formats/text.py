@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
-
 from cribsheet.errors import DocumentError
+from cribsheet.formats.encoding import BYTE_ORDER_MARKS, encoding_of, in_text, known
 from cribsheet.formats.record import Record, one
 
-# The UTF-32 mark starts with the UTF-16 one, so it has to be tried first.
-_BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
 _SIGNATURES = {
     b"%PDF-": "a PDF (rename it to .pdf)",
     b"PK\x03\x04": "a zip archive or an office document",
+    b"\xd0\xcf\x11\xe0": "an office document of the old kind",
+    b"{\\rtf": "rich text",
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"\x1f\x8b": "a gzip archive",
@@ -27,31 +20,40 @@ _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1b")) + b"\x7f"
 
 
 def read_text(data: bytes, name: str) -> list[Record]:
-    """Text as it stands, markup included."""
-    return one(decode(data, name))
+    """Text as it stands, markup included; a comment at its top may declare the encoding (`coding: latin-1`)."""
+    return one(decode(data, name, in_text(data)))
 
 
-def decode(data: bytes, name: str) -> str:
-    """Text from UTF-8, or from UTF-16 or UTF-32 with a byte order mark.
+def decode(data: bytes, name: str, label: str = "") -> str:
+    """Text from UTF-8, from the encoding of a byte order mark, or from the one that the file declares (`label`).
 
     Binary data and other encodings raise `DocumentError` with the file's name and the offset of the first bad
     byte.
     """
-    mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
-    encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
-    if not mark:
-        _refuse_binary(data, name)
+    mark = next((mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)), b"")
+    body = data.removeprefix(mark)
+    encoding = BYTE_ORDER_MARKS[mark] if mark else encoding_of(body, label, name)
+    wide = encoding.startswith(("utf-16", "utf-32"))
+    if not wide:
+        _refuse_binary(body, name)
     try:
-        text = data.removeprefix(mark).decode(encoding)
+        text = body.decode(encoding)
     except UnicodeDecodeError as error:
         raise DocumentError(
-            f"{name} is not {encoding.upper()}: byte 0x{error.object[error.start]:02x} at offset "
-            f"{len(mark) + error.start} does not fit ({error.reason}); save it as UTF-8, for example with "
-            f"`iconv -f latin1 -t utf-8`"
+            f"{name} is not {encoding.upper()}{_so_declared(label, encoding)}: byte 0x{body[error.start]:02x} at "
+            f"offset {len(mark) + error.start} does not fit ({error.reason}); save it as UTF-8, for example with "
+            "`iconv -f ENCODING -t utf-8`, where ENCODING is what it was written in: windows-1252 in most of the West, "
+            "shift_jis in Japan, windows-1251 in Russia"
         ) from error
-    if mark:
+    if wide:
         _refuse_binary(text.encode("utf-8"), name)
-    return text
+    return text.lstrip("\ufeff")  # files that were put together hold the mark twice
+
+
+def _so_declared(label: str, encoding: str) -> str:
+    if not label:
+        return ""
+    return ", as it declares" if known(label) == encoding else f" (it declares {label!r}, which nobody knows)"
 
 
 def _refuse_binary(data: bytes, name: str) -> None:
