@@ -23,13 +23,12 @@ from cribsheet.selection import ABSENT
 from cribsheet.sheet import FORMATS, Manifest, Sheet, mean_kept, segment_bounds
 from cribsheet.stored import LayersOfFile, StoredLayer, parts_of
 from cribsheet.task import Task
-from cribsheet.tensorfile import TensorFile, digest_of, is_finite, unique
+from cribsheet.tensorfile import LARGEST, TensorFile, digest_of, is_usable, unique
 
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
 _AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
-_MOST = {torch.float32: torch.finfo(torch.float32).max / 127}  # what a scale of int8 must be less than
 
 
 def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
@@ -52,10 +51,10 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         encoded = json.dumps(list(sheet.texts), ensure_ascii=False).encode()
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if endless := next((name for name, tensor in contiguous.items() if not is_finite(tensor)), None):
+    if wrong := next((name for name, tensor in contiguous.items() if not is_usable(tensor)), None):
         raise SheetError(
-            f"The sheet has numbers that are not finite in {endless!r}, as a model gives that overflows in float16; "
-            "build it in bfloat16 or float32."
+            f"The sheet has numbers in {wrong!r} that are not finite, or beyond {LARGEST:g}, as a model gives that "
+            "overflows in float16; build it in bfloat16 or float32."
         )
     metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json(), _DIGEST: digest_of(contiguous)}
     with writing(target, "The sheet") as unfinished:
@@ -122,7 +121,7 @@ def _manifest_of(file: TensorFile, path: str | Path) -> Manifest:
             file.metadata[_MANIFEST], object_pairs_hook=unique, parse_float=_finite, parse_constant=_finite
         )
         json.dumps(raw, ensure_ascii=False).encode()  # escapes may stand for what is no text
-        if raw.get("format") not in FORMATS:
+        if type(raw.get("format")) is not int or raw["format"] not in FORMATS:
             raise SheetError(
                 f"{str(path)!r} has sheet format {raw.get('format')!r}, but this version reads format "
                 f"{' and '.join(map(str, FORMATS))}; build the sheet again or use the cribsheet version that made it "
@@ -181,8 +180,11 @@ def _layers_of(
         raise SheetError(f"The keys and values of {str(path)!r} cannot be read: {error}; open it again.") from error
     file.close()
     for name, tensor in held.items():
-        if not is_finite(tensor, _MOST.get(tensor.dtype, math.inf) if name.endswith("scales") else math.inf):
-            raise SheetError(f"{str(path)!r} has numbers in {name!r} that are not finite; build the sheet again.")
+        if not is_usable(tensor):
+            raise SheetError(
+                f"{str(path)!r} has numbers in {name!r} that are not finite, or beyond {LARGEST:g}; build the sheet "
+                "again."
+            )
     parts = [name.rpartition(".")[2] for name in names[0]]
     return [
         StoredLayer(
@@ -235,8 +237,11 @@ def _is_sound(
 ) -> bool:
     """Whether tensors fit each other and the manifest; of layers, only types and shapes are looked at."""
     made = manifest.fingerprint
-    guide = indices[..., indices.shape[-1] - manifest.guide_tokens :]
-    sound = int(indices.amax()) < manifest.corpus_tokens and bool((guide == -1).all())
+    of_guide = indices == -1
+    size = manifest.guide_tokens * indices.shape[0] * indices.shape[1]
+    low, high = (int(each) for each in indices.aminmax())
+    sound = low >= ABSENT and high < manifest.corpus_tokens and int(of_guide.count_nonzero()) == size
+    sound = sound and bool(of_guide[..., indices.shape[-1] - manifest.guide_tokens :].all())
     sound = sound and _allocation_is_sound(manifest, indices, kept)
     sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices))
     longest = iter(kept.amax(-1).tolist() if sound else ())

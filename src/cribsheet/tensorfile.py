@@ -34,6 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LARGEST = 1e30  # of keys, values and scales: what models have is far from it, and products with more overflow float32
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _MOST = 1 << 48  # numbers of a tensor, its empty dimensions counted as 1, so that no stride overflows
 _METADATA = "__metadata__"
@@ -175,9 +176,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def is_finite(tensor: Tensor, most: float = math.inf) -> bool:
-    """Whether a tensor holds no NaN and nothing infinite, nor anything as large as `most`; one pass over its bytes."""
+def is_usable(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN, nothing infinite and nothing beyond `LARGEST`; one pass over its bytes."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = (float(each) for each in tensor.aminmax())
-    return -most < low <= high < most
+    return -LARGEST <= low <= high <= LARGEST
