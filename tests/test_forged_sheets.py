@@ -9,6 +9,7 @@ import os
 import random
 import struct
 
+import httpx
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT
@@ -16,6 +17,7 @@ from corpus import DOCUMENTS, FEW_SHOT
 from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_sheet
 from cribsheet.cli import run
 from cribsheet.errors import SheetError
+from cribsheet.server import Shelf, create_app
 from cribsheet.server.shelf import created
 from cribsheet.storage import verify
 from cribsheet.testing import tiny_backbone
@@ -215,3 +217,22 @@ def test_a_tensor_that_no_sheet_has_is_refused(data, tmp_path):
     (tmp_path / "a.sheet").write_bytes(put_together({**header, "more": more}, rest + b"abc"))
     with pytest.raises(SheetError, match="has the tensor 'more'"):
         load_sheet(tmp_path / "a.sheet")
+
+
+@pytest.mark.parametrize("year", ["0001-01-01T00:00:00", "9999-12-31T23:59:59", "0000-00-00", "x"])
+async def test_one_odd_sheet_takes_nothing_from_the_others(backbone, data, tmp_path, year):
+    """What cannot be is not opened, by its name; what is only odd is listed beside the others."""
+    places = {name: tmp_path / f"{name}.sheet" for name in ("good", "odd", "huge")}
+    places["good"].write_bytes(data)
+    places["odd"].write_bytes(forged(data, ("created",), year))
+    places["huge"].write_bytes(forged(data, ("budget",), 10**400))
+    with pytest.raises(SheetError, match=r"huge\.sheet"):
+        Shelf.open(list(places.values()), model=backbone)
+    app = create_app(Shelf.open([places["good"], places["odd"]], model=backbone))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        metrics, models = await client.get("/metrics"), await client.get("/v1/models")
+        assert (metrics.status_code, models.status_code) == (200, 200)
+        assert 'cribsheet_sheet_tokens{sheet="odd"}' in metrics.text
+        assert [each["id"] for each in models.json()["data"]] == ["good", "odd"]
+        assert (await client.get("/v1/sheets/odd")).status_code == 200
+    app.state.desk.close()
