@@ -126,7 +126,8 @@ class Registry:
         """Add a sheet file as the next version of `name`; the same file again is the version that it is already."""
         storage.verify(sheet)
         known = self.versions(name)
-        sha256 = file_digest(sheet)
+        data = Path(sheet).read_bytes()  # once, so that the digest is that of what is pushed
+        sha256 = hashlib.sha256(data).hexdigest()
         for version in known:
             if version.sha256 == sha256:
                 return version
@@ -140,13 +141,13 @@ class Registry:
             version=number,
             file=f"{number}{storage.SUFFIX}",
             sha256=sha256,
-            size=Path(sheet).stat().st_size,
+            size=len(data),
             digest=storage.read_manifest(sheet).digest,
             pushed=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         with _told(f"The registry {_shown(self.place)!r} cannot be written"):
             filesystem.makedirs(folder, exist_ok=True)
-            _put(filesystem, Path(sheet).read_bytes(), f"{folder}/{made.file}")
+            _put(filesystem, data, f"{folder}/{made.file}")
             index = Index(versions=[*known, made]).model_dump_json(indent=1).encode()
             _put(filesystem, index, f"{folder}/{_INDEX}")
         return made
