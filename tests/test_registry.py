@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import threading
+import time
+from functools import partial
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -154,3 +160,95 @@ def test_the_command_line_pushes_and_pulls(files, tmp_path, capsys):
     assert run(["pull", f"{hub}#staff", "-o", str(copy)]) == 2
     assert run(["pull", f"{hub}#staff@9", "-o", str(copy), "--force"]) == 1
     assert copy.read_bytes() == files[0].read_bytes()
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    """Files over HTTP, with the headers of `told`, and how often each was fetched."""
+
+    told: ClassVar[set[str]] = set()
+    fetched: ClassVar[list[str]] = []
+
+    def log_message(self, *args):
+        pass
+
+    def send_header(self, keyword, value):
+        if keyword != "Last-Modified" or keyword in self.told:
+            super().send_header(keyword, value)
+
+    def end_headers(self):
+        if "ETag" in self.told and os.path.isfile(self.translate_path(self.path)):
+            super().send_header("ETag", f'"{file_digest(self.translate_path(self.path))[:16]}"')
+        super().end_headers()
+
+    def do_GET(self):
+        self.fetched.append(self.path)
+        super().do_GET()
+
+
+@pytest.fixture
+def web(tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec's HTTP needs it")
+    folder = tmp_path / "web"
+    folder.mkdir()
+    Files.told, Files.fetched = {"ETag"}, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("told", "age", "fetched"),
+    [("ETag", 0, 1), ("Last-Modified", 1000, 1), ("Last-Modified", 0, 3), ("", 1000, 3)],
+)
+def test_what_is_behind_http_is_fetched_again_when_it_has_changed(web, files, told, age, fetched):
+    """However little a server tells, and within one second; and only then, where that can be known."""
+    folder, url = web
+    Files.told = {told}
+    for number, file in enumerate(files):
+        data, at = file.read_bytes(), int(time.time()) - age + number * (age > 0)
+        (folder / "a.sheet").write_bytes(data)
+        os.utime(folder / "a.sheet", (at, at))
+        Files.fetched.clear()
+        for _ in range(3):
+            assert local(f"{url}/a.sheet").read_bytes() == data
+        assert len(Files.fetched) == fetched
+
+
+def test_a_download_that_was_damaged_is_fetched_again(web, cache, files, caplog):
+    folder, url = web
+    (folder / "a.sheet").write_bytes(files[0].read_bytes())
+    hub = Registry(folder / "hub")
+    hub.push(files[0], "staff")
+    for place in (f"{url}/a.sheet", f"{url}/hub#staff"):
+        caplog.clear()
+        path = resolve(place)
+        assert path.parent == cache
+        for damage in (
+            lambda data: data[:-9],
+            lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+            lambda _: b"",
+        ):
+            path.write_bytes(damage(files[0].read_bytes()))
+            assert resolve(place) == path and path.read_bytes() == files[0].read_bytes()
+        assert caplog.text.count("is fetched again") == 3
+
+
+def test_a_download_in_the_place_of_another_is_fetched_again(web, cache, files):
+    """A sound sheet, but another one: its own digest does not tell, that of the index does."""
+    folder, url = web
+    Registry(folder / "hub").push(files[0], "staff")
+    path = resolve(f"{url}/hub#staff")
+    path.write_bytes(files[1].read_bytes())
+    assert resolve(f"{url}/hub#staff").read_bytes() == files[0].read_bytes()
+
+
+def test_a_registry_behind_http_tells_of_new_versions(web, files):
+    folder, url = web
+    hub = Registry(folder / "hub")
+    for number, file in enumerate(files, 1):
+        hub.push(file, "staff")
+        assert [each.version for each in Registry(f"{url}/hub").versions("staff")] == list(range(1, number + 1))
+        assert resolve(f"{url}/hub#staff").read_bytes() == file.read_bytes()

@@ -261,7 +261,7 @@ def read_through(
 ) -> State:
     """All that a plan keeps of its corpus, the guide left out."""
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
-    start = saved.load(backbone.device) if saved else None
+    start = saved.load(backbone.device, backbone.num_layers, len(planned.corpus)) if saved else None
     state = start or State(0, nothing_kept(backbone))
     if progress is not None:
         progress(state.done, len(planned.corpus))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from cribsheet.backbone import Backbone
@@ -24,6 +24,9 @@ _PROBES = 64  # of them kept as numbers, to compare across dtypes
 _PROBE_TOLERANCE = 0.02  # relative; rounding float32 to bfloat16 moves a value by at most 0.4 %
 
 
+_Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
 class Fingerprint(BaseModel):
     """The identity of a loaded model as a sheet records it."""
 
@@ -32,11 +35,11 @@ class Fingerprint(BaseModel):
     model: str
     revision: str | None
     family: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    windows: list[int | None]
+    layers: _Size
+    heads: _Size
+    kv_heads: _Size
+    head_size: _Size
+    windows: list[_Size | None]
     rotary: str
     weights: str
     weights_dtype: str

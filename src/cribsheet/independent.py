@@ -316,6 +316,7 @@ def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Pa
     """What a checkpoint holds, or nothing. Raises `SheetError` if it is damaged or of another build."""
     if not path.exists():
         return []
+    storage.verify(path)  # one changed bit would become another sheet
     partial = storage.load(path)
     found = partial.manifest.documents
     wanted = [entry for each in plans[: len(found)] for entry in list_documents(each.corpus)]

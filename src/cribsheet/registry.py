@@ -5,17 +5,20 @@ A registry is a folder, on a disk or behind a URL, that any web server or bucket
     NAME/index.json        the versions, oldest first, each with file, sha256, bytes, and the sheet's own digest
     NAME/VERSION.sheet     never written twice
 
-What comes from a URL is downloaded once, compared with the digest that the index gives, and then mapped like any other
-file. The index is replaced last, so whoever reads sees the old registry or the new one.
+What comes from a URL is downloaded once for each version of it, and compared with its digest whenever it is used. The
+index is replaced last, so whoever reads sees the old registry or the new one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cribsheet import storage
 from cribsheet.errors import SheetError
+from cribsheet.replacing import replacing
 from cribsheet.sheet import Sheet
 
+logger = logging.getLogger(__name__)
 CACHE = "CRIBSHEET_CACHE"  # names the folder for downloads
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _INDEX = "index.json"
-_PIECE = 1 << 20
+_SURE = ("ETag", "Content-MD5", "Digest")  # what an HTTP server says of a version of a file, and of no other
+_SETTLED_SECONDS = 60  # after which a date tells a version: it counts in seconds, and a file may change within one
 
 
 class Version(BaseModel):
@@ -59,10 +65,12 @@ def is_url(place: str | Path) -> bool:
 
 
 def local(place: str | Path, *, sha256: str | None = None) -> Path:
-    """The file of a sheet wherever it is; what is behind a URL is downloaded once and verified.
+    """The file of a sheet wherever it is; what is behind a URL is downloaded and verified.
 
-    Without `sha256`, a download is compared with the digest of the tensors that it was saved with, and done again when
-    the file behind the URL has changed. Raises `SheetError` for what cannot be fetched, or is not what it should be.
+    It is downloaded again when the file behind the URL has changed: where nothing tells (an HTTP server without ETag
+    and date, or a date of this minute), each time. A download is compared with `sha256`, or else with the digest of
+    the tensors that it was saved with, whenever it is used. Raises `SheetError` for what cannot be fetched, or is not
+    what it should be.
     """
     if not is_url(place):
         path = Path(place)
@@ -72,15 +80,17 @@ def local(place: str | Path, *, sha256: str | None = None) -> Path:
     url = str(place)
     with _told(f"The sheet {_shown(url)!r} cannot be fetched"):
         filesystem, inside = _filesystem(url)
-        stamp = sha256 or str(filesystem.ukey(inside))
-    target = _cache() / f"{hashlib.sha256(f'{url} {stamp}'.encode()).hexdigest()[:32]}{storage.SUFFIX}"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _told(f"The sheet {_shown(url)!r} cannot be fetched"), storage.replacing(target) as unfinished:
-            filesystem.get_file(inside, unfinished)
-            if sha256 is not None:
-                _expect(Path(unfinished), sha256, _shown(url))
-            storage.verify(unfinished)
+        stamp = sha256 or _stamp(filesystem, inside)
+    name = hashlib.sha256(f"{url} {stamp}".encode()).hexdigest()[:32]
+    target = _cache() / f"{name}{storage.SUFFIX}"
+    if stamp is None or not _is_whole(target, sha256):
+        with _told(f"The sheet {_shown(url)!r} cannot be fetched"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as unfinished:
+                filesystem.get_file(inside, unfinished)
+                if sha256 is not None:
+                    _expect(Path(unfinished), sha256, _shown(url))
+                storage.verify(unfinished)
     return target
 
 
@@ -116,7 +126,8 @@ class Registry:
         """Add a sheet file as the next version of `name`; the same file again is the version that it is already."""
         storage.verify(sheet)
         known = self.versions(name)
-        sha256 = file_digest(sheet)
+        data = Path(sheet).read_bytes()  # once, so that the digest is that of what is pushed
+        sha256 = hashlib.sha256(data).hexdigest()
         for version in known:
             if version.sha256 == sha256:
                 return version
@@ -130,13 +141,13 @@ class Registry:
             version=number,
             file=f"{number}{storage.SUFFIX}",
             sha256=sha256,
-            size=Path(sheet).stat().st_size,
+            size=len(data),
             digest=storage.read_manifest(sheet).digest,
             pushed=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         with _told(f"The registry {_shown(self.place)!r} cannot be written"):
             filesystem.makedirs(folder, exist_ok=True)
-            _put(filesystem, Path(sheet).read_bytes(), f"{folder}/{made.file}")
+            _put(filesystem, data, f"{folder}/{made.file}")
             index = Index(versions=[*known, made]).model_dump_json(indent=1).encode()
             _put(filesystem, index, f"{folder}/{_INDEX}")
         return made
@@ -178,6 +189,39 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def _stamp(filesystem: Any, inside: str) -> str | None:
+    """What tells this version of a file from all others, or nothing if that cannot be told."""
+    if "http" not in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)):
+        return str(filesystem.ukey(inside))
+    told = {name.lower(): value for name, value in filesystem.info(inside).items()}  # its ukey is one of the URL only
+    if any(name.lower() in told for name in _SURE) or _is_settled(told):
+        return repr([told.get(name.lower()) for name in (*_SURE, "Last-Modified", "size")])
+    return None
+
+
+def _is_settled(told: Mapping[str, Any]) -> bool:
+    """Whether a file was last changed so long ago that its date would be another if it had been changed again."""
+    try:
+        return email.utils.parsedate_to_datetime(told["last-modified"]).timestamp() < time.time() - _SETTLED_SECONDS
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_whole(download: Path, sha256: str | None) -> bool:
+    """Whether a download is there, and what it was when it came."""
+    if not download.is_file():
+        return False
+    try:
+        if sha256 is not None:
+            _expect(download, sha256, str(download))
+        else:
+            storage.verify(download)
+    except SheetError as error:
+        logger.warning("a download is fetched again: %s", error)
+        return False
+    return True
+
+
 def _expect(path: Path, sha256: str, where: str) -> None:
     found = file_digest(path)
     if found != sha256:
@@ -197,6 +241,7 @@ def _filesystem(place: str) -> tuple[Any, str]:
 
     with _told(f"{_shown(place)!r} cannot be opened"):
         filesystem, inside = fsspec.core.url_to_fs(place)
+        filesystem.invalidate_cache()  # what a bucket held when it was last listed may be another thing by now
     return filesystem, str(inside).rstrip("/")
 
 

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor
 
 from cribsheet.correction import Correction
@@ -21,6 +21,9 @@ from cribsheet.task import Task
 
 FORMATS = (1, 2)  # 2 packs four bits a number, which readers of 1 cannot read
 
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]  # of tokens, characters, documents: `indices` and `origins` are int32
+_SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
+
 Mode = Literal["sequential", "independent"]
 Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
 
@@ -31,8 +34,8 @@ class DocumentEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str
-    characters: int
-    tokens: int
+    characters: Count
+    tokens: Count
     metadata: dict[str, Any] = {}
     digest: str = ""
 
@@ -45,9 +48,9 @@ class SegmentEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    documents: int
-    read: int
-    kept: int
+    documents: Count
+    read: Count
+    kept: Count
 
 
 class Change(BaseModel):
@@ -57,7 +60,7 @@ class Change(BaseModel):
 
     operation: Operation
     at: str
-    documents: int
+    documents: Count
 
 
 class Rung(BaseModel):
@@ -65,10 +68,10 @@ class Rung(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rate: float
-    budget: int
-    counted: int
-    retained: int
+    rate: FiniteFloat
+    budget: Count
+    counted: Count
+    retained: Count
 
     @property
     def share(self) -> float:
@@ -100,13 +103,13 @@ class Retention(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     reference: Literal["full context", "stretches"] = "full context"
-    bound: float
-    asked: int = 0
-    known: int = 0
-    confirmed: int = 0
-    counted: int = 0
-    retained: int = 0
-    held_back: int = 0
+    bound: FiniteFloat
+    asked: Count = 0
+    known: Count = 0
+    confirmed: Count = 0
+    counted: Count = 0
+    retained: Count = 0
+    held_back: Count = 0
     rungs: list[Rung] = []
     why: str = ""
 
@@ -142,26 +145,46 @@ class Manifest(BaseModel):
     head: str
     task: dict[str, Any]
     guide: Literal["resident", "dropped"]
-    guide_tokens: int
+    guide_tokens: Count
     corpus_digest: str
-    corpus_tokens: int
-    head_tokens: int
-    documents: list[DocumentEntry]
+    corpus_tokens: Annotated[Count, Field(ge=1)]
+    head_tokens: Count
+    documents: Annotated[list[DocumentEntry], Field(min_length=1)]
     scorer: str
     seed: int
-    budget: int
-    chunk_tokens: int
+    budget: Annotated[Count, Field(ge=1)]
+    chunk_tokens: Annotated[Count, Field(ge=1)]
     dtype: StorageDtype
     build: dict[str, Any]
     mode: Mode = "sequential"
     allocation: Allocation = "uniform"
     correction: Correction = "none"
-    document_rate: float | None = None
-    document_most: float | None = None
+    document_rate: Annotated[FiniteFloat, Field(ge=1)] | None = None
+    document_most: Annotated[FiniteFloat, Field(gt=0)] | None = None
     segments: list[SegmentEntry] = []
     history: list[Change] = []
-    cut_from: int | None = None
+    cut_from: Annotated[Count, Field(ge=1)] | None = None
     retention: Retention | None = None
+
+    def check(self) -> None:
+        """Raise `ValueError` where parts of it contradict each other."""
+        made, listed = self.fingerprint, sum(document.tokens for document in self.documents)
+        found = {
+            f"sheets in {self.dtype} have another format than {self.format}": self.format != format_of(self.dtype),
+            f"{made.layers} layers have {len(made.windows)} windows": made.layers != len(made.windows),
+            "no layer sees everything": None not in made.windows,
+            f"{made.heads} heads share {made.kv_heads} keys": made.heads % made.kv_heads != 0,
+            "a document has no id": not all(document.id.strip() for document in self.documents),
+            f"the head's {self.head_tokens} and the documents' {listed} tokens are more than the corpus's "
+            f"{self.corpus_tokens}": self.head_tokens + listed > self.corpus_tokens,
+            f"the budget of {self.budget} is more than everything": self.budget
+            > self.corpus_tokens + self.guide_tokens,
+            f"a guide of {self.guide_tokens} tokens is {self.guide}": (self.guide == "resident")
+            != (self.guide_tokens > 0),
+            f"{self.seed} is no seed": self.seed not in _SEEDS,
+        }
+        if wrong := next((what for what, is_wrong in found.items() if is_wrong), None):
+            raise ValueError(wrong)
 
     @property
     def rotated(self) -> bool:

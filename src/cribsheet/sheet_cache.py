@@ -1,7 +1,7 @@
 """Sheets that stay in host memory after their first use: those used last, up to a bound in bytes.
 
-A sheet's file is mapped, so opening it is quick but its first use reads the disk. A copy in memory goes to the device
-at the speed of the bus, all the faster from pinned memory, which is taken where there is a CUDA device.
+Keys and values of a large sheet are read from the disk when they are first used. From memory they go to the device at
+the speed of the bus, all the faster from pinned memory, which is taken where there is a CUDA device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cribsheet.errors import BudgetError
 from cribsheet.registry import resolve
 from cribsheet.sheet import Sheet
 
-_Key = tuple[str, int, int]
+_Key = tuple[str, int, int, int]
 
 
 class SheetCache:
@@ -27,7 +27,7 @@ class SheetCache:
 
     `CompressedKnowledgeLLM.load(cache.load(path))` answers from one of them.
 
-    A file that was written again is read again. A sheet larger than the bound is mapped and not kept. Raises
+    A file that was written again is read again. A sheet larger than the bound is opened and not kept. Raises
     `BudgetError` for a bound below 1.
     """
 
@@ -43,10 +43,11 @@ class SheetCache:
         path = resolve(place)
         if (kept := self._kept(path)) is not None:
             return kept
-        mapped = storage.load(path)
-        if _bytes(mapped) > self.max_bytes:
-            return mapped
-        sheet, key = _copied(mapped), _key(path)
+        key = _key(path) if path.is_file() else None  # of what is read or of what was there before, never of what comes
+        opened = storage.load(path)
+        if key is None or _bytes(opened) > self.max_bytes:
+            return opened
+        sheet = _in_memory(opened)
         with self._lock:
             self._sheets[key] = sheet
             for old in [other for other in self._sheets if other[0] == key[0] and other != key]:
@@ -86,18 +87,18 @@ class SheetCache:
 def _key(path: Path) -> _Key:
     """What tells a file, and each version of it."""
     found = path.stat()
-    return str(path.resolve()), found.st_mtime_ns, found.st_size
+    return str(path.resolve()), found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _bytes(sheet: Sheet) -> int:
     return sheet.nbytes + sheet.indices.nbytes + sheet.origins.nbytes
 
 
-def _copied(sheet: Sheet) -> Sheet:
-    """The same with tensors of its own."""
-    layers = [layer.with_each(_in_memory) for layer in sheet.layers]
-    return dataclasses.replace(sheet, layers=layers, indices=sheet.indices.clone(), origins=sheet.origins.clone())
+def _in_memory(sheet: Sheet) -> Sheet:
+    """The same with all of its layers in memory."""
+    layers = [layer.with_each(_pinned) for layer in sheet.layers] if torch.cuda.is_available() else list(sheet.layers)
+    return dataclasses.replace(sheet, layers=layers)
 
 
-def _in_memory(mapped: Tensor) -> Tensor:
-    return torch.empty_like(mapped, pin_memory=torch.cuda.is_available()).copy_(mapped)
+def _pinned(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)

@@ -1,34 +1,34 @@
 """Sheets on disk: one safetensors file, its manifest as JSON in the metadata, written whole or not at all.
 
-The format is specified in `docs/reference/sheet-format.md`. Nothing in it is executable, and opening a file maps it
-into memory: pages are read when they are first used.
+The format is specified in `docs/reference/sheet-format.md`. Nothing in it is executable. Opening a large file reads its
+manifest and what says where tokens came from; its keys and values are read, once, when they are first used.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cribsheet.errors import SheetError
+from cribsheet.replacing import writing
 from cribsheet.selection import ABSENT
-from cribsheet.sheet import FORMATS, Manifest, Sheet, format_of, mean_kept, segment_bounds
-from cribsheet.stored import StoredLayer, parts_of
+from cribsheet.sheet import FORMATS, Manifest, Sheet, mean_kept, segment_bounds
+from cribsheet.stored import LayersOfFile, StoredLayer, parts_of
 from cribsheet.task import Task
+from cribsheet.tensorfile import LARGEST, TensorFile, digest_of, is_usable, unique
 
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
+_AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
 
 
 def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
@@ -40,6 +40,10 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
     target = Path(path)
     if not target.parent.is_dir():
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
+    try:
+        sheet.manifest.check()
+    except ValueError as error:
+        raise SheetError(f"The sheet cannot be saved, as nobody could open it again: {error}.") from error
     tensors: dict[str, Tensor] = {"indices": sheet.indices, "origins": sheet.origins}
     for number, layer in enumerate(sheet.layers):
         tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.tensors().items()}
@@ -47,45 +51,45 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
         encoded = json.dumps(list(sheet.texts), ensure_ascii=False).encode()
         tensors["texts"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json(), _DIGEST: _digest(contiguous)}
-    try:
-        with replacing(target) as unfinished:
-            save_file(contiguous, unfinished, metadata=metadata)
-    except (SafetensorError, OSError) as error:
-        raise SheetError(f"The sheet cannot be written to {str(target)!r}: {error}.") from error
+    if wrong := next((name for name, tensor in contiguous.items() if not is_usable(tensor)), None):
+        raise SheetError(
+            f"The sheet has numbers in {wrong!r} that are not finite, or beyond {LARGEST:g}, as a model gives that "
+            "overflows in float16; build it in bfloat16 or float32."
+        )
+    metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json(), _DIGEST: digest_of(contiguous)}
+    with writing(target, "The sheet") as unfinished:
+        save_file(contiguous, unfinished, metadata=metadata)
     return target
 
 
 def load(path: str | Path) -> Sheet:
-    """Open a sheet without copying it into memory. Raises `SheetError` for anything that is not a sound sheet."""
-    manifest = read_manifest(path)
+    """Open a sheet. Raises `SheetError` for anything that is not a sound sheet.
+
+    Keys and values of a large one are read when they are first looked at, which raises `SheetError` if the file was
+    written to in between; what was read stays as it is.
+    """
+    file = _opened(path)
+    manifest = _manifest_of(file, path)
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+        return _sheet_of(file, manifest, path)
+    except SheetError:
+        raise
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch has no memory in the form of RuntimeError
         raise _damaged(path, error) from error
-    indices, origins = _entry(tensors, "indices", path), _entry(tensors, "origins", path)
-    windows, kept = manifest.fingerprint.windows, _kept(indices)
-    layers = [
-        StoredLayer(
-            **{part: _entry(tensors, f"layers.{number}.{part}", path) for part in parts_of(manifest.dtype)},
-            window=window,
-            counts=counts,
-        )
-        for number, (window, counts) in enumerate(zip(windows, _counts(kept, windows), strict=True))
-    ]
-    _check_shapes(path, manifest, layers, indices, kept, origins)
-    return Sheet(tuple(layers), indices, origins, manifest, _texts(tensors, manifest, path))
 
 
 def verify(path: str | Path) -> None:
-    """Read every byte of a sheet and compare with the digest that it was saved with; `load` alone checks no contents.
+    """Read every byte of a sheet and compare with the digest that it was saved with; `load` alone compares none.
 
     Raises `SheetError` if anything differs, or if the file holds no digest.
     """
     load(path)
-    with safe_open(Path(path), "pt") as opened:
-        written = (opened.metadata() or {}).get(_DIGEST)
-        found = _digest({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    file = _opened(path)
+    written = file.metadata.get(_DIGEST)
+    try:
+        found = digest_of(file.read(file.entries))
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise _damaged(path, error) from error
     if written is None:
         raise SheetError(f"{str(path)!r} holds no digest of its tensors; save it again to get one.")
     if written != found:
@@ -95,66 +99,126 @@ def verify(path: str | Path) -> None:
         )
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest alone; nothing else of the file is read."""
-    file = Path(path)
-    if not file.is_file():
+    return _manifest_of(_opened(path), path)
+
+
+def _opened(path: str | Path) -> TensorFile:
+    if not Path(path).is_file():
         raise SheetError(f"There is no sheet {str(path)!r}; build one with `cribsheet build`.")
     try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        return TensorFile(path)
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    if _MANIFEST not in metadata:
+
+
+def _manifest_of(file: TensorFile, path: str | Path) -> Manifest:
+    if _MANIFEST not in file.metadata:
         raise SheetError(f"{str(path)!r} is a safetensors file but not a sheet: it has no cribsheet manifest.")
     try:
-        raw: dict[str, Any] = json.loads(metadata[_MANIFEST], object_pairs_hook=_unique)
+        raw = json.loads(
+            file.metadata[_MANIFEST], object_pairs_hook=unique, parse_float=_finite, parse_constant=_finite
+        )
         json.dumps(raw, ensure_ascii=False).encode()  # escapes may stand for what is no text
-        if raw.get("format") not in FORMATS:
+        if type(raw.get("format")) is not int or raw["format"] not in FORMATS:
             raise SheetError(
                 f"{str(path)!r} has sheet format {raw.get('format')!r}, but this version reads format "
                 f"{' and '.join(map(str, FORMATS))}; build the sheet again or use the cribsheet version that made it "
                 f"({raw.get('cribsheet', 'unknown')})."
             )
-        manifest = Manifest.model_validate(raw)
-        if manifest.format != format_of(manifest.dtype):
-            raise ValueError(f"sheets in {manifest.dtype} have another format than {manifest.format}")
+        manifest = Manifest.model_validate(raw, strict=True)
+        manifest.check()
         Task.from_dict(manifest.task)
-        if not all(document.id.strip() for document in manifest.documents):
-            raise ValueError("a document has no id")
         return manifest
     except SheetError:
         raise
-    except (ValueError, RecursionError, AttributeError) as error:  # ValidationError is a ValueError
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:  # ValidationError is a ValueError
         raise SheetError(f"{str(path)!r} has a damaged manifest: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names differ; of two with one name, readers may see one or the other."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return made
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
 
 
-def _entry(tensors: dict[str, Tensor], name: str, path: str | Path) -> Tensor:
-    if name not in tensors:
-        raise SheetError(f"{str(path)!r} lacks the tensor {name!r}; the file is damaged, build the sheet again.")
-    return tensors[name]
+def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
+    """The sheet of a file whose tensors are those that its manifest tells of."""
+    windows, parts = manifest.fingerprint.windows, parts_of(manifest.dtype)
+    names = [[f"layers.{number}.{part}" for part in parts] for number in range(len(windows))]
+    like = file.like()
+    small = ["indices", "origins", *(own[-1] for own in names if parts[-1] == "key_blocks")]
+    small += ["texts"] if "texts" in like else []
+    _check_names(like, {*small, *chain(*names)}, path)
+    if not _are_announced(like, manifest):
+        raise _unfitting(path)
+    here = like | file.read(small)
+    indices, origins = here["indices"], here["origins"]
+    kept = _kept(indices)
+    layers = [
+        StoredLayer(**{part: here[name] for part, name in zip(parts, own, strict=True)}, window=window, counts=counts)
+        for own, window, counts in zip(names, windows, _counts(kept, windows), strict=True)
+    ]
+    if not _is_sound(manifest, layers, indices, kept, origins):
+        raise _unfitting(path)
+    texts = _texts(here, manifest, path)
+    held = LayersOfFile(len(layers), partial(_layers_of, file, layers, names, path))
+    if file.size <= _AT_ONCE:
+        held.read()
+    return Sheet(held, indices, origins, manifest, texts)
 
 
-def _texts(tensors: dict[str, Tensor], manifest: Manifest, path: str | Path) -> tuple[str, ...]:
+def _layers_of(
+    file: TensorFile, like: Sequence[StoredLayer], names: Sequence[Sequence[str]], path: str | Path
+) -> list[StoredLayer]:
+    """The layers of a file by the names of their tensors, `like` those without contents."""
+    try:
+        held = file.read(chain(*names))
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise SheetError(f"The keys and values of {str(path)!r} cannot be read: {error}; open it again.") from error
+    file.close()
+    for name, tensor in held.items():
+        if not is_usable(tensor):
+            raise SheetError(
+                f"{str(path)!r} has numbers in {name!r} that are not finite, or beyond {LARGEST:g}; build the sheet "
+                "again."
+            )
+    parts = [name.rpartition(".")[2] for name in names[0]]
+    return [
+        StoredLayer(
+            **{part: held[name] for part, name in zip(parts, own, strict=True)},
+            window=layer.window,
+            counts=layer.counts,
+        )
+        for layer, own in zip(like, names, strict=True)
+    ]
+
+
+def _check_names(found: Mapping[str, Tensor], wanted: set[str], path: str | Path) -> None:
+    if lacking := sorted(wanted - found.keys()):
+        raise SheetError(f"{str(path)!r} lacks the tensor {lacking[0]!r}; the file is damaged, build the sheet again.")
+    if unknown := sorted(found.keys() - wanted):
+        raise SheetError(f"{str(path)!r} has the tensor {unknown[0]!r}, which no such sheet has; build it again.")
+
+
+def _are_announced(like: Mapping[str, Tensor], manifest: Manifest) -> bool:
+    """Whether what is read of a sheet before its layers is of the types and shapes that it must be of."""
+    made, indices, origins = manifest.fingerprint, like["indices"], like["origins"]
+    return (
+        indices.dim() == 3
+        and indices.shape[:2] == (made.windows.count(None), made.kv_heads)
+        and indices.shape[2] > manifest.guide_tokens
+        and origins.dim() == 2
+        and origins.shape[1] == 4
+        and len(origins) > 0
+        and indices.dtype == origins.dtype == torch.int32
+        and ("texts" not in like or (like["texts"].dtype == torch.uint8 and like["texts"].dim() == 1))
+    )
+
+
+def _texts(tensors: Mapping[str, Tensor], manifest: Manifest, path: str | Path) -> tuple[str, ...]:
     if "texts" not in tensors:
         return ()
     try:
@@ -168,14 +232,16 @@ def _texts(tensors: dict[str, Tensor], manifest: Manifest, path: str | Path) -> 
     return tuple(texts)
 
 
-def _check_shapes(
-    path: str | Path, manifest: Manifest, layers: list[StoredLayer], indices: Tensor, kept: Tensor, origins: Tensor
-) -> None:
+def _is_sound(
+    manifest: Manifest, layers: Sequence[StoredLayer], indices: Tensor, kept: Tensor, origins: Tensor
+) -> bool:
+    """Whether tensors fit each other and the manifest; of layers, only types and shapes are looked at."""
     made = manifest.fingerprint
-    full = (made.windows.count(None), made.kv_heads)
-    sound = indices.dim() == 3 and indices.shape[:2] == full and indices.shape[2] > 0 and made.layers == len(layers)
-    sound = sound and origins.dim() == 2 and origins.shape[1] == 4 and len(origins) > 0
-    sound = sound and indices.dtype == origins.dtype == torch.int32
+    of_guide = indices == -1
+    size = manifest.guide_tokens * indices.shape[0] * indices.shape[1]
+    low, high = (int(each) for each in indices.aminmax())
+    sound = low >= ABSENT and high < manifest.corpus_tokens and int(of_guide.count_nonzero()) == size
+    sound = sound and bool(of_guide[..., indices.shape[-1] - manifest.guide_tokens :].all())
     sound = sound and _allocation_is_sound(manifest, indices, kept)
     sound = sound and (manifest.mode == "sequential" or _segments_are_sound(manifest, indices))
     longest = iter(kept.amax(-1).tolist() if sound else ())
@@ -183,21 +249,33 @@ def _check_shapes(
         tokens = _held(manifest, layer, next(longest) if layer.window is None else indices.shape[-1])
         vectors = (sum(layer.counts),) if layer.counts else (made.kv_heads, tokens)
         sound = sound and layer.is_sound(vectors, made.head_size, manifest.dtype)
-    sound = sound and bool((origins[:, 1] < len(manifest.documents)).all())
-    if not sound:
-        raise SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")
+    return sound and _origins_are_sound(manifest, origins)
+
+
+def _origins_are_sound(manifest: Manifest, origins: Tensor) -> bool:
+    """Whether origins (U, 4) ascend within the corpus, and are places in documents that are there, or nowhere."""
+    index, number, start, stop = origins.long().unbind(1)
+    sizes = torch.tensor([document.characters for document in manifest.documents] + [0])  # the last one is -1, nowhere
+    inside = bool(((number >= -1) & (number < len(manifest.documents))).all())
+    return (
+        inside
+        and bool((index.diff() > 0).all())
+        and int(index[0]) >= 0
+        and int(index[-1]) < manifest.corpus_tokens
+        and bool(((start >= 0) & (start <= stop) & (stop <= sizes[number])).all())
+    )
 
 
 def _kept(indices: Tensor) -> Tensor:
     """(F, K) how many tokens each head keeps; one look at the indices where all keep as many."""
-    if indices.dim() == 3 and indices.numel() and int(indices.amin()) > ABSENT:
+    if int(indices.amin()) > ABSENT:
         return torch.full(indices.shape[:2], indices.shape[2])
     return (indices != ABSENT).sum(-1)
 
 
 def _counts(kept: Tensor, windows: Sequence[int | None]) -> Iterator[tuple[int, ...]]:
     """How many tokens (F, K) each head of each layer keeps; nothing for layers whose heads all keep as many."""
-    rows = iter(kept.tolist() if kept.dim() == 2 else ())
+    rows = iter(kept.tolist())
     for window in windows:
         counts = () if window is not None else tuple(next(rows, ()))
         yield counts if len(set(counts)) > 1 else ()
@@ -253,17 +331,5 @@ def _damaged(path: str | Path, error: Exception) -> SheetError:
     )
 
 
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[str]:
-    """A temporary path beside `target` that takes its place on success and vanishes on failure."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        handle = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        usual = os.fstat(handle).st_mode  # what the user's umask allows; safetensors would leave the file private
-        os.close(handle)
-        yield str(unfinished)
-        os.chmod(unfinished, usual & 0o777)
-        os.replace(unfinished, target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+def _unfitting(path: str | Path) -> SheetError:
+    return SheetError(f"{str(path)!r} has tensors that do not fit its manifest; build the sheet again.")

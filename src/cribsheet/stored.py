@@ -7,10 +7,11 @@ sheet at hand. Numbers are restored when the sheet is put on a device, never dur
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ class StoredLayer:
         halves, scales = (self.keys, self.values), (self.key_scales, self.value_scales)
         return all(
             half.shape == (*vectors, head_size) and half.dtype == getattr(torch, dtype) for half in halves
-        ) and all(scale is None or scale.shape == vectors for scale in scales)
+        ) and all(scale is None or (scale.shape == vectors and scale.dtype == torch.float32) for scale in scales)
 
     def _is_sound_in_four_bits(self, vectors: tuple[int, ...], head_size: int) -> bool:
         blocks = self.key_blocks
@@ -200,6 +201,39 @@ class StoredLayer:
 
     def _of(self, tensors: dict[str, Any], counts: tuple[int, ...] = ()) -> Self:
         return type(self)(**tensors, window=self.window, counts=counts)
+
+
+class LayersOfFile(Sequence[StoredLayer]):
+    """Layers that are read when they are first looked at, all of them at once, and then stay in memory. Thread-safe."""
+
+    def __init__(self, count: int, read: Callable[[], list[StoredLayer]]) -> None:
+        """So many layers, which `read` gives; what it raises, every look raises."""
+        self._count, self._read, self._layers = count, read, list[StoredLayer]()
+        self._lock = threading.Lock()
+
+    def read(self) -> list[StoredLayer]:
+        """The layers."""
+        with self._lock:
+            if not self._layers:
+                self._layers = self._read()
+            return self._layers
+
+    def __len__(self) -> int:
+        """How many there are; nothing is read."""
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> StoredLayer: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[StoredLayer]: ...
+
+    def __getitem__(self, number: int | slice) -> StoredLayer | list[StoredLayer]:
+        return self.read()[number]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process they are no longer those of a file."""
+        return list, (self.read(),)
 
 
 def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cribsheet.errors import RequestError
+from cribsheet.replacing import replacing
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -85,9 +85,8 @@ def write_rows(path: Path, head: Mapping[str, Any], rows: Sequence[Any]) -> None
 
 def write_whole(path: Path, text: str) -> None:
     """Whole or not at all."""
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as unfinished:
+        Path(unfinished).write_text(text, encoding="utf-8")
 
 
 def _line(row: Any) -> str:

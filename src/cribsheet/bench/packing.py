@@ -118,7 +118,7 @@ def _bytes(packed: Packed) -> int:
 
 
 def opened(backbone: Backbone, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds from a mapped file to layers that attention reads, by storage type, and of one token's attention."""
+    """Milliseconds from a file to layers that attention reads, by storage type, and of one token's attention."""
     (case,) = make_cases(["worlds"], 1, Wanted(tokens, 0))
     with tempfile.TemporaryDirectory() as folder:
         files: dict[StorageDtype, Path] = {}

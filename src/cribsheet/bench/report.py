@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from cribsheet.bench.chart import chart, legend
 from cribsheet.bench.compare import ALL, Corpus, Settings
 from cribsheet.bench.versions import versions
 from cribsheet.loaded import LoadedModel
+from cribsheet.terminal import in_line
 
 
 def setup_of(
@@ -57,7 +59,7 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console | None = None) 
         table.add_row(
             row["method"],
             f"{row['rate']:g}",
-            row["type"],
+            Text(in_line(row["type"])),  # whatever stands in the file of questions
             str(row["n"]),
             f"{row['em']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]",
             f"{row['f1']:.2f}",

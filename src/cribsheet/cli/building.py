@@ -15,6 +15,7 @@ from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misu
 from cribsheet.cli.inspecting import positions
 from cribsheet.cli.progress import build_progress
 from cribsheet.task import Task
+from cribsheet.terminal import in_line
 
 
 def build(
@@ -191,10 +192,13 @@ def check_output(output: Path, *, force: bool) -> None:
     """Refuse a file that exists, unless `force`, or that can never be written; before any work."""
     if output.is_dir():
         misuse(f"{str(output)!r} is a folder; name a file in it")
-    if not output.parent.is_dir():
-        misuse(f"the folder {str(output.parent)!r} does not exist; create it first")
-    if not os.access(output.parent, os.W_OK):
-        misuse(f"the folder {str(output.parent)!r} cannot be written to; choose another")
+    if output.exists() and not output.is_file():
+        misuse(f"{str(output)!r} is no regular file; name one, or a new one")
+    folder = Path(os.path.realpath(output)).parent if output.is_symlink() else output.parent
+    if not folder.is_dir():
+        misuse(f"the folder {str(folder)!r} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        misuse(f"the folder {str(folder)!r} cannot be written to; choose another")
     if output.exists() and not force:
         misuse(f"{str(output)!r} exists; pass --force to overwrite it, or another name")
 
@@ -231,7 +235,7 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
         )
         return
     say(
-        f"{output}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became {sheet.tokens:,} "
-        f"(rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, {positions(sheet)} of the window, in {seconds:.1f} s"
-        + (f"; {made.retention}" if made.retention else "")
+        f"{in_line(str(output))}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became "
+        f"{sheet.tokens:,} (rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, {positions(sheet)} of the window, "
+        f"in {seconds:.1f} s" + (f"; {made.retention}" if made.retention else "")
     )

@@ -16,6 +16,7 @@ from cribsheet.cli.building import check_output
 from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misuse, quiet_libraries, say, say_json
 from cribsheet.cli.progress import build_progress
 from cribsheet.cli.reading import Dtype, Model, SheetFile
+from cribsheet.terminal import in_line
 
 if TYPE_CHECKING:
     from cribsheet.build import Progress
@@ -142,6 +143,6 @@ def _change(
         say_json(done)
         return
     say(
-        f"{target}: {done['change']}, now {done['documents']} documents, {done['corpus_tokens']:,} tokens in "
-        f"{done['tokens']:,}, in {done['seconds']:.1f} s"
+        f"{in_line(str(target))}: {done['change']}, now {done['documents']} documents, {done['corpus_tokens']:,} "
+        f"tokens in {done['tokens']:,}, in {done['seconds']:.1f} s"
     )

@@ -11,6 +11,7 @@ import typer
 
 from cribsheet.cli.building import check_output, make_task
 from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say
+from cribsheet.terminal import in_line
 
 if TYPE_CHECKING:
     from cribsheet.bench.compare import Corpus
@@ -113,7 +114,7 @@ def compare(
         write_whole(answers, "".join(json.dumps(asdict(each)) + "\n" for each in records))
     if html is not None:
         write_whole(html, page(result))
-        say(f"\n{html}")
+        say(f"\n{in_line(str(html))}")
     journal.remove()
 
 

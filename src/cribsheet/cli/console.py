@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cribsheet.errors import CribsheetError, EngineError, SheetError
+from cribsheet.terminal import in_line, json_text, plain
 
 FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -44,21 +44,29 @@ Device = Annotated[str | None, typer.Option(metavar="NAME", help="cuda, mps or c
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Revision of the model, for an id.")]
 
 
-def say(text: str = "") -> None:
-    """Print to stdout: answers and results."""
-    sys.stdout.write(text + "\n")
+def say(text: str = "", end: str = "\n") -> None:
+    """Print to stdout: answers and results, `plain`."""
+    sys.stdout.write(plain(text) + end)
     sys.stdout.flush()
 
 
 def say_json(data: Any) -> None:
     """Print one JSON object to stdout."""
-    say(json.dumps(data, ensure_ascii=False, indent=2))
+    say(json_text(data, indent=2))
 
 
 def note(text: str) -> None:
-    """Print to stderr: everything that is not a result."""
-    sys.stderr.write(text + "\n")
+    """Print to stderr, `plain`: everything that is not a result."""
+    sys.stderr.write(plain(text) + "\n")
     sys.stderr.flush()
+
+
+class _PlainLines(logging.Formatter):
+    """A record in a line, but for tracebacks, and `plain`: it may name files and documents."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return plain(text) if record.exc_info else in_line(text)
 
 
 def misuse(message: str) -> NoReturn:
@@ -90,7 +98,7 @@ def _reported(error: BaseException) -> int:
     if not isinstance(error, Exception):
         raise error
     if _State.debug:
-        traceback.print_exc()
+        note(traceback.format_exc())
     message, code = _described(error)
     if message:
         note(f"cribsheet: error: {' '.join(message.split())}")
@@ -140,9 +148,9 @@ def _never_fail_to_print() -> None:
 
 def quiet_libraries() -> None:
     """Silence what transformers and others say, unless --verbose; call before they are imported."""
-    logging.basicConfig(
-        stream=sys.stderr, format="cribsheet: %(message)s", level=logging.INFO if _State.verbose else logging.WARNING
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainLines("cribsheet: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if _State.verbose else logging.WARNING)
     if _State.verbose:
         return
     warnings.simplefilter("ignore")

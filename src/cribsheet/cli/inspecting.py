@@ -10,6 +10,7 @@ import typer
 
 from cribsheet.cli.console import AsJson, Debug, Verbose, quiet_libraries, say, say_json
 from cribsheet.cli.reading import SheetFile
+from cribsheet.terminal import in_line
 
 if TYPE_CHECKING:
     from cribsheet.sheet import Manifest, Sheet
@@ -78,7 +79,11 @@ def positions(sheet: Sheet) -> str:
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows as aligned text: the first column to the left, and the others too unless they are numbers."""
+    """Rows as aligned text: the first column to the left, and the others too unless they are numbers.
+
+    A cell stays in its line, whatever it holds.
+    """
+    rows = [tuple(map(in_line, row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = [column > 0 and len(widths) > 2 for column in range(len(widths))]
     for row in rows:
@@ -90,12 +95,12 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
     made, print_ = sheet.manifest, sheet.manifest.fingerprint
     facts = {
         "sheet": f"{file} (format {made.format}, {file.stat().st_size:,} bytes)",
-        "made": f"{made.created} by cribsheet {made.cribsheet} in {made.build['seconds']:.1f} s",
-        "task": made.task["description"],
-        "instruction": made.task["instruction"],
+        "made": f"{made.created} by cribsheet {made.cribsheet}{_took(made.build.get('seconds'))}",
+        "task": sheet.task.description,
+        "instruction": sheet.task.instruction,
     }
-    for number, pair in enumerate(made.task["examples"], 1):
-        facts[f"example {number}"] = f"{pair['question']} => {pair['answer']}"
+    for number, (question, answer) in enumerate(sheet.task.examples, 1):
+        facts[f"example {number}"] = f"{question} => {answer}"
     if made.system:
         facts["system"] = made.system
     if made.mode == "independent":
@@ -119,6 +124,11 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "template": print_.template,
         "rotary": print_.rotary,
     }
+
+
+def _took(seconds: object) -> str:
+    """How long a build took, if the sheet says so: what stands there is for people, and may be anything."""
+    return f" in {seconds:.1f} s" if isinstance(seconds, float) else ""
 
 
 def _checked(made: Manifest) -> dict[str, str]:

@@ -11,6 +11,7 @@ import typer
 
 from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say, say_json
 from cribsheet.errors import RequestError
+from cribsheet.terminal import in_line
 
 if TYPE_CHECKING:
     from cribsheet.answer import Answer, Source
@@ -143,7 +144,7 @@ def chat(
 def source_lines(sources: list[Source]) -> list[str]:
     """One line for each source: its share of the attention, document, place, whether it was retrieved, and text."""
     return [
-        f"{source.weight:4.0%}  {source.document_id} [{source.start}:{source.stop}]"
+        f"{source.weight:4.0%}  {in_line(source.document_id)} [{source.start}:{source.stop}]"
         f"{'  retrieved' if source.retrieved else ''}  {' '.join(source.text.split())}"
         for source in sources
     ]
@@ -193,8 +194,7 @@ def _streamed(kb: CompressedKnowledgeLLM, question: Any, settings: dict[str, Any
     """Ask, and print the text piece by piece."""
     with kb.stream(question, **settings) as stream:
         for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            say(piece, end="")
     say()
     return stream.answer
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from cribsheet.cli.console import AsJson, Debug, Verbose, misuse, say, say_json
+from cribsheet.cli.building import check_output
+from cribsheet.cli.console import AsJson, Debug, Verbose, say, say_json
+from cribsheet.terminal import in_line
 
 RegistryPlace = Annotated[str, typer.Argument(metavar="REGISTRY", help="A folder or a URL that fsspec opens.")]
 
@@ -43,12 +45,11 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Copy a sheet from a registry or a URL to a file, verified."""
-    if output.exists() and not force:
-        misuse(f"{str(output)!r} exists; pass --force to overwrite it, or another name")
+    check_output(output, force=force)
     from cribsheet.registry import resolve
-    from cribsheet.storage import replacing
+    from cribsheet.replacing import writing
 
     found = resolve(sheet)
-    with replacing(output) as unfinished:
+    with writing(output, "The sheet") as unfinished:
         shutil.copyfile(found, unfinished)
-    say(f"{output}  {output.stat().st_size} bytes")
+    say(f"{in_line(str(output))}  {output.stat().st_size} bytes")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import sys
 import traceback
 from typing import Any
 
 from cribsheet.server.record import Record
+from cribsheet.terminal import json_text
 
 logger = logging.getLogger("cribsheet.server")
 _FIELDS = "fields"
@@ -27,7 +27,7 @@ class JsonLines(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = record.exc_info[0].__name__
             line["traceback"] = [str(frame) for frame in traceback.format_tb(record.exc_info[2])]
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json_text(line, default=str)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

@@ -1,0 +1,69 @@
+"""Files that are written whole or not at all, and take the place of what was there as it was: link, mode and owner."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cribsheet.errors import SheetError
+
+
+@contextlib.contextmanager
+def writing(target: Path, what: str) -> Iterator[str]:
+    """`replacing`, where whatever hinders the writing of `what` (a full disk, for one) is a `SheetError`."""
+    try:
+        with replacing(target) as unfinished:
+            yield unfinished
+    except (SafetensorError, OSError) as error:
+        raise SheetError(
+            f"{what} cannot be written to {str(target)!r}: {error}; what was there is as it was."
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[str]:
+    """A temporary path beside `target` that takes its place on success and vanishes on failure.
+
+    A link stays one, and what it leads to is replaced. What takes the place of a file has its mode, and its owner and
+    group as far as we may give them. Raises `OSError` where something stands that is no regular file.
+    """
+    place = Path(os.path.realpath(target))
+    before = place.stat() if place.exists() else None
+    if before is not None and not stat.S_ISREG(before.st_mode):
+        raise OSError(f"{str(place)!r} is no regular file")
+    unfinished = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        # by nobody read before it has its mode, if there is one to keep
+        handle = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if before else 0o666)
+        usual = os.fstat(handle).st_mode  # what the user's umask allows; safetensors would leave the file private
+        os.close(handle)
+        yield str(unfinished)
+        if before is not None:
+            usual = _keep_owner(unfinished, before)
+        os.chmod(unfinished, usual & 0o777)
+        os.replace(unfinished, place)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _keep_owner(path: Path, before: os.stat_result) -> int:
+    """Give a file the owner and group of another, and return the mode that it may then have.
+
+    Without the right to give it to a group, that of the file gets no more than everybody has.
+    """
+    found = path.stat()
+    if not hasattr(os, "chown") or (found.st_uid, found.st_gid) == (before.st_uid, before.st_gid):
+        return before.st_mode
+    for owner in (before.st_uid, -1):
+        with contextlib.suppress(PermissionError):
+            os.chown(path, owner, before.st_gid)
+            return before.st_mode
+    others = before.st_mode & 0o007
+    return before.st_mode & ~0o070 | others << 3
