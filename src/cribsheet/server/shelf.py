@@ -100,7 +100,7 @@ def created(manifest: Manifest) -> int:
     """When a sheet was built, in seconds since 1970."""
     try:
         return int(datetime.datetime.fromisoformat(manifest.created).timestamp())
-    except ValueError:
+    except (ValueError, OverflowError):  # a year before 1970 is beyond some machines
         return 0
 
 
