@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cribsheet.errors import RequestError
+from cribsheet.grammar import TOO_DEEP
 
 _OPEN, _CLOSE, _LIST = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -173,8 +174,8 @@ class CallReader:
         calls: list[ToolCall] = []
         kept: list[str] = []
         after = 0
-        for block in re.finditer(rf"{_OPEN}\s*(.*?)\s*(?:{_CLOSE}|$)", text, re.S):
-            found = self._calls(_loaded(block[1]))
+        for block in re.finditer(rf"{_OPEN}(.*?)(?:{_CLOSE}|\Z)", text, re.S):
+            found = self._calls(_loaded(block[1].strip()))
             if found:
                 calls += found
                 kept.append(text[after : block.start()].rstrip())
@@ -201,18 +202,28 @@ def result_text(name: str | None, content: str) -> str:
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON schema whose objects hold nothing beside the properties that they name, unless it says otherwise."""
+    """A JSON schema whose objects hold nothing beside the properties that they name, unless it says otherwise.
+
+    Raises `RequestError` for one that is nested too deeply.
+    """
+    try:
+        return _closed(schema)
+    except RecursionError:
+        raise RequestError(TOO_DEEP) from None
+
+
+def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     named = ("properties", "$defs", "definitions")
     made: dict[str, Any] = {}
     for key, value in schema.items():
         if key in named and isinstance(value, Mapping):
-            made[key] = {name: closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
+            made[key] = {name: _closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
         elif key in ("enum", "const", "default", "examples"):
             made[key] = value
         elif isinstance(value, Mapping):
-            made[key] = closed(value)
+            made[key] = _closed(value)
         elif isinstance(value, list):
-            made[key] = [closed(each) if isinstance(each, Mapping) else each for each in value]
+            made[key] = [_closed(each) if isinstance(each, Mapping) else each for each in value]
         else:
             made[key] = value
     if "properties" in made and "allOf" not in made:
@@ -248,7 +259,7 @@ def _either(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
