@@ -96,13 +96,10 @@ def _call(call: Any) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise RequestError(
-                f"The arguments of a tool call are {short(arguments)}, which is no JSON: {error}"
-            ) from error
-        except RecursionError:
-            raise RequestError(
-                f"The arguments of a tool call are {short(arguments)}, which is nested too deeply."
+                f"The arguments of a tool call are {short(arguments)}, which is no JSON: {why}"
             ) from None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not isinstance(arguments, Mapping):
         raise RequestError(f"A tool call is {call!r}; give a mapping with 'name', 'arguments' and 'id'.")

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import torch
 
 from cribsheet.bench.metrics import clustered_interval, exact_match
@@ -146,6 +145,8 @@ def cost(model: LoadedModel, case: Case, rate: float, rounds: int) -> dict[str, 
 
 def by_bm25(case: Case) -> Iterator[Row]:
     """The documents that BM25 ranks first for each question."""
+    import bm25s  # with its own way to cut words; only here, for where JAX is installed it loads that
+
     index = bm25s.BM25()
     index.index(bm25s.tokenize([each.text for each in case.documents], show_progress=False), show_progress=False)
     for asked in case.asked:

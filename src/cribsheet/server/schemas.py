@@ -30,7 +30,7 @@ def check_schemas(schemas: Iterable[Mapping[str, Any]]) -> None:
             waiting.extend(inside)
         if (most := _Patterns(schema).most()) > MAX_PATTERNS:
             raise RequestError(
-                f"In the JSON schema one text must match {most} patterns at once, but at most {MAX_PATTERNS} are taken; "
+                f"In the JSON schema one text must match {most} patterns at once, and at most {MAX_PATTERNS} may be; "
                 "write them as one."
             )
 
