@@ -24,6 +24,7 @@ from cribsheet.server.record import record_of
 from cribsheet.server.refusals import Refusal
 
 _SHORTEST = 16  # characters
+NO_KEY = "This server needs one of its API keys, as 'Authorization: Bearer KEY'."
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def caller_of(request: HTTPConnection) -> Caller:
         return Caller(request.client.host if request.client else "")
     caller = keys.holder(request.headers.get("authorization", ""))
     if caller is None:
-        raise Refusal(401, "This server needs one of its API keys, as 'Authorization: Bearer KEY'.")
+        raise Refusal(401, NO_KEY)
     record_of(request).caller = caller.name
     return caller
 
