@@ -162,7 +162,9 @@ def _as_tensors(biases: Mapping[int, float]) -> tuple[Tensor, Tensor] | None:
     if not biases:
         return None
     for token, bias in biases.items():
-        if (isinstance(token, int) and token > _HIGHEST) or not str(token).isdecimal() or int(token) > _HIGHEST:
+        if isinstance(token, int) and token > _HIGHEST:  # perhaps of more digits than can be written
+            raise RequestError(f"logit_bias names a token above {_HIGHEST}; use token ids.")
+        if not (text := str(token)).isdecimal() or len(text) > 10 or int(text) > _HIGHEST:
             raise RequestError(f"logit_bias names token {short(token)}; use token ids, from 0 to {_HIGHEST}.")
         _within(f"logit_bias of token {token}", bias, -100, 100)
     return torch.tensor([int(token) for token in biases]), torch.tensor([float(bias) for bias in biases.values()])

@@ -119,12 +119,14 @@ class Toolbox:
 
     def __str__(self) -> str:
         """The tools as they are told to the model."""
-        lines = [
-            json.dumps(
-                {"name": tool.name, "description": tool.description, "parameters": tool.parameters}, ensure_ascii=False
-            )
-            for tool in self.tools
-        ]
+        try:
+            lines = [
+                json.dumps({"name": each.name, "description": each.description, "parameters": each.parameters},
+                           ensure_ascii=False)
+                for each in self.tools
+            ]  # fmt: skip
+        except RecursionError:
+            raise RequestError(TOO_DEEP) from None
         how = f'{_OPEN}\n{{"name": ..., "arguments": {{...}}}}\n{_CLOSE}'
         if self.forced:
             how = 'by answering only with {"name": ..., "arguments": {...}}'
