@@ -34,7 +34,7 @@ test-pages: $(READY)
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers==5.4.*' \
-		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance
+		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance bm25s
 	touch $@
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
@@ -43,7 +43,7 @@ oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that 
 .venv-kernels/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-kernels
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton==3.6.0 'numpy<2.3' 'transformers==5.23.*' \
-		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance
+		'pytest>=8' pytest-asyncio safetensors pydantic jinja2 typer rich pypdf llguidance bm25s
 	touch $@
 
 kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy

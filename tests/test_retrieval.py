@@ -7,12 +7,11 @@ import random
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
 from cribsheet import Document
 from cribsheet.errors import RequestError
-from cribsheet.retrieval import BM25Retriever, Passage, _Index, as_retriever, cut_into_passages
+from cribsheet.retrieval import BM25Retriever, Passage, as_retriever, cut_into_passages
 
 STAFF = [
     Document("Alice Moreno lives in Lisbon. She plays the violin.\n\nShe sits in office B12.", "alice"),
@@ -182,20 +181,3 @@ def test_what_is_no_list_of_texts_is_refused_by_the_retriever_s_name(found):
         as_retriever(Invoked(found)).fetch("q")
     with pytest.raises(RequestError, match=r"The retriever Invoked gave .* has no text"):
         as_retriever(Invoked([object()])).fetch("q")
-
-
-def test_scores_are_those_of_the_library_that_others_use():
-    bm25s = pytest.importorskip("bm25s")
-    dice = random.Random(0)
-    known = [f"word{n}" for n in range(300)]
-    texts = [dice.choices(known[: dice.choice([20, 300])], k=dice.randint(1, 90)) for _ in range(400)]
-    peer = bm25s.BM25()
-    peer.index(texts, show_progress=False)
-    ours = _Index(texts)
-    for _ in range(50):
-        query = dice.choices(known, k=dice.randint(1, 12))
-        assert np.allclose(ours.scores([*query, "nowhere"]), peer.get_scores(query), atol=1e-5)
-
-
-def test_documents_without_words_are_found_by_nothing():
-    assert BM25Retriever([Document("…!", "?")]).retrieve("anything") == []

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import re
-from collections import Counter
+import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from cribsheet.documents import Document
 from cribsheet.errors import RequestError
@@ -27,7 +29,7 @@ _BREAKS = tuple(map(re.compile, (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+|(?<=[。！�
 # Scripts that put no blanks between words are searched by their characters.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which no tokenizer takes
-_K1, _B = 1.5, 0.75  # how soon a repeated word adds no more, and how much a long text counts less
+_JAX, _IMPORTING = ("jax", "jax.lax"), threading.Lock()
 _ORIGIN_KEYS = ("document_id", "source", "file_path", "file_name")
 
 
@@ -76,53 +78,47 @@ def searchable(documents: Sequence[Document], characters: int) -> list[Passage]:
     return passages
 
 
+def bm25s_without_jax() -> ModuleType:
+    """The library of BM25, which would load JAX if it is installed, for nothing that is used here.
+
+    JAX takes three quarters of a GPU for itself at its first call, and that call is made at the import.
+    """
+    with _IMPORTING:
+        if "bm25s" not in sys.modules:
+            hidden: dict[str, ModuleType] = {name: sys.modules[name] for name in _JAX if name in sys.modules}
+            try:
+                sys.modules.update(dict.fromkeys(_JAX))  # type: ignore[arg-type]  # None: an import of it fails
+                return import_module("bm25s")
+            finally:
+                for name in _JAX:
+                    del sys.modules[name]
+                sys.modules.update(hidden)
+    return import_module("bm25s")
+
+
 class BM25Retriever:
-    """Finds passages of documents that share words with a query (BM25); thread-safe.
+    """Finds passages of documents that share words with a query (BM25, by the `bm25s` library); thread-safe.
 
     The words of a document's id and title count for each of its passages.
     """
 
     def __init__(self, documents: Sequence[Document], *, characters: int = PASSAGE_CHARACTERS) -> None:
         """Index documents. Raises `RequestError` if there is no text to search."""
+        bm25s = bm25s_without_jax()  # only here: most sheets are never searched
         self.passages = searchable(documents, characters)
         names = {document.id: words(f"{document.id} {document.metadata.get('title', '')}") for document in documents}
-        self._index = _Index([names[each.document_id] + words(each.text) for each in self.passages])
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index otherwise
+        self._index = bm25s.BM25()
+        self._index.index([names[each.document_id] + words(each.text) for each in self.passages], show_progress=False)
 
     def retrieve(self, query: str, top_k: int | None = None) -> list[Passage]:
         """Passages that share a word with the query, best first, equals in the documents' order; at most `top_k`."""
-        scores = self._index.scores(words(query))
-        best = np.argsort(-scores, kind="stable")[: np.count_nonzero(scores)][:top_k]
-        return [replace(self.passages[n], score=float(scores[n])) for n in best.tolist()]
-
-
-class _Index:
-    """BM25 in Lucene's form: what each word adds to the score of each text that holds it, ready to be added up.
-
-    Ours, for it is short, and the libraries that have it load others which take a GPU for themselves.
-    """
-
-    def __init__(self, texts: Sequence[Sequence[str]]) -> None:
-        self._texts = len(texts)
-        self._numbers = {word: n for n, word in enumerate(dict.fromkeys(word for text in texts for word in text))}
-        lengths = np.array([len(text) for text in texts])
-        held = np.array([self._numbers[word] for text in texts for word in text], dtype=np.int64)
-        places = held * len(texts) + np.arange(len(texts)).repeat(lengths)
-        places, counts = np.unique(places, return_counts=True)  # by words, then by texts
-        numbers, self._rows = np.divmod(places, len(texts))
-        holding = np.bincount(numbers, minlength=len(self._numbers))  # texts, of each word
-        rarity = np.log1p((len(texts) - holding + 0.5) / (holding + 0.5))
-        size = _K1 * (1 - _B + _B * lengths / (lengths.mean() or 1.0))
-        self._adds = (rarity[numbers] * counts / (counts + size[self._rows])).astype(np.float32)
-        self._starts = np.concatenate([[0], holding.cumsum()])
-
-    def scores(self, query: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(N,) of each text, 0 where none of the query's words is in it; a word that is there twice counts twice."""
-        scores = np.zeros(self._texts, dtype=np.float32)
-        for word, times in Counter(query).items():
-            if (number := self._numbers.get(word)) is not None:
-                inside = slice(self._starts[number], self._starts[number + 1])
-                scores[self._rows[inside]] += times * self._adds[inside]
-        return scores
+        wanted = words(query)
+        if not wanted:
+            return []
+        scores = self._index.get_scores(wanted).tolist()
+        best = sorted((n for n, score in enumerate(scores) if score > 0), key=lambda n: -scores[n])
+        return [replace(self.passages[n], score=scores[n]) for n in best[:top_k]]
 
 
 @dataclass(frozen=True, slots=True)
