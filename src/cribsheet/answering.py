@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -88,6 +88,11 @@ class Request:
         return EngineError(
             f"The answer was not complete after timeout={self.timeout} seconds; allow more, or ask less."
         )
+
+    def again(self, choice: int) -> Request:
+        """The same question for another answer, which is written and cancelled by itself."""
+        form = self.constraint
+        return replace(self, choice=choice, cancelled=threading.Event(), constraint=form and form.copy())
 
     def cancel(self) -> None:
         """Stop within one token; the sink gets a last `Finished("cancelled", n)`."""
@@ -177,7 +182,8 @@ class Answering:
 def _special_tokens(tokenizer: Any, stops: tuple[str, ...]) -> set[int]:
     """Stop strings that are special tokens, which are never written and so are never found in the text."""
     known = tokenizer.added_tokens_decoder.items() if stops else ()
-    return {number for number, token in known if token.special and str(token) in stops}
+    wanted = frozenset(stops)  # some tokenizers have thousands of such tokens
+    return {number for number, token in known if token.special and str(token) in wanted}
 
 
 def tell(request: Request, event: Event) -> None:

@@ -53,6 +53,7 @@ class Engine:
         self._groups: list[Group] = []
         self._short: deque[Read] = deque()
         self._long: deque[Read] = deque()
+        self._long_again = 0.0  # when the next piece of them may be read
         self._asked: weakref.WeakSet[Request] = weakref.WeakSet()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -98,7 +99,7 @@ class Engine:
         self._make_room()
         self._admit()
         self._read_on(self._short)
-        self._read_on(self._long)
+        self._read_on_long()
         for group in list(self._groups):
             self._decode(group)
         for group in self._groups:
@@ -189,6 +190,16 @@ class Engine:
         for row, sequence in enumerate(read.sequences):
             if not sequence.finished:
                 group.insert(sequence, read.suffix(row))
+
+    def _read_on_long(self) -> None:
+        """A piece of a long question, unless the last one took from running answers more than they have had since."""
+        running = any(group.running for group in self._groups)
+        if not self._long or (running and time.monotonic() < self._long_again):
+            return
+        began = time.monotonic()
+        self._read_on(self._long)
+        ended = time.monotonic()
+        self._long_again = ended + (ended - began)
 
     def _answering(self, request: Request) -> Answering:
         return Answering(request, self.backbone.tokenizer, self._eos)

@@ -7,6 +7,7 @@ model's own choice would lead to where none is known. Grammars are compiled and 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,18 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from cribsheet.errors import RequestError
+from cribsheet.formats.record import short
 from cribsheet.grammar_tokens import GrammarTokens, Numbers
 
 _Bits = np.ndarray[Any, np.dtype[np.uint8]]
+TOO_DEEP = "The JSON schema is nested too deeply; give one of at most a hundred levels."
 _SEPARATORS: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _BLOCK = 4096  # tokens that are looked at together
 _EXPLORED = 100  # tokens within which a way out is looked for character by character
 _LOOKS = 2000  # characters that are tried for it
+_WORK = 4096  # tokens that are tried for a first way out, and again while all answers to one question are written
+_MORE_WORK = 64  # those that each token of an answer adds; it is the engine's thread that tries them
+_WALKED = 256  # tokens of a way out that only another order than the first finds
 _SKIPPED = 4  # tokens of a known way out that may have been taken in another form
 _HINTS = 4  # known answers that are tried as ways out
 _TRIES = 3  # choices of the model that are weighed before the known way out is taken
@@ -42,11 +48,13 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """JSON that fits a schema. Raises `RequestError` for a schema that is invalid or cannot be satisfied."""
         try:
-            plain = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
+            plain = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
         except (TypeError, ValueError) as error:
             raise RequestError(f"The JSON schema cannot be used: {error}") from error
+        except RecursionError:
+            raise RequestError(TOO_DEEP) from None
         if not isinstance(plain, dict):
-            raise RequestError(f"The JSON schema is {plain!r}; give a mapping.")
+            raise RequestError(f"The JSON schema is {short(plain)}; give a mapping.")
         source = json.dumps({**plain, "x-guidance": _SEPARATORS})
         return cls(f"start: %json {source}", "JSON schema")._checked()
 
@@ -81,6 +89,13 @@ class Grammar:
         return self
 
 
+@dataclass(slots=True)
+class _Work:
+    """How many tokens may still be tried in search of ways out; all answers to one question share it."""
+
+    left: int
+
+
 class Constraint:
     """The state of one answer in its grammar. Raises `RequestError` if no answer of `limit` tokens is found."""
 
@@ -90,6 +105,7 @@ class Constraint:
         self._matcher = self._made()
         self._gave_up = False  # whether the grammar turned out to be too much for the matcher
         self._left = limit
+        self._work = _Work(_WORK)
         way_out = self._way_out(limit) or self._hinted(limit) or self._explored(limit)
         if way_out is None:
             raise RequestError(
@@ -97,6 +113,14 @@ class Constraint:
                 "loosen it."
             )
         self._plan = way_out
+        self._work.left = _WORK
+
+    def copy(self) -> Constraint:
+        """The same state for another answer to the question; nothing is compiled or looked for again."""
+        other = copy.copy(self)
+        other._taken, other._plan = [*self._taken], [*self._plan]
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     def masked(self, logits: Tensor) -> Tensor:
         """Logits (V,) with every token that the grammar forbids at minus infinity."""
@@ -124,6 +148,7 @@ class Constraint:
         `pick(logits)` returns a token and log-probabilities, as `Sampler.pick`.
         """
         logits = self.masked(logits)
+        self._work.left += _MORE_WORK
         for _ in range(_TRIES):
             token, logprobs = pick(logits)
             if self.accept(token):
@@ -183,16 +208,14 @@ class Constraint:
 
     def _fits(self, path: list[int]) -> bool:
         """Whether tokens, the end token last, complete the answer from here."""
-        meant, taken = [], list(self._taken)
-        for token in path:
-            meant.append(int(self._tokens.meaning(taken)[token]))
-            taken.append(token)
+        meant = self._tokens.meanings(self._taken, path)
         return self._matcher.validate_tokens(meant) == len(meant)
 
     def _way_out(self, limit: int) -> list[int] | None:
         """Tokens, the end token last, that complete the answer from here in at most `limit` of them before the end."""
-        for order in self._tokens.orders:
-            path = self._walked(limit, lambda order=order: self._first(order))  # type: ignore[misc]
+        for number, order in enumerate(self._tokens.orders):
+            longest = min(limit, _WALKED) if number else limit
+            path = self._walked(longest, lambda order=order: self._first(order))  # type: ignore[misc]
             if path or self._gave_up:
                 return path
         return None
@@ -200,7 +223,8 @@ class Constraint:
     def _walked(self, limit: int, choose: Callable[[], int | None]) -> list[int] | None:
         """The tokens that `choose` names one after the other, if they end the answer within the limit."""
         path: list[int] = []
-        while len(path) <= limit:
+        while len(path) <= limit and self._work.left > 0:
+            self._work.left -= 1
             token = choose()
             if token in self._tokens.eos and self._matcher.is_accepting():
                 self._pop(len(path))

@@ -71,6 +71,17 @@ class GrammarTokens:
         """(V,) which of the grammar's tokens each token stands for after those taken."""
         return self._places.meaning(taken) if self._places else self._same
 
+    def meanings(self, taken: Sequence[int], path: Sequence[int]) -> list[int]:
+        """What the tokens of a path stand for, one after the other after those taken."""
+        if self._places is None:
+            return [*path]
+        before = [*taken]
+        found = []
+        for token in path:
+            found.append(int(self.meaning(before)[token]))
+            before.append(token)
+        return found
+
     @classmethod
     def of(cls, tokenizer: Any, eos: frozenset[int], vocabulary: int) -> GrammarTokens:
         """The view of a tokenizer, made at most once."""

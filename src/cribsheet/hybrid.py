@@ -224,12 +224,11 @@ def _tell(
         logger.warning("of %d retrieved passages none is told: all are said already, or %d tokens hold none of them",
                        len(found), tokens)  # fmt: skip
     mode: Literal["sheet", "retrieval", "hybrid"] = "retrieval" if alone else "hybrid" if chosen else "sheet"
+    told = llm._ask_request(turns, sampling, chosen, alone=alone).request  # once for all answers
     for stream in streams:
         before = stream.request
-        request = llm._ask_request(turns, sampling, chosen, alone=alone).request
-        stream.request = replace(
-            request, sink=before.sink, cancelled=before.cancelled, asked=before.asked, choice=before.choice
-        )
+        request = told.again(before.choice)
+        stream.request = replace(request, sink=before.sink, cancelled=before.cancelled, asked=before.asked)
         stream.mode, stream.passages = mode, tuple(chosen)
     llm._submit(*streams)
 

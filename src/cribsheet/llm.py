@@ -526,10 +526,8 @@ class CompressedKnowledgeLLM:
             raise RequestError(f"n is {n!r}; ask for at least 1 answer.")
         retrieval, rest = Retrieval.taken_from(sampling)
         search = Asking(question, retrieval, rest) if retrieval else None
-        asked = [self._ask_request(question, rest)._replace(search=search) for _ in range(n)]
-        for choice, (request, _, _) in enumerate(asked):
-            request.choice = choice
-        return asked
+        first = self._ask_request(question, rest)._replace(search=search)
+        return [first, *(first._replace(request=first.request.again(choice)) for choice in range(1, n))]
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:

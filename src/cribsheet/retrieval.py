@@ -10,8 +10,12 @@ import asyncio
 import inspect
 import logging
 import re
+import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from cribsheet.documents import Document
@@ -25,6 +29,7 @@ _BREAKS = tuple(map(re.compile, (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+|(?<=[。！�
 # Scripts that put no blanks between words are searched by their characters.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which no tokenizer takes
+_JAX, _IMPORTING = ("jax", "jax.lax"), threading.Lock()
 _ORIGIN_KEYS = ("document_id", "source", "file_path", "file_name")
 
 
@@ -73,6 +78,24 @@ def searchable(documents: Sequence[Document], characters: int) -> list[Passage]:
     return passages
 
 
+def bm25s_without_jax() -> ModuleType:
+    """The library of BM25, which would load JAX if it is installed, for nothing that is used here.
+
+    JAX takes three quarters of a GPU for itself at its first call, and that call is made at the import.
+    """
+    with _IMPORTING:
+        if "bm25s" not in sys.modules:
+            hidden: dict[str, ModuleType] = {name: sys.modules[name] for name in _JAX if name in sys.modules}
+            try:
+                sys.modules.update(dict.fromkeys(_JAX))  # type: ignore[arg-type]  # None: an import of it fails
+                return import_module("bm25s")
+            finally:
+                for name in _JAX:
+                    del sys.modules[name]
+                sys.modules.update(hidden)
+    return import_module("bm25s")
+
+
 class BM25Retriever:
     """Finds passages of documents that share words with a query (BM25, by the `bm25s` library); thread-safe.
 
@@ -81,8 +104,7 @@ class BM25Retriever:
 
     def __init__(self, documents: Sequence[Document], *, characters: int = PASSAGE_CHARACTERS) -> None:
         """Index documents. Raises `RequestError` if there is no text to search."""
-        import bm25s  # only here: most sheets are never searched
-
+        bm25s = bm25s_without_jax()  # only here: most sheets are never searched
         self.passages = searchable(documents, characters)
         names = {document.id: words(f"{document.id} {document.metadata.get('title', '')}") for document in documents}
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index otherwise

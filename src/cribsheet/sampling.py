@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cribsheet.errors import RequestError
+from cribsheet.formats.record import short
 from cribsheet.grammar import Grammar
 
 MAX_STOPS = 1000
 MAX_TOP_LOGPROBS = 20
+_HIGHEST = 2**31 - 1  # id that a token of any vocabulary may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
+    _biases: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)  # ids, values
 
     def __post_init__(self) -> None:
         """Refuse values out of range with `RequestError`."""
@@ -65,10 +68,7 @@ class SamplingParams:
             _within("seed", self.seed, -math.inf, math.inf, whole=True)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; give a mapping from token id to bias.")
-        for token, bias in self.logit_bias.items():
-            if not str(token).isdecimal():
-                raise RequestError(f"logit_bias names token {token!r}; use token ids.")
-            _within(f"logit_bias of token {token}", bias, -100, 100)
+        object.__setattr__(self, "_biases", _as_tensors(self.logit_bias))
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise RequestError(f"grammar is {self.grammar!r}; make one with Grammar.json_schema, .regex or .choices.")
         if any(not isinstance(text, str) or not text for text in stop):
@@ -126,12 +126,11 @@ class Sampler:
             counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
             logits = logits.clone()
             logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
-        if params.logit_bias:
-            logits = logits.clone()
-            for token, bias in params.logit_bias.items():
-                if not 0 <= int(token) < len(logits):
-                    raise RequestError(f"logit_bias names token {token}; use ids from 0 to {len(logits) - 1}.")
-                logits[int(token)] += bias
+        if params._biases is not None:
+            ids, biases = params._biases
+            if (highest := int(ids.max())) >= len(logits):
+                raise RequestError(f"logit_bias names token {highest}; use ids from 0 to {len(logits) - 1}.")
+            logits = logits.index_add(0, ids, biases)
         return logits
 
     def _draw(self, logits: Tensor) -> int:
@@ -156,6 +155,19 @@ def describe(token: int, logprobs: Tensor, wanted: int, text_of: Callable[[int],
     ranked = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     top = tuple((text_of(number), value) for value, number in ranked if value > -math.inf)
     return TokenLogprob(token, text_of(token), float(logprobs[token]), top)
+
+
+def _as_tensors(biases: Mapping[int, float]) -> tuple[Tensor, Tensor] | None:
+    """Token ids (N,) int64 and what is added to their logits (N,) float32, made once for all tokens and answers."""
+    if not biases:
+        return None
+    for token, bias in biases.items():
+        if isinstance(token, int) and token > _HIGHEST:  # perhaps of more digits than can be written
+            raise RequestError(f"logit_bias names a token above {_HIGHEST}; use token ids.")
+        if not (text := str(token)).isdecimal() or len(text) > 10 or int(text) > _HIGHEST:
+            raise RequestError(f"logit_bias names token {short(token)}; use token ids, from 0 to {_HIGHEST}.")
+        _within(f"logit_bias of token {token}", bias, -100, 100)
+    return torch.tensor([int(token) for token in biases]), torch.tensor([float(bias) for bias in biases.values()])
 
 
 def _within(name: str, value: float, low: float, high: float, *, open_below: bool = False, whole: bool = False) -> None:

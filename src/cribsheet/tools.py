@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cribsheet.errors import RequestError
+from cribsheet.grammar import TOO_DEEP
 
 _OPEN, _CLOSE, _LIST = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -118,12 +119,14 @@ class Toolbox:
 
     def __str__(self) -> str:
         """The tools as they are told to the model."""
-        lines = [
-            json.dumps(
-                {"name": tool.name, "description": tool.description, "parameters": tool.parameters}, ensure_ascii=False
-            )
-            for tool in self.tools
-        ]
+        try:
+            lines = [
+                json.dumps({"name": each.name, "description": each.description, "parameters": each.parameters},
+                           ensure_ascii=False)
+                for each in self.tools
+            ]  # fmt: skip
+        except RecursionError:
+            raise RequestError(TOO_DEEP) from None
         how = f'{_OPEN}\n{{"name": ..., "arguments": {{...}}}}\n{_CLOSE}'
         if self.forced:
             how = 'by answering only with {"name": ..., "arguments": {...}}'
@@ -173,8 +176,8 @@ class CallReader:
         calls: list[ToolCall] = []
         kept: list[str] = []
         after = 0
-        for block in re.finditer(rf"{_OPEN}\s*(.*?)\s*(?:{_CLOSE}|$)", text, re.S):
-            found = self._calls(_loaded(block[1]))
+        for block in re.finditer(rf"{_OPEN}(.*?)(?:{_CLOSE}|\Z)", text, re.S):
+            found = self._calls(_loaded(block[1].strip()))
             if found:
                 calls += found
                 kept.append(text[after : block.start()].rstrip())
@@ -201,18 +204,28 @@ def result_text(name: str | None, content: str) -> str:
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON schema whose objects hold nothing beside the properties that they name, unless it says otherwise."""
+    """A JSON schema whose objects hold nothing beside the properties that they name, unless it says otherwise.
+
+    Raises `RequestError` for one that is nested too deeply.
+    """
+    try:
+        return _closed(schema)
+    except RecursionError:
+        raise RequestError(TOO_DEEP) from None
+
+
+def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     named = ("properties", "$defs", "definitions")
     made: dict[str, Any] = {}
     for key, value in schema.items():
         if key in named and isinstance(value, Mapping):
-            made[key] = {name: closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
+            made[key] = {name: _closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
         elif key in ("enum", "const", "default", "examples"):
             made[key] = value
         elif isinstance(value, Mapping):
-            made[key] = closed(value)
+            made[key] = _closed(value)
         elif isinstance(value, list):
-            made[key] = [closed(each) if isinstance(each, Mapping) else each for each in value]
+            made[key] = [_closed(each) if isinstance(each, Mapping) else each for each in value]
         else:
             made[key] = value
     if "properties" in made and "allOf" not in made:
@@ -248,7 +261,7 @@ def _either(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cribsheet.errors import RequestError
+from cribsheet.formats.record import short
 from cribsheet.template import Message
 from cribsheet.tools import Toolbox, ToolCall, result_text
 
@@ -95,8 +96,11 @@ def _call(call: Any) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise RequestError(f"The arguments of a tool call are {arguments!r}, which is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise RequestError(
+                f"The arguments of a tool call are {short(arguments)}, which is no JSON: {why}"
+            ) from None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not isinstance(arguments, Mapping):
         raise RequestError(f"A tool call is {call!r}; give a mapping with 'name', 'arguments' and 'id'.")
     return ToolCall(inner["name"], dict(arguments), str(call.get("id") or ""))

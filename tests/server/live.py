@@ -16,6 +16,7 @@ import uvicorn
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.server import ServerSettings, Shelf, create_app
 from cribsheet.server.auth import Keyring
+from cribsheet.server.connections import serving as bounded
 from cribsheet.testing import echo_backbone, tiny_backbone
 
 STAFF = [
@@ -55,7 +56,7 @@ class Live:
 def running(app) -> Iterator[Live]:
     """The app behind real uvicorn until the block ends."""
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    server = uvicorn.Server(bounded(app, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
     thread.start()
 

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import torch
 
 from cribsheet.bench.metrics import clustered_interval, exact_match
@@ -28,6 +27,7 @@ from cribsheet.bench.quality import setup
 from cribsheet.documents import Document, read_documents
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
+from cribsheet.retrieval import bm25s_without_jax
 from cribsheet.sheet import Mode
 from cribsheet.task import Task
 
@@ -146,6 +146,7 @@ def cost(model: LoadedModel, case: Case, rate: float, rounds: int) -> dict[str, 
 
 def by_bm25(case: Case) -> Iterator[Row]:
     """The documents that BM25 ranks first for each question."""
+    bm25s = bm25s_without_jax()  # with its own way to cut words
     index = bm25s.BM25()
     index.index(bm25s.tokenize([each.text for each in case.documents], show_progress=False), show_progress=False)
     for asked in case.asked:

@@ -135,22 +135,14 @@ def _run(
 
     from cribsheet.server import Shelf, create_app
     from cribsheet.server.auth import Keyring
+    from cribsheet.server.connections import serving
     from cribsheet.server.logs import log_to_stderr
 
     ring = Keyring.read(keys) if keys else None
     shelf = Shelf.open(sheets, **options)
     try:
         app = create_app(shelf, keys=ring, settings=settings)
-        config = uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(drain)),
-            h11_max_incomplete_event_size=64 * 1024,
-        )
+        config = serving(app, host=host, port=port, timeout_graceful_shutdown=max(1, round(drain)))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
         address, bound = listening.getsockname()[:2]

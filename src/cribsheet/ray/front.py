@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from cribsheet.ray.totals import added
-from cribsheet.server.auth import Caller, Keyring
+from cribsheet.server.auth import NO_KEY, Caller, Keyring
+from cribsheet.server.bodies import strict_json
 from cribsheet.server.frame import Receiving
 from cribsheet.server.limits import Gate
 from cribsheet.server.logs import log_request, log_to_stderr
@@ -73,26 +74,32 @@ class Front:
     async def relay(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         try:
+            caller = self._caller(scope)
             receiving = Receiving(receive, self._limits)
             body = await _body(receiving)
-            asked = _read(body)
-            with self._room(scope, asked), contextlib.suppress(ReaderLeft):
+            asked = strict_json(body) if body and scope["path"] in _ASKING else {}
+            asked = asked if isinstance(asked, dict) else {}  # about which the replica decides
+            with self._room(scope, asked, caller), contextlib.suppress(ReaderLeft):
                 await while_connected(receiving, self._answer(scope, body, _sheet_of(scope["path"], asked), send))
         except HTTPException as error:
             await self._refuse(Refusal(error.status_code, str(error.detail)), scope, send)
         except Refusal as refusal:
             await self._refuse(refusal, scope, send)
 
-    @contextlib.contextmanager
-    def _room(self, scope: Scope, asked: Mapping[str, Any]) -> Iterator[None]:
-        """The request counts among those of all replicas. Raises `Refusal` if it is one too many.
-
-        Requests without a key count for nobody: a replica refuses them.
-        """
-        answers = _wanted(scope["path"], asked)
+    def _caller(self, scope: Scope) -> Caller | None:
+        """Who asks, known before the body is read. Raises `Refusal` for an answer without a key."""
+        if self._keys is None:
+            return Caller((scope.get("client") or [""])[0])
         header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-        address = (scope.get("client") or [""])[0]
-        caller = self._keys.holder(header) if self._keys else Caller(address)
+        caller = self._keys.holder(header)
+        if caller is None and scope["path"] in _ASKING:
+            raise Refusal(401, NO_KEY)
+        return caller
+
+    @contextlib.contextmanager
+    def _room(self, scope: Scope, asked: Mapping[str, Any], caller: Caller | None) -> Iterator[None]:
+        """The request counts among those of all replicas. Raises `Refusal` if it is one too many."""
+        answers = _wanted(scope["path"], asked)
         leave = self._gate.enter(caller.name, answers) if answers and caller else lambda: None
         try:
             yield
@@ -171,15 +178,6 @@ async def _body(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-def _read(body: bytes) -> Mapping[str, Any]:
-    """What a body says, if it is of any use; all else about it the replica decides."""
-    with contextlib.suppress(ValueError, RecursionError):
-        asked = json.loads(body) if body else None
-        if isinstance(asked, dict):
-            return asked
-    return {}
 
 
 def _sheet_of(path: str, asked: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from cribsheet.server.protocol import (
     Turn,
 )
 from cribsheet.server.refusals import Refusal, naming
+from cribsheet.server.schemas import check_schemas
 from cribsheet.server.settings import ServerSettings
 from cribsheet.tools import Toolbox, closed
 from cribsheet.turns import Question, as_turns
@@ -48,7 +49,9 @@ def chat_ask(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettin
     choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.model_dump()
     with naming("tools" if tools and choice in (None, "auto", "none") else "tool_choice"):
         toolbox = Toolbox.of(tools, choice)
-        form = Grammar.json_schema(toolbox.schema) if toolbox and toolbox.forced else None
+        forced = toolbox.forced if toolbox else ()
+        check_schemas(tool.parameters for tool in forced)
+        form = Grammar.json_schema(toolbox.schema) if toolbox and forced else None
     if body.response_format is not None and body.response_format.type != "text":
         if form is not None:
             raise Refusal(
@@ -57,7 +60,9 @@ def chat_ask(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettin
                 param="response_format",
             )
         with naming("response_format"):
-            settings["grammar"] = Grammar.json_schema(_schema(body.response_format))
+            schema = _schema(body.response_format)
+            check_schemas([schema])
+            settings["grammar"] = Grammar.json_schema(schema if _is_loose(body.response_format) else closed(schema))
     turns = [_told(turn) for turn in body.messages]
     with naming("messages"):
         as_turns(turns, toolbox)
@@ -140,10 +145,12 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM, retriever: str) 
 
 
 def _schema(form: AsJsonObject | AsJsonSchema | Any) -> dict[str, Any]:
-    if isinstance(form, AsJsonSchema):
-        schema: dict[str, Any] = form.json_schema.schema_
-        return schema if form.json_schema.strict is False else closed(schema)
-    return {"type": "object"}
+    return form.json_schema.schema_ if isinstance(form, AsJsonSchema) else {"type": "object"}
+
+
+def _is_loose(form: AsJsonObject | AsJsonSchema | Any) -> bool:
+    """Whether objects may hold more than the schema names."""
+    return not isinstance(form, AsJsonSchema) or form.json_schema.strict is False
 
 
 def _plain_tool(function: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import HTTPConnection
+
 from cribsheet.errors import RequestError
+from cribsheet.server.record import record_of
+from cribsheet.server.refusals import Refusal
 
 _SHORTEST = 16  # characters
+NO_KEY = "This server needs one of its API keys, as 'Authorization: Bearer KEY'."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,18 @@ class Keyring:
         for digest, caller in self._keys.values():  # all of them, also after one that fits
             found = caller if hmac.compare_digest(digest, given) else found
         return found
+
+
+def caller_of(request: HTTPConnection) -> Caller:
+    """Who asks: the holder of a key, or whoever is at an address where there are no keys. Raises `Refusal`."""
+    keys: Keyring | None = request.app.state.keys
+    if keys is None:
+        return Caller(request.client.host if request.client else "")
+    caller = keys.holder(request.headers.get("authorization", ""))
+    if caller is None:
+        raise Refusal(401, NO_KEY)
+    record_of(request).caller = caller.name
+    return caller
 
 
 def _digest_of(name: str, entry: Any) -> bytes:

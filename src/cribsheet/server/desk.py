@@ -27,7 +27,8 @@ from cribsheet.server.writing import Piece, Writing
 from cribsheet.sheet import Manifest
 
 T = TypeVar("T")
-_THREADS = 4  # that prepare questions: templates, tokens, grammars
+_THREADS = 4  # that prepare questions: templates, tokens
+_FORM_THREADS = 1  # that make grammars, which may take seconds; plain questions go past them
 
 
 class Desk:
@@ -38,15 +39,17 @@ class Desk:
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="cribsheet-desk")
+        self._forming = ThreadPoolExecutor(_FORM_THREADS, thread_name_prefix="cribsheet-forms")
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do what takes a while without holding up the others."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def in_thread(self, work: Callable[[], T], *, form: bool = False) -> T:
+        """Do what takes a while without holding up the others; with a `form` only other forms wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._forming if form else self._threads, work)
 
     def close(self) -> None:
         """Close the sheets; running answers end."""
         self.shelf.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._forming):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, name: str, caller: Caller, record: Record) -> Served:
         """A sheet that the caller may ask, open. Raises `Refusal` as `known`."""
@@ -80,7 +83,7 @@ class Desk:
         record = record_of(request)
         record.facts |= log_facts(body)
         record.cleanup.callback(self.gate.enter(caller.name, answers))
-        prepared = await self.in_thread(asks)
+        prepared = await self.in_thread(asks, form=body.has_form)
         if self.settings.log_text:
             record.facts["question"] = prepared[0].question
         return Answers(self, request, served, body, prepared)
@@ -138,7 +141,7 @@ class Answers:
         writing = Writing()
         record.cleanup.callback(writing.stop)
         loop = asyncio.get_running_loop()
-        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop))
+        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), form=self._body.has_form)
         async for piece in writing.pieces():
             record.begin_text()
             extended = None

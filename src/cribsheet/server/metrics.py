@@ -76,7 +76,7 @@ class Gauge:
     def lines(self) -> Iterator[str]:
         """Samples."""
         for labels, value in self._read().items():
-            yield f"{self.name}{_labels(labels)} {value:g}"
+            yield f"{self.name}{_labels(labels)} {_number(value)}"
 
 
 class Metrics:
@@ -103,6 +103,14 @@ class Metrics:
         for each in self._all:
             parts += [f"# HELP {each.name} {each.what}", f"# TYPE {each.name} {each.kind}", *each.lines()]
         return "\n".join(parts) + "\n"
+
+
+def _number(value: float) -> str:
+    """A number as Prometheus reads it; of a count beyond all floats it says that, and the others are told too."""
+    try:
+        return f"{value:g}"
+    except OverflowError:
+        return "+Inf" if value > 0 else "-Inf"
 
 
 def _labels(labels: Labels) -> str:

@@ -1,26 +1,63 @@
 """What may be asked, field by field; anything else is refused by name.
 
 A field that is here has an effect, or allows only what holds anyway; `docs/reference/http-api.md` tells which.
+Every list and mapping has a limit, and its first fault ends it, so that a bad request costs little.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cribsheet.hybrid import Mode
 from cribsheet.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
 
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
-_StopText = Annotated[str, Field(min_length=1)]
+_StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 _MAX_CHOICES = 128
 _MAX_PASSAGES = 100
+_MAX_TURNS = 2048
+_MAX_PARTS = 1024
+_MAX_CALLS = _MAX_TOOLS = 128
+_MAX_BIASES = 1024
+_MAX_METADATA = 16
+_MAX_FIELDS = 64  # more than any object here has
+
+_T = TypeVar("_T")
+_Turns = Annotated[list[_T], Field(min_length=1, max_length=_MAX_TURNS, fail_fast=True)]
+_Parts = Annotated[list[_T], Field(max_length=_MAX_PARTS, fail_fast=True)]
+_Calls = Annotated[list[_T], Field(max_length=_MAX_CALLS, fail_fast=True)]
+
+
+def _mapping(limit: int, fits: Callable[[str, Any], bool]) -> BeforeValidator:
+    """Refuse a larger mapping before anything in it is looked at, and of one with faults leave the first alone."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if len(value) > limit:
+            raise ValueError(f"it has {len(value)} entries; give at most {limit}.")
+        return next(({name: each} for name, each in value.items() if not fits(name, each)), value)
+
+    return BeforeValidator(check)
+
+
+def _is_bias(token: str, bias: Any) -> bool:
+    return token.isascii() and token.isdigit() and len(token) <= 9 and type(bias) in (int, float) and abs(bias) <= 100
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > _MAX_FIELDS:
+            raise ValueError(f"it has {len(data)} fields, most of which are not supported; leave those out.")
+        return data
 
 
 class TextPart(_Strict):
@@ -51,9 +88,9 @@ class Turn(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | _Parts[TextPart] | None = None
     name: _Name | None = None
-    tool_calls: list[PastCall] | None = None
+    tool_calls: _Calls[PastCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     audio: None = None
@@ -157,13 +194,18 @@ class Asked(_Strict):
     model: str = Field(description="The name of a sheet, as in /v1/models.")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=_MAX_BIASES),
+            _mapping(_MAX_BIASES, _is_bias),
+        ]
+        | None
     ) = None
     max_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=_MAX_CHOICES)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = None
-    stop: _StopText | Annotated[list[_StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -180,6 +222,11 @@ class Asked(_Strict):
         except UnicodeEncodeError:
             raise ValueError("it holds half a surrogate pair, which is no text; repair the encoding.") from None
         return data
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer may need a grammar, which takes long to make."""
+        return False
 
     @property
     def choices(self) -> int:
@@ -206,19 +253,32 @@ class Asked(_Strict):
 class ChatRequest(Asked):
     """The body of /v1/chat/completions."""
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: _Turns[Turn]
     logprobs: bool | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    metadata: dict[str, str] | None = Field(default=None, max_length=16, description="Logged with the request.")
-    modalities: list[Literal["text"]] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=_MAX_METADATA),
+            _mapping(_MAX_METADATA, lambda _, value: isinstance(value, str)),
+        ]
+        | None
+    ) = Field(default=None, description="Logged with the request.")
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none"] | None = None
     response_format: AsText | AsJsonObject | AsJsonSchema | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     tool_choice: Literal["none", "auto", "required", "any"] | ToolChosen | None = None
-    tools: list[ToolOffered] | None = Field(default=None, max_length=128)
+    tools: Annotated[list[ToolOffered], Field(max_length=_MAX_TOOLS, fail_fast=True)] | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer may need a grammar, which takes long to make."""
+        form, choice = self.response_format, self.tool_choice
+        return (form is not None and form.type != "text") or choice not in (None, "none", "auto")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -232,7 +292,7 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """The body of /v1/completions; each prompt is a question of its own."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES, fail_fast=True)]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -31,6 +31,7 @@ _KINDS = {
     504: ("server_error", "answer_timeout"),
 }
 RETRY_SECONDS = 1
+_LONGEST_MESSAGE, _LONGEST_PLACE = 1000, 200  # characters that are told of what a caller sent
 _ODD_TURNS = "The model's chat template has no form for these turns in this order; begin with the user's."
 
 
@@ -60,8 +61,8 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         kind, usual = _KINDS[status]
-        shown = message.encode(errors="replace").decode()  # what it quotes may be no text
-        place = param and param.encode(errors="replace").decode()
+        shown = _shortened(message, _LONGEST_MESSAGE)
+        place = param and _shortened(param, _LONGEST_PLACE)
         self.detail = ErrorDetail(message=shown, type=kind, param=place, code=code or usual)
 
     @property
@@ -74,6 +75,12 @@ class Refusal(Exception):
         own = {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
         own |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         return JSONResponse(self.body, self.status, {**own, **(headers or {})})
+
+
+def _shortened(text: str, limit: int) -> str:
+    """A text that can be sent, for what it quotes may be none; of a long one the beginning and the end."""
+    shown = text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+    return shown.encode(errors="replace").decode()
 
 
 @contextlib.contextmanager

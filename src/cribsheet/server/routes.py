@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from cribsheet import __version__
 from cribsheet.server import catalogue, chat, completions
-from cribsheet.server.auth import Caller, Keyring
+from cribsheet.server.auth import Caller, caller_of
 from cribsheet.server.bodies import StrictRoute
 from cribsheet.server.desk import Desk
 from cribsheet.server.metrics import Metrics
@@ -33,15 +33,7 @@ async def _desk_of(request: Request) -> Desk:
 
 
 async def _caller_of(request: Request) -> Caller:
-    """Who asks: the holder of a key, or whoever is at an address where there are no keys."""
-    keys: Keyring | None = request.app.state.keys
-    if keys is None:
-        return Caller(request.client.host if request.client else "")
-    caller = keys.holder(request.headers.get("authorization", ""))
-    if caller is None:
-        raise Refusal(401, "This server needs one of its API keys, as 'Authorization: Bearer KEY'.")
-    record_of(request).caller = caller.name
-    return caller
+    return caller_of(request)
 
 
 DeskOf = Annotated[Desk, Depends(_desk_of)]
