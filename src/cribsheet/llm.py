@@ -78,7 +78,7 @@ class CompressedKnowledgeLLM:
         made = sheet.manifest
         self._layout = ChatLayout(self.backbone.tokenizer, system=made.system, options=made.template_options)
         made.fingerprint.check(fingerprint(self.backbone, self._layout))
-        self._task = sheet.task
+        self._task = sheet.shown_task
         self._loaded.enter(self)
 
     @classmethod

@@ -162,6 +162,7 @@ class Manifest(BaseModel):
     history: list[Change] = []
     cut_from: int | None = None
     retention: Retention | None = None
+    form: str = ""
 
     @property
     def rotated(self) -> bool:
@@ -250,8 +251,13 @@ class Sheet:
 
     @property
     def resident(self) -> bool:
-        """Whether task and examples are part of the sheet."""
+        """Whether task and examples, or the form of these, are part of the sheet."""
         return self.manifest.guide == "resident"
+
+    @property
+    def shown_task(self) -> Task:
+        """The task as a resident guide shows it; questions are rendered with it."""
+        return self.task.shown(self.manifest.form)
 
     @property
     def documents(self) -> list[Document]:
