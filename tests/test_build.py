@@ -13,6 +13,7 @@ from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
 from cribsheet.build import Budgets
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError
+from cribsheet.sheet import Manifest
 from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone
 
@@ -79,6 +80,53 @@ def test_auto_keeps_a_guide_that_takes_at_most_a_quarter_of_the_budget(tiny):
     assert not build(tiny, ZERO_SHOT, rate=1, guide="auto").resident
 
 
+def test_where_examples_take_too_much_their_form_stays_without_their_words(tiny):
+    many = [Document(text=f"{document.text} {n}.", id=f"{document.id}-{n}") for document in DOCUMENTS for n in range(6)]
+    task = Task(
+        FEW_SHOT.description, [("Where does Bob Smith live, and since when?", "Oslo"), ("Where is Eve?", "Rome")] * 2
+    )
+    whole = build(tiny, task, many, guide="resident", rate=1.5).manifest
+    short = build(tiny, task, many, guide="form", rate=1.5)
+    assert whole.form == "" and 0 < short.manifest.guide_tokens < whole.guide_tokens
+    assert short.manifest.form == task.form and short.task == task and short.shown_task == task.shown(task.form)
+    kept = {
+        budget: build(tiny, task, many, rate=None, budget=budget, guide="auto").manifest
+        for tokens in (whole.guide_tokens, short.manifest.guide_tokens)
+        for budget in (4 * tokens, 4 * tokens - 1)
+    }
+    assert [(made.guide, made.form) for made in kept.values()] == [
+        ("resident", ""), ("resident", task.form), ("resident", task.form), ("dropped", "")
+    ]  # fmt: skip
+    made = build(tiny, task, many, rate=1, guide="auto").manifest
+    assert (made.guide, made.form) == ("dropped", "")
+
+
+def test_a_question_follows_the_guide_that_its_sheet_was_built_with(tiny, tmp_path):
+    """Also after loading, and of sheets of earlier versions, whose manifests say nothing of a form."""
+    layout = ChatLayout(tiny.tokenizer)
+    for guide, shown in (("resident", FEW_SHOT), ("form", FEW_SHOT.shown(FEW_SHOT.form))):
+        kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1.2, guide=guide)
+        left = layout.head(shown.instruction) + "\n\n".join(document.text for document in DOCUMENTS) + "\n\n"
+        resident = layout.guide(shown).resident
+        loaded = CompressedKnowledgeLLM.load(kb.save(tmp_path / f"{guide}.sheet"), model=tiny)
+        asked = layout.encoder.after(layout.question([{"role": "user", "content": QUESTION}], shown, True))
+        assert loaded.question_tokens(QUESTION).equal(asked)
+        assert loaded.ask(QUESTION, max_tokens=8).text == kb.ask(QUESTION, max_tokens=8).text
+        assert kb.sheet.manifest.guide_tokens == len(layout.encoder.after(resident, continues=True))
+        layout.verify(layout.head(shown.instruction), left[len(layout.head(shown.instruction)) : -2], resident, shown)
+        told = loaded.sheet.manifest.model_dump()
+        assert told.pop("form") == ("" if guide == "resident" else FEW_SHOT.form)
+    told["guide"] = "resident"
+    assert Manifest(**told).form == ""
+    assert "Oslo" not in resident and "Bob" not in resident
+
+
+def test_the_form_of_examples_is_read_again_behind_passages(tiny):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1.2, guide="form")
+    answer = kb.ask(QUESTION, retriever="bm25", mode="hybrid", passage_tokens=60, max_tokens=4)
+    assert answer.mode == "hybrid" and answer.usage.completion_tokens == 4
+
+
 def test_the_storage_type_is_the_model_s_own_unless_another_is_asked(tiny):
     assert {layer.keys.dtype for layer in build(tiny).layers} == {torch.float32}
     small = build(tiny, dtype="bfloat16")
@@ -108,7 +156,7 @@ REFUSALS = {
         {"rate": None, "budget": 30, "guide": "resident"},
         r"the resident guide \d+; pass a budget of at least \d+, a lower rate, a shorter task, or guide='dropped'",
     ),
-    "guide": ({"guide": "kept"}, r"guide is 'kept'; use auto, resident, dropped"),
+    "guide": ({"guide": "kept"}, r"guide is 'kept'; use auto, resident, form, dropped"),
     "dtype": ({"dtype": "int3"}, r"There is no storage dtype 'int3'; use float32, bfloat16, float16, int8, int4"),
     "chunk": ({"chunk_tokens": -1}, r"A chunk of -1 tokens does not fit"),
     "scorer": ({"scorer": "none"}, r"There is no scorer 'none'"),

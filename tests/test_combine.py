@@ -15,6 +15,7 @@ from cribsheet.cutting import cut
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.rope import move
 from cribsheet.segments import sheet_layers
+from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone
 
 ALICE, BOB, CLARA, HUGO = DOCUMENTS
@@ -36,6 +37,27 @@ def test_combined_sheets_keep_every_key_and_value_at_positions_of_their_own(tiny
         torch.testing.assert_close(mine.keys[:, : first.tokens], one.keys, atol=1e-4, rtol=1e-4)
     assert [document.id for document in both.documents] == ["alice", "bob", "clara", "hugo"]
     assert both.kept_per_document() == {**first.kept_per_document(), **second.kept_per_document()}
+
+
+@pytest.mark.parametrize("mode", [SEQUENTIAL, INDEPENDENT], ids=["sequential", "independent"])
+@pytest.mark.parametrize(
+    ("guides", "shown"),
+    [
+        (("form", "form"), "form"),
+        (("form", "dropped"), "form"),
+        (("form", "resident"), "examples"),
+        (("dropped",) * 2, ""),
+    ],
+)
+def test_combined_sheets_show_examples_if_any_does_and_otherwise_their_form(tiny, mode, guides, shown):
+    parts = zip(guides, ([ALICE, BOB], [CLARA, HUGO]), strict=True)
+    both = combine(tiny, [build(tiny, part, rate=1, guide=guide, **mode) for guide, part in parts])
+    made = both.manifest
+    assert made.guide == ("resident" if shown else "dropped")
+    assert made.form == (FEW_SHOT.form if shown == "form" else "")
+    layout = ChatLayout(tiny.tokenizer)
+    guide = layout.encoder.after(layout.guide(both.shown_task).resident, continues=True)
+    assert made.guide_tokens == (len(guide) if shown else 0)
 
 
 def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(tiny):

@@ -47,7 +47,7 @@ def assert_same(first, second):
     assert first.manifest.digest == second.manifest.digest
 
 
-@pytest.mark.parametrize("guide", ["resident", "dropped"])
+@pytest.mark.parametrize("guide", ["resident", "form", "dropped"])
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide, allocation):
     settings = {"guide": guide, "allocation": allocation}

@@ -11,14 +11,14 @@ from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
 from test_probes import STAFF, TASK
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_sheet
-from cribsheet.build import Budgets, plan, read_through
+from cribsheet.build import Budgets, carry_out, plan, read_through
 from cribsheet.cli import run
 from cribsheet.compress import cut
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
 from cribsheet.loaded import LoadedModel
 from cribsheet.probes import Exam, Probe
-from cribsheet.retention import LADDER, Reference, full_context, reference, remarks, retained
+from cribsheet.retention import LADDER, Reference, full_context, make_checker, reference, remarks, retained
 from cribsheet.sheet import Manifest, Retention, Rung
 from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone
@@ -84,6 +84,19 @@ def test_full_context_is_everything_plainly_read(family, resident):
         mine, theirs = prefix.layers[number], stock.layers[number]
         torch.testing.assert_close(mine.keys, theirs.keys[0], atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(mine.values, theirs.values[0], atol=2e-3, rtol=2e-3)
+
+
+def test_probes_are_asked_behind_the_guide_that_a_sheet_has(tiny):
+    layout = ChatLayout(tiny.tokenizer)
+    guides = []
+    for guide in ("resident", "form", "dropped"):
+        budgets = Budgets(rate=1.2, guide=guide)
+        made = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer="recent")
+        checker = make_checker(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, "sequential", None, scorer="recent")
+        exams = [checker.exam(made), checker.exam(carry_out(tiny, made, dtype=None))]
+        assert all(exam.guide.equal(made.resident) for exam in exams)
+        guides.append(len(made.resident))
+    assert guides[0] > 0 and guides[1] > 0 and guides[2] == 0
 
 
 def test_a_corpus_that_outgrows_the_window_is_held_against_its_stretches():

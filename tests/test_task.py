@@ -150,6 +150,44 @@ def test_a_task_survives_the_way_through_plain_data() -> None:
     assert Task.from_dict(STAFF.to_dict()) == STAFF
 
 
+# ---- the form of the examples
+
+
+@pytest.mark.parametrize(
+    ("answers", "form"),
+    [
+        (["Oslo", "Cairo"], "Answer with 1 to 2 words, such as a name; nothing else."),
+        (["a spirit", "yes", "Latin"], "Answer with 1 to 2 words, such as yes or no, a name; nothing else."),
+        (["1996", "412 patients"], "Answer with 1 to 2 words, such as a year, a number; nothing else."),
+        (["the old miller", "to find his sister"], "Answer with 3 to 4 words; nothing else."),
+        (["C", "A"], "Answer with 1 to 2 words, such as a letter; nothing else."),
+        (["It was sold to a mill.", "Nobody knows that any more."], "Answer with 5 to 6 words, in sentences."),
+        (["東京", "京都です"], "Answer with 2 to 4 characters; nothing else."),
+    ],
+)
+def test_the_form_of_answers_is_told_without_a_word_of_theirs(answers: list[str], form: str) -> None:
+    task = Task("Staff", [("Who?", answer) for answer in answers])
+    assert task.form == form
+    assert task.shown(form) == Task(f"Staff. {form}")
+    assert not {word for answer in answers for word in answer.split() if word[0].isupper()} & set(form.split())
+
+
+def test_labels_that_come_again_and_again_are_named() -> None:
+    task = Task("Say how it sounds.", [("Fine!", "good"), ("No.", "bad"), ("Well!", "good"), ("Oh.", "bad")])
+    assert task.form == "Answer with good or bad, nothing else."
+
+
+def test_a_question_as_a_description_is_quoted_before_the_form_of_its_answers() -> None:
+    task = Task("Where do people live?", [("Where is Bo?", "Oslo")])
+    assert task.line == 'Answer questions like "Where do people live?" about the documents.'
+    assert task.shown(task.form).description == f"{task.line} {task.form}"
+
+
+def test_a_task_without_examples_has_no_form() -> None:
+    assert Task("Staff.").form == ""
+    assert Task("Staff.").shown("") == Task("Staff.")
+
+
 # ---- examples from the command line
 
 

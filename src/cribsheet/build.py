@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-GuideMode = Literal["auto", "resident", "dropped"]
+GuideMode = Literal["auto", "resident", "form", "dropped"]
 
 DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
 DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
@@ -54,7 +54,7 @@ _CHUNK_NOTES = 1024  # notes have room for so many facts only
 _BEFORE_REPEAT: dict[Guide, Literal["guide", "notes"]] = {"task and repeat": "guide", "notes and repeat": "notes"}
 QUESTION_SHARE = 0.25  # of the window that no head fills
 _SPREAD_TO = 48  # rate beyond which there is no place for a little of everything (decision 20)
-_RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this is dropped in "auto"
+_RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this does not stay in "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Plan:
     """A build before it starts; nothing that can be refused is left to refuse.
 
     `budget` is in tokens and includes those of the `resident` guide (T,), which is empty when the guide is dropped.
+    `form` is what that guide says in place of the task's examples, or empty.
     """
 
     layout: ChatLayout
@@ -73,6 +74,7 @@ class Plan:
     scorer_name: str
     reading: Reading
     cut_from: int | None = None  # the budget of the reading that the sheet is cut from, if that is a larger one
+    form: str = ""
 
     @property
     def rate(self) -> float:
@@ -107,6 +109,7 @@ class Plan:
             correction=self.reading.correction,
             build=circumstances(backbone, seconds),
             cut_from=self.cut_from,
+            form=self.form,
         )
 
     def identity(self, backbone: Backbone) -> dict[str, Any]:
@@ -160,8 +163,8 @@ def build_sheet(
         a name from `SCORERS`, or an object of your own with a `score` method; `"recall"` by default.
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
-        `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
-        the budget.
+        `"form"` keeps a sentence on the form of the examples' answers in their place; `"dropped"` uses them for
+        scoring only, as published; `"auto"` keeps the first of these that takes at most a quarter of the budget.
     chunk_tokens
         how much is read at once; 0 is everything (the single-pass form); by default chosen from device and window.
     system, template_options
@@ -349,11 +352,12 @@ class Budgets:
             )
         return budget
 
-    def keeps_guide(self, guide_tokens: int, budget: int, corpus_tokens: int) -> bool:
-        """Whether task and examples stay in the sheet."""
-        if self.guide == "auto":
-            return guide_tokens <= budget * _RESIDENT_SHARE and budget < corpus_tokens
-        return self.guide == "resident"
+    def kept_guide(self, whole: Tensor, in_form: Tensor, budget: int, corpus_tokens: int) -> Tensor:
+        """What stays in the sheet (T,): the guide with its examples, with their form instead, or nothing."""
+        if self.guide != "auto":
+            return {"resident": whole, "form": in_form, "dropped": whole[:0]}[self.guide]
+        most = budget * _RESIDENT_SHARE if budget < corpus_tokens else 0
+        return next((guide for guide in (whole, in_form) if len(guide) <= most), whole[:0])
 
 
 def plan(
@@ -375,13 +379,15 @@ def plan(
     budget = budgets.tokens(len(corpus))
     encode = layout.encoder.after
     scored, opening = encode(guide.scored), encode(guide.resident, continues=True)
-    resident = opening
+    form = task.form
+    in_form = encode(layout.guide(task.shown(form)).resident, continues=True) if form else opening
     repeat = encode(layout.repeat(task, _BEFORE_REPEAT.get(chosen.guide, "documents")))
     if chosen.guide == "task and repeat":
         scored = opening  # the conversation goes on
-    if not budgets.keeps_guide(len(resident), budget, len(corpus)):
-        resident = resident[:0]
-    layout.verify(head, corpus.text, guide.resident if len(resident) else "", task)
+    resident = budgets.kept_guide(opening, in_form, budget, len(corpus))
+    form = form if resident is in_form else ""
+    shown = task.shown(form)
+    layout.verify(head, corpus.text, layout.guide(shown).resident if len(resident) else "", shown)
     keep = budget - len(resident)
     fixed = corpus.head_tokens if budgets.allocation == "uniform" else _pinned(chosen, "adaptive", corpus.head_tokens)
     if keep <= fixed:
@@ -418,7 +424,7 @@ def plan(
         most=_most_tokens(backbone, keep, len(resident), after_chunk + chunk * _times_read(chosen.guide)),
         seed=seed,
     )
-    return Plan(layout, task, corpus, head, budget, resident, name, reading)
+    return Plan(layout, task, corpus, head, budget, resident, name, reading, form=form)
 
 
 def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:

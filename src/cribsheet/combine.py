@@ -55,7 +55,9 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
     _refuse_two_texts(sheets)
     purpose = _joined(sheets) if task is None else Task.of(task)
     parts = [cut(backbone, sheet) for sheet in sheets]
-    guide = layout.encoder.after(layout.guide(purpose).resident, continues=True)
+    # examples stay if any sheet shows some; their form does if it is all that any shows
+    form = "" if any(sheet.resident and not sheet.manifest.form for sheet in sheets) else purpose.form
+    guide = layout.encoder.after(layout.guide(purpose.shown(form)).resident, continues=True)
     if not any(sheet.resident for sheet in sheets):
         guide = guide[:0]
     rates = {sheet.manifest.document_rate for sheet in sheets}
@@ -64,6 +66,7 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
     manifest = first.model_copy(
         update={
             "task": purpose.to_dict(),
+            "form": form,
             "document_rate": first.document_rate if len(rates) == 1 else None,
             "document_most": least_most([sheet.manifest for sheet in sheets]),
             "allocation": allocation,

@@ -66,6 +66,7 @@ class Terms:
     dtype: StorageDtype
     seed: int
     resident: bool
+    form: str
     allocation: Allocation = "uniform"
     most: float | None = None
 
@@ -81,6 +82,7 @@ class Terms:
             dtype=manifest.dtype,
             seed=manifest.seed,
             resident=manifest.guide == "resident",
+            form=manifest.form,
             allocation=manifest.allocation,
             most=manifest.document_most,
         )
@@ -103,7 +105,8 @@ class Terms:
     @cached_property
     def guide(self) -> Tensor:
         """Tokens (T,) of the resident guide; none if it is dropped."""
-        guide = self.layout.encoder.after(self.layout.guide(self.task).resident, continues=True)
+        shown = self.task.shown(self.form)
+        guide = self.layout.encoder.after(self.layout.guide(shown).resident, continues=True)
         return guide if self.resident else guide[:0]
 
     def length(self, document: Document) -> int:
@@ -183,14 +186,16 @@ def build_independent(
         raise DocumentError("There are no documents; a sheet needs at least one.")
 
     def terms_at(rate: float) -> Terms:
-        resident = budgets.guide == "resident" or (budgets.guide == "auto" and rate > 1)
-        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, budgets.allocation)
+        resident = budgets.guide in ("resident", "form") or (budgets.guide == "auto" and rate > 1)
+        form = task.form if budgets.guide == "form" else ""
+        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, form, budgets.allocation)
 
     terms = terms_at(_rate(terms_at, documents, budgets))
     terms = replace(terms, most=_most(backbone, terms, documents))
     plans = [terms.plan(backbone, document) for document in documents]
     corpus = plans[0].corpus
-    layout.verify(plans[0].head, corpus.text, layout.guide(task).resident if terms.resident else "", task)
+    shown = task.shown(terms.form)
+    layout.verify(plans[0].head, corpus.text, layout.guide(shown).resident if terms.resident else "", shown)
     check_fits(
         backbone, sum(p.reading.budget - p.corpus.head_tokens for p in plans) + len(terms.head) + len(terms.guide)
     )
@@ -205,6 +210,7 @@ def build_independent(
                 "document_most": terms.most,
                 "chunk_tokens": usual if budgets.chunk_tokens is None else budgets.chunk_tokens,
                 "head_tokens": len(terms.head),
+                "form": terms.form,
             }
         )
     )

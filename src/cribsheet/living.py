@@ -30,6 +30,7 @@ _SAME = {
     "head": "head",
     "task": "task",
     "guide": "guide",
+    "form": "guide",
     "dtype": "storage dtype",
     "document_rate": "document rate",
     "allocation": "allocation",

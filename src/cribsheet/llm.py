@@ -79,7 +79,7 @@ class CompressedKnowledgeLLM:
         self._layout = ChatLayout(self.backbone.tokenizer, system=made.system, options=made.template_options)
         made.fingerprint.check(fingerprint(self.backbone, self._layout))
         list(sheet.layers)  # read now: who writes to the file later changes nothing that is answered
-        self._task = sheet.task
+        self._task = sheet.shown_task
         self._loaded.enter(self)
 
     @classmethod

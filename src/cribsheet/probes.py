@@ -90,19 +90,22 @@ class Probe:
 class Exam:
     """A model that is asked many questions at once, over any prefix, in the form in which a sheet would be asked.
 
-    Where the guide is `resident`, task line and examples stand before every question; without examples, each question
-    asks for a short answer, as long ones cannot be compared.
+    Where the guide is `resident`, task line and examples, or their `form`, stand before every question; without
+    examples, each question asks for a short answer, as long ones cannot be compared.
     """
 
-    def __init__(self, model: Backbone | LoadedModel, layout: ChatLayout, task: Task, *, resident: bool = True) -> None:
+    def __init__(
+        self, model: Backbone | LoadedModel, layout: ChatLayout, task: Task, *, resident: bool = True, form: str = ""
+    ) -> None:
         self.loaded = LoadedModel.get(model)
-        self.layout, self.task, self.resident = layout, task, resident
+        self.layout, self.task, self.resident, self._shown = layout, task, resident, task.shown(form)
         self._nothing = Prefix(nothing_read(self.backbone), 0)
 
     @classmethod
     def of(cls, knowledge: CompressedKnowledgeLLM) -> Exam:
         """That of an open sheet."""
-        return cls(knowledge.backbone, knowledge._layout, knowledge._task, resident=knowledge.sheet.resident)
+        sheet, layout = knowledge.sheet, knowledge._layout
+        return cls(knowledge.backbone, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
 
     @property
     def backbone(self) -> Backbone:
@@ -112,7 +115,7 @@ class Exam:
     @property
     def guide(self) -> Tensor:
         """Tokens (T,) of task line and examples as they stand after the documents; none if they are dropped."""
-        guide = self.layout.guide(self.task).resident if self.resident else ""
+        guide = self.layout.guide(self._shown).resident if self.resident else ""
         return self.layout.encoder.after(guide, continues=True)
 
     @property
@@ -142,7 +145,7 @@ class Exam:
     def _after(self, question: str) -> Tensor:
         text = question if self.task.few_shot else f"{question} {_SHORTLY}"
         turns = [{"role": "user", "content": text}]
-        return self.layout.encoder.after(self.layout.question(turns, self.task, self.resident))
+        return self.layout.encoder.after(self.layout.question(turns, self._shown, self.resident))
 
     def _documents(self, text: str) -> Tensor:
         encoder = self.layout.encoder

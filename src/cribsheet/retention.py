@@ -134,11 +134,13 @@ class Checker:
     probes: list[Probe] = field(default_factory=list)
     rungs: list[Rung] = field(default_factory=list)
     why: str = ""
-    _references: dict[bool, Reference] = field(default_factory=dict)
+    _references: dict[tuple[int, ...], Reference] = field(default_factory=dict)
 
-    def exam(self, resident: bool) -> Exam:
-        """Questions in the form in which a sheet with or without a resident guide is asked."""
-        return Exam(self.backbone, self.layout, self.task, resident=resident)
+    def exam(self, sheet: Sheet | Plan) -> Exam:
+        """Questions in the form in which such a sheet is asked, with the guide that it has."""
+        made = sheet.manifest if isinstance(sheet, Sheet) else sheet
+        resident = sheet.resident if isinstance(sheet, Sheet) else len(sheet.resident) > 0
+        return Exam(self.backbone, self.layout, self.task, resident=resident, form=made.form)
 
     def prepare(self, exam: Exam) -> bool:
         """Make probes and answer them; whether enough of them count. If not, `why` says it."""
@@ -162,9 +164,10 @@ class Checker:
 
     def reference(self, exam: Exam) -> Reference:
         """The reference for sheets with a guide as the exam has it."""
-        if exam.resident not in self._references:
-            self._references[exam.resident] = reference(exam, self.probes, self.documents)
-        return self._references[exam.resident]
+        guide = tuple(exam.guide.tolist())
+        if guide not in self._references:
+            self._references[guide] = reference(exam, self.probes, self.documents)
+        return self._references[guide]
 
     def rung(self, exam: Exam, sheet: Sheet, rate: float) -> Rung:
         """What a sheet retains."""
@@ -216,7 +219,7 @@ class Checker:
         while low < high or best is None:
             middle = (low + high + 1) // 2
             sheet = sheet_at(rates[middle])
-            found = self.rung(self.exam(sheet.resident), sheet, rates[middle])
+            found = self.rung(self.exam(sheet), sheet, rates[middle])
             self.rungs.append(found)
             if found.share >= self.bound:
                 low, best = middle, sheet
@@ -263,7 +266,7 @@ def build_retaining(
     Where nothing can be checked, that of the default rate. Raises as `build_sheet`.
     """
     plans = _possible(checker.plan_at)
-    exam = checker.exam(resident=bool(len(plans[min(plans)].resident)))
+    exam = checker.exam(plans[min(plans)])
     if not checker.prepare(exam):
         rate = min(plans, key=lambda rate: abs(rate - DEFAULT_RATE))
         checker.why += f"; so the rate is {rate:g}"
@@ -271,7 +274,7 @@ def build_retaining(
         return checker.told(sheet, exam, None)
     sheet = checker.search(plans, dtype, progress, checkpoint)
     mine = next(rung for rung in checker.rungs if rung.budget == sheet.manifest.budget)
-    return checker.told(sheet, checker.exam(sheet.resident), mine)
+    return checker.told(sheet, checker.exam(sheet), mine)
 
 
 def checked(checker: Checker, sheet: Sheet, *, dtype: str | None) -> Sheet:
@@ -280,7 +283,7 @@ def checked(checker: Checker, sheet: Sheet, *, dtype: str | None) -> Sheet:
     Those are read for once more, and cut from that reading; of a corrected or an independent sheet none are. Whatever
     goes wrong is told in the manifest, as the sheet is there.
     """
-    exam, mine = checker.exam(sheet.resident), None
+    exam, mine = checker.exam(sheet), None
     try:
         if checker.prepare(exam):
             mine = checker.rung(exam, sheet, sheet.rate)

@@ -162,6 +162,7 @@ def assemble(
     made = {
         "guide": "resident" if len(resident) else "dropped",
         "guide_tokens": len(resident),
+        "form": manifest.form if len(resident) else "",
         "corpus_digest": corpus_digest(documents),
         "corpus_tokens": read,
         "head_tokens": head.kept,

@@ -165,6 +165,7 @@ class Manifest(BaseModel):
     history: list[Change] = []
     cut_from: Annotated[Count, Field(ge=1)] | None = None
     retention: Retention | None = None
+    form: str = ""
 
     def check(self) -> None:
         """Raise `ValueError` where parts of it contradict each other."""
@@ -273,8 +274,13 @@ class Sheet:
 
     @property
     def resident(self) -> bool:
-        """Whether task and examples are part of the sheet."""
+        """Whether task and examples, or the form of these, are part of the sheet."""
         return self.manifest.guide == "resident"
+
+    @property
+    def shown_task(self) -> Task:
+        """The task as a resident guide shows it; questions are rendered with it."""
+        return self.task.shown(self.manifest.form)
 
     @property
     def documents(self) -> list[Document]:

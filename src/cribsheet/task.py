@@ -6,16 +6,19 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cribsheet.errors import TaskError
 from cribsheet.formats.record import mending_of, surrogate_in
+from cribsheet.form import form_of
 
 _KEYS = ("description", "examples", "instruction")
 _EXAMPLE_KEYS = ("question", "answer")
 _ARROW = "=>"
+_QUESTION_MARKS = ("?", "？", "؟")
+_ENDS = (".", "!", "。", "！")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,28 @@ class Task:
     def few_shot(self) -> bool:
         """Whether there are examples."""
         return bool(self.examples)
+
+    @property
+    def line(self) -> str:
+        """What a prompt says of the task.
+
+        A description that is a question is quoted: as it stands, a model answers it instead of the user's own.
+        """
+        if self.description.endswith(_QUESTION_MARKS):
+            return f'Answer questions like "{self.description}" about the documents.'
+        return self.description
+
+    @property
+    def form(self) -> str:
+        """A sentence on the form of the examples' answers (`form.py`); empty without examples."""
+        return form_of([answer for _, answer in self.examples]) if self.examples else ""
+
+    def shown(self, form: str) -> Task:
+        """The task as a guide shows it: with such a sentence in the place of its examples, or as it is without one."""
+        if not form:
+            return self
+        line = self.line if self.line.endswith(_ENDS) else f"{self.line}."
+        return replace(self, description=f"{line} {form}", examples=())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, from which `from_dict` makes the same task."""

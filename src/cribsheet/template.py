@@ -33,7 +33,6 @@ Message = Mapping[str, Any]
 
 _MARKER = "CribsheetMarker"
 _GAP = "\n\n"
-_QUESTION_MARKS = ("?", "？", "؟")
 _REPEAT = "Repeat the documents."
 
 # For models that come without a chat template (base models).
@@ -222,14 +221,8 @@ def _user(content: str) -> Message:
 
 
 def _task_line(task: Task) -> str:
-    """What the user's turn says of the task.
-
-    A description that is a question is quoted: as it stands, a model answers it instead of the user's own.
-    """
-    said = task.description
-    if said.endswith(_QUESTION_MARKS):
-        said = f'Answer questions like "{said}" about the documents.'
-    return f"Task: {said}"
+    """What the user's turn says of the task."""
+    return f"Task: {task.line}"
 
 
 def _merged(turns: Sequence[Message], instruction: str, corpus: str) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ class Sheets:
         budgets = Budgets(rate=1, guide="dropped")
         planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer="recent")
         guide = self.guide(task)
-        return self._carried_out(replace(planned, resident=guide, budget=planned.budget + len(guide)))
+        return self._carried_out(replace(planned, resident=guide, form="", budget=planned.budget + len(guide)))
 
     def guide(self, task: Task) -> Tensor:
         """Token ids (T,) of the guide where it stays in the prompt."""

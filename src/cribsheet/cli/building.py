@@ -55,8 +55,8 @@ def build(
         ),
     ] = None,
     guide: Annotated[
-        Literal["auto", "resident", "dropped"],
-        typer.Option(help="Whether task and examples stay in the sheet; auto: if they take at most a quarter."),
+        Literal["auto", "resident", "form", "dropped"],
+        typer.Option(help="What stays of the task: all, the form of its examples' answers, nothing, or what is small."),
     ] = "auto",
     chunk_tokens: Annotated[
         int | None,

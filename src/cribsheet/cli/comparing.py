@@ -55,7 +55,8 @@ def compare(
         typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
     ] = None,
     guide: Annotated[
-        Literal["auto", "resident", "dropped"], typer.Option(help="Whether task and examples stay in the prompt.")
+        Literal["auto", "resident", "form", "dropped"],
+        typer.Option(help="Whether task and examples, or their form, stay."),
     ] = "auto",
     model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
     device: Device = None,
