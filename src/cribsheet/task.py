@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cribsheet.errors import TaskError
-from cribsheet.formats.record import mending_of, surrogate_in
 from cribsheet.form import form_of
+from cribsheet.formats.record import mending_of, surrogate_in
 
 _KEYS = ("description", "examples", "instruction")
 _EXAMPLE_KEYS = ("question", "answer")
