@@ -92,11 +92,21 @@ class Constraint:
         self._left = limit
         way_out = self._way_out(limit) or self._hinted(limit) or self._explored(limit)
         if way_out is None:
+            for text in grammar.hints:
+                written = tokens.decode(tokens.spelled(text))
+                if written.lstrip(" ") != text.lstrip(" "):
+                    raise RequestError(
+                        f"The model's tokenizer cannot write {text!r}, which becomes {written!r}; use other characters."
+                    )
             raise RequestError(
                 f"No answer that fits the {grammar.what} was found within max_tokens={limit}; allow more tokens or "
                 "loosen it."
             )
         self._plan = way_out
+
+    def decode(self, ids: Sequence[int], **how: Any) -> str:
+        """The text that these tokens are in the grammar, as a tokenizer's `decode`."""
+        return self._tokens.decode(ids, **how)
 
     def masked(self, logits: Tensor) -> Tensor:
         """Logits (V,) with every token that the grammar forbids at minus infinity."""
