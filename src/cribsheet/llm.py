@@ -514,7 +514,7 @@ class CompressedKnowledgeLLM:
             ends=ends,
             constraint=constraint,
             timeout=timeout,
-            evidence=bool(sampling.get("evidence", True)),
+            evidence=sampling.get("evidence") is None or bool(sampling["evidence"]),
             told=asked.places,
             lead=asked.lead,
         )

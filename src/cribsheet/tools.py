@@ -88,9 +88,9 @@ class Toolbox:
             raise RequestError(f"Two tools have one name among {', '.join(known)}; rename one.")
         wanted = choice
         if isinstance(choice, Mapping):
-            wanted = choice.get("function", choice).get("name") or choice.get("type")
+            wanted = (choice.get("function") or choice).get("name") or choice.get("type")
         if not known:
-            if choice in (None, False, "auto", "none"):
+            if wanted in (None, False, "auto", "none"):
                 return None
             raise RequestError(f"tool_choice is {choice!r}, but no tools were given; pass tools=[...].")
         everything = tuple(known.values())

@@ -31,7 +31,7 @@ _KINDS = {
     504: ("server_error", "answer_timeout"),
 }
 RETRY_SECONDS = 1
-_ODD_TURNS = "The model's chat template has no form for these turns in this order; begin with the user's."
+_ODD_TURNS = "The model's chat template has no form for these turns in this order; ask in one turn of the user."
 
 
 class ErrorDetail(BaseModel):
