@@ -17,7 +17,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
@@ -215,12 +215,12 @@ class ChatCribsheet(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens that messages and tools take beside the sheet, as its template renders them; 0 for no messages.
 
-        Messages that end with the model's own count as they do when another question follows.
+        Messages that end with the model's own, or with a system text, count as they do when another question follows.
         """
         count, told = self.llm.count_tokens, [convert_to_openai_tool(tool) for tool in tools or ()]
         if not messages:
             return 0
-        if isinstance(messages[-1], AIMessage):
+        if isinstance(messages[-1], AIMessage | SystemMessage):
             return count(as_conversation([*messages, HumanMessage("?")]), told) - count("?")
         return count(as_conversation(messages), told)
 
