@@ -243,5 +243,63 @@ def test_a_form_beside_tools_takes_an_answer_or_a_call_and_nothing_else(kb):
     assert taken('{"city": "Oslo"}') and taken('{"name": "add", "arguments": {"a": 1, "b": 2}}')
     assert taken('{"name": "note", "arguments": {"who": "Bob"}}')
     assert not taken('{"city": "Rome"}') and not taken('{"name": "sub", "arguments": {}}')
-    with pytest.raises(RequestError, match="Two schemas define 'Who' differently"):
-        Toolbox.of([NOTE]).beside({"$defs": {"Who": {"type": "null"}}, "$ref": "#/$defs/Who"})
+    other = Toolbox.of([NOTE]).beside({"$defs": {"Who": {"const": "Eve"}}, "$ref": "#/$defs/Who"})
+    grammar = Grammar.json_schema(other)
+    assert taken('"Eve"') and taken('{"name": "note", "arguments": {"who": "Bob"}}') and not taken('"Bob"')
+
+
+PERSON = {
+    "$defs": {
+        "Person": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 4},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/Person"}, "maxItems": 2},
+            },
+            "required": ["name", "children"],
+        }
+    },
+    "$ref": "#/$defs/Person",
+}
+TREE = {
+    "type": "object",
+    "properties": {"children": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}},
+    "required": ["children"],
+}
+OLDER = {
+    "type": "object",
+    "definitions": {"n": {"type": "integer"}},
+    "properties": {"a": {"$ref": "#/definitions/n"}, "b": {"$ref": "#/properties/a"}},
+    "required": ["a", "b"],
+}
+EITHER = {"anyOf": [OLDER, {"type": "object", "properties": {"c": {"const": "$ref"}}, "required": ["c"]}]}
+EITHER["anyOf"][0] = {**OLDER, "properties": {"a": {"type": "integer"}, "$ref": {"type": "null"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fits", "fits_not"),
+    [
+        (PERSON, {"name": "A", "children": [{"name": "B", "children": []}]}, {"name": "A", "children": [1]}),
+        (PERSON, {"name": "A", "children": []}, {}),
+        (TREE, {"children": [{"children": []}]}, {"children": [{"name": "tree", "arguments": {"children": []}}]}),
+        (OLDER, {"a": 1, "b": 2}, {"a": 1, "b": "2"}),
+        (EITHER, {"a": 1, "$ref": None}, {"a": "x"}),
+        (EITHER, {"c": "$ref"}, {"c": "#"}),
+    ],
+)
+def test_arguments_may_refer_to_themselves_alone_and_beside_others(kb, parameters, fits, fits_not):
+    tool = {"name": "tree", "parameters": {"$id": "https://example.org/x", **parameters}}
+    backbone = kb.backbone
+    tokens = GrammarTokens.of(backbone.tokenizer, backbone.eos_ids, backbone.config.vocab_size)
+    for tools in ([tool], [ADD, tool], [tool, {**tool, "name": "other"}]):
+        grammar = Grammar.json_schema(Toolbox.of(tools, "tree" if len(tools) == 1 else "any").schema)
+
+        def taken(arguments, grammar=grammar):
+            form = Constraint(grammar, tokens, 400)
+            text = json.dumps({"name": "tree", "arguments": arguments})
+            ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return all(form.accept(token) for token in [*ids, min(backbone.eos_ids)])
+
+        assert taken(fits) and not taken(fits_not)
+        answer = kb.ask("?", tools=tools, tool_choice="tree", max_tokens=80, temperature=2, seed=1)
+        assert answer.finish_reason == "tool_calls"

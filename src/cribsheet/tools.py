@@ -25,6 +25,9 @@ from cribsheet.errors import RequestError
 
 _OPEN, _CLOSE, _LIST = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
+_SAY_ALL = {"$ref", "anyOf", "oneOf", "allOf"}  # what a schema of arguments may be instead of one of an object
+_NAMED = ("properties", "$defs", "definitions", "patternProperties")  # of a schema, that are schemas by name
+_VALUES = ("enum", "const", "default", "examples")  # of a schema, that are no schemas
 ANY = ("any", "required", True)
 # What a whole answer that is a call may stand in: a fence of code, or the tags of other prompts.
 _TAGS = "tools?|tool_calls?|function_calls?"
@@ -227,12 +230,11 @@ def result_text(name: str | None, content: str) -> str:
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON schema whose objects hold nothing beside the properties that they name, unless it says otherwise."""
-    named = ("properties", "$defs", "definitions")
     made: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in named and isinstance(value, Mapping):
+        if key in _NAMED and isinstance(value, Mapping):
             made[key] = {name: closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
-        elif key in ("enum", "const", "default", "examples"):
+        elif key in _VALUES:
             made[key] = value
         elif isinstance(value, Mapping):
             made[key] = closed(value)
@@ -246,28 +248,43 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
-    """JSON schema of a call, its definitions at the top, where references look for them."""
-    parameters = closed({**_NOTHING, **tool.parameters})
-    definitions = parameters.pop("$defs", {})
-    call = {
+    """JSON schema of a call."""
+    parameters = {**({} if tool.parameters.keys() & _SAY_ALL else _NOTHING), **tool.parameters}
+    return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": parameters},
+        "properties": {"name": {"const": tool.name}, "arguments": _moved(closed(parameters), "properties/arguments")},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-    return {**call, **({"$defs": definitions} if definitions else {})}
 
 
 def _either(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """JSON schema of a value that fits one of several; two of them may not mean different things by one name."""
-    definitions: dict[str, Any] = {}
-    for schema in schemas:
-        for name, value in schema.get("$defs", {}).items():
-            if definitions.setdefault(name, value) != value:
-                raise RequestError(f"Two schemas define {name!r} differently; rename one.")
-    options = [{key: value for key, value in schema.items() if key != "$defs"} for schema in schemas]
-    made = {"anyOf": options} if len(options) > 1 else options[0]
-    return {**made, **({"$defs": definitions} if definitions else {})}
+    """JSON schema of a value that fits one of several."""
+    if len(schemas) == 1:
+        return dict(schemas[0])
+    return {"anyOf": [_moved(schema, f"anyOf/{number}") for number, schema in enumerate(schemas)]}
+
+
+def _moved(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A JSON schema at a place inside of another one, where what it says of itself still refers to it."""
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, list):
+            return [moved(each) for each in part]
+        if not isinstance(part, Mapping):
+            return part
+        made = dict(part)
+        for key, value in part.items():
+            if key in _NAMED and isinstance(value, Mapping):
+                made[key] = {name: moved(each) for name, each in value.items()}
+            elif key not in _VALUES:
+                made[key] = moved(value)
+        refers = made.get("$ref")
+        if isinstance(refers, str) and (refers == "#" or refers.startswith("#/")):
+            made["$ref"] = f"#/{place}{refers[1:]}"
+        return made
+
+    return {key: value for key, value in moved(schema).items() if key not in ("$id", "$schema")}
 
 
 def _is_told(tool: Tool, value: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:

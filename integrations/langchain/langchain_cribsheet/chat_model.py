@@ -22,7 +22,6 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool, StructuredTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from cribsheet import CompressedKnowledgeLLM, __version__
@@ -34,6 +33,7 @@ from cribsheet.tools import Tool, Toolbox
 from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge
 from langchain_cribsheet.messages import as_conversation
+from langchain_cribsheet.schemas import as_openai_tool
 from langchain_cribsheet.serialisation import register
 from langchain_cribsheet.structured import structured
 
@@ -217,7 +217,7 @@ class ChatCribsheet(BaseChatModel):
 
         Messages that end with the model's own, or with a system text, count as they do when another question follows.
         """
-        count, told = self.llm.count_tokens, [convert_to_openai_tool(tool) for tool in tools or ()]
+        count, told = self.llm.count_tokens, [as_openai_tool(tool) for tool in tools or ()]
         if not messages:
             return 0
         if isinstance(messages[-1], AIMessage | SystemMessage):
@@ -318,7 +318,7 @@ class ChatCribsheet(BaseChatModel):
         A forced call is always complete and fits the tool's schema; `parallel_tool_calls=False` keeps only the first.
         Raises `RequestError` for a choice that is none, and for a forced tool whose schema no grammar can enforce.
         """
-        converted = [convert_to_openai_tool(tool) for tool in tools]
+        converted = [as_openai_tool(tool) for tool in tools]
         toolbox = Toolbox.of(list({Tool.of(tool).name: tool for tool in converted}.values()), tool_choice)
         if toolbox and toolbox.forced:
             Grammar.json_schema(toolbox.schema)
