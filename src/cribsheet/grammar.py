@@ -1,4 +1,4 @@
-"""Answers that must have a form: JSON schema, regular expression or one of several choices, always complete.
+"""Answers that must have a form: JSON schema, regular expression or one of several choices, complete within a limit.
 
 A grammar alone keeps an answer valid only as far as it goes; cut off by the token limit it is invalid after all. So a
 running answer always knows one way to finish within the tokens that are left, and takes that way as soon as the

@@ -315,8 +315,9 @@ class ChatCribsheet(BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """A model that may call `tools`; `tool_choice` is "auto", "none", "any", "required", true, or a tool's name.
 
-        A forced call is always complete and fits the tool's schema; `parallel_tool_calls=False` keeps only the first.
-        Raises `RequestError` for a choice that is none, and for a forced tool whose schema no grammar can enforce.
+        A forced call is complete and fits the tool's schema, unless a `stop` string cuts it;
+        `parallel_tool_calls=False` keeps only the first. Raises `RequestError` for a choice that is none, and for a
+        forced tool whose schema no grammar can enforce.
         """
         converted = [as_openai_tool(tool) for tool in tools]
         toolbox = Toolbox.of(list({Tool.of(tool).name: tool for tool in converted}.values()), tool_choice)
@@ -337,7 +338,8 @@ class ChatCribsheet(BaseChatModel):
         """A model whose answers are instances of `schema` (Pydantic) or dicts (TypedDict, JSON schema).
 
         `method` is "json_schema" (the answer is bound by the schema), "function_calling" (a forced call) or "json_mode"
-        (any JSON object). Answers are always complete; `strict=False` also allows keys that the schema does not name.
+        (any JSON object). Answers are complete unless a `stop` string cuts them, or refused before they begin; what a
+        class checks beyond its schema is raised. `strict=False` also allows keys that the schema does not name.
         """
         return structured(self, schema, method=method, include_raw=include_raw, strict=strict, **kwargs)
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, Optional
 from uuid import UUID
 
 import pytest
+from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, field_validator
 from typing_extensions import TypedDict
 
 from cribsheet import CompressedKnowledgeLLM
@@ -215,6 +216,27 @@ def test_a_schema_that_no_grammar_can_enforce_is_refused_when_bound(llm, schema,
         llm.with_structured_output(schema)
     with pytest.raises(RequestError, match="The method is 'xml'"):
         llm.with_structured_output(Item, method="xml")
+
+
+def test_what_an_answer_of_a_form_may_still_fail_on_is_raised(llm):
+    with pytest.raises(OutputParserException):  # the caller's own stop cuts it
+        llm.with_structured_output(Person).invoke(ASK, stop=["children"])
+
+    class Never(BaseModel):
+        """A class may check more than its schema says."""
+
+        city: Literal["Oslo"]
+
+        @field_validator("city")
+        @classmethod
+        def _refuse(cls, city: str) -> str:
+            raise ValueError(f"not {city}")
+
+    with pytest.raises(OutputParserException, match="not Oslo"):
+        llm.with_structured_output(Never).invoke(ASK)
+    for schema in ({"enum": []}, {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}):
+        with pytest.raises(RequestError, match="cannot be used"):
+            llm.with_structured_output(schema)
 
 
 def test_json_mode_gives_json_and_an_error_of_parsing_stays_beside_the_raw_answer(llm):
