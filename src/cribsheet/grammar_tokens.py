@@ -22,7 +22,7 @@ from cribsheet.errors import RequestError
 _ORDERS = 9  # orders of tokens tried when looking for a way out; the first is made for JSON, the second for text
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _SAMPLE = '{"name": "Ada Byron", "age": 36}'
-_MARKS_SPACES = ("Prepend", "Replace", "ByteLevel")  # normalisers that only say where words begin, or spell bytes
+_MARK = "▁"  # what normalisers put where words begin
 
 
 class GrammarTokens:
@@ -135,14 +135,13 @@ def _unnormalised(tokenizer: Any) -> Tokenizer:
 
 
 def _kept(normalizer: Any) -> Any:
-    """What of a normaliser, in `tokenizers`' JSON, leaves letters as they are."""
-    if normalizer is None:
-        return None
-    if normalizer["type"] == "Sequence":
+    """What of a normaliser, in `tokenizers`' JSON, leaves letters as they are: it marks words, or spells in bytes."""
+    kind = normalizer["type"] if normalizer else None
+    if kind == "Sequence":
         kept = [inner for each in normalizer["normalizers"] if (inner := _kept(each))]
         return {**normalizer, "normalizers": kept} if kept else None
-    other = normalizer["type"] == "Replace" and normalizer["pattern"] != {"String": " "}
-    return None if other or normalizer["type"] not in _MARKS_SPACES else normalizer
+    marks = kind in ("Prepend", "ByteLevel") or (kind == "Replace" and _MARK in normalizer["content"])
+    return normalizer if marks else None
 
 
 def _spelled(exact: Tokenizer, text: str) -> list[int]:
