@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import RequestError
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
-from cribsheet.testing import tiny_backbone
+from cribsheet.testing import tiny_backbone, tiny_tokenizer
+from cribsheet.textstream import TextStream
 
 SCHEMA = {
     "type": "object",
@@ -179,3 +183,78 @@ def test_an_answer_with_a_form_has_log_probabilities_for_every_token(kb):
 def test_a_number_above_an_open_bound_finds_its_end(kb):
     schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     assert 0 < json.loads(kb.ask(QUESTION, json_schema=schema, max_tokens=30).text) < 1
+
+
+NORMALISERS = {
+    "NFC": normalizers.NFC(),
+    "NFD": normalizers.NFD(),
+    "NFKC": normalizers.NFKC(),
+    "NFKD": normalizers.NFKD(),
+    "lower case": normalizers.Lowercase(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+    "other quotes": normalizers.Replace("``", '"'),
+}
+CHANGED = ["a\u0301", "\u212b", "\ufb01ne", "\u1112\u1161\u11ab", "caf\u00e9", "Yes", "\u2460", "``a''"]
+
+
+def normalising(normaliser):
+    tokenizer = deepcopy(tiny_tokenizer())
+    tokenizer.backend_tokenizer.normalizer = normaliser
+    return tokenizer
+
+
+def with_marks(normaliser, *, bytes_too=True, decoder=None):
+    """A tokenizer as Llama's: words carry a mark for the space before them, and what it lacks is spelt in bytes."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=bytes_too, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normaliser, normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoder or decoders.Sequence(parts)
+    raw = [f"<0x{byte:02X}>" for byte in range(256)] if bytes_too else []
+    names = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[*names, *raw], show_progress=False)
+    made.train_from_iterator(['yes and no and the rest {"a": [true, 1]}'] * 9, trainer)
+    spec = json.loads(made.to_str())
+    spec["added_tokens"] = [each for each in spec["added_tokens"] if each["content"] in names]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def said_at_random(grammar, tokenizer, limit=60):
+    """What an answer is read as, token by token, that is bound by a grammar and random otherwise."""
+    size, end = len(tokenizer), tokenizer.eos_token_id
+    constraint = Constraint(grammar, GrammarTokens.of(tokenizer, frozenset({end}), size), limit)
+    stream, noise = TextStream(constraint, exact=True), torch.Generator().manual_seed(0)
+    while True:
+        logits = torch.randn(size, generator=noise) * 5
+        token, _ = constraint.choose(logits, lambda logits: (int(logits.argmax()), logits))
+        if token == end:
+            return stream.text + stream.finish()
+        stream.push(token)
+
+
+@pytest.mark.parametrize("make", [normalising, with_marks])
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_a_form_holds_letter_by_letter_whatever_the_tokenizer_makes_of_questions(make, normaliser):
+    tokenizer = make(NORMALISERS[normaliser])
+    for text in CHANGED:
+        assert said_at_random(Grammar.choices([text]), tokenizer) == text
+        schema = {"type": "object", "properties": {text: {"const": text}}, "required": [text]}
+        made = said_at_random(Grammar.json_schema({**schema, "additionalProperties": False}), tokenizer, 90)
+        assert json.loads(made) == {text: text}
+
+
+def test_a_space_that_an_answer_begins_with_is_part_of_its_form():
+    metaspace = with_marks(normalizers.NFC(), bytes_too=False, decoder=decoders.Metaspace())
+    for tokenizer in (metaspace, with_marks(normalizers.NFC())):
+        assert said_at_random(Grammar.choices([" yes"]), tokenizer) == " yes"
+        assert said_at_random(Grammar.choices(["yes"]), tokenizer) == "yes"
+
+
+def test_what_a_vocabulary_cannot_write_is_refused_as_such():
+    tokenizer = with_marks(normalizers.NFC(), bytes_too=False)
+    assert said_at_random(Grammar.choices(["yes", "\ufb01ne"]), tokenizer) == "yes"
+    with pytest.raises(RequestError, match="The model's tokenizer cannot write '\ufb01ne'"):
+        said_at_random(Grammar.choices(["\ufb01ne"]), tokenizer)
+    with pytest.raises(RequestError, match="within max_tokens=1; allow more"):
+        said_at_random(Grammar.choices(["yes and no"]), tokenizer, 1)

@@ -41,7 +41,7 @@ def test_whoever_asks_for_more_is_not_served_by_the_shortcut(asked):
 REFUSED = {
     "max_tokens": [0, -1, 1.5, "7", True, None],
     "temperature": [-0.1, 101, math.nan, math.inf, "warm", None],
-    "top_p": [0, -0.5, 1.01, math.nan, "all"],
+    "top_p": [-0.5, 1.01, math.nan, "all"],
     "top_k": [-1, 2.5, "many"],
     "frequency_penalty": [-2.1, 2.1, math.nan],
     "presence_penalty": [-2.1, 2.1, "none"],
@@ -54,7 +54,7 @@ REFUSED = {
 ACCEPTED = {
     "max_tokens": [1, 10**9],
     "temperature": [0, 0.0, 1, 100],
-    "top_p": [1e-9, 1],
+    "top_p": [0, 1e-9, 1],
     "top_k": [0, 10**6],
     "frequency_penalty": [-2, 2],
     "presence_penalty": [-2, 2],
@@ -80,10 +80,17 @@ def test_the_limits_themselves_are_accepted_and_serve(name, value):
 def test_the_message_gives_value_and_limits():
     with pytest.raises(RequestError, match=r"^temperature is 200; use a number of at least 0 and at most 100\.$"):
         SamplingParams(temperature=200)
-    with pytest.raises(RequestError, match=r"^top_p is 0; use a number above 0 and at most 1\.$"):
-        SamplingParams(top_p=0)
+    with pytest.raises(RequestError, match=r"^top_p is -1; use a number of at least 0 and at most 1\.$"):
+        SamplingParams(top_p=-1)
     with pytest.raises(RequestError, match=r"^max_tokens is 1\.5; use a whole number of at least 1\.$"):
         SamplingParams(max_tokens=1.5)
+
+
+@pytest.mark.parametrize("top_p", [0, 0.0, 1e-9])
+def test_a_top_p_of_nothing_leaves_the_most_probable_token(top_p):
+    assert set(draw(50, top_p=top_p)) == set(draw(50, top_p=top_p, temperature=100)) == {1}
+    equal = torch.tensor([0.0, 2.0, 2.0, 1.0])
+    assert set(draw(50, logits=equal, top_p=top_p)) == {1}
 
 
 def test_a_thousand_stops_are_accepted_and_one_more_is_not():

@@ -123,6 +123,18 @@ def test_a_repetition_is_an_answer_in_the_conversation_after_the_documents(name,
     assert left + layout.noted(task, "Bob: Oslo") + layout.repeat(task, "notes") == expected
 
 
+@pytest.mark.parametrize("system", ["", "You are brief."])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - set(FOLDS)))
+def test_a_conversation_that_begins_with_the_assistant_follows_a_greeting(name, shape, system):
+    tokenizer, (task, resident) = tokenizer_with(TEMPLATES[name]), SHAPES[shape]
+    layout = ChatLayout(tokenizer, system=system)
+    welcome = [{"role": "assistant", "content": "Hello! Ask me about our staff."}, *TURNS["one question"]]
+    left = layout.head(task.instruction) + CORPUS + "\n\n" + (layout.guide(task).resident if resident else "")
+    greeted = [{"role": "user", "content": "Hello."}, *welcome]
+    assert left + layout.question(welcome, task, resident) == by_hand(tokenizer, greeted, task, resident, system)
+
+
 @pytest.mark.parametrize("name", FOLDS)
 def test_a_template_that_folds_blank_lines_is_refused_with_what_it_does(name):
     layout = ChatLayout(tokenizer_with(TEMPLATES[name]))

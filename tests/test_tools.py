@@ -31,6 +31,22 @@ NOTE = {
 }
 
 
+TOLD = {"name": "add", "description": "Add two numbers.", "parameters": ADD.parameters}
+TOLD_BACK = [
+    json.dumps(TOLD),
+    json.dumps({"type": "function", "function": TOLD}),
+    f"```json\n{json.dumps(TOLD)}\n```",
+    f"<tools>{json.dumps(TOLD)}</tools>",
+    f"<tool_call>\n{json.dumps(TOLD)}\n</tool_call>",
+    json.dumps({"name": "add", "arguments": ADD.parameters}),
+    json.dumps({"name": "add", "arguments": ADD.parameters["properties"]}),
+    json.dumps({"name": "add", "parameters": {**ADD.parameters, "required": ["a"]}}),
+    json.dumps({"name": "add", "description": "Add two numbers."}),
+    json.dumps({"name": "clock", "description": "Tell the time.", "parameters": {"type": "object", "properties": {}}}),
+    json.dumps([TOLD, {"name": "clock"}]),
+]
+
+
 def read(toolbox, text, size=1):
     reader = CallReader(toolbox)
     shown = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
@@ -61,6 +77,39 @@ def read(toolbox, text, size=1):
         ('{"name": "launch", "arguments": {}}', '{"name": "launch", "arguments": {}}', []),
         ("[1] says so, 2 < 3 and <tool_", "[1] says so, 2 < 3 and <tool_", []),
         ('<tool_call>{"name": "add", "argu', '<tool_call>{"name": "add", "argu', []),
+        # a whole answer in a fence or in tags
+        ('```json\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n```', "", [("add", {"a": 1, "b": 2})]),
+        ('\n```\n{"name": "clock"}\n```\n', "", [("clock", {})]),
+        (
+            '```json\n[{"name": "clock"}, {"name": "add", "arguments": {"a": 1}}]',
+            "",
+            [("clock", {}), ("add", {"a": 1})],
+        ),
+        ('<tools>\n{"name": "clock", "arguments": {}}\n</tools>', "", [("clock", {})]),
+        ('<tools>{"name": "clock"}\n{"name": "add", "arguments": {"a": 1}}', "", [("clock", {}), ("add", {"a": 1})]),
+        ('```xml\n<tool_call>\n{"name": "clock"}\n</tool_call>\n```', "", [("clock", {})]),
+        ('```json\n{"name": "clock"}\n```\n```json\n{"name": "clock"}\n```', "", [("clock", {}), ("clock", {})]),
+        ('{"name": "clock"}\n{"name": "clock"}', "", [("clock", {}), ("clock", {})]),
+        ('{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}', "", [("add", {"a": 1})]),
+        # arguments that are nothing
+        ('{"name": "clock", "arguments": null}', "", [("clock", {})]),
+        ('<tool_call>{"name": "clock", "arguments": null}</tool_call>', "", [("clock", {})]),
+        ('{"name": "clock", "arguments": "null"}', "", [("clock", {})]),
+        ('{"name": "clock", "parameters": null}', "", [("clock", {})]),
+        ('{"name": "add", "arguments": null, "parameters": {"a": 1}}', "", [("add", {"a": 1})]),
+        # what looks alike and is text
+        *((text, text, []) for text in TOLD_BACK),
+        ('```python\nprint({"name": "clock"})\n```', '```python\nprint({"name": "clock"})\n```', []),
+        ('```json\n{"name": "clock"}\n```\nThat is it.', '```json\n{"name": "clock"}\n```\nThat is it.', []),
+        ('So:\n```json\n{"name": "clock"}\n```', 'So:\n```json\n{"name": "clock"}\n```', []),
+        ('```json\n{"city": "Oslo"}\n```', '```json\n{"city": "Oslo"}\n```', []),
+        ("```", "```", []),
+        ("<tools></tools>", "<tools></tools>", []),
+        ('{"name": ["clock"]}', '{"name": ["clock"]}', []),
+        ("[" * 9_000, "[" * 9_000, []),
+        ("<tools>" * 900, "<tools>" * 900, []),
+        ("```" + " " * 9_000 + "x", "```" + " " * 9_000 + "x", []),
+        ('{"name": "clock"} and {"name": "clock"}', '{"name": "clock"} and {"name": "clock"}', []),
         ("", "", []),
     ],
 )
@@ -72,6 +121,27 @@ def test_a_call_written_out_is_read_back():
     call = ToolCall("add", {"a": 1, "who": "日本 é"})
     assert "日本 é" in str(call)
     assert read(Toolbox.of([ADD]), str(call)) == ("", [(call.name, call.arguments)])
+
+
+def test_a_tool_that_takes_a_schema_may_be_given_one():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    takes = {"type": "object", "properties": {"type": {"type": "string"}, "properties": {"type": "object"}}}
+    call = json.dumps({"name": "form", "arguments": schema})
+    assert read(Toolbox.of([Tool("form", "", takes)]), call) == ("", [("form", schema)])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["```", "py", "thon\n", "x = 1"], ["", "", "", "```python\nx = 1"]),
+        (["<", "b", ">", "late"], ["", "", "<b>", "late"]),
+        (["<to", "wn> is"], ["", "<town> is"]),
+        (["`a`", " is"], ["`a`", " is"]),
+    ],
+)
+def test_what_begins_like_a_call_is_shown_once_it_is_none(pieces, shown):
+    reader = CallReader(Toolbox.of([ADD]))
+    assert [reader.push(piece) for piece in pieces] == shown
 
 
 def test_text_is_shown_as_soon_as_it_can_be_no_call():
@@ -173,5 +243,63 @@ def test_a_form_beside_tools_takes_an_answer_or_a_call_and_nothing_else(kb):
     assert taken('{"city": "Oslo"}') and taken('{"name": "add", "arguments": {"a": 1, "b": 2}}')
     assert taken('{"name": "note", "arguments": {"who": "Bob"}}')
     assert not taken('{"city": "Rome"}') and not taken('{"name": "sub", "arguments": {}}')
-    with pytest.raises(RequestError, match="Two schemas define 'Who' differently"):
-        Toolbox.of([NOTE]).beside({"$defs": {"Who": {"type": "null"}}, "$ref": "#/$defs/Who"})
+    other = Toolbox.of([NOTE]).beside({"$defs": {"Who": {"const": "Eve"}}, "$ref": "#/$defs/Who"})
+    grammar = Grammar.json_schema(other)
+    assert taken('"Eve"') and taken('{"name": "note", "arguments": {"who": "Bob"}}') and not taken('"Bob"')
+
+
+PERSON = {
+    "$defs": {
+        "Person": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 4},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/Person"}, "maxItems": 2},
+            },
+            "required": ["name", "children"],
+        }
+    },
+    "$ref": "#/$defs/Person",
+}
+TREE = {
+    "type": "object",
+    "properties": {"children": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}},
+    "required": ["children"],
+}
+OLDER = {
+    "type": "object",
+    "definitions": {"n": {"type": "integer"}},
+    "properties": {"a": {"$ref": "#/definitions/n"}, "b": {"$ref": "#/properties/a"}},
+    "required": ["a", "b"],
+}
+EITHER = {"anyOf": [OLDER, {"type": "object", "properties": {"c": {"const": "$ref"}}, "required": ["c"]}]}
+EITHER["anyOf"][0] = {**OLDER, "properties": {"a": {"type": "integer"}, "$ref": {"type": "null"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fits", "fits_not"),
+    [
+        (PERSON, {"name": "A", "children": [{"name": "B", "children": []}]}, {"name": "A", "children": [1]}),
+        (PERSON, {"name": "A", "children": []}, {}),
+        (TREE, {"children": [{"children": []}]}, {"children": [{"name": "tree", "arguments": {"children": []}}]}),
+        (OLDER, {"a": 1, "b": 2}, {"a": 1, "b": "2"}),
+        (EITHER, {"a": 1, "$ref": None}, {"a": "x"}),
+        (EITHER, {"c": "$ref"}, {"c": "#"}),
+    ],
+)
+def test_arguments_may_refer_to_themselves_alone_and_beside_others(kb, parameters, fits, fits_not):
+    tool = {"name": "tree", "parameters": {"$id": "https://example.org/x", **parameters}}
+    backbone = kb.backbone
+    tokens = GrammarTokens.of(backbone.tokenizer, backbone.eos_ids, backbone.config.vocab_size)
+    for tools in ([tool], [ADD, tool], [tool, {**tool, "name": "other"}]):
+        grammar = Grammar.json_schema(Toolbox.of(tools, "tree" if len(tools) == 1 else "any").schema)
+
+        def taken(arguments, grammar=grammar):
+            form = Constraint(grammar, tokens, 400)
+            text = json.dumps({"name": "tree", "arguments": arguments})
+            ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return all(form.accept(token) for token in [*ids, min(backbone.eos_ids)])
+
+        assert taken(fits) and not taken(fits_not)
+        answer = kb.ask("?", tools=tools, tool_choice="tree", max_tokens=80, temperature=2, seed=1)
+        assert answer.finish_reason == "tool_calls"

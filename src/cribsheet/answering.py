@@ -107,8 +107,8 @@ class Answering:
         self.tokenizer = tokenizer
         self.eos = eos | _special_tokens(tokenizer, request.params.stops)
         self.sampler = Sampler(request.params, request.choice)
-        form = request.constraint is not None
-        self.text = TextStream(tokenizer, request.params.stops, ends=request.ends, exact=form)
+        form = request.constraint
+        self.text = TextStream(form or tokenizer, request.params.stops, ends=request.ends, exact=form is not None)
         self.length = len(request.question)  # tokens in the suffix whenever it has no slot
         self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
         self.produced = 0

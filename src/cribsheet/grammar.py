@@ -1,4 +1,4 @@
-"""Answers that must have a form: JSON schema, regular expression or one of several choices, always complete.
+"""Answers that must have a form: JSON schema, regular expression or one of several choices, complete within a limit.
 
 A grammar alone keeps an answer valid only as far as it goes; cut off by the token limit it is invalid after all. So a
 running answer always knows one way to finish within the tokens that are left, and takes that way as soon as the
@@ -108,6 +108,12 @@ class Constraint:
         self._work = _Work(_WORK)
         way_out = self._way_out(limit) or self._hinted(limit) or self._explored(limit)
         if way_out is None:
+            for text in grammar.hints:
+                written = tokens.decode(tokens.spelled(text))
+                if written.lstrip(" ") != text.lstrip(" "):
+                    raise RequestError(
+                        f"The model's tokenizer cannot write {text!r}, which becomes {written!r}; use other characters."
+                    )
             raise RequestError(
                 f"No answer that fits the {grammar.what} was found within max_tokens={limit}; allow more tokens or "
                 "loosen it."
@@ -121,6 +127,10 @@ class Constraint:
         other._taken, other._plan = [*self._taken], [*self._plan]
         other._matcher = self._matcher.deep_copy()
         return other
+
+    def decode(self, ids: Sequence[int], **how: Any) -> str:
+        """The text that these tokens are in the grammar, as a tokenizer's `decode`."""
+        return self._tokens.decode(ids, **how)
 
     def masked(self, logits: Tensor) -> Tensor:
         """Logits (V,) with every token that the grammar forbids at minus infinity."""

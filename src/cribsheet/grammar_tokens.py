@@ -7,6 +7,7 @@ tokens can stand for, and the answer so far says which of them a token means.
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 from llguidance import LLTokenizer
-from llguidance.hf import from_tokenizer
+from tokenizers import Tokenizer
 
 from cribsheet.errors import RequestError
 
 _ORDERS = 9  # orders of tokens tried when looking for a way out; the first is made for JSON, the second for text
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _SAMPLE = '{"name": "Ada Byron", "age": 36}'
+_MARK = "▁"  # what normalisers put where words begin
 
 
 class GrammarTokens:
@@ -34,13 +36,17 @@ class GrammarTokens:
         if not eos:
             raise RequestError("The model has no end token, so an answer with a form could not end; ask without one.")
         self.vocabulary = vocabulary
-        self.tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(eos))
+        self._tokenizer = tokenizer
+        self._exact = exact = _unnormalised(tokenizer)
         self._same = np.arange(vocabulary)
         self._places: _Places | None = None
         self.options = ""  # what grammars for these tokens begin with
-        texts = [self.tokens.decode_bytes([token]) for token in range(vocabulary)]
-        if not _adds_up(tokenizer, self.tokens):
-            self._places = places = _Places(tokenizer, vocabulary, eos)
+        tokens = _in_bytes(tokenizer, exact, eos, vocabulary)
+        if tokens is not None:
+            self.tokens = tokens
+            texts = [tokens.decode_bytes([token]) for token in range(vocabulary)]
+        else:
+            self._places = places = _Places(tokenizer, exact, vocabulary, eos)
             self.tokens = LLTokenizer(places, eos_token=sorted(int(places.after_word[token]) for token in eos))  # type: ignore[arg-type]
             self.options = '%llguidance {"no_forcing": true}\n'  # what it would force may be no token of ours here
             texts = [places.tokens[number] for number in places.after_word]
@@ -63,9 +69,14 @@ class GrammarTokens:
 
     def spelled(self, text: str) -> list[int]:
         """The tokens that a text is usually written in."""
+        return _spelled(self._exact, text)
+
+    def decode(self, ids: Sequence[int], **how: Any) -> str:
+        """The text that the grammar took tokens for; a tokenizer may leave out the space that an answer begins with."""
         if self._places is None:
-            return list(self.tokens.tokenize_str(text))
-        return self._places.spelled(text)
+            return self.tokens.decode_bytes(list(ids)).decode(errors="replace")
+        text: str = self._tokenizer.decode(list(ids), **how)
+        return text
 
     def meaning(self, taken: Sequence[int]) -> Numbers:
         """(V,) which of the grammar's tokens each token stands for after those taken."""
@@ -96,8 +107,8 @@ class _Places:
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, tokenizer: Any, size: int, eos: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, exact: Tokenizer, size: int, eos: frozenset[int]) -> None:
+        self._exact = exact
         after_word, elsewhere, self._glues = _texts_by_place(tokenizer, size)
         special = {*tokenizer.all_special_ids, *eos} & set(range(size))
         for token in special:
@@ -117,18 +128,49 @@ class _Places:
     def __call__(self, text: bytes | str) -> list[int]:
         """A text in the grammar's tokens; llguidance takes hints from it, nothing depends on it."""
         plain = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return [int(self.after_word[token]) for token in self.spelled(plain)]
-
-    def spelled(self, text: str) -> list[int]:
-        """A text in tokens of the tokenizer."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return [int(self.after_word[token]) for token in _spelled(self._exact, plain)]
 
 
-def _adds_up(tokenizer: Any, tokens: LLTokenizer) -> bool:
-    """Whether the bytes of tokens, one after the other, are the text."""
-    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
-    return tokens.decode_bytes(ids).decode(errors="replace").lstrip(" ") == _SAMPLE
+def _unnormalised(tokenizer: Any) -> Tokenizer:
+    """The tokenizer that takes texts as they are: composed, compatible or capital letters stay what they are.
+
+    A form is what its caller reads, letter by letter, and what a model writes is never normalised. Only questions are.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec |= {"normalizer": _kept(spec["normalizer"]), "padding": None, "truncation": None}
+    if (spec["decoder"] or {}).get("type") == "Metaspace":  # in words that llguidance knows
+        mark = {"String": spec["decoder"]["replacement"]}
+        spaced = {"type": "Replace", "pattern": mark, "content": " "}
+        spec["decoder"] = {"type": "Sequence", "decoders": [spaced, {"type": "ByteFallback"}]}
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _kept(normalizer: Any) -> Any:
+    """What of a normaliser, in `tokenizers`' JSON, leaves letters as they are: it marks words, or spells in bytes."""
+    kind = normalizer["type"] if normalizer else None
+    if kind == "Sequence":
+        kept = [inner for each in normalizer["normalizers"] if (inner := _kept(each))]
+        return {**normalizer, "normalizers": kept} if kept else None
+    marks = kind in ("Prepend", "ByteLevel") or (kind == "Replace" and _MARK in normalizer["content"])
+    return normalizer if marks else None
+
+
+def _spelled(exact: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = exact.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _in_bytes(tokenizer: Any, exact: Tokenizer, eos: frozenset[int], size: int) -> LLTokenizer | None:
+    """The tokenizer for llguidance; nothing where the bytes of tokens, in a row, are not what they are decoded to."""
+    try:
+        tokens = LLTokenizer(exact.to_str(), n_vocab=size, eos_token=sorted(eos))
+    except ValueError:  # tokens that are joined by rules, such as "##ing"
+        return None
+    ids = exact.encode(_SAMPLE, add_special_tokens=False).ids
+    decoded: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if tokens.decode_bytes(ids).decode(errors="replace").lstrip(" ") != decoded.lstrip(" "):
+        return None
+    return tokens
 
 
 def _texts_by_place(tokenizer: Any, size: int) -> tuple[list[bytes], list[bytes], list[bool]]:

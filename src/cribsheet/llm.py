@@ -209,10 +209,11 @@ class CompressedKnowledgeLLM:
         """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
 
         A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
-        answer a form, which it completes within `max_tokens`. `tools=` (OpenAI's form) may be called: by the model's
-        own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's `tool_calls`. `timeout=` is
-        in seconds. The answer's `sources` say what it looked at, unless `evidence=False`. Raises `RequestError` for a
-        question that does not fit the window, or settings out of range, and `EngineError` when time is up.
+        answer a form, which it completes within `max_tokens` unless a `stop` string cuts it. `tools=` (OpenAI's form)
+        may be called: by the model's own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's
+        `tool_calls`. `timeout=` is in seconds. The answer's `sources` say what it looked at, unless `evidence=False`.
+        Raises `RequestError` for a question that does not fit the window, or settings out of range, and `EngineError`
+        when time is up.
 
         `retriever=` tells passages as further documents: `"bm25"` or `"dense"` for those of the sheet, or what
         `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and
@@ -515,7 +516,7 @@ class CompressedKnowledgeLLM:
             ends=ends,
             constraint=constraint,
             timeout=timeout,
-            evidence=bool(sampling.get("evidence", True)),
+            evidence=sampling.get("evidence") is None or bool(sampling["evidence"]),
             told=asked.places,
             lead=asked.lead,
         )

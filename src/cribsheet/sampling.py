@@ -57,7 +57,7 @@ class SamplingParams:
         stop = self.stops
         _within("max_tokens", self.max_tokens, 1, math.inf, whole=True)
         _within("temperature", self.temperature, 0, 100)
-        _within("top_p", self.top_p, 0, 1, open_below=True)
+        _within("top_p", self.top_p, 0, 1)
         _within("top_k", self.top_k, 0, math.inf, whole=True)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         _within("presence_penalty", self.presence_penalty, -2, 2)
@@ -145,6 +145,7 @@ class Sampler:
         if params.top_p < 1:
             ordered, places = probabilities.sort(descending=True, stable=True)
             beyond = ordered.cumsum(0) - ordered >= params.top_p * ordered.sum()
+            beyond[0] = False  # the most probable token is always left, for 0 too
             probabilities[places[beyond]] = 0.0
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
@@ -170,10 +171,10 @@ def _as_tensors(biases: Mapping[int, float]) -> tuple[Tensor, Tensor] | None:
     return torch.tensor([int(token) for token in biases]), torch.tensor([float(bias) for bias in biases.values()])
 
 
-def _within(name: str, value: float, low: float, high: float, *, open_below: bool = False, whole: bool = False) -> None:
+def _within(name: str, value: float, low: float, high: float, *, whole: bool = False) -> None:
     fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if fits and (whole or math.isfinite(value)) and low <= value <= high and not (open_below and value == low):
+    if fits and (whole or math.isfinite(value)) and low <= value <= high:
         return
-    lower = "" if low == -math.inf else f" {'above' if open_below else 'of at least'} {low:g}"
+    lower = "" if low == -math.inf else f" of at least {low:g}"
     upper = "" if high == math.inf else f" and at most {high:g}"
     raise RequestError(f"{name} is {value!r}; use a {'whole ' if whole else ''}number{lower}{upper}.")

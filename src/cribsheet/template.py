@@ -34,6 +34,7 @@ Message = Mapping[str, Any]
 _MARKER = "CribsheetMarker"
 _GAP = "\n\n"
 _REPEAT = "Repeat the documents."
+_GREETING = "Hello."  # the user's turn that comes before an answer to nothing: a bot's welcome, the rest of a long talk
 
 # For models that come without a chat template (base models).
 PLAIN_TEMPLATE = (
@@ -144,9 +145,12 @@ class ChatLayout:
     def question(self, turns: Sequence[Message], task: Task, resident: bool) -> str:
         """The rendered text after the sheet for a conversation of `turns` (role and content), ready for the answer.
 
-        Raises `TemplateError` when the template would change what is already in the sheet.
+        One that begins with the assistant's turn gets a greeting of the user before it, for documents and guide end
+        inside of the user's. Raises `TemplateError` when the template would change what is already in the sheet.
         """
         turns = [{**turn, "content": str(turn["content"]).strip()} for turn in turns]
+        if turns and turns[0]["role"] == "assistant":
+            turns = [_user(_GREETING), *turns]
         opening = self._guide_turns(task) if resident else []
         after = self._cut([*opening, *turns], task.instruction)[1]
         left = self.guide(task).resident if resident else ""

@@ -7,8 +7,9 @@ told as text in the turn after the sheet, and calls come back as text in the for
     {"name": "add", "arguments": {"a": 1, "b": 2}}
     </tool_call>
 
-A forced call is bound by a grammar and is always complete and valid. One that the model makes of its own accord is
-parsed, in this and a few other usual forms; what names no known tool stays text.
+A forced call is bound by a grammar: it is complete and fits the tool's schema. One that the model makes of its own
+accord is parsed, in this and a few other usual forms; what names no known tool stays text, and so does a tool's own
+description that is given back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from cribsheet.grammar import TOO_DEEP
 
 _OPEN, _CLOSE, _LIST = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
+_SAY_ALL = {"$ref", "anyOf", "oneOf", "allOf"}  # what a schema of arguments may be instead of one of an object
+_NAMED = ("properties", "$defs", "definitions", "patternProperties")  # of a schema, that are schemas by name
+_VALUES = ("enum", "const", "default", "examples")  # of a schema, that are no schemas
 ANY = ("any", "required", True)
+# What a whole answer that is a call may stand in: a fence of code, or the tags of other prompts.
+_TAGS = "tools?|tool_calls?|function_calls?"
+_AROUND = re.compile(rf"```[\w-]*(.*?)(?:```|\Z)|<({_TAGS})>(.*?)(?:</\2>|\Z)", re.S)
+_DEEP = 3  # fences and tags in one another
+_BEFORE = re.compile(rf"\s*(?:(?:```[\w-]*|<(?:{_TAGS})>)\s*)*")
+_BEGUN = re.compile(r"`{1,2}|</?[a-z_]*")  # what may become one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +99,9 @@ class Toolbox:
             raise RequestError(f"Two tools have one name among {', '.join(known)}; rename one.")
         wanted = choice
         if isinstance(choice, Mapping):
-            wanted = choice.get("function", choice).get("name") or choice.get("type")
+            wanted = (choice.get("function") or choice).get("name") or choice.get("type")
         if not known:
-            if choice in (None, False, "auto", "none"):
+            if wanted in (None, False, "auto", "none"):
                 return None
             raise RequestError(f"tool_choice is {choice!r}, but no tools were given; pass tools=[...].")
         everything = tuple(known.values())
@@ -141,7 +151,7 @@ class CallReader:
     """
 
     def __init__(self, toolbox: Toolbox) -> None:
-        self._names = {tool.name for tool in toolbox.tools}
+        self._tools = {tool.name: tool for tool in toolbox.tools}
         self._forced = bool(toolbox.forced)
         self._text = ""
         self._out = 0
@@ -163,39 +173,57 @@ class CallReader:
         """How much of the text surely belongs to no call."""
         if self._forced:
             return 0
-        body = self._text.lstrip()
-        if not body or body[0] in "{[":  # the whole answer may be one call
+        if _may_be_call(self._text):
             return 0
         places = [at for mark in (_OPEN, _LIST) if (at := _mark(self._text, mark)) >= 0]
         return len(self._text[: min(places, default=len(self._text))].rstrip())
 
     def _parted(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        whole = self._calls(_loaded(text.strip().removeprefix(_LIST)))
+        whole = self._whole(text)
         if whole:
             return "", whole
         calls: list[ToolCall] = []
         kept: list[str] = []
         after = 0
         for block in re.finditer(rf"{_OPEN}(.*?)(?:{_CLOSE}|\Z)", text, re.S):
-            found = self._calls(_loaded(block[1].strip()))
+            found = self._calls(_values(block[1].strip()))
             if found:
                 calls += found
                 kept.append(text[after : block.start()].rstrip())
                 after = block.end()
         return "".join([*kept, text[after:] if not calls or text[after:].strip() else ""]), tuple(calls)
 
-    def _calls(self, value: Any) -> tuple[ToolCall, ...]:
-        """The calls that a JSON value stands for; none unless all of it are calls of known tools."""
-        calls: list[ToolCall] = []
-        for each in value if isinstance(value, list) else [value]:
-            name = each.get("name") if isinstance(each, dict) else None
-            arguments = each.get("arguments", each.get("parameters", {})) if isinstance(each, dict) else None
-            if isinstance(arguments, str):
-                arguments = _loaded(arguments)
-            if name not in self._names or not isinstance(arguments, dict):
-                return ()
-            calls.append(ToolCall(name, arguments))
-        return tuple(calls)
+    def _whole(self, text: str, deep: int = _DEEP) -> tuple[ToolCall, ...]:
+        """The calls that a text is made of, also inside of fences and tags; none if it holds anything else."""
+        inner = text.strip().removeprefix(_LIST)
+        found = self._calls(_values(inner))
+        if found or not deep:
+            return found
+        one = _AROUND.fullmatch(inner)  # of all of it first, for arguments may hold fences too
+        if one and (found := self._whole(one[1] or one[3] or "", deep - 1)):
+            return found
+        several = "\n".join(each[1] or each[3] or "" for each in _AROUND.finditer(inner))
+        return self._whole(several, deep - 1) if several and not _AROUND.sub("", inner).strip() else ()
+
+    def _calls(self, values: Sequence[Any]) -> tuple[ToolCall, ...]:
+        """The calls that JSON values stand for; none unless all of them are calls of known tools."""
+        calls = [self._call(each) for each in values]
+        return tuple(call for call in calls if call) if all(calls) else ()
+
+    def _call(self, value: Any) -> ToolCall | None:
+        if isinstance(value, dict) and isinstance(value.get("function"), dict):
+            value = value["function"]
+        name = value.get("name") if isinstance(value, dict) else None
+        tool = self._tools.get(name) if isinstance(name, str) else None
+        if tool is None:
+            return None
+        given = [value[key] for key in ("arguments", "parameters") if value.get(key) is not None]
+        arguments = given[0] if given else {}
+        if isinstance(arguments, str):
+            arguments = {} if arguments in ("", "null") else _loaded(arguments)
+        if not isinstance(arguments, dict) or (not self._forced and _is_told(tool, value, arguments)):
+            return None
+        return ToolCall(tool.name, arguments)
 
 
 def result_text(name: str | None, content: str) -> str:
@@ -215,12 +243,11 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    named = ("properties", "$defs", "definitions")
     made: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in named and isinstance(value, Mapping):
+        if key in _NAMED and isinstance(value, Mapping):
             made[key] = {name: _closed(each) if isinstance(each, Mapping) else each for name, each in value.items()}
-        elif key in ("enum", "const", "default", "examples"):
+        elif key in _VALUES:
             made[key] = value
         elif isinstance(value, Mapping):
             made[key] = _closed(value)
@@ -234,28 +261,74 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
-    """JSON schema of a call, its definitions at the top, where references look for them."""
-    parameters = closed({**_NOTHING, **tool.parameters})
-    definitions = parameters.pop("$defs", {})
-    call = {
+    """JSON schema of a call."""
+    parameters = {**({} if tool.parameters.keys() & _SAY_ALL else _NOTHING), **tool.parameters}
+    return {
         "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": parameters},
+        "properties": {"name": {"const": tool.name}, "arguments": _moved(closed(parameters), "properties/arguments")},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-    return {**call, **({"$defs": definitions} if definitions else {})}
 
 
 def _either(schemas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """JSON schema of a value that fits one of several; two of them may not mean different things by one name."""
-    definitions: dict[str, Any] = {}
-    for schema in schemas:
-        for name, value in schema.get("$defs", {}).items():
-            if definitions.setdefault(name, value) != value:
-                raise RequestError(f"Two schemas define {name!r} differently; rename one.")
-    options = [{key: value for key, value in schema.items() if key != "$defs"} for schema in schemas]
-    made = {"anyOf": options} if len(options) > 1 else options[0]
-    return {**made, **({"$defs": definitions} if definitions else {})}
+    """JSON schema of a value that fits one of several."""
+    if len(schemas) == 1:
+        return dict(schemas[0])
+    return {"anyOf": [_moved(schema, f"anyOf/{number}") for number, schema in enumerate(schemas)]}
+
+
+def _moved(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A JSON schema at a place inside of another one, where what it says of itself still refers to it."""
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, list):
+            return [moved(each) for each in part]
+        if not isinstance(part, Mapping):
+            return part
+        made = dict(part)
+        for key, value in part.items():
+            if key in _NAMED and isinstance(value, Mapping):
+                made[key] = {name: moved(each) for name, each in value.items()}
+            elif key not in _VALUES:
+                made[key] = moved(value)
+        refers = made.get("$ref")
+        if isinstance(refers, str) and (refers == "#" or refers.startswith("#/")):
+            made["$ref"] = f"#/{place}{refers[1:]}"
+        return made
+
+    return {key: value for key, value in moved(schema).items() if key not in ("$id", "$schema")}
+
+
+def _is_told(tool: Tool, value: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether a model gave back what it was told of a tool, or all of it but the schema, instead of a call."""
+    takes = tool.parameters.get("properties")
+    if not arguments:
+        return "description" in value and "arguments" not in value
+    is_schema = arguments.get("type") == "object" and isinstance(arguments.get("properties"), dict)
+    return arguments in (tool.parameters, takes) or (is_schema and "properties" not in (takes or {}))
+
+
+def _may_be_call(text: str) -> bool:
+    """Whether all of an answer that begins like this may be calls."""
+    before = _BEFORE.match(text)
+    rest = text[before.end() :] if before else text
+    return not rest or rest[0] in "{[" or bool(_BEGUN.fullmatch(rest))
+
+
+def _values(text: str) -> list[Any]:
+    """The JSON values that a text is made of, with nothing but blanks between them; a list is its items."""
+    decoder, values, at = json.JSONDecoder(), list[Any](), 0
+    text = text.strip()
+    try:
+        while at < len(text):
+            value, at = decoder.raw_decode(text, at)
+            values += value if isinstance(value, list) else [value]
+            while at < len(text) and text[at].isspace():
+                at += 1
+    except (ValueError, RecursionError):
+        return []
+    return values
 
 
 def _loaded(text: str) -> Any:

@@ -35,7 +35,9 @@ def part(**fields):
         ({"n": 100}, "n"),
         ({"temperature": 3}, "temperature"),
         ({"temperature": "1"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a", 5]}, "stop[1]"),
         ({"seed": 1.5}, "seed"),
@@ -49,6 +51,10 @@ def part(**fields):
         ({"messages": [{"role": "owner", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
         ({"messages": part(type="image_url", image_url={"url": "x"})}, "messages[0].content[0].type"),
+        ({"messages": part(type="image_url", text="x")}, "messages[0].content[0].type"),
+        ({"messages": part(type="text", text="x", mood=1)}, "messages[0].content[0].mood"),
+        ({"messages": part(type="refusal")}, "messages[0].content[0].refusal"),
+        ({"messages": part(type="thinking", thinking="x")}, "messages"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         (
@@ -107,7 +113,14 @@ def test_completions_refuse_by_name_too(live, fields, param):
         {"store": False, "service_tier": "auto", "modalities": ["text"], "reasoning_effort": "none", "n": 1},
         {"user": "u", "metadata": {"a": "b"}, "response_format": {"type": "text"}, "tool_choice": "none"},
         {"stop": None, "seed": None, "temperature": None, "tools": None, "logit_bias": {}, "stream": False},
+        {"no_such_field": None, "functions": None, "audio": None, "store": None, "n": None, "stream_options": None},
+        {"tools": [], "tool_choice": "auto", "stop": [], "max_tokens": None, "response_format": None},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": None, "parameters": None}}]},
+        {"top_p": 0, "temperature": 0, "frequency_penalty": 0, "presence_penalty": -0.0},
+        {"cribsheet": {"mode": None, "evidence": None, "x": None}},
         {"messages": part(type="text", text="Where?")},
+        {"messages": part(type="text", text="Where?", cache_control=None)},
+        {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Where?", "mood": None}]},
         {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm?", "name": "eve"}]},
     ],
 )
@@ -234,7 +247,37 @@ def test_a_body_that_is_not_declared_as_json_is_told_how(live):
     assert reply.status_code == 400 and "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
-def test_turns_that_the_template_has_no_form_for_are_the_callers_fault(live):
-    turns = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Where?"}]
-    reply = live.post(model="oslo", messages=turns, max_tokens=3)
-    assert reply.status_code == 400 and reply.json()["error"]["param"] == "messages"
+ASSISTANT = [
+    {"content": "Hello! Ask me about our staff."},
+    {"content": "Hello!", "name": "bot"},
+    {"content": None, "refusal": "I will not."},
+    {"content": [{"type": "refusal", "refusal": "I will not."}]},
+    {"content": "Hm.", "reasoning_content": "…", "reasoning": "…", "thinking": "…", "annotations": [{"type": "x"}]},
+    {"content": "Hm.", "thinking_blocks": [{"type": "thinking"}], "provider_specific_fields": {"a": 1}},
+    {"content": [{"type": "thinking", "thinking": "…", "signature": "x"}, {"type": "text", "text": "Hm."}]},
+    {"content": [{"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}]},
+    {"content": [{"type": "tool_use", "id": "c", "name": "clock", "input": {"at": 2}}]},
+    {"content": None, "function_call": {"name": "clock", "arguments": "{}"}},
+    {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": None}}]},
+    {"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+]
+
+
+@pytest.mark.parametrize("turn", ASSISTANT)
+def test_a_conversation_may_begin_with_the_assistant_s_turn_whoever_wrote_it(turn, live):
+    turns = [{"role": "assistant", **turn}, {"role": "user", "content": "Where?"}]
+    for messages in (turns, [turns[1], *turns], [{"role": "system", "content": ""}, *turns]):
+        reply = live.post(model="oslo", messages=messages)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["choices"][0]["message"]["content"] == "Bob lives in Oslo."
+
+
+def test_results_of_functions_and_of_other_providers_tools_are_told(live):
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "clock", "input": {}}]}
+    results = [
+        {"role": "function", "name": "clock", "content": "12:30"},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "12:30"}]},
+    ]
+    for result in results:
+        reply = live.post(model="oslo", messages=[{"role": "user", "content": "When?"}, call, result])
+        assert reply.status_code == 200, reply.text

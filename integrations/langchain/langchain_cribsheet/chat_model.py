@@ -17,12 +17,11 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool, StructuredTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from cribsheet import CompressedKnowledgeLLM, __version__
@@ -34,6 +33,7 @@ from cribsheet.tools import Tool, Toolbox
 from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge
 from langchain_cribsheet.messages import as_conversation
+from langchain_cribsheet.schemas import as_openai_tool
 from langchain_cribsheet.serialisation import register
 from langchain_cribsheet.structured import structured
 
@@ -215,12 +215,12 @@ class ChatCribsheet(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens that messages and tools take beside the sheet, as its template renders them; 0 for no messages.
 
-        Messages that end with the model's own count as they do when another question follows.
+        Messages that end with the model's own, or with a system text, count as they do when another question follows.
         """
-        count, told = self.llm.count_tokens, [convert_to_openai_tool(tool) for tool in tools or ()]
+        count, told = self.llm.count_tokens, [as_openai_tool(tool) for tool in tools or ()]
         if not messages:
             return 0
-        if isinstance(messages[-1], AIMessage):
+        if isinstance(messages[-1], AIMessage | SystemMessage):
             return count(as_conversation([*messages, HumanMessage("?")]), told) - count("?")
         return count(as_conversation(messages), told)
 
@@ -315,10 +315,11 @@ class ChatCribsheet(BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """A model that may call `tools`; `tool_choice` is "auto", "none", "any", "required", true, or a tool's name.
 
-        A forced call is always complete and fits the tool's schema; `parallel_tool_calls=False` keeps only the first.
-        Raises `RequestError` for a choice that is none, and for a forced tool whose schema no grammar can enforce.
+        A forced call is complete and fits the tool's schema, unless a `stop` string cuts it;
+        `parallel_tool_calls=False` keeps only the first. Raises `RequestError` for a choice that is none, and for a
+        forced tool whose schema no grammar can enforce.
         """
-        converted = [convert_to_openai_tool(tool) for tool in tools]
+        converted = [as_openai_tool(tool) for tool in tools]
         toolbox = Toolbox.of(list({Tool.of(tool).name: tool for tool in converted}.values()), tool_choice)
         if toolbox and toolbox.forced:
             Grammar.json_schema(toolbox.schema)
@@ -337,7 +338,8 @@ class ChatCribsheet(BaseChatModel):
         """A model whose answers are instances of `schema` (Pydantic) or dicts (TypedDict, JSON schema).
 
         `method` is "json_schema" (the answer is bound by the schema), "function_calling" (a forced call) or "json_mode"
-        (any JSON object). Answers are always complete; `strict=False` also allows keys that the schema does not name.
+        (any JSON object). Answers are complete unless a `stop` string cuts them, or refused before they begin; what a
+        class checks beyond its schema is raised. `strict=False` also allows keys that the schema does not name.
         """
         return structured(self, schema, method=method, include_raw=include_raw, strict=strict, **kwargs)
 

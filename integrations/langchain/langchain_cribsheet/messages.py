@@ -13,7 +13,10 @@ from langchain_core.messages import (
     AIMessageChunk,
     BaseMessage,
     ChatMessage,
-    convert_to_openai_messages,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
 )
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call, tool_call_chunk
@@ -24,32 +27,36 @@ from cribsheet.errors import RequestError
 from cribsheet.sampling import TokenLogprob
 from cribsheet.sheet import Sheet
 
-# What a model wrote for itself, and calls, which stand in the message's `tool_calls` too.
-_LEFT_OUT = ("thinking", "reasoning", "redacted_thinking", "tool_call", "invalid_tool_call")
+_ROLES = {
+    HumanMessage: "user",
+    AIMessage: "assistant",
+    SystemMessage: "system",
+    ToolMessage: "tool",
+    FunctionMessage: "function",
+}
+_BESIDE = ("function_call", "refusal")  # what older messages and OpenAI's keep in `additional_kwargs`
 
 
 def as_conversation(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Turns for `CompressedKnowledgeLLM.ask`. Raises `RequestError` for messages that a text model cannot be told."""
-    turns: list[dict[str, Any]] = []
-    for message in messages:
-        if isinstance(message, ChatMessage):
-            turns.append({"role": message.role, "content": message.text})
-            continue
-        try:
-            converted = convert_to_openai_messages([_told(message)])
-        except ValueError as error:
-            raise RequestError(f"A message of type {message.type!r} cannot be told to the model: {error}") from error
-        assert isinstance(converted, list)
-        turns += converted
-    return turns
+    """Turns for `CompressedKnowledgeLLM.ask`. Raises `RequestError` for messages that are no turns."""
+    return [_turn(message) for message in messages]
 
 
-def _told(message: BaseMessage) -> BaseMessage:
-    """The message without what need not be told."""
-    if isinstance(message.content, str):
-        return message
-    content = [block for block in message.content if not (isinstance(block, dict) and block.get("type") in _LEFT_OUT)]
-    return message.model_copy(update={"content": content})
+def _turn(message: BaseMessage) -> dict[str, Any]:
+    role = message.role if isinstance(message, ChatMessage) else None
+    role = role or next((role for kind, role in _ROLES.items() if isinstance(message, kind)), None)
+    if role is None:
+        raise RequestError(f"A message of type {message.type!r} cannot be told to the model; leave it out.")
+    turn: dict[str, Any] = {"role": role, "content": message.content}
+    if isinstance(message, AIMessage):
+        beside = {name: message.additional_kwargs[name] for name in _BESIDE if name in message.additional_kwargs}
+        return {**turn, **beside, "tool_calls": message.tool_calls}
+    if isinstance(message.content, list):  # each part is a text of its own, which an answer's are not
+        parts = [part for each in message.content for part in ("\n", each)]
+        turn["content"] = parts[1:]
+    if isinstance(message, ToolMessage):
+        turn["tool_call_id"] = message.tool_call_id
+    return {**turn, "name": message.name} if message.name else turn
 
 
 def source_documents(message: BaseMessage) -> list[Document]:

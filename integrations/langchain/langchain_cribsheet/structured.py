@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from typing_extensions import is_typeddict
 
 from cribsheet.errors import RequestError
 from cribsheet.grammar import Grammar
 from cribsheet.tools import Toolbox, closed
+from langchain_cribsheet.schemas import as_json_schema, as_openai_tool
 
 if TYPE_CHECKING:
     from langchain_cribsheet.chat_model import ChatCribsheet
@@ -37,10 +38,10 @@ def structured(
     if method not in METHODS:
         raise RequestError(f"The method is {method!r}; use one of {', '.join(METHODS)}.")
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
-    traced = {"kwargs": {"method": method}, "schema": schema}
+    traced = {"kwargs": {"method": method}, "schema": _traced(schema)}
     parser: Runnable[Any, Any]
     if method == "function_calling":
-        tool = convert_to_openai_tool(schema)
+        tool = as_openai_tool(schema)
         name = tool["function"]["name"]
         Grammar.json_schema(Toolbox.of([tool], name).schema)  # type: ignore[union-attr]
         bound = model.bind_tools([tool], tool_choice=name, ls_structured_output_format=traced)
@@ -63,12 +64,19 @@ def structured(
     return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
 
+def _traced(schema: dict[str, Any] | type) -> Any:
+    """A schema in a form that LangChain converts for tracing, which fails for dicts that hold their own kind."""
+    if isinstance(schema, dict) or not is_typeddict(schema):
+        return schema
+    return {"title": schema.__name__, **as_json_schema(schema)}
+
+
 def _json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
     """A JSON schema as it is, for LangChain's conversion leaves keywords out; a class or OpenAI's forms as theirs."""
     if isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
         schema = schema["schema"]  # as in OpenAI's `response_format`
     if not isinstance(schema, dict) or "parameters" in schema or "function" in schema:
-        return convert_to_json_schema(schema)
+        return as_json_schema(schema)
     if not schema.keys() & _SAYS:
         raise RequestError(f"The JSON schema {schema!r} says nothing about the answer; use {', '.join(sorted(_SAYS))}.")
     return schema

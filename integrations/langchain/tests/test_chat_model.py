@@ -18,13 +18,24 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import get_usage_metadata_callback
 from langchain_core.globals import set_llm_cache
 from langchain_core.load import dumps, load
-from langchain_core.messages import AIMessage, ChatMessage, FunctionMessage, HumanMessage, SystemMessage, trim_messages
+from langchain_core.messages import (
+    AIMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+    trim_messages,
+)
 from langchain_core.runnables import ConfigurableField
 from langchain_cribsheet import ChatCribsheet
 from langchain_cribsheet.knowledge import Knowledge
+from langchain_cribsheet.messages import as_conversation
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import CribsheetError, RequestError, SheetError
+from cribsheet.turns import as_turns
 
 WHERE = "Where does Alice Moreno live?"
 WHO = "Who does Bob Smith work for?"
@@ -245,7 +256,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
             "cannot be told|reads text only",
         ),
         ([ChatMessage("hi", role="robot")], {}, "'robot'; use one of"),
-        ([FunctionMessage("y", name="x")], {}, "'function'; use one of"),
+        ([RemoveMessage("y")], {}, "type 'remove' cannot be told"),
+        ([HumanMessage([{"type": "image", "url": "x"}])], {}, "'image', but the model reads text only"),
+        ([AIMessage([{"type": "image", "url": "x"}]), HumanMessage(WHERE)], {}, "'image', but the model reads"),
         ([HumanMessage(WHERE), AIMessage("Lisbon")], {}, "end with a question"),
         ([HumanMessage("")], {}, "question is empty"),
         ([], {}, "question is empty"),
@@ -371,6 +384,67 @@ def test_anthropic_s_shape_of_a_conversation_is_understood(llm):
     asked = HumanMessage([{"type": "text", "text": WHERE, "cache_control": {"type": "ephemeral"}}])
     told = [asked, said, HumanMessage([done]), HumanMessage(WHERE)]
     assert "Lisbon" in llm.invoke(told).content
+
+
+SAYS = {"type": "text", "text": "Hello! Ask me where people live."}
+TURNS = {
+    "a welcome": AIMessage("Hello! Ask me where people live."),
+    "nothing": AIMessage(""),
+    "a refusal beside": AIMessage("", additional_kwargs={"refusal": "I will not."}),
+    "a refusal": AIMessage([{"type": "refusal", "refusal": "I will not."}]),
+    "OpenAI's responses": AIMessage(
+        [
+            {"type": "reasoning", "summary": [], "id": "rs"},
+            {"type": "web_search_call", "id": "ws"},
+            {"type": "function_call", "name": "look", "call_id": "1", "arguments": "{}"},
+            {"type": "text", "text": "Hello!", "annotations": []},
+        ],
+        tool_calls=[{"name": "look", "args": {}, "id": "1"}],
+    ),
+    "OpenAI's functions": AIMessage(
+        "", additional_kwargs={"function_call": {"name": "look", "arguments": '{"who": "Alice"}'}}
+    ),
+    "Anthropic's": AIMessage(
+        [
+            {"type": "redacted_thinking", "data": "x"},
+            {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+            {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+            {"type": "input_json_delta", "partial_json": "{}"},
+            {"type": "text", "text": "Hello!", "citations": []},
+        ]
+    ),
+    "Bedrock's": AIMessage([{"type": "reasoning_content", "reasoning_content": {"text": "Hm."}}, SAYS]),
+    "Google's": AIMessage([{"type": "executable_code"}, {"type": "code_execution_result"}, SAYS]),
+    "LangChain's own": AIMessage(
+        [{"type": "server_tool_call"}, {"type": "server_tool_result"}, {"type": "non_standard", "value": {}}, SAYS]
+    ),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_conversation_may_begin_with_the_model_s_turn_whichever_model_wrote_it(llm, turn):
+    for before in ([], [SystemMessage("")], [HumanMessage(WHO)]):
+        assert llm.invoke([*before, TURNS[turn], HumanMessage(WHERE)]).content
+
+
+def test_a_greeting_does_not_change_what_is_answered_and_a_trimmed_history_is_answered(llm):
+    assert llm.invoke([TURNS["a welcome"], HumanMessage(WHERE)]).content == "Lisbon"
+    assert llm.invoke([SystemMessage(""), HumanMessage(WHERE)]).content == "Lisbon"
+    history = [HumanMessage(WHO), AIMessage("Karst Foods"), HumanMessage(WHERE)]
+    kept = trim_messages(history, max_tokens=2, token_counter=len)
+    assert kept == history[1:] and llm.invoke(kept).content == "Lisbon"
+    empty = [SystemMessage(""), *history]
+    assert trim_messages(empty, max_tokens=1000, token_counter=llm, include_system=True) == empty
+
+
+def test_calls_and_results_are_told_whichever_way_they_are_kept(llm):
+    call = AIMessage("", additional_kwargs={"function_call": {"name": "look", "arguments": '{"who": "Alice"}'}})
+    tool_call = AIMessage("", tool_calls=[{"name": "look", "args": {"who": "Alice"}, "id": "1"}])
+    by_function = [HumanMessage(WHO), call, FunctionMessage("Lisbon", name="look")]
+    by_tool = [HumanMessage(WHO), tool_call, ToolMessage("Lisbon", tool_call_id="1")]
+    told = [as_turns(as_conversation(messages)) for messages in (by_function, by_tool)]
+    assert told[0] == told[1] and '"who": "Alice"' in told[0][1]["content"] and "look: Lisbon" in told[0][2]["content"]
+    assert llm.invoke(by_function).content == llm.invoke(by_tool).content
 
 
 def test_init_chat_model_knows_no_provider_of_ours():

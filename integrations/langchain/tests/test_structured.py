@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import typing
 from datetime import date
 from enum import Enum
 from typing import Annotated, Any, Literal, Optional
 from uuid import UUID
 
 import pytest
+from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter, field_validator
 from typing_extensions import TypedDict
 
 from cribsheet import CompressedKnowledgeLLM
@@ -52,6 +55,38 @@ class Node(BaseModel):
 
     value: int
     children: list[Node] = []
+
+
+class Person(BaseModel):
+    """Its children are of its kind, and must be told."""
+
+    name: str = Field(max_length=3)
+    children: list[Person] = Field(max_length=2)
+
+
+class Family(BaseModel):
+    """The recursion is further inside."""
+
+    head: Person
+    others: dict[str, Person] = {}
+
+
+class Call(BaseModel):
+    """Two classes that hold each other."""
+
+    arguments: list[Argument] = Field(max_length=2)
+
+
+class Argument(BaseModel):
+    """Of a call."""
+
+    value: int | Call
+
+
+class Tree(TypedDict):
+    """A dict that holds its kind."""
+
+    children: list[Tree]
 
 
 class Formats(BaseModel):
@@ -97,6 +132,53 @@ def test_answers_are_complete_whatever_the_limit(llm, method, limit):
     assert isinstance(llm.with_structured_output(Person, method=method).invoke(ASK, max_tokens=limit), Person)
 
 
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("schema", [Person, Family, Call, Tree])
+def test_what_holds_itself_is_enforced_by_its_own_schema_all_the_way_down(llm, schema, method, seed):
+    whole = {"temperature": 3, "seed": seed, "max_tokens": 80}
+    made = llm.with_structured_output(schema, method=method).invoke(ASK, **whole)
+    assert TypeAdapter(schema).validate_python(made, strict=True) == made
+    if schema is Person:
+        own = Person.model_json_schema()
+        named = {"name": "person", "description": "d", "parameters": own}
+        for given in ({"title": "person", "description": "d", **own}, named, {"type": "function", "function": named}):
+            assert Person.model_validate(llm.with_structured_output(given, method=method).invoke(ASK, **whole))
+
+
+def test_tools_whose_arguments_hold_themselves_are_enforced_too(llm):
+    @tool
+    def plant(person: Person) -> str:
+        """Plants a family tree."""
+        return person.name
+
+    def prune(person: Person) -> str:
+        """Cuts a family tree."""
+        return person.name
+
+    with_title = {"title": "tree", "description": "d", **Person.model_json_schema()}
+    for offered, name in ((plant, "plant"), (prune, "prune"), (Person, "Person"), (with_title, "tree"), (Tree, "Tree")):
+        for seed in range(4):
+            forced = llm.bind_tools([now, offered], tool_choice=name, temperature=3, seed=seed)
+            (call,) = forced.invoke(ASK, max_tokens=80).tool_calls
+            given = call["args"].get("person", call["args"])
+            kind = Tree if offered is Tree else Person
+            assert call["name"] == name and TypeAdapter(kind).validate_python(given, strict=True)
+
+
+def test_a_recursion_that_no_schema_tells_is_refused_as_such(llm):
+    class Loop(typing.TypedDict):
+        """Python's own dicts have no schema before 3.12."""
+
+        inside: list[Loop]
+
+    Loop.__annotations__["inside"] = list[Loop]
+    if sys.version_info < (3, 12):
+        for method in ("json_schema", "function_calling"):
+            with pytest.raises(RequestError, match="refers to itself"):
+                llm.with_structured_output(Loop, method=method)
+
+
 def test_a_limit_that_no_answer_fits_is_refused_before_it_begins(llm):
     with pytest.raises(RequestError, match="within max_tokens=5"):
         llm.with_structured_output(Order).invoke(ASK, max_tokens=5)
@@ -134,6 +216,27 @@ def test_a_schema_that_no_grammar_can_enforce_is_refused_when_bound(llm, schema,
         llm.with_structured_output(schema)
     with pytest.raises(RequestError, match="The method is 'xml'"):
         llm.with_structured_output(Item, method="xml")
+
+
+def test_what_an_answer_of_a_form_may_still_fail_on_is_raised(llm):
+    with pytest.raises(OutputParserException):  # the caller's own stop cuts it
+        llm.with_structured_output(Person).invoke(ASK, stop=["children"])
+
+    class Never(BaseModel):
+        """A class may check more than its schema says."""
+
+        city: Literal["Oslo"]
+
+        @field_validator("city")
+        @classmethod
+        def _refuse(cls, city: str) -> str:
+            raise ValueError(f"not {city}")
+
+    with pytest.raises(OutputParserException, match="not Oslo"):
+        llm.with_structured_output(Never).invoke(ASK)
+    for schema in ({"enum": []}, {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}):
+        with pytest.raises(RequestError, match="cannot be used"):
+            llm.with_structured_output(schema)
 
 
 def test_json_mode_gives_json_and_an_error_of_parsing_stays_beside_the_raw_answer(llm):

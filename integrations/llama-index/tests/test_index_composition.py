@@ -56,6 +56,12 @@ def test_a_router_asks_the_sheet_or_the_vector_index(tools, llm, says, choice, q
         assert response.source_nodes[0].node_id == ("hugo" if choice == 1 else "karl")
 
 
+def test_a_router_that_is_given_its_llm_needs_none_in_the_settings(settings, tools, llm, says):
+    settings._llm = None  # as in a fresh process, where LlamaIndex would look for OpenAI's package
+    router = RouterQueryEngine(LLMSingleSelector.from_defaults(says(chosen(1))), tools, llm=llm)
+    assert str(router.query(QUESTION)) == ANSWER and settings._llm is None
+
+
 def test_a_router_asks_both_and_sums_up(tools, llm, says):
     summarizer = TreeSummarize(llm=says("Both."))
     router = RouterQueryEngine(

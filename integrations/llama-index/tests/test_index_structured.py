@@ -11,9 +11,10 @@ from llama_index.core.base.response.schema import PydanticResponse
 from llama_index.core.llms import ChatMessage
 from llama_index.core.output_parsers import PydanticOutputParser
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
+from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cribsheet.errors import RequestError
 
@@ -23,6 +24,13 @@ class Home(BaseModel):
 
     city: Literal["Quito", "Oslo", "Cairo"]
     sure: bool
+
+
+class Person(BaseModel):
+    """Its children are of its kind."""
+
+    name: Literal["Ada", "Bo"]
+    children: list[Person] = Field(max_length=1)
 
 
 PROMPT = PromptTemplate("Where does {name} live?")
@@ -43,6 +51,16 @@ def test_all_four_forms_give_the_same_instance(writer):
     made = [writer.structured_predict(Home, PROMPT, name="Hugo Ali"), streamed[-1], *asyncio.run(native())]
     assert made == [made[0]] * 4
     assert all(isinstance(each, Home) for each in made) and len(streamed) > 2
+
+
+def test_a_class_that_holds_its_kind_is_enforced_all_the_way_down_also_as_the_arguments_of_a_tool(kb):
+    llm = kb.as_llama_index_llm(max_tokens=60, temperature=5)
+    tool = FunctionTool.from_defaults(lambda **given: str(given), name="tree", description="A.", fn_schema=Person)
+    for seed in range(4):
+        assert isinstance(llm.structured_predict(Person, PROMPT, {"seed": seed}, name="Hugo Ali"), Person)
+        called = llm.chat_with_tools([tool], user_msg="Plant it.", tool_choice="tree", seed=seed)
+        (call,) = llm.get_tool_calls_from_response(called)
+        assert Person.model_validate(call.tool_kwargs)
 
 
 def test_few_tokens_still_make_a_whole_instance_and_too_few_are_refused(kb):

@@ -160,9 +160,8 @@ def _plain_tool(function: dict[str, Any]) -> dict[str, Any]:
 def _told(turn: Turn) -> dict[str, Any]:
     """A turn as the library takes it; who speaks, where a name is given, stands in front of the text."""
     said = turn.model_dump(exclude_none=True)
-    text = said.get("content")
-    if isinstance(text, list):
-        text = "".join(part["text"] for part in text)
-    if turn.name and turn.role != "tool" and text:
-        text = f"{turn.name}: {text}"
-    return {**said, "content": text}
+    content = said.get("content")
+    if turn.name and turn.role not in ("tool", "function") and content:
+        parts = [content] if isinstance(content, str) else content
+        content = [f"{turn.name}: ", *parts]
+    return {**said, "content": content}

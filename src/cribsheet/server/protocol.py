@@ -10,10 +10,11 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from cribsheet.hybrid import Mode
 from cribsheet.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
+from cribsheet.turns import is_not_said
 
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 _StopText = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -54,10 +55,16 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_few_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > _MAX_FIELDS:
+    def _read(cls, data: Any) -> Any:
+        """Refuse more fields than any object here has, and drop those that are null.
+
+        A null asks for nothing, whatever its name: clients write out all that they know.
+        """
+        if not isinstance(data, dict):
+            return data
+        if len(data) > _MAX_FIELDS:
             raise ValueError(f"it has {len(data)} fields, most of which are not supported; leave those out.")
-        return data
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class TextPart(_Strict):
@@ -67,12 +74,39 @@ class TextPart(_Strict):
     text: str
 
 
+class RefusalPart(_Strict):
+    """What the assistant said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class NotSaid(_Strict):
+    """What else other providers' models leave in a turn: thoughts, and calls and results in their own forms."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+
+
+def _part_of(data: Any) -> str:
+    kind = data.get("type") if isinstance(data, dict) else getattr(data, "type", None)
+    return "a refusal" if kind == "refusal" else "not said" if is_not_said(kind) else "a text"
+
+
+_Part = Annotated[
+    Annotated[TextPart, Tag("a text")] | Annotated[RefusalPart, Tag("a refusal")] | Annotated[NotSaid, Tag("not said")],
+    Discriminator(_part_of),
+]
+_NotRead = Annotated[Any, Field(default=None, exclude=True, description="What other servers tell beside; not read.")]
+
+
 class FunctionCalled(_Strict):
     """Which function was called, with what; `arguments` is JSON in a text."""
 
     name: _Name
-    arguments: str
-    parsed_arguments: Any = Field(default=None, exclude=True, description="What openai-python keeps beside; not read.")
+    arguments: str = ""
+    parsed_arguments: _NotRead
 
 
 class PastCall(_Strict):
@@ -87,16 +121,22 @@ class PastCall(_Strict):
 class Turn(_Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | _Parts[TextPart] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | _Parts[_Part] | None = None
     name: _Name | None = None
     tool_calls: _Calls[PastCall] | None = None
     tool_call_id: str | None = None
-    refusal: None = None
+    function_call: FunctionCalled | None = None
+    refusal: str | None = None
     audio: None = None
-    function_call: None = None
-    annotations: list[Any] | None = Field(default=None, max_length=0)
-    parsed: Any = Field(default=None, exclude=True, description="What openai-python keeps beside the text; not read.")
+    annotations: _NotRead
+    parsed: _NotRead
+    provider_specific_fields: _NotRead
+    reasoning: _NotRead
+    reasoning_content: _NotRead
+    reasoning_details: _NotRead
+    thinking: _NotRead
+    thinking_blocks: _NotRead
 
 
 class Function(_Strict):
@@ -210,7 +250,7 @@ class Asked(_Strict):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=0, description="An extension: draw from that many tokens.")
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     user: str | None = Field(default=None, description="Logged as a digest.")
     cribsheet: Extension | None = None
 

@@ -32,7 +32,7 @@ _KINDS = {
 }
 RETRY_SECONDS = 1
 _LONGEST_MESSAGE, _LONGEST_PLACE = 1000, 200  # characters that are told of what a caller sent
-_ODD_TURNS = "The model's chat template has no form for these turns in this order; begin with the user's."
+_ODD_TURNS = "The model's chat template has no form for these turns in this order; ask in one turn of the user."
 
 
 class ErrorDetail(BaseModel):

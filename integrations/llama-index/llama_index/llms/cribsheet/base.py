@@ -355,7 +355,9 @@ class CribsheetLLM(SchemaBoundLLM):
 
 def _described(tool: BaseTool, messages: Sequence[ChatMessage]) -> dict[str, Any]:
     """A tool in OpenAI's form; one that takes a selection takes only what there is to select."""
-    described = tool.metadata.to_openai_tool(skip_length_check=True)
-    if tool.metadata.fn_schema in (SingleSelection, MultiSelection):
-        described["function"]["parameters"] = of_class(tool.metadata.fn_schema, messages)
+    described, schema = tool.metadata.to_openai_tool(skip_length_check=True), tool.metadata.fn_schema
+    if schema in (SingleSelection, MultiSelection):
+        described["function"]["parameters"] = of_class(schema, messages)
+    elif schema is not None and "$ref" in (own := schema.model_json_schema()):  # it holds itself, and no more is kept
+        described["function"]["parameters"] = own
     return described

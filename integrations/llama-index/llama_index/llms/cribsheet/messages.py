@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
     CitableBlock,
+    CitationBlock,
     CompletionResponse,
     ContentBlock,
     LogProb,
@@ -28,7 +29,10 @@ from cribsheet.streams import AnswerStream, AsyncAnswerStream
 
 _ROLES = {MessageRole.FUNCTION: "tool", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
 Response = TypeVar("Response")
-_LEFT_OUT = (ThinkingBlock, CachePoint)  # what a model wrote for itself, and marks for other engines' caches
+# What a model wrote for itself, marks for other engines' caches, and what stands behind a text that is told.
+_LEFT_OUT = (ThinkingBlock, CachePoint, CitationBlock)
+_SAID = ("content", "tool_calls", "function_call", "refusal")
+_BESIDE = ("tool_call_id", "name", "function_call", "refusal")
 
 
 def as_conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -37,7 +41,7 @@ def as_conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     Turns in which nothing was said are left out, except the last: chat engines remember empty answers too.
     """
     turns = [_turn(message) for message in messages]
-    return [turn for turn in turns if turn["content"] or turn["tool_calls"] or turn is turns[-1]]
+    return [turn for turn in turns if any(turn.get(name) for name in _SAID) or turn is turns[-1]]
 
 
 def _turn(message: ChatMessage) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
         "role": _ROLES.get(message.role, message.role.value),
         "content": "\n".join(texts),
         "tool_calls": calls or more.get("tool_calls") or [],
-        **{name: more[name] for name in ("tool_call_id", "name") if name in more},
+        **{name: more[name] for name in _BESIDE if name in more},
     }
 
 

@@ -22,8 +22,9 @@ Objects: TypeAlias = Model | list[Model] | FlexibleModel | list[FlexibleModel]
 
 
 class SchemaBoundLLM(FunctionCallingLLM):
-    """An LLM whose `chat` takes `json_schema=`, so that structured answers always are whole instances.
+    """An LLM whose `chat` takes `json_schema=`, so that structured answers are whole and fit their class's schema.
 
+    What the class checks beyond its schema is raised, and so is an answer that one of the caller's `stop` strings cut.
     Another `pydantic_program_mode` than the default goes LlamaIndex's own ways.
     """
 
