@@ -76,7 +76,44 @@ def test_auto_keeps_a_guide_that_takes_at_most_a_quarter_of_the_budget(tiny):
     tokens = build(tiny, ZERO_SHOT, guide="resident", rate=1.2).manifest.guide_tokens
     assert build(tiny, ZERO_SHOT, rate=None, budget=4 * tokens, guide="auto").resident
     assert not build(tiny, ZERO_SHOT, rate=None, budget=4 * tokens - 1, guide="auto").resident
-    assert not build(tiny, ZERO_SHOT, rate=1, guide="auto").resident
+    assert build(tiny, ZERO_SHOT, rate=1, guide="auto").resident  # on top of everything, so it costs nothing
+    whole = build(tiny, ZERO_SHOT, rate=1, guide="dropped").tokens
+    assert not build(tiny, ZERO_SHOT, rate=None, budget=whole, guide="auto").resident
+
+
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_at_rate_1_nothing_is_scored_and_the_guide_comes_on_top(tiny, mode):
+    class Unasked:
+        guide = "task and repeat"
+        pins_head = True
+
+        def score(self, view):
+            pytest.fail("there is nothing to choose")
+
+    whole, own = (
+        build(tiny, FEW_SHOT, scorer=scorer, rate=1, mode=mode, guide="resident", allocation="uniform")
+        for scorer in ("recall", Unasked())
+    )
+    assert whole.manifest.scorer == "recall" and own.manifest.scorer == "Unasked"
+    assert own.tokens == own.length == own.manifest.corpus_tokens + own.manifest.guide_tokens
+    assert own.rate < 1 and torch.equal(own.indices, whole.indices)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(own.layers, whole.layers, strict=True))
+
+
+def test_a_corpus_that_fills_the_window_nearly_is_kept_whole_in_chunks_of_any_size():
+    backbone = tiny_backbone("llama", max_position_embeddings=300)
+    whole = build(backbone, ZERO_SHOT, rate=1)
+    assert whole.tokens == whole.manifest.corpus_tokens + whole.manifest.guide_tokens > 200
+    small = build(backbone, ZERO_SHOT, rate=1, chunk_tokens=40)
+    torch.testing.assert_close(small.layers[-1].keys, whole.layers[-1].keys, atol=2e-4, rtol=1e-3)
+    with pytest.raises(BudgetError, match=r"takes \d+ tokens and the guide \d+ of the model's window of 230"):
+        build(tiny_backbone("llama", max_position_embeddings=230), ZERO_SHOT, rate=1, guide="resident")
+
+
+def test_nothing_is_corrected_where_nothing_was_dropped(tiny):
+    plain, corrected = (build(tiny, FEW_SHOT, rate=1, scorer="recall", correction=each) for each in ("none", "refit"))
+    assert corrected.manifest.correction == "none"
+    assert torch.equal(plain.layers[0].values, corrected.layers[0].values)
 
 
 def test_the_storage_type_is_the_model_s_own_unless_another_is_asked(tiny):

@@ -172,17 +172,19 @@ class Backbone:
         guide: Tensor,
         known: Sequence[tuple[Tensor, Tensor]] | None = None,
         run: Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None] | None = None,
+        step: Callable[[], None] | None = None,
     ) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
 
         `chunk` (c,) and `guide` (T,) are token ids; T may be 0. If the chunk's keys and values (1, K, c, D) of each
         layer are `known`, only the guide is read. Returns one layer each with the chunk's keys and values and the
         guide's queries and log-sum-exps. `run` reads tokens (1, n) at their positions into the layers; the model's own
-        forward pass if there is none.
+        forward pass if there is none. `step` is called at each layer.
         """
         known = known if len(guide) else None  # a pass needs something to read
         before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
-        layers = [ReadingLayer(layer, start, len(guide), part) for layer, part in zip(prefix, before, strict=True)]
+        pairs = zip(prefix, before, strict=True)
+        layers = [ReadingLayer(layer, start, len(guide), part, step) for layer, part in pairs]
         ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
         first = start + len(chunk) if known else start
         positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
@@ -194,6 +196,13 @@ class Backbone:
                 input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True
             )
         return layers
+
+    def wait(self) -> None:
+        """Come back when an accelerator has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -30,6 +30,7 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, turned_back
 from cribsheet.profile import profile_of
+from cribsheet.progress import Told, shown
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "dropped"]
 
 DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """How many times shorter the sheet will be."""
+        """How many times shorter the sheet will be; below 1 where everything is kept and the guide comes on top."""
         return len(self.corpus) / self.budget
 
     def manifest(self, backbone: Backbone, dtype: StorageDtype, seconds: float) -> Manifest:
@@ -104,7 +104,7 @@ class Plan:
             chunk_tokens=self.reading.chunk_tokens,
             dtype=dtype,
             allocation=self.reading.allocation,
-            correction=self.reading.correction,
+            correction=self.reading.on(self.corpus).correction,
             build=circumstances(backbone, seconds),
             cut_from=self.cut_from,
         )
@@ -145,7 +145,7 @@ def build_sheet(
     template_options: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Told = None,
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
     allocation: Allocation | None = None,
@@ -161,7 +161,7 @@ def build_sheet(
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"dropped"` uses them for scoring only, as published; `"auto"` keeps them if they take at most a quarter of
-        the budget.
+        the budget. At rate 1 everything is kept, nothing is scored, and the guide comes on top.
     chunk_tokens
         how much is read at once; 0 is everything (the single-pass form); by default chosen from device and window.
     system, template_options
@@ -170,7 +170,8 @@ def build_sheet(
         storage type: float32, bfloat16, float16, int8 or int4; by default the model's own, or int4 where neither rate,
         budget nor share to retain was given (rate 4).
     progress
-        called as `progress(tokens_read, tokens)` before the first and after each chunk.
+        `True` shows a bar. A function is called as `progress(tokens_read, tokens)` before the first and after each
+        chunk, and now and then within one that takes long.
     checkpoint
         a file that remembers each finished chunk; if it exists, the build goes on from there.
     mode
@@ -197,8 +198,9 @@ def build_sheet(
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     scorer, allocation = resolve_defaults(scorer, allocation, mode)
-    warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
+    budgets.check_mode(mode)
+    warn_without_task(task, scorer)
     if retain is None and mode == "sequential":
         dtype = budgets.stored_as(dtype)
     checker = None
@@ -207,17 +209,7 @@ def build_sheet(
 
         checker = make_checker(backbone, layout, documents, task, budgets, mode, retain, scorer=scorer, seed=seed)
         task = checker.task
-    if mode not in get_args(Mode):
-        raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     if mode == "independent":
-        if allocation == "profiled":
-            raise BudgetError(
-                "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."
-            )
-        if correction != "none":
-            raise BudgetError(
-                "An independent sheet cannot be corrected: its documents are read apart, whatever stands beside them."
-            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         sheet = build_independent(
@@ -246,7 +238,7 @@ def carry_out(
     planned: Plan,
     *,
     dtype: str | None = None,
-    progress: Progress | None = None,
+    progress: Told = None,
     checkpoint: str | Path | None = None,
 ) -> Sheet:
     """The sheet that a plan is for; arguments as in `build_sheet`."""
@@ -257,19 +249,21 @@ def carry_out(
 
 
 def read_through(
-    backbone: Backbone, planned: Plan, *, progress: Progress | None = None, checkpoint: str | Path | None = None
+    backbone: Backbone, planned: Plan, *, progress: Told = None, checkpoint: str | Path | None = None
 ) -> State:
     """All that a plan keeps of its corpus, the guide left out."""
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
     start = saved.load(backbone.device) if saved else None
     state = start or State(0, nothing_kept(backbone))
-    if progress is not None:
-        progress(state.done, len(planned.corpus))
-    for state in compress(backbone, planned.corpus, planned.reading, start):
-        if saved:
-            saved.save(state)
-        if progress is not None:
-            progress(state.done, len(planned.corpus))
+    with shown(progress) as told:
+        tell = None if told is None else lambda read: told(read, len(planned.corpus))
+        if tell is not None:
+            tell(state.done)
+        for state in compress(backbone, planned.corpus, planned.reading, start, tell):
+            if saved:
+                saved.save(state)
+            if tell is not None:
+                tell(state.done)
     return state
 
 
@@ -349,10 +343,29 @@ class Budgets:
             )
         return budget
 
+    def check_mode(self, mode: str) -> None:
+        """Raise `BudgetError` for an unknown mode, or for what an independent sheet cannot have."""
+        if mode not in get_args(Mode):
+            raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
+        if mode == "independent" and self.allocation == "profiled":
+            raise BudgetError(
+                "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."
+            )
+        if mode == "independent" and self.correction != "none":
+            raise BudgetError(
+                "An independent sheet cannot be corrected, as its documents are read apart, whatever stands beside "
+                "them; use correction='none'."
+            )
+
+    @property
+    def is_all(self) -> bool:
+        """Whether everything is to be kept: the ceiling of the same prompt, so the guide costs no document a token."""
+        return self.rate == 1 and self.budget is None
+
     def keeps_guide(self, guide_tokens: int, budget: int, corpus_tokens: int) -> bool:
         """Whether task and examples stay in the sheet."""
         if self.guide == "auto":
-            return guide_tokens <= budget * _RESIDENT_SHARE and budget < corpus_tokens
+            return guide_tokens <= budget * _RESIDENT_SHARE and (budget < corpus_tokens or self.is_all)
         return self.guide == "resident"
 
 
@@ -382,9 +395,11 @@ def plan(
     if not budgets.keeps_guide(len(resident), budget, len(corpus)):
         resident = resident[:0]
     layout.verify(head, corpus.text, guide.resident if len(resident) else "", task)
+    if budgets.is_all:
+        budget += len(resident)
     keep = budget - len(resident)
     fixed = corpus.head_tokens if budgets.allocation == "uniform" else _pinned(chosen, "adaptive", corpus.head_tokens)
-    if keep <= fixed:
+    if keep <= fixed and keep < len(corpus):
         drop = ", a shorter task, or guide='dropped'" if len(resident) else ""
         raise BudgetError(
             f"The budget is {budget} tokens, but the template's head takes {fixed} and the resident guide "
@@ -400,7 +415,11 @@ def plan(
         "notes and repeat": noted + len(repeat),
         "nothing": 0,
     }[chosen.guide]
-    chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
+    if keep >= len(corpus):
+        _check_whole(backbone, keep, len(resident))
+        chunk = _chunk_tokens(backbone, len(corpus), 0, 0, budgets.chunk_tokens, "nothing")
+    else:
+        chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
     reading = Reading(
         scorer=chosen,
         guide=scored,
@@ -451,6 +470,16 @@ def assemble(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tupl
         layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
         indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
     return layers, indices.to(torch.int32)
+
+
+def _check_whole(backbone: Backbone, corpus_tokens: int, guide_tokens: int) -> None:
+    """Raise `BudgetError` unless a corpus that is kept as it is leaves room for a question in the window."""
+    if corpus_tokens + guide_tokens >= backbone.window:
+        guide = f" and the guide {guide_tokens}" if guide_tokens else ""
+        raise BudgetError(
+            f"Nothing would be condensed, but the corpus takes {corpus_tokens} tokens{guide} of the model's window of "
+            f"{backbone.window}, which leaves no room for a question; pass a higher rate or fewer documents."
+        )
 
 
 def _chunk_tokens(

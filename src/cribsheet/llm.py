@@ -31,6 +31,7 @@ from cribsheet.handover import integration
 from cribsheet.hybrid import SETTINGS, Asking, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
+from cribsheet.progress import shown
 from cribsheet.registry import resolve
 from cribsheet.retrieval import BM25Retriever, Passage
 from cribsheet.sampling import SamplingParams
@@ -100,8 +101,9 @@ class CompressedKnowledgeLLM:
         """
         read = read_documents(documents)
         purpose = Task.of(task)
-        loaded = LoadedModel.get(model, **dict(model_options or {}))
-        return cls(loaded, build_sheet(loaded.backbone, read, purpose, **options))
+        with shown(options.pop("progress", None)) as progress:
+            loaded = LoadedModel.get(model, **dict(model_options or {}))
+            return cls(loaded, build_sheet(loaded.backbone, read, purpose, progress=progress, **options))
 
     @classmethod
     def load(

@@ -18,8 +18,8 @@ from cribsheet.cli.progress import build_progress
 from cribsheet.cli.reading import Dtype, Model, SheetFile
 
 if TYPE_CHECKING:
-    from cribsheet.build import Progress
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.progress import Progress
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there and leave the sheet as it is.")

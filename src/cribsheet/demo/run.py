@@ -61,9 +61,7 @@ class Demo:
         self.full: CompressedKnowledgeLLM | None = None
         self.no_full_reason = ""
         try:
-            self.full = CompressedKnowledgeLLM.build(
-                documents, script.task, model=backbone, rate=1, scorer="recent", progress=progress
-            )
+            self.full = CompressedKnowledgeLLM.build(documents, script.task, model=backbone, rate=1, progress=progress)
         except BudgetError as error:
             self.no_full_reason = str(error)
 
