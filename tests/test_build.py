@@ -139,7 +139,7 @@ REFUSALS = {
     "budget above": ({"rate": None, "budget": 100_000}, r"The budget is 100000 tokens but the corpus has \d+"),
     "budget below the head": (
         {"rate": None, "budget": 2},
-        r"the template's head takes \d+ and the resident guide 0; pass a budget of at least \d+, a lower rate",
+        r"the template's head takes \d+; pass a budget of at least \d+ or a lower rate\.$",
     ),
     "budget below the guide": (
         {"rate": None, "budget": 30, "guide": "resident"},

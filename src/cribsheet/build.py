@@ -295,7 +295,7 @@ def warn_without_task(task: Task, scorer: str | Scorer) -> None:
     if task == Task.of(None) and make_scorer(scorer)[1].guide not in ("nothing", "repeat"):
         logger.warning(
             "no task was given, so what questions that nobody described need is kept only as far as a repetition of "
-            "the documents tells; say what will be asked, with task= or --task, best with examples"
+            "the documents tells; say what will be asked, with task=, best with examples"
         )
 
 
@@ -337,9 +337,10 @@ class Budgets:
                 raise BudgetError(f"The rate is {rate:g}; pass at least 1 (16 means sixteen times shorter).")
             budget = int(corpus_tokens / rate)
         if not 0 < budget <= corpus_tokens:
+            other = "a rate" if rate is None else "a lower rate"
             raise BudgetError(
                 f"The budget is {budget} tokens but the corpus has {corpus_tokens}; pass a budget between 1 and "
-                f"{corpus_tokens}, or a rate."
+                f"{corpus_tokens}, or {other}."
             )
         return budget
 
@@ -400,11 +401,7 @@ def plan(
     keep = budget - len(resident)
     fixed = corpus.head_tokens if budgets.allocation == "uniform" else _pinned(chosen, "adaptive", corpus.head_tokens)
     if keep <= fixed and keep < len(corpus):
-        drop = ", a shorter task, or guide='dropped'" if len(resident) else ""
-        raise BudgetError(
-            f"The budget is {budget} tokens, but the template's head takes {fixed} and the resident guide "
-            f"{len(resident)}; pass a budget of at least {fixed + 1 + len(resident)}, a lower rate{drop}."
-        )
+        raise _too_small(budget, fixed, len(resident), len(corpus))
     request = encode(layout.request(task))
     noted = len(request) + len(scored) + NOTES_TOKENS
     after_chunk = {
@@ -438,6 +435,17 @@ def plan(
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading)
+
+
+def _too_small(budget: int, fixed: int, guide_tokens: int, corpus_tokens: int) -> BudgetError:
+    """A budget that holds not even what every sheet has, with the ways out that there are."""
+    least = fixed + 1 + guide_tokens
+    ways = [f"a budget of at least {least}", "a lower rate"] if least <= corpus_tokens else ["rate=1, which keeps all"]
+    ways += ["a shorter task", "guide='dropped'"] if guide_tokens else []
+    guide = f" and the resident guide {guide_tokens}" if guide_tokens else ""
+    *first, last = ways
+    listed = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}" if first else last
+    return BudgetError(f"The budget is {budget} tokens, but the template's head takes {fixed}{guide}; pass {listed}.")
 
 
 def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
@@ -487,18 +495,23 @@ def _chunk_tokens(
 ) -> int:
     """How many tokens to read at once, so that kept tokens, chunk and guide fit the window."""
     room = (backbone.window - keep - guide_tokens) // _times_read(guide)
+    beside = (
+        f"The budget of {keep} tokens leaves"
+        if not guide_tokens
+        else (f"The budget of {keep} and the guide of {guide_tokens} tokens leave")
+    )
     if room < 1:
         raise BudgetError(
-            f"The budget of {keep} and the guide of {guide_tokens} tokens leave no room for a chunk in the model's "
-            f"window of {backbone.window}; lower the budget or shorten the task."
+            f"{beside} no room for a chunk in the model's window of {backbone.window}; lower the budget, which a "
+            f"higher rate does{' too, or shorten the task' if guide_tokens else ''}."
         )
     if wanted is None:
         return min(usual_chunk(backbone, guide), room, corpus_tokens)
     chunk = corpus_tokens if wanted == 0 else min(wanted, corpus_tokens)
     if not 0 < chunk <= room:
         raise BudgetError(
-            f"A chunk of {chunk} tokens does not fit: the model's window is {backbone.window}, of which the budget "
-            f"takes {keep} and the guide {guide_tokens}; pass chunk_tokens between 1 and {room}."
+            f"A chunk of {chunk} tokens does not fit: the model's window is {backbone.window}. {beside} {room} for a "
+            f"chunk, as it is read{' twice' if _times_read(guide) > 1 else ''}; pass chunk_tokens between 1 and {room}."
         )
     return chunk
 

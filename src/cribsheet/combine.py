@@ -50,7 +50,7 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
                 raise SheetError(f"The sheets differ in their {what}: {mine!r} and {other!r}; build one of them again.")
     if any(sheet.manifest.correction != "none" for sheet in sheets):
         raise SheetError(
-            'A corrected sheet stands for its corpus alone; build without correction="refit" to combine it.'
+            "A corrected sheet stands for its corpus alone; build it with correction='none' to combine it."
         )
     _refuse_two_texts(sheets)
     purpose = _joined(sheets) if task is None else Task.of(task)

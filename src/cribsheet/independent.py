@@ -308,9 +308,11 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], bud
 
     low, high = 1.0, _WIDEST
     if whole(high) > budget:
+        guided = bool(len(terms_at(2.0).guide))
         raise BudgetError(
-            f"The budget is {budget} tokens, but head and guide take {fixed} and {len(documents)} documents at least "
-            f"{whole(high) - fixed}; pass a budget of at least {whole(high)}, or guide='dropped'."
+            f"The budget is {budget} tokens, but head{' and guide take' if guided else ' takes'} {fixed} and "
+            f"{len(documents)} documents at least {whole(high) - fixed}; pass a budget of at least {whole(high)}"
+            + (", a shorter task, or guide='dropped'." if guided else ", or fewer documents.")
         )
     while high / low > 1.0001:
         middle = (low * high) ** 0.5

@@ -156,7 +156,7 @@ class _Edit:
                         "sheet; build that one again with mode='independent'."
                     )
                 return number
-        raise DocumentError(f"There is no document {document_id!r} in the sheet; `cribsheet inspect` lists them.")
+        raise DocumentError(f"There is no document {document_id!r} in the sheet; `kb.sheet.documents` lists them.")
 
     def read(
         self, documents: Sequence[Document], progress: Told, checkpoint: str | Path | None = None

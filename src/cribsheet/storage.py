@@ -110,7 +110,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """The manifest alone; nothing else of the file is read."""
     file = Path(path)
     if not file.is_file():
-        raise SheetError(f"There is no sheet {str(path)!r}; build one with `cribsheet build`.")
+        raise SheetError(f"There is no sheet {str(path)!r}; build one with `CompressedKnowledgeLLM.build` and save it.")
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
