@@ -37,6 +37,7 @@ from cribsheet.retrieval import BM25Retriever, Passage
 from cribsheet.sampling import SamplingParams
 from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
+from cribsheet.showing import sheet_line, sheet_table
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
 from cribsheet.telling import Told, after_sheet, beside_documents, instead_of_documents
@@ -181,6 +182,14 @@ class CompressedKnowledgeLLM:
         raise SheetError(
             "An open CompressedKnowledgeLLM cannot be pickled; save the sheet, and load its file where it is needed."
         )
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<CompressedKnowledgeLLM over {sheet_line(self.sheet)}{', closed' if self._closed else ''}>"
+
+    def _repr_html_(self) -> str:
+        """The sheet's size, rate and documents, for notebooks."""
+        return sheet_table(self.sheet)
 
     def __enter__(self) -> Self:
         """The model with its sheet."""
