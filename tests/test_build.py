@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
+from reference import full_context_logits, stock_cache
 
 from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
 from cribsheet.build import Budgets
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError
+from cribsheet.prefix import prefix_cache
 from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone
 
@@ -60,7 +62,7 @@ def test_a_resident_guide_is_what_the_model_reads_on_top_of_the_kept_tokens(fami
 
 @pytest.mark.parametrize("task", [ZERO_SHOT, FEW_SHOT])
 def test_a_full_sheet_with_a_resident_guide_is_the_whole_conversation(family, task):
-    """Nothing can be both full and resident by budget, so the full sheet is read on with the guide here."""
+    """A full sheet that is read on with the guide."""
     layout = ChatLayout(family.tokenizer)
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, task, model=family, rate=1, guide="dropped")
     guide = layout.encoder.after(layout.guide(task).resident, continues=True)
@@ -68,8 +70,28 @@ def test_a_full_sheet_with_a_resident_guide_is_the_whole_conversation(family, ta
     left = layout.encoder.left(layout.head(task.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n")[0]
     rest = torch.cat([guide, question])
     read = family.read(kb.prefix.layers, kb.prefix.tokens, guide, question)
-    stock = family.model(input_ids=torch.cat([left, rest])[None], use_cache=True).past_key_values
+    stock = stock_cache(family, torch.cat([left, rest]))
     torch.testing.assert_close(read[-1].guide_keys, stock.layers[-1].keys[0, :, -len(question) :], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_rate_1_is_the_ceiling_of_the_same_prompt_guide_included(family, mode):
+    if mode == "independent":  # of one document: several do not see each other
+        documents = [Document("\n\n".join(each.text for each in DOCUMENTS), "all")]
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS if mode == "sequential" else documents, FEW_SHOT, model=family, rate=1, guide="resident", mode=mode
+    )
+    layout = ChatLayout(family.tokenizer)
+    left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
+    question = layout.question([{"role": "user", "content": QUESTION}], FEW_SHOT, True)
+    corpus, rest = layout.encoder.left(left)[0], layout.encoder.after(layout.guide(FEW_SHOT).resident + question)
+    told = kb.sheet.manifest.guide_tokens
+    assert kb.sheet.tokens == len(corpus) + told and told > 20
+    ids = torch.cat([corpus, rest])
+    cache = prefix_cache(kb.prefix.layers, kb.prefix.tokens)
+    positions = torch.arange(kb.prefix.tokens, len(ids)).unsqueeze(0)
+    logits = family.step(rest[told:].unsqueeze(0), positions, cache, keep=len(rest) - told)[0]
+    torch.testing.assert_close(logits, full_context_logits(family, ids)[kb.prefix.tokens :], atol=2e-3, rtol=1e-3)
 
 
 def test_auto_keeps_a_guide_that_takes_at_most_a_quarter_of_the_budget(tiny):

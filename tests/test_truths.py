@@ -14,7 +14,6 @@ from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.backbone import Backbone
 from cribsheet.build import build_sheet
 from cribsheet.compress import nothing_read
-from cribsheet.documents import Document
 from cribsheet.prefix import prefix_cache
 from cribsheet.rope import move
 from cribsheet.template import ChatLayout
@@ -47,23 +46,6 @@ def test_a_sheet_that_keeps_everything_answers_as_the_full_context_does(family, 
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
     answer = full_context_answer(family, torch.cat([corpus, question]), 12)
     assert kb.ask(QUESTION, max_tokens=12).text == family.tokenizer.decode(answer, skip_special_tokens=True).lstrip(" ")
-
-
-@pytest.mark.parametrize("mode", ["sequential", "independent"])
-def test_rate_1_is_the_ceiling_of_the_same_prompt_guide_included(family, mode):
-    if mode == "independent":  # of one document: several do not see each other
-        documents = [Document("\n\n".join(each.text for each in DOCUMENTS), "all")]
-    kb = CompressedKnowledgeLLM.build(
-        DOCUMENTS if mode == "sequential" else documents, FEW_SHOT, model=family, rate=1, guide="resident", mode=mode
-    )
-    corpus, rest = whole_prompt(family, resident=True)
-    told = kb.sheet.manifest.guide_tokens
-    assert kb.sheet.tokens == len(corpus) + told and told > 20
-    ids = torch.cat([corpus, rest])
-    cache = prefix_cache(kb.prefix.layers, kb.prefix.tokens)
-    positions = torch.arange(kb.prefix.tokens, len(ids)).unsqueeze(0)
-    logits = family.step(rest[told:].unsqueeze(0), positions, cache, keep=len(rest) - told)[0]
-    torch.testing.assert_close(logits, full_context_logits(family, ids)[kb.prefix.tokens :], atol=2e-3, rtol=1e-3)
 
 
 def test_moving_keys_equals_rotating_them_there_in_the_first_place(family):

@@ -5,6 +5,7 @@ Everything that is not listed here is refused by name. How our attention gets in
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -89,6 +90,8 @@ class Backbone:
         self.full = [number for number, window in enumerate(self.windows) if window is None]
         self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        takes = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._attachment = Attachment.of(model)
         self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `parallel.py`
         self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
@@ -192,10 +195,13 @@ class Backbone:
             run(ids, positions, layers)
             return layers
         with self.announce(ids, positions, None), self.attached():
-            self.model.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True
-            )
+            given = self.cached(Cache(layers=list(layers)))
+            self.model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **given)
         return layers
+
+    def cached(self, cache: Cache) -> dict[str, Cache]:
+        """A cache as an argument of the model, and of its `generate`, by the name that this transformers has for it."""
+        return {self._cache_name: cache}
 
     def wait(self) -> None:
         """Come back when an accelerator has done all that it was given."""
@@ -214,9 +220,9 @@ class Backbone:
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **self.cached(cache),
             ).logits
         return logits
 

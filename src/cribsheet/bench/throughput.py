@@ -68,7 +68,7 @@ def stock_generate(kb: CompressedKnowledgeLLM, questions: Sequence[Tensor], new_
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **kb.backbone.cached(cache),
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
