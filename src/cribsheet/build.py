@@ -30,7 +30,7 @@ from cribsheet.fingerprint import fingerprint
 from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, turned_back
 from cribsheet.profile import profile_of
-from cribsheet.progress import Told, shown
+from cribsheet.progress import Listener, shown
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
@@ -145,7 +145,7 @@ def build_sheet(
     template_options: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    progress: Told = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
     allocation: Allocation | None = None,
@@ -238,7 +238,7 @@ def carry_out(
     planned: Plan,
     *,
     dtype: str | None = None,
-    progress: Told = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
 ) -> Sheet:
     """The sheet that a plan is for; arguments as in `build_sheet`."""
@@ -249,7 +249,7 @@ def carry_out(
 
 
 def read_through(
-    backbone: Backbone, planned: Plan, *, progress: Told = None, checkpoint: str | Path | None = None
+    backbone: Backbone, planned: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
 ) -> State:
     """All that a plan keeps of its corpus, the guide left out."""
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None

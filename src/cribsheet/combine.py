@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from cribsheet.template import ChatLayout
 
 if TYPE_CHECKING:
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.options import AskOptions
 
 
 def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None = None) -> Sheet:
@@ -95,7 +96,7 @@ class Router:
         scores = self.scores(question)
         return self.knowledge[scores.index(max(scores))]
 
-    def ask(self, question: str, **sampling: Any) -> Answer:
+    def ask(self, question: str, **sampling: Unpack[AskOptions]) -> Answer:
         """Answer from the sheet that fits best; `sampling` is that of `CompressedKnowledgeLLM.ask`."""
         return self.route(question).ask(question, **sampling)
 

@@ -31,7 +31,7 @@ from cribsheet.chunks import TokenizedCorpus
 from cribsheet.cutting import cut
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, DocumentError, SheetError
-from cribsheet.progress import Told, shown
+from cribsheet.progress import Listener, shown
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.segments import Segment, assemble, check_fits, read_head, read_segment
 from cribsheet.selection import Allocation
@@ -168,7 +168,7 @@ def build_independent(
     scorer: str | Scorer,
     dtype: StorageDtype,
     seed: int,
-    progress: Told = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
 ) -> Sheet:
@@ -240,7 +240,7 @@ def read_all(
     plans: Sequence[Plan],
     base: Manifest,
     head: Segment,
-    progress: Told = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
 ) -> list[Segment]:

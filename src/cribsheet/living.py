@@ -21,7 +21,7 @@ from cribsheet.errors import DocumentError, SheetError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.independent import Terms, changed, least_most, read_all, refuse_twice
 from cribsheet.loaded import LoadedModel
-from cribsheet.progress import Told
+from cribsheet.progress import Listener
 from cribsheet.scoring import Scorer
 from cribsheet.segments import Segment, assemble
 from cribsheet.sheet import Operation, Sheet
@@ -42,7 +42,7 @@ def extend(
     documents: Any,
     *,
     scorer: str | Scorer | None = None,
-    progress: Told = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     check: bool = True,
 ) -> Sheet:
@@ -64,7 +64,7 @@ def replace(
     document: Any,
     *,
     scorer: str | Scorer | None = None,
-    progress: Told = None,
+    progress: Listener = None,
     check: bool = True,
 ) -> Sheet:
     """A sheet with another text in the place, and under the id, of a document; reads the new one only.
@@ -159,7 +159,7 @@ class _Edit:
         raise DocumentError(f"There is no document {document_id!r} in the sheet; `kb.sheet.documents` lists them.")
 
     def read(
-        self, documents: Sequence[Document], progress: Told, checkpoint: str | Path | None = None
+        self, documents: Sequence[Document], progress: Listener, checkpoint: str | Path | None = None
     ) -> list[Segment]:
         """New documents on the terms of the sheet."""
         terms = self.terms.with_scorer(self._scorer)

@@ -14,14 +14,14 @@ from typing import Any
 from cribsheet.errors import BudgetError
 
 Progress = Callable[[int, int], None]  # is told tokens read, and tokens
-Told = Progress | bool | None  # whom to tell: a function of the caller's, a bar for true, nobody
+Listener = Progress | bool | None  # whom to tell: a function of the caller's, a bar for true, nobody
 
 WITHIN_SECONDS = 0.25  # a chunk that takes longer is told of before it is done
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def shown(progress: Told) -> Iterator[Progress | None]:
+def shown(progress: Listener) -> Iterator[Progress | None]:
     """What a build tells of its tokens: the caller's own function, or until the block is left, what shows them.
 
     Raises `BudgetError` for what is neither a function nor a truth value.

@@ -25,7 +25,7 @@ from cribsheet.documents import Document
 from cribsheet.errors import EngineError
 from cribsheet.independent import Terms
 from cribsheet.loaded import LoadedModel
-from cribsheet.progress import Told, shown
+from cribsheet.progress import Listener, shown
 from cribsheet.segments import Segment, read_segment
 from cribsheet.sheet import Manifest, Sheet
 from cribsheet.task import Task
@@ -73,7 +73,7 @@ def build_each(
     model: str | Path = "pocket",
     model_options: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
-    progress: Told = None,
+    progress: Listener = None,
     **options: Any,
 ) -> Iterator[tuple[str, Sheet]]:
     """Build one sheet for each corpus, as many at once as there is room for; yields each with its name when ready.
