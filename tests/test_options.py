@@ -15,7 +15,7 @@ OF = inspect.signature
 ASKING = ("ask", "stream", "prepare", "ask_many", "chat", "achat", "aask", "aask_many", "astream", "astream_many")
 HANDED_OVER = {
     "as_chat_model": ("ChatModelOptions", "ChatCribsheet"),
-    "as_retriever": ("RetrieverOptions", "CribsheetRetriever"),
+    "as_retriever": ("RetrieverOptions", "ChainRetriever"),
     "as_tool": ("ToolOptions", "BaseTool"),
     "as_llama_index_llm": ("IndexLLMOptions", "CribsheetLLM"),
     "as_query_engine": ("QueryEngineOptions", "CompressedKnowledgeQueryEngine"),

@@ -47,7 +47,8 @@ from cribsheet.turns import Question, as_turns
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
-    from langchain_cribsheet import ChatCribsheet, CribsheetRetriever
+    from langchain_cribsheet import ChatCribsheet
+    from langchain_cribsheet import CribsheetRetriever as ChainRetriever
     from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLLM
     from llama_index.llms.cribsheet import CribsheetRetriever as IndexRetriever
 
@@ -421,7 +422,7 @@ class CompressedKnowledgeLLM:
         made: ChatCribsheet = _langchain().ChatCribsheet(knowledge=self, **settings)
         return made
 
-    def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> CribsheetRetriever:
+    def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> ChainRetriever:
         """A LangChain retriever of the places that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`).
 
         It reads each question once to see where the sheet looks. With `content="marker"` a chain's model then reads a
@@ -429,7 +430,7 @@ class CompressedKnowledgeLLM:
         would cost, and that look on top. So take markers where this sheet answers, and texts for what needs to see
         them: evaluators, rerankers, other models.
         """
-        made: CribsheetRetriever = _langchain().CribsheetRetriever(knowledge=self, **settings)
+        made: ChainRetriever = _langchain().CribsheetRetriever(knowledge=self, **settings)
         return made
 
     def as_tool(self, name: str, description: str, **settings: Unpack[ToolOptions]) -> BaseTool:
