@@ -7,17 +7,20 @@ author = "the cribsheet contributors"
 copyright = "the cribsheet contributors, Apache-2.0"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-html_theme = "alabaster"
-html_theme_options = {
-    "description": "Condense documents into a sheet that a local model answers from.",
-    "page_width": "1080px",
-    "sidebar_width": "240px",
-    "fixed_sidebar": True,
-}
+html_theme = "furo"
+html_title = "cribsheet"
+html_static_path = ["_static"]
+html_css_files = ["lines.css"]
 html_show_sourcelink = False
+
+# what is copied is what is typed: no prompts, and nothing of what is printed
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
+copybutton_selector = "div.highlight:not(.highlight-text *) pre"  # not on what a block printed
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3

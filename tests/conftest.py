@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from no_network import no_network  # noqa: F401
 from support import SupportTable
 
-from cribsheet import compress
+from cribsheet import compress, progress
 from cribsheet.backbone import FAMILIES, Backbone
 from cribsheet.testing import tiny_backbone
 
@@ -31,6 +32,12 @@ def _short_notes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Random weights never come to the end of their notes, and nobody reads them; the docs use the pocket model."""
     if "docs" not in request.path.parts:
         monkeypatch.setattr(compress, "NOTES_TOKENS", 8)
+
+
+@pytest.fixture(autouse=True)
+def _whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build tells of whole chunks, however slow the machine is; tests of progress within them ask for that."""
+    monkeypatch.setattr(progress, "WITHIN_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="session")

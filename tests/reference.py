@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,13 @@ from cribsheet.backbone import Backbone
 def full_context_logits(backbone: Backbone, ids: Tensor) -> Tensor:
     """Logits (N, V) of a plain forward pass by stock transformers."""
     return backbone.model(input_ids=ids.unsqueeze(0)).logits[0]
+
+
+def stock_cache(backbone: Backbone, ids: Tensor) -> Any:
+    """Keys and values of a plain forward pass by stock transformers."""
+    found = backbone.model(input_ids=ids.unsqueeze(0), use_cache=True)
+    (name,) = backbone.cached(None)
+    return found[name]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from reference import full_context_logits
+from reference import full_context_logits, stock_cache
 from test_prefix import LEFT
 from transformers import AttentionInterface
 
@@ -147,7 +147,7 @@ def test_the_scale_is_that_of_the_model(family):
 
 
 def test_a_read_returns_the_rotated_keys_that_stock_transformers_caches(family):
-    stock = family.model(input_ids=LEFT[None], use_cache=True).past_key_values
+    stock = stock_cache(family, LEFT)
     guide = torch.arange(300, 306)
     read = family.read(nothing(family), 0, LEFT, guide)
     for mine, theirs in zip(read, stock.layers, strict=True):

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
+from reference import full_context_logits, stock_cache
 
 from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
 from cribsheet.build import Budgets
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError
+from cribsheet.prefix import prefix_cache
 from cribsheet.sheet import Manifest
 from cribsheet.template import ChatLayout
 from cribsheet.testing import tiny_backbone
@@ -61,7 +63,7 @@ def test_a_resident_guide_is_what_the_model_reads_on_top_of_the_kept_tokens(fami
 
 @pytest.mark.parametrize("task", [ZERO_SHOT, FEW_SHOT])
 def test_a_full_sheet_with_a_resident_guide_is_the_whole_conversation(family, task):
-    """Nothing can be both full and resident by budget, so the full sheet is read on with the guide here."""
+    """A full sheet that is read on with the guide."""
     layout = ChatLayout(family.tokenizer)
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, task, model=family, rate=1, guide="dropped")
     guide = layout.encoder.after(layout.guide(task).resident, continues=True)
@@ -69,15 +71,72 @@ def test_a_full_sheet_with_a_resident_guide_is_the_whole_conversation(family, ta
     left = layout.encoder.left(layout.head(task.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n")[0]
     rest = torch.cat([guide, question])
     read = family.read(kb.prefix.layers, kb.prefix.tokens, guide, question)
-    stock = family.model(input_ids=torch.cat([left, rest])[None], use_cache=True).past_key_values
+    stock = stock_cache(family, torch.cat([left, rest]))
     torch.testing.assert_close(read[-1].guide_keys, stock.layers[-1].keys[0, :, -len(question) :], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_rate_1_is_the_ceiling_of_the_same_prompt_guide_included(family, mode):
+    if mode == "independent":  # of one document: several do not see each other
+        documents = [Document("\n\n".join(each.text for each in DOCUMENTS), "all")]
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS if mode == "sequential" else documents, FEW_SHOT, model=family, rate=1, guide="resident", mode=mode
+    )
+    layout = ChatLayout(family.tokenizer)
+    left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
+    question = layout.question([{"role": "user", "content": QUESTION}], FEW_SHOT, True)
+    corpus, rest = layout.encoder.left(left)[0], layout.encoder.after(layout.guide(FEW_SHOT).resident + question)
+    told = kb.sheet.manifest.guide_tokens
+    assert kb.sheet.tokens == len(corpus) + told and told > 20
+    ids = torch.cat([corpus, rest])
+    cache = prefix_cache(kb.prefix.layers, kb.prefix.tokens)
+    positions = torch.arange(kb.prefix.tokens, len(ids)).unsqueeze(0)
+    logits = family.step(rest[told:].unsqueeze(0), positions, cache, keep=len(rest) - told)[0]
+    torch.testing.assert_close(logits, full_context_logits(family, ids)[kb.prefix.tokens :], atol=2e-3, rtol=1e-3)
 
 
 def test_auto_keeps_a_guide_that_takes_at_most_a_quarter_of_the_budget(tiny):
     tokens = build(tiny, ZERO_SHOT, guide="resident", rate=1.2).manifest.guide_tokens
     assert build(tiny, ZERO_SHOT, rate=None, budget=4 * tokens, guide="auto").resident
     assert not build(tiny, ZERO_SHOT, rate=None, budget=4 * tokens - 1, guide="auto").resident
-    assert not build(tiny, ZERO_SHOT, rate=1, guide="auto").resident
+    assert build(tiny, ZERO_SHOT, rate=1, guide="auto").resident  # on top of everything, so it costs nothing
+    whole = build(tiny, ZERO_SHOT, rate=1, guide="dropped").tokens
+    assert not build(tiny, ZERO_SHOT, rate=None, budget=whole, guide="auto").resident
+
+
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_at_rate_1_nothing_is_scored_and_the_guide_comes_on_top(tiny, mode):
+    class Unasked:
+        guide = "task and repeat"
+        pins_head = True
+
+        def score(self, view):
+            pytest.fail("there is nothing to choose")
+
+    whole, own = (
+        build(tiny, FEW_SHOT, scorer=scorer, rate=1, mode=mode, guide="resident", allocation="uniform")
+        for scorer in ("recall", Unasked())
+    )
+    assert whole.manifest.scorer == "recall" and own.manifest.scorer == "Unasked"
+    assert own.tokens == own.length == own.manifest.corpus_tokens + own.manifest.guide_tokens
+    assert own.rate < 1 and torch.equal(own.indices, whole.indices)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(own.layers, whole.layers, strict=True))
+
+
+def test_a_corpus_that_fills_the_window_nearly_is_kept_whole_in_chunks_of_any_size():
+    backbone = tiny_backbone("llama", max_position_embeddings=300)
+    whole = build(backbone, ZERO_SHOT, rate=1)
+    assert whole.tokens == whole.manifest.corpus_tokens + whole.manifest.guide_tokens > 200
+    small = build(backbone, ZERO_SHOT, rate=1, chunk_tokens=40)
+    torch.testing.assert_close(small.layers[-1].keys, whole.layers[-1].keys, atol=2e-4, rtol=1e-3)
+    with pytest.raises(BudgetError, match=r"takes \d+ tokens and the guide \d+ of the model's window of 230"):
+        build(tiny_backbone("llama", max_position_embeddings=230), ZERO_SHOT, rate=1, guide="resident")
+
+
+def test_nothing_is_corrected_where_nothing_was_dropped(tiny):
+    plain, corrected = (build(tiny, FEW_SHOT, rate=1, scorer="recall", correction=each) for each in ("none", "refit"))
+    assert corrected.manifest.correction == "none"
+    assert torch.equal(plain.layers[0].values, corrected.layers[0].values)
 
 
 def test_where_examples_take_too_much_their_form_stays_without_their_words(tiny):
@@ -97,8 +156,10 @@ def test_where_examples_take_too_much_their_form_stays_without_their_words(tiny)
     assert [(made.guide, made.form) for made in kept.values()] == [
         ("resident", ""), ("resident", task.form), ("resident", task.form), ("dropped", "")
     ]  # fmt: skip
-    made = build(tiny, task, many, rate=1, guide="auto").manifest
+    made = build(tiny, task, many, rate=None, budget=whole.corpus_tokens, guide="auto").manifest
     assert (made.guide, made.form) == ("dropped", "")
+    made = build(tiny, task, many, rate=1, guide="auto").manifest  # on top of everything, so it costs nothing
+    assert (made.guide, made.form) == ("resident", "")
 
 
 def test_a_question_follows_the_guide_that_its_sheet_was_built_with(tiny, tmp_path):
@@ -150,7 +211,7 @@ REFUSALS = {
     "budget above": ({"rate": None, "budget": 100_000}, r"The budget is 100000 tokens but the corpus has \d+"),
     "budget below the head": (
         {"rate": None, "budget": 2},
-        r"the template's head takes \d+ and the resident guide 0; pass a budget of at least \d+, a lower rate",
+        r"the template's head takes \d+; pass a budget of at least \d+ or a lower rate\.$",
     ),
     "budget below the guide": (
         {"rate": None, "budget": 30, "guide": "resident"},
@@ -175,7 +236,7 @@ def test_the_least_budget_that_an_error_names_is_accepted(tiny):
     for guide in ("dropped", "resident"):
         with pytest.raises(BudgetError) as refused:
             build(tiny, rate=None, budget=2, guide=guide)
-        least = int(str(refused.value).split("at least ")[1].split(",")[0])
+        least = int(str(refused.value).split("at least ")[1].replace(",", " ").split()[0])
         assert build(tiny, rate=None, budget=least, guide=guide).tokens == least
         with pytest.raises(BudgetError):
             build(tiny, rate=None, budget=least - 1, guide=guide)
@@ -349,7 +410,7 @@ def test_a_build_without_a_task_warns_once_and_names_the_way_out(tiny, caplog, m
     with caplog.at_level(logging.WARNING, "cribsheet"):
         CompressedKnowledgeLLM.build(DOCUMENTS, model=tiny, rate=1.5, mode=mode)
     (warning,) = caplog.messages
-    assert "no task was given" in warning and "task= or --task" in warning
+    assert warning.startswith("no task was given") and "with task=, best" in warning and "--task" not in warning
 
 
 @pytest.mark.parametrize(

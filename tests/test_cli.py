@@ -20,8 +20,8 @@ from corpus import DOCUMENTS
 from cribsheet import load_sheet, save_sheet
 from cribsheet.cli import run
 from cribsheet.cli.inspecting import columns
-from cribsheet.cli.progress import lines
 from cribsheet.demo import read_script
+from cribsheet.progress import lines
 from cribsheet.scoring import SCORERS
 from cribsheet.sheet import Manifest
 from cribsheet.testing import save_tiny_model
@@ -151,8 +151,18 @@ def test_a_dry_run_says_what_a_build_would_take_and_writes_nothing(cli, model, s
     shown = cli(*asked)
     assert f"{data['corpus_tokens']:,} tokens of {data['documents']} documents would become" in shown.out
     assert "memory at most about" in shown.out and "as the first" in shown.out
-    refused = cli(*asked, "--mode", "independent")
-    assert refused.code == 2 and "leave --ray and --mode out" in refused.err
+    refused = cli(*asked, "--ray")
+    assert refused.code == 2 and "leave --ray, --check and --retain out" in refused.err
+
+
+def test_a_dry_run_needs_no_file_and_minds_none(cli, model, staff, tmp_path, capfd):
+    asked = ("build", staff, "--model", model, "--scorer", "task", "--dry-run", "--json", *RATE)
+    there = tmp_path / "a.sheet"
+    there.write_text("mine")
+    told, kept = cli(*asked, "--resume").data, cli(*asked, "-o", there, "--resume").data
+    assert told["tokens"] == kept["tokens"] and there.read_text() == "mine" and list(tmp_path.iterdir()) == [there]
+    never = cli(*asked, "-o", tmp_path / "none" / "a.sheet")
+    assert never.code == 2 and "does not exist" in never.err
 
 
 def test_build_takes_the_task_from_a_file(cli, model, staff, tmp_path):
@@ -179,7 +189,7 @@ def test_an_existing_file_is_only_overwritten_on_demand(cli, model, staff, tmp_p
 
 MISUSES = {
     "unknown option": (["build", "{staff}", "-o", "{new}", "--ratio", "2"], "--ratio"),
-    "no output": (["build", "{staff}"], "--output"),
+    "no output": (["build", "{staff}"], "--output (-o)"),
     "not a number": (["build", "{staff}", "-o", "{new}", "--rate", "many"], "valid number"),
     "output in no folder": (["build", "{staff}", "-o", "{new}/x/y.sheet"], "does not exist"),
     "output is a folder": (["build", "{staff}", "-o", "{staff}"], "is a folder"),

@@ -177,7 +177,7 @@ def test_sheets_that_do_not_belong_together_are_refused_by_name(tiny):
 
 
 def test_a_likelihood_is_that_of_the_question_s_own_tokens_after_everything_before_them(tiny):
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=tiny, rate=1, scorer="recent")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=tiny, rate=1, guide="dropped")
     corpus = TokenizedCorpus.build(DOCUMENTS, kb.sheet.manifest.head, kb._layout.encoder).ids
     ids, question = kb.question_tokens(QUESTION), kb._layout.encoder.plain(QUESTION)
     logprobs = full_context_logits(tiny, torch.cat([corpus, ids])).log_softmax(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT
+from reference import stock_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -51,7 +52,7 @@ def test_kept_keys_and_values_are_those_of_their_own_tokens(family):
     """In one pass nothing is approximate: every kept token is exactly what a plain forward pass caches."""
     made = planned(family, chunk_tokens=0)
     (state,) = states(family, made)
-    stock = family.model(input_ids=made.corpus.ids[None], use_cache=True).past_key_values
+    stock = stock_cache(family, made.corpus.ids)
     positions = torch.arange(len(made.corpus))
     for kept, cached in zip(state.kept, stock.layers, strict=True):
         raw = rotate(cached.keys[0], -positions, family.inv_freqs[0])
@@ -124,7 +125,7 @@ def test_kept_keys_stand_at_compact_positions_while_the_next_chunk_is_read(famil
     for number, kept in enumerate(first.kept):
         cache.update(kept.at(torch.arange(size), family.inv_freqs[0])[None], kept.values[None], number)
     positions = torch.arange(size, size + len(chunk))
-    family.model(input_ids=chunk[None], position_ids=positions[None], past_key_values=cache, use_cache=True)
+    family.model(input_ids=chunk[None], position_ids=positions[None], use_cache=True, **family.cached(cache))
     for number, (old, new) in enumerate(zip(first.kept, second.kept, strict=True)):
         raw = rotate(cache.layers[number].keys[0, :, size:], -positions, family.inv_freqs[0])
         for head in range(family.kv_heads):

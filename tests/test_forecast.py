@@ -60,3 +60,33 @@ def test_where_nothing_is_said_of_the_size_it_is_of_the_sheet_that_a_build_makes
     made = build_sheet(backbone, DOCUMENTS, TASK, guide="dropped")
     assert made.manifest.dtype == "int4" and told.tokens == made.manifest.budget
     assert told.sheet_bytes < forecast(backbone, DOCUMENTS, TASK, guide="dropped", rate=4).sheet_bytes
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"mode": "independent", "rate": 3}, {"mode": "independent", "budget": 600}, {"rate": 1, "correction": "refit"}],
+    ids=str,
+)
+def test_it_is_exact_for_every_kind_of_sheet(backbone, how, tmp_path):
+    options = {"chunk_tokens": 300, "dtype": "float32", **how}
+    told = forecast(backbone, DOCUMENTS, TASK, **options)
+    sheet = build_sheet(backbone, DOCUMENTS, TASK, **options)
+    assert (told.tokens, told.corpus_tokens) == (sheet.manifest.budget, sheet.manifest.corpus_tokens)
+    assert told.rate == pytest.approx(sheet.rate, rel=0.01)
+    assert save(sheet, tmp_path / "a.sheet").stat().st_size == pytest.approx(told.sheet_bytes, rel=0.2)
+    with pytest.raises(BudgetError, match="read apart"):
+        forecast(backbone, DOCUMENTS, TASK, mode="independent", correction="refit")
+
+
+def test_a_correction_takes_time_and_memory_that_grow_with_what_is_kept(backbone):
+    options = {"scorer": "task", "chunk_tokens": 400, "allocation": "uniform"}
+    plain = forecast(backbone, DOCUMENTS, TASK, rate=2, **options)
+    refit, small = (forecast(backbone, DOCUMENTS, TASK, rate=r, correction="refit", **options) for r in (2, 16))
+    assert refit.seconds > 2 * plain.seconds and refit.peak_bytes > small.peak_bytes
+    per_token = refit.probe_seconds / refit.probe_tokens
+    assert refit.seconds > 2 * per_token * refit.corpus_tokens  # what is kept grows from chunk to chunk
+
+
+def test_texts_that_are_left_out_take_no_bytes(backbone):
+    whole, bare = (forecast(backbone, DOCUMENTS, TASK, rate=4, scorer="task", texts=texts) for texts in (True, False))
+    assert whole.sheet_bytes - bare.sheet_bytes == sum(len(document.text) for document in DOCUMENTS)

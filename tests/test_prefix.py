@@ -57,7 +57,7 @@ def generate(backbone, cache, ids, mask, **options):
         return backbone.model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **backbone.cached(cache),
             max_new_tokens=70,
             do_sample=False,
             pad_token_id=0,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
+from reference import stock_cache
 from test_probes import STAFF, TASK
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_sheet
@@ -79,7 +80,7 @@ def test_full_context_is_everything_plainly_read(family, resident):
     left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
     ids = torch.cat([layout.encoder.left(left)[0], exam.guide])
     assert prefix.tokens == len(ids) and bool(len(exam.guide)) is resident
-    stock = family.model(input_ids=ids[None], use_cache=True).past_key_values
+    stock = stock_cache(family, ids)
     for number in family.full:
         mine, theirs = prefix.layers[number], stock.layers[number]
         torch.testing.assert_close(mine.keys, theirs.keys[0], atol=2e-3, rtol=2e-3)

@@ -157,7 +157,7 @@ def test_a_foreign_safetensors_file_is_refused_as_such(tmp_path):
 
 def test_a_missing_file_and_a_folder_are_refused_with_the_way_out(tmp_path):
     for path in (tmp_path / "none.sheet", tmp_path):
-        with pytest.raises(SheetError, match=r"There is no sheet .*; build one with `cribsheet build`"):
+        with pytest.raises(SheetError, match=r"There is no sheet .*; build one with `CompressedKnowledgeLLM.build`"):
             load_sheet(path)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from cribsheet.answering import FinishReason
 from cribsheet.retrieval import Passage
 from cribsheet.sampling import TokenLogprob
+from cribsheet.showing import answer_line, answer_table
 from cribsheet.tools import ToolCall
 
 
@@ -73,3 +74,11 @@ class Answer:
     def __str__(self) -> str:
         """The text."""
         return self.text
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<Answer {answer_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        """Text and sources, for notebooks."""
+        return answer_table(self)

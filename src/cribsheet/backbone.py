@@ -5,6 +5,7 @@ Everything that is not listed here is refused by name. How our attention gets in
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -89,6 +90,8 @@ class Backbone:
         self.full = [number for number, window in enumerate(self.windows) if window is None]
         self.inv_freqs = [_inv_freq(model, number) for number in range(self.num_layers)]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        takes = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._attachment = Attachment.of(model)
         self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `parallel.py`
         self.samples: Tensor | None = None  # of the weights, where one process cannot take them (`fingerprint.py`)
@@ -172,17 +175,19 @@ class Backbone:
         guide: Tensor,
         known: Sequence[tuple[Tensor, Tensor]] | None = None,
         run: Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None] | None = None,
+        step: Callable[[], None] | None = None,
     ) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
 
         `chunk` (c,) and `guide` (T,) are token ids; T may be 0. If the chunk's keys and values (1, K, c, D) of each
         layer are `known`, only the guide is read. Returns one layer each with the chunk's keys and values and the
         guide's queries and log-sum-exps. `run` reads tokens (1, n) at their positions into the layers; the model's own
-        forward pass if there is none.
+        forward pass if there is none. `step` is called at each layer.
         """
         known = known if len(guide) else None  # a pass needs something to read
         before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
-        layers = [ReadingLayer(layer, start, len(guide), part) for layer, part in zip(prefix, before, strict=True)]
+        pairs = zip(prefix, before, strict=True)
+        layers = [ReadingLayer(layer, start, len(guide), part, step) for layer, part in pairs]
         ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
         first = start + len(chunk) if known else start
         positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
@@ -190,10 +195,20 @@ class Backbone:
             run(ids, positions, layers)
             return layers
         with self.announce(ids, positions, None), self.attached():
-            self.model.base_model(
-                input_ids=ids, position_ids=positions, past_key_values=Cache(layers=list(layers)), use_cache=True
-            )
+            given = self.cached(Cache(layers=list(layers)))
+            self.model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **given)
         return layers
+
+    def cached(self, cache: Cache) -> dict[str, Cache]:
+        """A cache as an argument of the model, and of its `generate`, by the name that this transformers has for it."""
+        return {self._cache_name: cache}
+
+    def wait(self) -> None:
+        """Come back when an accelerator has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
@@ -205,9 +220,9 @@ class Backbone:
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **self.cached(cache),
             ).logits
         return logits
 

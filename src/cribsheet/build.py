@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -31,6 +31,7 @@ from cribsheet.formats.record import METADATA_DEPTH
 from cribsheet.notes import NOTES_TOKENS
 from cribsheet.prefix import LayerPrefix, turned_back
 from cribsheet.profile import profile_of
+from cribsheet.progress import Listener, shown
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 GuideMode = Literal["auto", "resident", "form", "dropped"]
 
 DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """How many times shorter the sheet will be."""
+        """How many times shorter the sheet will be; below 1 where everything is kept and the guide comes on top."""
         return len(self.corpus) / self.budget
 
     def manifest(self, backbone: Backbone, dtype: StorageDtype, seconds: float) -> Manifest:
@@ -106,7 +106,7 @@ class Plan:
             chunk_tokens=self.reading.chunk_tokens,
             dtype=dtype,
             allocation=self.reading.allocation,
-            correction=self.reading.correction,
+            correction=self.reading.on(self.corpus).correction,
             build=circumstances(backbone, seconds),
             cut_from=self.cut_from,
             form=self.form,
@@ -148,7 +148,7 @@ def build_sheet(
     template_options: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     mode: Mode = "sequential",
     allocation: Allocation | None = None,
@@ -165,6 +165,7 @@ def build_sheet(
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"form"` keeps a sentence on the form of the examples' answers in their place; `"dropped"` uses them for
         scoring only, as published; `"auto"` keeps the first of these that takes at most a quarter of the budget.
+        At rate 1 everything is kept, nothing is scored, and the guide comes on top.
     chunk_tokens
         how much is read at once; 0 is everything (the single-pass form); by default chosen from device and window.
     system, template_options
@@ -173,7 +174,8 @@ def build_sheet(
         storage type: float32, bfloat16, float16, int8 or int4; by default the model's own, or int4 where neither rate,
         budget nor share to retain was given (rate 4).
     progress
-        called as `progress(tokens_read, tokens)` before the first and after each chunk.
+        `True` shows a bar. A function is called as `progress(tokens_read, tokens)` before the first and after each
+        chunk, and now and then within one that takes long.
     checkpoint
         a file that remembers each finished chunk; if it exists, the build goes on from there.
     mode
@@ -200,8 +202,9 @@ def build_sheet(
     """
     layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
     scorer, allocation = resolve_defaults(scorer, allocation, mode)
-    warn_without_task(task, scorer)
     budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
+    budgets.check_mode(mode)
+    warn_without_task(task, scorer)
     if retain is None and mode == "sequential":
         dtype = budgets.stored_as(dtype)
     checker = None
@@ -210,17 +213,7 @@ def build_sheet(
 
         checker = make_checker(backbone, layout, documents, task, budgets, mode, retain, scorer=scorer, seed=seed)
         task = checker.task
-    if mode not in get_args(Mode):
-        raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
     if mode == "independent":
-        if allocation == "profiled":
-            raise BudgetError(
-                "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."
-            )
-        if correction != "none":
-            raise BudgetError(
-                "An independent sheet cannot be corrected: its documents are read apart, whatever stands beside them."
-            )
         from cribsheet.independent import build_independent  # it is made of what is here
 
         sheet = build_independent(
@@ -249,7 +242,7 @@ def carry_out(
     planned: Plan,
     *,
     dtype: str | None = None,
-    progress: Progress | None = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
 ) -> Sheet:
     """The sheet that a plan is for; arguments as in `build_sheet`."""
@@ -260,19 +253,21 @@ def carry_out(
 
 
 def read_through(
-    backbone: Backbone, planned: Plan, *, progress: Progress | None = None, checkpoint: str | Path | None = None
+    backbone: Backbone, planned: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
 ) -> State:
     """All that a plan keeps of its corpus, the guide left out."""
     saved = Checkpoint(checkpoint, planned.identity(backbone)) if checkpoint is not None else None
     start = saved.load(backbone.device, backbone.num_layers, len(planned.corpus)) if saved else None
     state = start or State(0, nothing_kept(backbone))
-    if progress is not None:
-        progress(state.done, len(planned.corpus))
-    for state in compress(backbone, planned.corpus, planned.reading, start):
-        if saved:
-            saved.save(state)
-        if progress is not None:
-            progress(state.done, len(planned.corpus))
+    with shown(progress) as told:
+        tell = None if told is None else lambda read: told(read, len(planned.corpus))
+        if tell is not None:
+            tell(state.done)
+        for state in compress(backbone, planned.corpus, planned.reading, start, tell):
+            if saved:
+                saved.save(state)
+            if tell is not None:
+                tell(state.done)
     return state
 
 
@@ -304,7 +299,7 @@ def warn_without_task(task: Task, scorer: str | Scorer) -> None:
     if task == Task.of(None) and make_scorer(scorer)[1].guide not in ("nothing", "repeat"):
         logger.warning(
             "no task was given, so what questions that nobody described need is kept only as far as a repetition of "
-            "the documents tells; say what will be asked, with task= or --task, best with examples"
+            "the documents tells; say what will be asked, with task=, best with examples"
         )
 
 
@@ -346,17 +341,37 @@ class Budgets:
                 raise BudgetError(f"The rate is {rate:g}; pass at least 1 (16 means sixteen times shorter).")
             budget = int(corpus_tokens / rate)
         if not 0 < budget <= corpus_tokens:
+            other = "a rate" if rate is None else "a lower rate"
             raise BudgetError(
                 f"The budget is {budget} tokens but the corpus has {corpus_tokens}; pass a budget between 1 and "
-                f"{corpus_tokens}, or a rate."
+                f"{corpus_tokens}, or {other}."
             )
         return budget
+
+    def check_mode(self, mode: str) -> None:
+        """Raise `BudgetError` for an unknown mode, or for what an independent sheet cannot have."""
+        if mode not in get_args(Mode):
+            raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
+        if mode == "independent" and self.allocation == "profiled":
+            raise BudgetError(
+                "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."
+            )
+        if mode == "independent" and self.correction != "none":
+            raise BudgetError(
+                "An independent sheet cannot be corrected, as its documents are read apart, whatever stands beside "
+                "them; use correction='none'."
+            )
+
+    @property
+    def is_all(self) -> bool:
+        """Whether everything is to be kept: the ceiling of the same prompt, so the guide costs no document a token."""
+        return self.rate == 1 and self.budget is None
 
     def kept_guide(self, whole: Tensor, in_form: Tensor, budget: int, corpus_tokens: int) -> Tensor:
         """What stays in the sheet (T,): the guide with its examples, with their form instead, or nothing."""
         if self.guide != "auto":
             return {"resident": whole, "form": in_form, "dropped": whole[:0]}[self.guide]
-        most = budget * _RESIDENT_SHARE if budget < corpus_tokens else 0
+        most = budget * _RESIDENT_SHARE if budget < corpus_tokens or self.is_all else 0
         return next((guide for guide in (whole, in_form) if len(guide) <= most), whole[:0])
 
 
@@ -388,14 +403,12 @@ def plan(
     form = form if resident is in_form else ""
     shown = task.shown(form)
     layout.verify(head, corpus.text, layout.guide(shown).resident if len(resident) else "", shown)
+    if budgets.is_all:
+        budget += len(resident)
     keep = budget - len(resident)
     fixed = corpus.head_tokens if budgets.allocation == "uniform" else _pinned(chosen, "adaptive", corpus.head_tokens)
-    if keep <= fixed:
-        drop = ", a shorter task, or guide='dropped'" if len(resident) else ""
-        raise BudgetError(
-            f"The budget is {budget} tokens, but the template's head takes {fixed} and the resident guide "
-            f"{len(resident)}; pass a budget of at least {fixed + 1 + len(resident)}, a lower rate{drop}."
-        )
+    if keep <= fixed and keep < len(corpus):
+        raise _too_small(budget, fixed, len(resident), len(corpus))
     request = encode(layout.request(task))
     noted = len(request) + len(scored) + NOTES_TOKENS
     after_chunk = {
@@ -406,7 +419,11 @@ def plan(
         "notes and repeat": noted + len(repeat),
         "nothing": 0,
     }[chosen.guide]
-    chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
+    if keep >= len(corpus):
+        _check_whole(backbone, keep, len(resident))
+        chunk = _chunk_tokens(backbone, len(corpus), 0, 0, budgets.chunk_tokens, "nothing")
+    else:
+        chunk = _chunk_tokens(backbone, len(corpus), keep, after_chunk, budgets.chunk_tokens, chosen.guide)
     reading = Reading(
         scorer=chosen,
         guide=scored,
@@ -425,6 +442,17 @@ def plan(
         seed=seed,
     )
     return Plan(layout, task, corpus, head, budget, resident, name, reading, form=form)
+
+
+def _too_small(budget: int, fixed: int, guide_tokens: int, corpus_tokens: int) -> BudgetError:
+    """A budget that holds not even what every sheet has, with the ways out that there are."""
+    least = fixed + 1 + guide_tokens
+    ways = [f"a budget of at least {least}", "a lower rate"] if least <= corpus_tokens else ["rate=1, which keeps all"]
+    ways += ["a shorter task", "guide='dropped'"] if guide_tokens else []
+    guide = f" and the resident guide {guide_tokens}" if guide_tokens else ""
+    *first, last = ways
+    listed = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}" if first else last
+    return BudgetError(f"The budget is {budget} tokens, but the template's head takes {fixed}{guide}; pass {listed}.")
 
 
 def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
@@ -459,23 +487,38 @@ def assemble(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tupl
     return layers, indices.to(torch.int32)
 
 
+def _check_whole(backbone: Backbone, corpus_tokens: int, guide_tokens: int) -> None:
+    """Raise `BudgetError` unless a corpus that is kept as it is leaves room for a question in the window."""
+    if corpus_tokens + guide_tokens >= backbone.window:
+        guide = f" and the guide {guide_tokens}" if guide_tokens else ""
+        raise BudgetError(
+            f"Nothing would be condensed, but the corpus takes {corpus_tokens} tokens{guide} of the model's window of "
+            f"{backbone.window}, which leaves no room for a question; pass a higher rate or fewer documents."
+        )
+
+
 def _chunk_tokens(
     backbone: Backbone, corpus_tokens: int, keep: int, guide_tokens: int, wanted: int | None, guide: Guide
 ) -> int:
     """How many tokens to read at once, so that kept tokens, chunk and guide fit the window."""
     room = (backbone.window - keep - guide_tokens) // _times_read(guide)
+    beside = (
+        f"The budget of {keep} tokens leaves"
+        if not guide_tokens
+        else (f"The budget of {keep} and the guide of {guide_tokens} tokens leave")
+    )
     if room < 1:
         raise BudgetError(
-            f"The budget of {keep} and the guide of {guide_tokens} tokens leave no room for a chunk in the model's "
-            f"window of {backbone.window}; lower the budget or shorten the task."
+            f"{beside} no room for a chunk in the model's window of {backbone.window}; lower the budget, which a "
+            f"higher rate does{' too, or shorten the task' if guide_tokens else ''}."
         )
     if wanted is None:
         return min(usual_chunk(backbone, guide), room, corpus_tokens)
     chunk = corpus_tokens if wanted == 0 else min(wanted, corpus_tokens)
     if not 0 < chunk <= room:
         raise BudgetError(
-            f"A chunk of {chunk} tokens does not fit: the model's window is {backbone.window}, of which the budget "
-            f"takes {keep} and the guide {guide_tokens}; pass chunk_tokens between 1 and {room}."
+            f"A chunk of {chunk} tokens does not fit: the model's window is {backbone.window}. {beside} {room} for a "
+            f"chunk, as it is read{' twice' if _times_read(guide) > 1 else ''}; pass chunk_tokens between 1 and {room}."
         )
     return chunk
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from cribsheet.template import ChatLayout
 
 if TYPE_CHECKING:
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.options import AskOptions
 
 
 def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None = None) -> Sheet:
@@ -50,7 +51,7 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
                 raise SheetError(f"The sheets differ in their {what}: {mine!r} and {other!r}; build one of them again.")
     if any(sheet.manifest.correction != "none" for sheet in sheets):
         raise SheetError(
-            'A corrected sheet stands for its corpus alone; build without correction="refit" to combine it.'
+            "A corrected sheet stands for its corpus alone; build it with correction='none' to combine it."
         )
     _refuse_two_texts(sheets)
     purpose = _joined(sheets) if task is None else Task.of(task)
@@ -98,7 +99,7 @@ class Router:
         scores = self.scores(question)
         return self.knowledge[scores.index(max(scores))]
 
-    def ask(self, question: str, **sampling: Any) -> Answer:
+    def ask(self, question: str, **sampling: Unpack[AskOptions]) -> Answer:
         """Answer from the sheet that fits best; `sampling` is that of `CompressedKnowledgeLLM.ask`."""
         return self.route(question).ask(question, **sampling)
 

@@ -10,7 +10,7 @@ Letters as in `scoring/view.py`: `K` key/value heads, `S` cached tokens, `P` kep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from cribsheet.correction import Correction, refitted
 from cribsheet.lean_read import read as read_lean
 from cribsheet.notes import NOTES_TOKENS, write_notes
 from cribsheet.prefix import LayerPrefix, ReadingLayer
+from cribsheet.progress import Steps
 from cribsheet.rope import rotate
-from cribsheet.scoring import LayerView, Scorer
+from cribsheet.scoring import SCORERS, LayerView, Scorer
 from cribsheet.selection import (
     ABSENT,
     Allocation,
@@ -35,6 +36,8 @@ from cribsheet.selection import (
     take,
 )
 
+Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
+Step = Callable[[], None]  # is called after each part of a chunk's work
 Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
 
@@ -89,8 +92,21 @@ class Reading:
     most: int = 0
     seed: int = 0
 
-    def read(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> list[ReadingLayer]:
-        """Read a chunk, and what scores it, on a prefix of `start` tokens."""
+    def on(self, corpus: TokenizedCorpus) -> Reading:
+        """The same, but where all of a corpus is kept there is nothing to score, to share or to correct."""
+        if self.budget < len(corpus):
+            return self
+        return replace(self, scorer=SCORERS["recent"](), allocation="uniform", correction="none")
+
+    def read(
+        self,
+        backbone: Backbone,
+        prefix: Sequence[LayerPrefix],
+        start: int,
+        chunk: Chunk,
+        step: Step | None = None,
+    ) -> list[ReadingLayer]:
+        """Read a chunk, and what scores it, on a prefix of `start` tokens; `step` is called at each layer."""
         known: Known = None
         room = backbone.window - start - len(chunk.ids)
         repetition = torch.cat([self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
@@ -98,30 +114,34 @@ class Reading:
             case "task":
                 guide = self.guide
             case "notes":
-                guide, known = self._notes(backbone, prefix, start, chunk)
+                guide, known = self._notes(backbone, prefix, start, chunk, step)
                 guide = guide[:room]
             case "repeat":
                 guide = repetition
             case "task and repeat":
                 guide = torch.cat([self.guide, repetition])
             case "notes and repeat":
-                guide, known = self._notes(backbone, prefix, start, chunk)
+                guide, known = self._notes(backbone, prefix, start, chunk, step)
                 guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
-        return read_lean(backbone, prefix, start, chunk.ids, guide, known)
+        return read_lean(backbone, prefix, start, chunk.ids, guide, known, step)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
         again = self.scorer.guide.endswith("repeat")
         return min(len(chunk.ids), max(0, chunk.stop - self.head)) if again else 0
 
+    def noted_tokens(self, chunk: Chunk) -> int:
+        """The longest notes that are written about a chunk."""
+        return min(NOTES_TOKENS, max(1, len(chunk.ids) // 2)) if self.scorer.guide.startswith("notes") else 0
+
     def _notes(
-        self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk
+        self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk, step: Step | None
     ) -> tuple[Tensor, Known]:
         """Task, notes that the model writes about the chunk, and examples, as tokens (T,); and the chunk as read."""
-        limit = min(NOTES_TOKENS, max(1, len(chunk.ids) // 2))
-        notes, known = write_notes(backbone, prefix, start, chunk.ids, self.request, limit)
+        limit = self.noted_tokens(chunk)
+        notes, known = write_notes(backbone, prefix, start, chunk.ids, self.request, limit, step)
         return self.noted(notes), known
 
 
@@ -133,21 +153,40 @@ class State:
     kept: list[Kept]
 
 
-def compress(backbone: Backbone, corpus: TokenizedCorpus, how: Reading, start: State | None = None) -> Iterator[State]:
-    """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped."""
+def compress(
+    backbone: Backbone,
+    corpus: TokenizedCorpus,
+    how: Reading,
+    start: State | None = None,
+    tell: Tell | None = None,
+) -> Iterator[State]:
+    """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped.
+
+    `tell` hears of chunks that take long before they are done.
+    """
     done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
+    how = how.on(corpus)
     for chunk in corpus.split(how.chunk_tokens):
         if chunk.start < done:
             continue
-        layers = read(backbone, kept, chunk, how)
+        step = steps(backbone, chunk, how, tell)
+        layers = read(backbone, kept, chunk, how, step)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
-        scores = [score(backbone, layers[n], old, chunk, how, n) for n, old in enumerate(kept)]
+        scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
         indices = [places(old, chunk) for old in kept]
         keep = choose(backbone, scores, indices, how, budget)
         kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, backbone.inv_freqs, strict=True)]
         if how.correction == "refit":
-            kept = correct(backbone, layers, kept, how.repeated(chunk))
+            kept = correct(backbone, layers, kept, how.repeated(chunk), step)
         yield State(chunk.stop, kept)
+
+
+def steps(backbone: Backbone, chunk: Chunk, how: Reading, tell: Tell | None) -> Step | None:
+    """What is called after each part of a chunk's work: a token of notes, and reading, scoring, correcting a layer."""
+    if tell is None:
+        return None
+    parts = backbone.num_layers * (2 if how.correction == "none" else 3)
+    return Steps(tell, chunk.start, len(chunk.ids), parts + how.noted_tokens(chunk), backbone.wait)
 
 
 def cut(backbone: Backbone, state: State, how: Reading) -> State:
@@ -171,10 +210,12 @@ def _chosen(layer: Kept, keep: Tensor) -> Kept:
     return Kept(take(layer.keys, keep), take(layer.values, keep), indices, scores)
 
 
-def read(backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading) -> list[ReadingLayer]:
+def read(
+    backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading, step: Step | None = None
+) -> list[ReadingLayer]:
     """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
     prefix, start = as_prefix(backbone, kept), kept_tokens(backbone, kept)
-    return how.read(backbone, prefix, start, chunk)
+    return how.read(backbone, prefix, start, chunk, step)
 
 
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
@@ -199,11 +240,21 @@ def places(old: Kept, chunk: Chunk) -> Tensor:
     return torch.cat([old.indices, fresh.expand(old.indices.shape[0], -1)], 1)
 
 
-def score(backbone: Backbone, read: ReadingLayer, old: Kept, chunk: Chunk, how: Reading, layer: int) -> Tensor:
+def score(
+    backbone: Backbone,
+    read: ReadingLayer,
+    old: Kept,
+    chunk: Chunk,
+    how: Reading,
+    layer: int,
+    step: Step | None = None,
+) -> Tensor:
     """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best.
 
     Where heads share a budget and the scorer tells several needs apart, they are (N, K, S).
     """
+    if step is not None:
+        step()
     indices = places(old, chunk)
     if backbone.windows[layer] is not None:
         return indices.float()
@@ -312,10 +363,18 @@ def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, kee
     )
 
 
-def correct(backbone: Backbone, layers: Sequence[ReadingLayer], kept: Sequence[Kept], repeated: int) -> list[Kept]:
+def correct(
+    backbone: Backbone,
+    layers: Sequence[ReadingLayer],
+    kept: Sequence[Kept],
+    repeated: int,
+    step: Step | None = None,
+) -> list[Kept]:
     """What is kept, refitted in the layers that see everything; a sliding window drops only what nobody sees."""
     found, size = list(kept), kept_tokens(backbone, kept)
     for number in backbone.full:
+        if step is not None:
+            step()
         found[number] = refitted(backbone, layers[number], kept[number], size, repeated, number)
     return found
 

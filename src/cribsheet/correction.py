@@ -94,6 +94,11 @@ def _rows(backbone: Backbone, read: ReadingLayer, size: int, repeated: int, inv_
     return Rows(*(part.reshape(keys.shape[1], -1, *part.shape[2:]) for part in parts))
 
 
+def rows_of(guide: int, repeated: int) -> int:
+    """How many of a guide's tokens are looked at, of which so many are a repetition."""
+    return len(_places(guide, repeated, torch.device("cpu")))
+
+
 def _places(rows: int, repeated: int, device: torch.device) -> Tensor:
     """Which of the guide's rows are looked at: all of task and examples, and some of the repetition."""
     asked = rows - repeated

@@ -113,7 +113,7 @@ def _loaded(model: str, device: str | None) -> Embedder:
         reason = " ".join(str(error).split())[:200]
         raise RequestError(
             f"The model {model!r} of the retriever cannot be loaded ({reason}); name a folder or id of a "
-            f"sentence-transformers model: DenseRetriever(documents, model=...), {MODEL_VARIABLE} or --dense-model."
+            f"sentence-transformers model, with DenseRetriever(documents, model=...) or {MODEL_VARIABLE}."
         ) from error
     return found
 

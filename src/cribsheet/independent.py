@@ -22,7 +22,6 @@ from cribsheet.build import (
     QUESTION_SHARE,
     Budgets,
     Plan,
-    Progress,
     circumstances,
     list_documents,
     plan,
@@ -32,6 +31,7 @@ from cribsheet.chunks import TokenizedCorpus
 from cribsheet.cutting import cut
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError, DocumentError, SheetError
+from cribsheet.progress import Listener, shown
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.segments import Segment, assemble, check_fits, read_head, read_segment
 from cribsheet.selection import Allocation
@@ -171,7 +171,7 @@ def build_independent(
     scorer: str | Scorer,
     dtype: StorageDtype,
     seed: int,
-    progress: Progress | None = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
 ) -> Sheet:
@@ -181,24 +181,7 @@ def build_independent(
     documents with one id.
     """
     began = time.perf_counter()
-    refuse_twice([document.id for document in documents])
-    if not documents:
-        raise DocumentError("There are no documents; a sheet needs at least one.")
-
-    def terms_at(rate: float) -> Terms:
-        resident = budgets.guide in ("resident", "form") or (budgets.guide == "auto" and rate > 1)
-        form = task.form if budgets.guide == "form" else ""
-        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, form, budgets.allocation)
-
-    terms = terms_at(_rate(terms_at, documents, budgets))
-    terms = replace(terms, most=_most(backbone, terms, documents))
-    plans = [terms.plan(backbone, document) for document in documents]
-    corpus = plans[0].corpus
-    shown = task.shown(terms.form)
-    layout.verify(plans[0].head, corpus.text, layout.guide(shown).resident if terms.resident else "", shown)
-    check_fits(
-        backbone, sum(p.reading.budget - p.corpus.head_tokens for p in plans) + len(terms.head) + len(terms.guide)
-    )
+    terms, plans = plan_each(backbone, layout, documents, task, budgets, scorer=scorer, dtype=dtype, seed=seed)
     usual = usual_chunk(backbone, plans[0].reading.scorer.guide)
     base = (
         plans[0]
@@ -220,13 +203,49 @@ def build_independent(
     return assemble(backbone, made, head, segments, terms.guide)
 
 
+def plan_each(
+    backbone: Backbone,
+    layout: ChatLayout,
+    documents: Sequence[Document],
+    task: Task,
+    budgets: Budgets,
+    *,
+    scorer: str | Scorer,
+    dtype: StorageDtype,
+    seed: int,
+) -> tuple[Terms, list[Plan]]:
+    """The terms of an independent sheet, and how to read each of its documents; what can be refused is refused here."""
+    refuse_twice([document.id for document in documents])
+    if not documents:
+        raise DocumentError("There are no documents; a sheet needs at least one.")
+
+    def terms_at(rate: float) -> Terms:
+        resident, form = budgets.guide != "dropped", task.form if budgets.guide == "form" else ""
+        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, form, budgets.allocation)
+
+    terms = terms_at(_rate(terms_at, documents, budgets))
+    terms = replace(terms, most=_most(backbone, terms, documents))
+    plans = [terms.plan(backbone, document) for document in documents]
+    corpus = plans[0].corpus
+    shown = task.shown(terms.form)
+    layout.verify(plans[0].head, corpus.text, layout.guide(shown).resident if terms.resident else "", shown)
+    check_fits(backbone, kept_of(terms, plans))
+    return terms, plans
+
+
+def kept_of(terms: Terms, plans: Sequence[Plan]) -> int:
+    """Tokens that are kept per layer and head, head and guide included."""
+    of_documents = sum(each.reading.budget - each.corpus.head_tokens for each in plans)
+    return of_documents + len(terms.head) + len(terms.guide)
+
+
 def read_all(
     backbone: Backbone,
     terms: Terms,
     plans: Sequence[Plan],
     base: Manifest,
     head: Segment,
-    progress: Progress | None = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
 ) -> list[Segment]:
@@ -237,20 +256,28 @@ def read_all(
     lengths = [len(each.corpus) - each.corpus.head_tokens for each in plans]
     finished = _resumed(backbone, base, plans, Path(checkpoint)) if checkpoint is not None else []
     done, saved = sum(lengths[: len(finished)]), 0
-    if progress is not None:
-        progress(done, sum(lengths))
-    left = plans[len(finished) :]
-    segments = read(terms, base, left) if read else (read_segment(backbone, each, terms.dtype) for each in left)
-    for each, length, segment in zip(left, lengths[len(finished) :], segments, strict=True):
-        finished.append(segment)
-        done, saved = done + length, saved + length
-        if checkpoint is not None and (
-            saved >= usual_chunk(backbone, each.reading.scorer.guide) or done == sum(lengths)
-        ):
-            storage.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
-            saved = 0
-        if progress is not None:
-            progress(done, sum(lengths))
+    total, head_tokens = sum(lengths), len(terms.head)
+    with shown(progress) as told:
+
+        def tell(tokens: int) -> None:
+            if told is not None:
+                told(tokens, total)
+
+        def within(tokens: int) -> None:
+            tell(done + max(0, tokens - head_tokens))
+
+        tell(done)
+        left = plans[len(finished) :]
+        alone = (read_segment(backbone, each, terms.dtype, within if told else None) for each in left)
+        segments = read(terms, base, left) if read else alone
+        for each, length, segment in zip(left, lengths[len(finished) :], segments, strict=True):
+            finished.append(segment)
+            done, saved = done + length, saved + length
+            enough = saved >= usual_chunk(backbone, each.reading.scorer.guide) or done == total
+            if checkpoint is not None and enough:
+                storage.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
+                saved = 0
+            tell(done)
     return finished
 
 
@@ -286,9 +313,11 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], bud
 
     low, high = 1.0, _WIDEST
     if whole(high) > budget:
+        guided = bool(len(terms_at(2.0).guide))
         raise BudgetError(
-            f"The budget is {budget} tokens, but head and guide take {fixed} and {len(documents)} documents at least "
-            f"{whole(high) - fixed}; pass a budget of at least {whole(high)}, or guide='dropped'."
+            f"The budget is {budget} tokens, but head{' and guide take' if guided else ' takes'} {fixed} and "
+            f"{len(documents)} documents at least {whole(high) - fixed}; pass a budget of at least {whole(high)}"
+            + (", a shorter task, or guide='dropped'." if guided else ", or fewer documents.")
         )
     while high / low > 1.0001:
         middle = (low * high) ** 0.5

@@ -8,7 +8,7 @@ Letters as in `prefix.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,11 @@ def read(
     chunk: Tensor,
     guide: Tensor,
     known: Sequence[tuple[Tensor, Tensor]] | None = None,
+    step: Callable[[], None] | None = None,
 ) -> list[ReadingLayer]:
     """`Backbone.read` with few kernels where that pays and agrees."""
     long = len(chunk) + len(guide) >= _LEAST
-    return backbone.read(prefix, start, chunk, guide, known, run=find(backbone) if long else None)
+    return backbone.read(prefix, start, chunk, guide, known, run=find(backbone) if long else None, step=step)
 
 
 def find(backbone: Backbone) -> LeanRead | None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cribsheet.backbone import Backbone
-from cribsheet.build import Progress
 from cribsheet.cutting import cut
 from cribsheet.documents import Document, read_documents
 from cribsheet.errors import DocumentError, SheetError
 from cribsheet.fingerprint import fingerprint
 from cribsheet.independent import Terms, changed, least_most, read_all, refuse_twice
 from cribsheet.loaded import LoadedModel
+from cribsheet.progress import Listener
 from cribsheet.scoring import Scorer
 from cribsheet.segments import Segment, assemble
 from cribsheet.sheet import Operation, Sheet
@@ -43,7 +43,7 @@ def extend(
     documents: Any,
     *,
     scorer: str | Scorer | None = None,
-    progress: Progress | None = None,
+    progress: Listener = None,
     checkpoint: str | Path | None = None,
     check: bool = True,
 ) -> Sheet:
@@ -65,7 +65,7 @@ def replace(
     document: Any,
     *,
     scorer: str | Scorer | None = None,
-    progress: Progress | None = None,
+    progress: Listener = None,
     check: bool = True,
 ) -> Sheet:
     """A sheet with another text in the place, and under the id, of a document; reads the new one only.
@@ -157,10 +157,10 @@ class _Edit:
                         "sheet; build that one again with mode='independent'."
                     )
                 return number
-        raise DocumentError(f"There is no document {document_id!r} in the sheet; `cribsheet inspect` lists them.")
+        raise DocumentError(f"There is no document {document_id!r} in the sheet; `kb.sheet.documents` lists them.")
 
     def read(
-        self, documents: Sequence[Document], progress: Progress | None, checkpoint: str | Path | None = None
+        self, documents: Sequence[Document], progress: Listener, checkpoint: str | Path | None = None
     ) -> list[Segment]:
         """New documents on the terms of the sheet."""
         terms = self.terms.with_scorer(self._scorer)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, Unpack
 
 import torch
 
@@ -31,17 +31,38 @@ from cribsheet.handover import integration
 from cribsheet.hybrid import SETTINGS, Asking, Retrieval, begin, begin_later
 from cribsheet.loaded import LoadedModel
 from cribsheet.prefix import Prefix
+from cribsheet.progress import Listener, shown
 from cribsheet.registry import resolve
 from cribsheet.retrieval import BM25Retriever, Passage
 from cribsheet.sampling import SamplingParams
 from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Sheet
+from cribsheet.showing import sheet_line, sheet_table
 from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
 from cribsheet.telling import Told, after_sheet, beside_documents, instead_of_documents
 from cribsheet.template import ChatLayout, Message
 from cribsheet.tools import Toolbox
 from cribsheet.turns import Question, as_turns
+
+if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool
+    from langchain_cribsheet import ChatCribsheet
+    from langchain_cribsheet import CribsheetRetriever as ChainRetriever
+    from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLLM
+    from llama_index.llms.cribsheet import CribsheetRetriever as IndexRetriever
+
+    from cribsheet.options import (
+        AskOptions,
+        BuildOptions,
+        ChatModelOptions,
+        IndexLLMOptions,
+        IndexRetrieverOptions,
+        QueryEngineOptions,
+        RetrieverOptions,
+        ToolOptions,
+    )
+    from cribsheet.scoring import Scorer
 
 BuiltIn = TypeVar("BuiltIn", BM25Retriever, DenseRetriever)
 
@@ -90,19 +111,21 @@ class CompressedKnowledgeLLM:
         *,
         model: str | Path | Backbone | LoadedModel = "pocket",
         model_options: Mapping[str, Any] | None = None,
-        **options: Any,
+        progress: Listener = None,
+        **options: Unpack[BuildOptions],
     ) -> Self:
         """Condense documents for a task and return the model that answers from them.
 
         `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
-        `Backbone.load`. All other options are those of `build_sheet`: `rate=`, `budget=` or `retain=`, `check`,
-        `scorer`, `guide`, `chunk_tokens`, `system`, `dtype`, `seed`, `progress`.
+        `Backbone.load`; `progress=True` shows a bar. All other options are those of `build_sheet`: `rate=`, `budget=`
+        or `retain=`, `check`, `scorer`, `guide`, `chunk_tokens`, `system`, `dtype`, `seed`, ...
         """
         read = read_documents(documents)
         purpose = Task.of(task)
-        loaded = LoadedModel.get(model, **dict(model_options or {}))
-        return cls(loaded, build_sheet(loaded.backbone, read, purpose, **options))
+        with shown(progress) as told:
+            loaded = LoadedModel.get(model, **dict(model_options or {}))
+            return cls(loaded, build_sheet(loaded.backbone, read, purpose, progress=told, **options))
 
     @classmethod
     def load(
@@ -110,31 +133,44 @@ class CompressedKnowledgeLLM:
         path: str | Path | Sheet,
         *,
         model: str | Path | Backbone | LoadedModel | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
         **model_options: Any,
     ) -> Self:
         """Open a sheet, with the model that made it or the one given; both must be the same weights.
 
         `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `registry.py`); or a sheet that is
-        open already, such as one of a `SheetCache`.
+        open already, such as one of a `SheetCache`. All other arguments are those of `Backbone.load`.
         """
         sheet = path if isinstance(path, Sheet) else storage.load(resolve(path))
         made = sheet.manifest.fingerprint
         if model is None:
-            model = made.model
-            model_options.setdefault("revision", made.revision)
-        return cls(LoadedModel.get(model, **model_options), sheet)
+            model, revision = made.model, revision or made.revision
+        return cls(LoadedModel.get(model, device=device, dtype=dtype, revision=revision, **model_options), sheet)
 
     def save(self, path: str | Path, *, texts: bool = True) -> Path:
         """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
         return storage.save(self.sheet, path, texts=texts)
 
-    def extend(self, documents: Any, **options: Any) -> Self:
+    def extend(
+        self,
+        documents: Any,
+        *,
+        scorer: str | Scorer | None = None,
+        progress: Listener = None,
+        checkpoint: str | Path | None = None,
+    ) -> Self:
         """Add documents to an independent sheet (`living.py`); later questions are answered from them too."""
-        return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **options))
+        how: dict[str, Any] = {"scorer": scorer, "progress": progress, "checkpoint": checkpoint}
+        return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **how))
 
-    def replace(self, document_id: str, document: Any, **options: Any) -> Self:
+    def replace(
+        self, document_id: str, document: Any, *, scorer: str | Scorer | None = None, progress: Listener = None
+    ) -> Self:
         """Put another text in the place of a document of an independent sheet."""
-        return self._become(living.replace(self.backbone, self.sheet, document_id, document, check=False, **options))
+        how: dict[str, Any] = {"scorer": scorer, "progress": progress}
+        return self._become(living.replace(self.backbone, self.sheet, document_id, document, check=False, **how))
 
     def remove(self, *document_ids: str) -> Self:
         """Take documents out of an independent sheet, without a trace."""
@@ -181,6 +217,14 @@ class CompressedKnowledgeLLM:
             "An open CompressedKnowledgeLLM cannot be pickled; save the sheet, and load its file where it is needed."
         )
 
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<CompressedKnowledgeLLM over {sheet_line(self.sheet)}{', closed' if self._closed else ''}>"
+
+    def _repr_html_(self) -> str:
+        """The sheet's size, rate and documents, for notebooks."""
+        return sheet_table(self.sheet)
+
     def __enter__(self) -> Self:
         """The model with its sheet."""
         return self
@@ -205,7 +249,7 @@ class CompressedKnowledgeLLM:
         """Tokens that a question or conversation takes of `room`, the template's included."""
         return len(self._question_ids(question, Toolbox.of(tools)))
 
-    def ask(self, question: Question, **sampling: Any) -> Answer:
+    def ask(self, question: Question, **sampling: Unpack[AskOptions]) -> Answer:
         """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
 
         A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
@@ -225,7 +269,7 @@ class CompressedKnowledgeLLM:
                 pass
             return stream.answer
 
-    def stream(self, question: Question | Prepared, **sampling: Any) -> AnswerStream:
+    def stream(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> AnswerStream:
         """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.
 
         Leaving the `with` block, or `close()`, stops the work within one token.
@@ -235,7 +279,7 @@ class CompressedKnowledgeLLM:
         self._begin([stream], search)
         return stream
 
-    def prepare(self, question: Question | Prepared, **sampling: Any) -> Prepared:
+    def prepare(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> Prepared:
         """A question checked, in tokens, and with its form compiled, to be asked once by any of the forms of `ask`.
 
         It is work for the processor: async code does it in a thread, so that its event loop goes on. Passages are
@@ -249,7 +293,7 @@ class CompressedKnowledgeLLM:
             raise RequestError("This prepared question was asked already; prepare it again.")
         return question
 
-    def ask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
+    def ask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
         asked = self._ask_requests(question, n, sampling)
         streams = [AnswerStream(request, toolbox) for request, toolbox, _ in asked]
@@ -263,11 +307,11 @@ class CompressedKnowledgeLLM:
                 stream.close()
         return [stream.answer for stream in streams]
 
-    def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
+    def chat(self, messages: Sequence[Message], **sampling: Unpack[AskOptions]) -> Answer:
         """Answer a conversation of `{"role": "user", "content": ...}` and other turns over the same prefix."""
         return self.ask(messages, **sampling)
 
-    async def achat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
+    async def achat(self, messages: Sequence[Message], **sampling: Unpack[AskOptions]) -> Answer:
         """`chat` without blocking the event loop, as `aask`."""
         return await self.aask(messages, **sampling)
 
@@ -275,14 +319,14 @@ class CompressedKnowledgeLLM:
         """A conversation that remembers its turns."""
         return Conversation(self)
 
-    async def aask(self, question: Question | Prepared, **sampling: Any) -> Answer:
+    async def aask(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
         stream = self.astream(await asyncio.to_thread(self.prepare, question, **sampling))
         async for _ in stream:
             pass
         return stream.answer
 
-    async def aask_many(self, question: Question, n: int, **sampling: Any) -> list[Answer]:
+    async def aask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
         streams = self._astreams(await asyncio.to_thread(self._ask_requests, question, n, sampling), None)
         try:
@@ -295,7 +339,11 @@ class CompressedKnowledgeLLM:
         return [stream.answer for stream in streams]
 
     def astream(
-        self, question: Question | Prepared, *, loop: asyncio.AbstractEventLoop | None = None, **sampling: Any
+        self,
+        question: Question | Prepared,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        **sampling: Unpack[AskOptions],
     ) -> AsyncAnswerStream:
         """`stream` for `async for` and `async with`; must be called inside a running event loop.
 
@@ -306,7 +354,12 @@ class CompressedKnowledgeLLM:
         return self._astreams([self.prepare(question, **sampling)], loop)[0]
 
     def astream_many(
-        self, question: Question, n: int, *, loop: asyncio.AbstractEventLoop | None = None, **sampling: Any
+        self,
+        question: Question,
+        n: int,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        **sampling: Unpack[AskOptions],
     ) -> list[AsyncAnswerStream]:
         """The answers of `ask_many` while they are written, each a stream as of `astream`; passages are searched once.
 
@@ -366,29 +419,40 @@ class CompressedKnowledgeLLM:
         self._check_room(len(asked.ids) + len(answered) - 1, prefix.tokens)
         return sheet, looked_at(self.backbone, prefix, asked, answered), asked
 
-    def as_chat_model(self, **settings: Any) -> Any:
+    def as_chat_model(self, **settings: Unpack[ChatModelOptions]) -> ChatCribsheet:
         """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
-        return integration("langchain_cribsheet", "langchain-cribsheet").ChatCribsheet(knowledge=self, **settings)
+        made: ChatCribsheet = _langchain().ChatCribsheet(knowledge=self, **settings)
+        return made
 
-    def as_retriever(self, **settings: Any) -> Any:
-        """A LangChain retriever of the documents that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`)."""
-        return integration("langchain_cribsheet", "langchain-cribsheet").CribsheetRetriever(knowledge=self, **settings)
+    def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> ChainRetriever:
+        """A LangChain retriever of the places that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`).
 
-    def as_tool(self, name: str, description: str, **settings: Any) -> Any:
+        It reads each question once to see where the sheet looks. With `content="marker"` a chain's model then reads a
+        line for each place; by default the passages themselves, though it knows them: a question costs what retrieval
+        would cost, and that look on top. So take markers where this sheet answers, and texts for what needs to see
+        them: evaluators, rerankers, other models.
+        """
+        made: ChainRetriever = _langchain().CribsheetRetriever(knowledge=self, **settings)
+        return made
+
+    def as_tool(self, name: str, description: str, **settings: Unpack[ToolOptions]) -> BaseTool:
         """A LangChain tool that answers questions from this sheet, for another model's agent."""
         return self.as_chat_model(**settings).as_tool(name=name, description=description)
 
-    def as_llama_index_llm(self, **settings: Any) -> Any:
+    def as_llama_index_llm(self, **settings: Unpack[IndexLLMOptions]) -> CribsheetLLM:
         """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`)."""
-        return _llama_index().CribsheetLLM(knowledge=self, **settings)
+        made: CribsheetLLM = _llama_index().CribsheetLLM(knowledge=self, **settings)
+        return made
 
-    def as_query_engine(self, **settings: Any) -> Any:
+    def as_query_engine(self, **settings: Unpack[QueryEngineOptions]) -> CompressedKnowledgeQueryEngine:
         """A LlamaIndex query engine over this sheet, where `index.as_query_engine()` was."""
-        return _llama_index().CompressedKnowledgeQueryEngine.from_args(knowledge=self, **settings)
+        engine: type[CompressedKnowledgeQueryEngine] = _llama_index().CompressedKnowledgeQueryEngine
+        return engine.from_args(knowledge=self, **settings)
 
-    def as_index_retriever(self, **settings: Any) -> Any:
+    def as_index_retriever(self, **settings: Unpack[IndexRetrieverOptions]) -> IndexRetriever:
         """A LlamaIndex retriever of the passages that the sheet looks at, where `index.as_retriever()` was."""
-        return _llama_index().CribsheetRetriever(self, **settings)
+        made: IndexRetriever = _llama_index().CribsheetRetriever(self, **settings)
+        return made
 
     @property
     def prefix(self) -> Prefix:
@@ -564,7 +628,7 @@ class Conversation:
         self._llm = llm
         self.messages: list[Message] = []
 
-    def ask(self, question: str, **sampling: Any) -> Answer:
+    def ask(self, question: str, **sampling: Unpack[AskOptions]) -> Answer:
         """Ask the next question; it and its answer are remembered once the answer is complete."""
         asked: Message = {"role": "user", "content": question}
         answer = self._llm.chat([*self.messages, asked], **sampling)
@@ -587,6 +651,10 @@ def with_form(sampling: Mapping[str, Any], toolbox: Toolbox | None = None) -> di
     for name, value in wanted.items():
         rest["grammar"] = value if name == "grammar" else _FORMS.get(name, Grammar.json_schema)(value)
     return rest
+
+
+def _langchain() -> ModuleType:
+    return integration("langchain_cribsheet", "langchain-cribsheet")
 
 
 def _llama_index() -> ModuleType:

@@ -6,7 +6,7 @@ The idea is that of CacheNotes (EACL 2026), here chunk by chunk. Notes only guid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,18 @@ def notes_request(tokenizer: Any) -> str:
 
 
 def write_notes(
-    backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Tensor, request: Tensor, limit: int
+    backbone: Backbone,
+    prefix: Sequence[LayerPrefix],
+    start: int,
+    chunk: Tensor,
+    request: Tensor,
+    limit: int,
+    step: Callable[[], None] | None = None,
 ) -> tuple[str, list[tuple[Tensor, Tensor]]]:
     """Notes about a chunk (c,) that stands on a prefix of `start` tokens, greedy, at most `limit` tokens.
 
-    Also the chunk's keys and values (1, K, c, D) of each layer, so that nobody has to read it again.
+    `step` is called after each token. Also the chunk's keys and values (1, K, c, D) of each layer, so that nobody has
+    to read it again.
 
     `request` (R,) is the rendered turn that asks for them. A line that was there before ends the notes: small models
     go round in circles when they have run out of facts.
@@ -52,6 +59,8 @@ def write_notes(
         if token in backbone.eos_ids:
             break
         written.append(token)
+        if step is not None:
+            step()
         text = backbone.tokenizer.decode(written, skip_special_tokens=True)
         if text.count("\n") > lines:
             lines = text.count("\n")

@@ -323,10 +323,16 @@ class ReadingLayer(PrefixLayer):
     """
 
     def __init__(
-        self, prefix: LayerPrefix, start: int, guide_tokens: int, known: tuple[Tensor, Tensor] | None = None
+        self,
+        prefix: LayerPrefix,
+        start: int,
+        guide_tokens: int,
+        known: tuple[Tensor, Tensor] | None = None,
+        step: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(prefix, start)
         self.guide_tokens = guide_tokens
+        self._step = step  # called when the model has come to this layer
         self._known = known  # keys and values (1, K, c, D) of the chunk
         self._before = known[0].shape[2] if known else 0
 
@@ -337,6 +343,8 @@ class ReadingLayer(PrefixLayer):
         self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
         self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
         self.length = self._before + key_states.shape[2]
+        if self._step is not None:
+            self._step()
         return self.tag(key_states), value_states
 
     def _attend(

@@ -23,7 +23,6 @@ from cribsheet.build import (
     DEFAULT_RATE,
     Budgets,
     Plan,
-    Progress,
     carry_out,
     finish,
     plan,
@@ -38,6 +37,7 @@ from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.lean_read import read as read_lean
 from cribsheet.prefix import Prefix
 from cribsheet.probes import Exam, Probe, agree, held_back, make_probes
+from cribsheet.progress import Listener
 from cribsheet.scoring import Scorer
 from cribsheet.segments import sheet_layers
 from cribsheet.sheet import Mode, Retention, Rung, Sheet
@@ -195,7 +195,7 @@ class Checker:
         self,
         plans: Mapping[float, Plan],
         dtype: str | None,
-        progress: Progress | None = None,
+        progress: Listener = None,
         checkpoint: str | Path | None = None,
     ) -> Sheet:
         """The sheet of the highest of these rates, ascending, that retains enough; of the lowest if none does.
@@ -258,9 +258,7 @@ def make_checker(
     return Checker(backbone, layout, documents, guided, plan_at, bound, held, seed)
 
 
-def build_retaining(
-    checker: Checker, *, dtype: str | None, progress: Progress | None, checkpoint: str | Path | None
-) -> Sheet:
+def build_retaining(checker: Checker, *, dtype: str | None, progress: Listener, checkpoint: str | Path | None) -> Sheet:
     """The sheet of the highest rate of the ladder that retains the share that the checker is bound to.
 
     Where nothing can be checked, that of the default rate. Raises as `build_sheet`.

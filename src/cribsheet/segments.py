@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cribsheet.backbone import Backbone
 from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
-from cribsheet.compress import compress, nothing_kept, nothing_read
+from cribsheet.compress import Tell, compress, nothing_kept, nothing_read
 from cribsheet.errors import BudgetError
 from cribsheet.prefix import LayerPrefix, end_positions
 from cribsheet.rope import rotate
@@ -83,12 +83,12 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
     return Segment(_stored(backbone, layers, len(ids), dtype), _all_heads(backbone, rows), nothing, len(ids), 0)
 
 
-def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype) -> Segment:
+def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype, tell: Tell | None = None) -> Segment:
     """Condense the documents of a plan, alone behind their head, which is left out of the result."""
     kept = nothing_kept(backbone)
     head = plan.corpus.head_tokens
     reading = replace(plan.reading, pinned=head, least=head + 1)  # every head keeps something of every document
-    for state in compress(backbone, plan.corpus, reading):
+    for state in compress(backbone, plan.corpus, reading, tell=tell):
         kept = state.kept
     full = [kept[number].indices.cpu() for number in backbone.full]
     indices = joined_indices([_aligned([torch.where(each < head, ABSENT, each - head) for each in full])])

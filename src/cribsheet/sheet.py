@@ -16,6 +16,7 @@ from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.fingerprint import Fingerprint
 from cribsheet.selection import ABSENT, Allocation
+from cribsheet.showing import sheet_line, sheet_table
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 
@@ -238,6 +239,14 @@ class Sheet:
     origins: Tensor
     manifest: Manifest
     texts: Sequence[str] = field(default=())
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<Sheet of {sheet_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        """Size, rate and documents, for notebooks."""
+        return sheet_table(self)
 
     @property
     def length(self) -> int:

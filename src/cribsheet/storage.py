@@ -106,7 +106,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 def _opened(path: str | Path) -> TensorFile:
     if not Path(path).is_file():
-        raise SheetError(f"There is no sheet {str(path)!r}; build one with `cribsheet build`.")
+        raise SheetError(f"There is no sheet {str(path)!r}; build one with `CompressedKnowledgeLLM.build` and save it.")
     try:
         return TensorFile(path)
     except (OSError, ValueError) as error:

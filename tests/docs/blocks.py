@@ -2,7 +2,8 @@
 
 A page is one session, from top to bottom, in an empty folder:
 
-    ```python      examples with `>>>` run as in doctest, anything else is executed
+    ```python      examples with `>>>` run as in doctest, anything else is executed; what it prints stands behind it in
+                   a block ```text
     ```console     lines after `$ ` run in a shell, `cribsheet` in this process; what follows is the output
     ```{code-block} with a `:caption:` writes a file of that name
 """
@@ -25,7 +26,12 @@ from typing import Any
 from cribsheet.cli import run
 
 SRC = Path(__file__).parents[2] / "src"
-_BLOCK = re.compile(r"^```(?P<kind>python|console|\{code-block\}[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"^```(?P<kind>python|console|\{code-block\}[^\n]*)\n(?P<body>.*?)^```$"
+    r"(?:\n\n```text\n(?P<output>.*?)^```$)?",
+    re.M | re.S,
+)
+_BETWEEN = "```\n\n```text\n"  # a block and what it prints
 _CAPTION = re.compile(r"\A:caption: (?P<name>\S+)\n+")
 _PROGRESS = re.compile(r"^read [\d,]+ of [\d,]+ tokens.*\n", re.M)  # shown by slow machines only
 _VOLATILE = [  # what differs from run to run and from machine to machine
@@ -66,18 +72,19 @@ class Session:
     folder: Path
     names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__page__"})
 
-    def run(self, kind: str, body: str) -> list[Step]:
-        """The steps of a block, with what they printed."""
+    def run(self, kind: str, body: str, output: str | None = None) -> list[Step]:
+        """The steps of a block, with what they printed; `output` is that of a plain block, as the page shows it."""
         with contextlib.chdir(self.folder):
             if kind == "python":
-                return self._python(body)
+                return self._python(body, output)
             if kind == "console":
                 return self._console(body)
             return self._file(body)
 
-    def _python(self, body: str) -> list[Step]:
+    def _python(self, body: str, output: str | None) -> list[Step]:
         if not body.lstrip().startswith(">>>"):
-            return [Step(body, "", self._execute(body, "exec"))]
+            printed = self._execute(body, "exec")
+            return [Step(body if output is None and not printed else body + _BETWEEN, output or "", printed)]
         steps = []
         for piece in doctest.DocTestParser().parse(body):
             if isinstance(piece, str):
@@ -94,8 +101,6 @@ class Session:
             try:
                 exec(compile(source, "<page>", mode, dont_inherit=True), self.names)
             except Exception as error:
-                if mode == "exec":
-                    raise
                 printed.write(f"Traceback (most recent call last):\n    ...\n{type(error).__name__}: {error}\n")
         return printed.getvalue()
 
@@ -119,7 +124,10 @@ class Session:
 def run_page(text: str, session: Session) -> Iterator[tuple[str, list[Step]]]:
     """Run the blocks of a page in order: each block as it stands on the page, and its steps."""
     for block in _BLOCK.finditer(text):
-        yield block["body"], session.run(block["kind"], block["body"])
+        plain = block["kind"] == "python" and not block["body"].lstrip().startswith(">>>")
+        output = block["output"] if plain else None
+        shown = block["body"] if output is None else block["body"] + _BETWEEN + output
+        yield shown, session.run(block["kind"], block["body"], output)
 
 
 def _shell(command: str) -> str:

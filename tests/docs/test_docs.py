@@ -61,6 +61,17 @@ def test_the_runner_sees_a_wrong_output(tmp_path):
     assert steps[0].updated == ">>> 1 + 1\n2\n"
 
 
+def test_the_runner_reads_what_a_plain_block_prints_behind_it(tmp_path):
+    page = "```python\nx = 2\nprint(x)\n```\n\n```text\n3\n```\n\n```python\ny = x\n```\n\n```python\ny / 0\n```\n"
+    blocks = list(run_page(page, Session(tmp_path)))
+    steps = [step for _, steps in blocks for step in steps]
+    assert [step.is_right for step in steps] == [False, True, False]
+    for shown, mine in blocks:
+        assert shown in page
+        page = page.replace(shown, "".join(step.updated for step in mine))
+    assert "print(x)\n```\n\n```text\n2\n```\n" in page and "ZeroDivisionError: division by zero\n```" in page
+
+
 def test_the_command_line_reference_is_fresh(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     from cli_reference import PAGE, render

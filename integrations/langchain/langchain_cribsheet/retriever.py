@@ -1,7 +1,8 @@
 """`CribsheetRetriever`: the passages that the sheet looks at for a question, most attended first.
 
 It takes the place of a retriever in chains that need documents: for citations, evaluators, and prompts with a
-`{context}`. The sheet itself needs none of this to answer.
+`{context}`. The sheet itself needs none of this to answer, so `content="marker"` is what a chain wants whose model
+answers from the sheet.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class CribsheetRetriever(BaseRetriever):
         "text": the passages. "marker": a short note in place of each, for chains whose model answers from the sheet
         anyway and would only read the texts again; ids, metadata and order are the same. Passages of a sheet that was
         saved without texts are markers.
+
+    What it costs: each question is read once to see where the sheet looks, whatever `content` is. With texts, the model
+    of the chain then reads k passages again that the sheet holds already, so a question takes longer than with the
+    retriever that was there before; with markers it reads k lines.
 
     Metadata are the document's own and `document_id`, `start_index`, `end_index` (characters in the document) and
     `score` (share of the attention, 0 to 1); `source` is the document's id unless it has a source of its own.

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -44,7 +44,9 @@ NARROW = (DIRECT, "fill", "needle", "inverse", "read")  # one document answers
 BROAD = ("join", "join2", "join3", "list", "count")  # several do
 _EXAMPLES, _OF_A_KIND = 3, 3  # of a world
 _MAX_TOKENS = 48
-_SHEET, _HYBRID, _RETRIEVAL = "sheet", "hybrid", "retrieval"
+_SHEET: Final = "sheet"
+_HYBRID: Final = "hybrid"
+_RETRIEVAL: Final = "retrieval"
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ class _Sheets:
         self.corpus_tokens, self.head_tokens = len(whole), whole.head_tokens
 
     def get(self, method: Method, budget: int) -> CompressedKnowledgeLLM:
-        """The sheet of a method with so many tokens."""
+        """The sheet of a method with so many tokens; of everything, with the guide on top as sheets have it."""
         scorer = method.scorer or self.settings.scorer
         key = scorer, method.examples, budget
         if self._last is None or self._last[0] != key:
@@ -185,7 +185,8 @@ class _Sheets:
                 scorer=scorer,
                 guide=self.settings.guide,
                 seed=self.settings.seed,
-                budget=budget,
+                rate=1 if budget >= self.corpus_tokens else None,
+                budget=None if budget >= self.corpus_tokens else budget,
             )
             self._last = key, made
         return self._last[1]

@@ -76,7 +76,9 @@ def build_costs(model: LoadedModel, case: Case, methods: Sequence[Method], rate:
 
     def plain() -> None:
         with torch.no_grad():
-            model.backbone.model.base_model(input_ids=ids[None], past_key_values=DynamicCache(), use_cache=True)
+            model.backbone.model.base_model(
+                input_ids=ids[None], **model.backbone.cached(DynamicCache()), use_cache=True
+            )
 
     def built(method: Method) -> None:
         build_sheet(

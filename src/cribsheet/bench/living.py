@@ -102,7 +102,7 @@ def measure_cost(backbone: Backbone, documents: Sequence[Document], scorer: str)
 def measure_loss(model: LoadedModel, cases: Sequence[Case], rates: Sequence[float]) -> Iterator[Row]:
     """Answers of every form of sheet at equal budgets, the guide dropped."""
     for case in cases:
-        with CompressedKnowledgeLLM.build(case.documents, case.task, model=model, rate=1, scorer="recent") as full:
+        with CompressedKnowledgeLLM.build(case.documents, case.task, model=model, rate=1, guide="dropped") as full:
             right = [bool(score) for score in _judged(full, case)]
             corpus = full.sheet.manifest.corpus_tokens
         for rate in rates:

@@ -123,7 +123,9 @@ def opened(backbone: Backbone, tokens: int, rounds: int) -> list[dict[str, Any]]
     with tempfile.TemporaryDirectory() as folder:
         files: dict[StorageDtype, Path] = {}
         for dtype in _TYPES:
-            sheet = build_sheet(backbone, case.documents, case.task, rate=1, scorer="recent", dtype=dtype)
+            sheet = build_sheet(
+                backbone, case.documents, case.task, rate=1, scorer="recent", guide="dropped", dtype=dtype
+            )
             files[dtype] = save(sheet, Path(folder, f"{dtype}.sheet"))
         times: dict[StorageDtype, list[float]] = {dtype: [] for dtype in files}
         attending: dict[StorageDtype, list[float]] = {dtype: [] for dtype in files}

@@ -241,4 +241,4 @@ def _medians(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 @torch.no_grad()
 def _plain(backbone: Backbone, ids: Tensor) -> None:
-    backbone.model.model(input_ids=ids[None], past_key_values=DynamicCache(), use_cache=True)
+    backbone.model.model(input_ids=ids[None], **backbone.cached(DynamicCache()), use_cache=True)

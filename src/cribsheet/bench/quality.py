@@ -247,11 +247,11 @@ def measure(
     """
     for case in cases:
         sheets = Sheets(model.backbone, case.documents)
-        full = _answers(model, sheets, case, Method(FULL, "recent"), rate=1.0)
+        full = _answers(model, sheets, case, Method(FULL, "recent", guide="dropped"), rate=1.0)
         right = [bool(row.exact) for row in full]
         yield from full
         bare = Sheets(model.backbone, [Document(text="There are no documents.", id="none")])
-        yield from _answers(model, bare, case, Method(CLOSED, "recent"), rate=1.0, right=right)
+        yield from _answers(model, bare, case, Method(CLOSED, "recent", guide="dropped"), rate=1.0, right=right)
         logger.info("%s: %d of %d right with full context", case.name, sum(right), len(right))
         for method in methods if any(right) else ():
             for rate in rates:

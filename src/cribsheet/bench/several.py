@@ -16,7 +16,7 @@ from torch import Tensor
 from cribsheet.backbone import Backbone
 from cribsheet.build import Budgets, GuideMode, Plan, carry_out, plan, resolve_defaults
 from cribsheet.chunks import Chunk, TokenizedCorpus
-from cribsheet.compress import Reading
+from cribsheet.compress import Reading, Step
 from cribsheet.correction import Correction
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
@@ -35,13 +35,20 @@ class _Once(Reading):
 
     found: dict[Any, list[ReadingLayer]] = field(default_factory=dict)
 
-    def read(self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk) -> list[ReadingLayer]:
+    def read(
+        self,
+        backbone: Backbone,
+        prefix: Sequence[LayerPrefix],
+        start: int,
+        chunk: Chunk,
+        step: Step | None = None,
+    ) -> list[ReadingLayer]:
         if start:
-            return Reading.read(self, backbone, prefix, start, chunk)
+            return Reading.read(self, backbone, prefix, start, chunk, step)
         read = (self.guide, self.request, self.repeat, chunk.ids)
         key = (self.scorer.guide, *(tuple(ids.tolist()) for ids in read))
         if key not in self.found:
-            self.found[key] = Reading.read(self, backbone, prefix, start, chunk)
+            self.found[key] = Reading.read(self, backbone, prefix, start, chunk, step)
         return self.found[key]
 
 
@@ -71,11 +78,8 @@ class Sheets:
         raise BudgetError(f"No token fits the {most} bytes of a 16-bit sheet at {rate:g}x.")
 
     def whole(self, task: Task) -> Sheet:
-        """Everything, with the guide on top of it: the prompt of full context, which is no sheet of any rate."""
-        budgets = Budgets(rate=1, guide="dropped")
-        planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer="recent")
-        guide = self.guide(task)
-        return self._carried_out(replace(planned, resident=guide, form="", budget=planned.budget + len(guide)))
+        """Everything, with the guide on top of it: the prompt of full context."""
+        return self.build(task, 1, scorer="recent", guide="resident")
 
     def guide(self, task: Task) -> Tensor:
         """Token ids (T,) of the guide where it stays in the prompt."""

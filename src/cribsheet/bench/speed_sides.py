@@ -61,9 +61,9 @@ def plain_prefill(setting: Setting, corpus: TokenizedCorpus, backends: Sequence[
     ids = corpus.ids.unsqueeze(0).to(setting.device)
     if backends:
         with sdpa_kernel(list(backends), set_priority=True):
-            setting.backbone.model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            setting.backbone.model.model(input_ids=ids, use_cache=True, **setting.backbone.cached(cache))
     else:
-        setting.backbone.model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        setting.backbone.model.model(input_ids=ids, use_cache=True, **setting.backbone.cached(cache))
     return cache
 
 
@@ -86,7 +86,8 @@ def stock(setting: Setting, cache: DynamicCache, questions: Sequence[Tensor], ne
     ids = torch.stack(list(questions)).to(setting.device)
     before, found = cache.get_seq_length(), []
     for _ in range(new_tokens):
-        logits = setting.backbone.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        given = setting.backbone.cached(cache)
+        logits = setting.backbone.model(ids, use_cache=True, logits_to_keep=1, **given).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         found.append(ids[:, 0].tolist())
     for layer in cache.layers:
@@ -108,6 +109,7 @@ class Compiled:
         self.cache = StaticCache(config=setting.backbone.config, max_cache_len=room)
         for number, layer in enumerate(prefix.layers):
             self.cache.update(layer.keys.unsqueeze(0), layer.values.unsqueeze(0), number)
+        self._given = setting.backbone.cached(self.cache)
         self.ids = setting.ids(1).unsqueeze(0).to(setting.device)
         self.positions = torch.full((1, 1), prefix.tokens, device=setting.device)
         self.step: Any = torch.compile(setting.backbone.model, mode="reduce-overhead", fullgraph=False)
@@ -115,9 +117,7 @@ class Compiled:
     @torch.no_grad()
     def __call__(self) -> list[int]:
         """The greedy next token; the cache grows by one."""
-        logits = self.step(
-            input_ids=self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
-        ).logits
+        logits = self.step(input_ids=self.ids, position_ids=self.positions, use_cache=True, **self._given).logits
         found: list[int] = logits[:, -1].argmax(-1).tolist()
         return found
 

@@ -68,7 +68,7 @@ def stock_generate(kb: CompressedKnowledgeLLM, questions: Sequence[Tensor], new_
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **kb.backbone.cached(cache),
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
@@ -94,7 +94,7 @@ def compare(prefix: int, count: int, new_tokens: int, rounds: int, dtype: str) -
     text = " ".join(f"Person number {n} keeps {n % 97} goats in house {n}." for n in range(prefix))
     ids = backbone.tokenizer(text)["input_ids"][: prefix - 20]
     document = Document(text=backbone.tokenizer.decode(ids), id="street")
-    kb = CompressedKnowledgeLLM.build([document], "Who keeps what?", model=backbone, rate=1)
+    kb = CompressedKnowledgeLLM.build([document], "Who keeps what?", model=backbone, rate=1, guide="dropped")
     asked = [_QUESTION.format(n=n, m=n * n * n) for n in range(count)]
     tokens = [kb._question_ids(question) for question in asked]
     runs: dict[str, Callable[[], list[str]]] = {

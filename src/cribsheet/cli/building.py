@@ -20,7 +20,10 @@ from cribsheet.terminal import in_line
 
 def build(
     paths: Annotated[list[str], typer.Argument(metavar="PATHS", help="Files, folders or glob patterns.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write; only --dry-run needs none."),
+    ] = None,
     task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
     example: Annotated[
         list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
@@ -115,21 +118,11 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Condense documents for a task into one sheet file."""
-    check_output(output, force=force)
-    if resume and checkpoint is None:
-        checkpoint = output.with_name(output.name + ".partial")
-    if checkpoint is not None:
-        check_output(checkpoint, force=True)
+    checkpoint = _checked_files(output, checkpoint, resume=resume, force=force or dry_run, dry_run=dry_run)
     purpose = make_task(task, example or [], task_file)
-    if dry_run and (ray or mode == "independent"):
-        misuse("--dry-run knows only what a sequential build in this process takes; leave --ray and --mode out")
-    if dry_run and (check or retain is not None):
-        misuse("--dry-run asks no questions; leave --check and --retain out")
-    sizes = [
-        name for name, value in (("--rate", rate), ("--budget", budget), ("--retain", retain)) if value is not None
-    ]
-    if len(sizes) > 1:
-        misuse(f"{' and '.join(sizes)} were given together; leave all but one out")
+    if dry_run and (ray or check or retain is not None):
+        misuse("--dry-run knows what a build without questions takes here; leave --ray, --check and --retain out")
+    _check_sizes(rate, budget, retain)
     quiet_libraries()
     if (check or retain is not None) and not as_json:
         _tell_of_probes()
@@ -137,13 +130,13 @@ def build(
 
     documents = read_documents([Path(path) for path in paths])
     options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
-    options |= {"system": system, "dtype": storage_dtype, "seed": seed}
+    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "mode": mode, "correction": correction}
     options |= {"allocation": allocation} | ({"scorer": scorer} if scorer else {})
     given = {"device": device, "dtype": dtype, "revision": revision}
-    if dry_run:
-        _foretell(documents, purpose, model, given, as_json=as_json, **options)
+    if dry_run or output is None:
+        _foretell(documents, purpose, model, given, as_json=as_json, texts=not no_texts, **options)
         return
-    options |= {"checkpoint": checkpoint, "mode": mode, "correction": correction, "retain": retain, "check": check}
+    options |= {"checkpoint": checkpoint, "retain": retain, "check": check}
     options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
@@ -164,6 +157,28 @@ def build(
     _report(sheet, output, time.perf_counter() - began, as_json=as_json)
 
 
+def _checked_files(
+    output: Path | None, checkpoint: Path | None, *, resume: bool, force: bool, dry_run: bool
+) -> Path | None:
+    """The checkpoint, if there is one; refuses files that can never be written, before any work."""
+    if output is None and not dry_run:
+        misuse("no file was named for the sheet; give one with --output (-o), or ask with --dry-run what it would take")
+    if output is not None:
+        check_output(output, force=force)
+        if resume and checkpoint is None:
+            checkpoint = output.with_name(output.name + ".partial")
+    if checkpoint is not None:
+        check_output(checkpoint, force=True)
+    return checkpoint
+
+
+def _check_sizes(rate: float | None, budget: int | None, retain: float | None) -> None:
+    given = {"--rate": rate, "--budget": budget, "--retain": retain}
+    sizes = [name for name, value in given.items() if value is not None]
+    if len(sizes) > 1:
+        misuse(f"{' and '.join(sizes)} were given together; leave all but one out")
+
+
 def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, as_json: bool, **options: Any) -> None:
     """Say what a build would take."""
     from cribsheet.forecast import forecast
@@ -175,7 +190,7 @@ def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, 
         return
     say(
         f"{found.corpus_tokens:,} tokens of {found.documents} documents would become {found.tokens:,} (rate "
-        f"{found.rate:.1f}) in {found.chunks} chunks of at most {found.chunk_tokens:,}\n"
+        f"{found.rate:.1f}) in {found.chunks} chunk{'s' * (found.chunks > 1)} of at most {found.chunk_tokens:,}\n"
         f"file about {found.sheet_bytes / 1e6:,.1f} MB; memory at most about {found.peak_bytes / 1e6:,.0f} MB besides "
         f"Python and its libraries\n"
         f"about {found.seconds:.1f} s here, as the first {found.probe_tokens:,} tokens took {found.probe_seconds:.2f} s"

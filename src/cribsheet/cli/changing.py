@@ -19,8 +19,8 @@ from cribsheet.cli.reading import Dtype, Model, SheetFile
 from cribsheet.terminal import in_line
 
 if TYPE_CHECKING:
-    from cribsheet.build import Progress
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.progress import Progress
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there and leave the sheet as it is.")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from cribsheet.cli.wording import in_flags
 from cribsheet.errors import CribsheetError, EngineError, SheetError
 from cribsheet.terminal import in_line, json_text, plain
 
@@ -108,7 +109,7 @@ def _reported(error: BaseException) -> int:
 def _described(error: Exception) -> tuple[str, int]:
     """One line and the exit code for an error."""
     if isinstance(error, CribsheetError):
-        return str(error), FAILURE if isinstance(error, SheetError | EngineError) else MISUSE
+        return in_flags(str(error)), FAILURE if isinstance(error, SheetError | EngineError) else MISUSE
     if isinstance(error, typer.TyperException):  # wrong arguments, and `no_args_is_help`, which has shown the help
         shown: str = getattr(error, "format_message", lambda: str(error))()
         context = getattr(error, "ctx", None)
@@ -146,11 +147,19 @@ def _never_fail_to_print() -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
+class _InFlags(_PlainLines):
+    """Log lines of the library, in the words of the command line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return in_flags(super().format(record))
+
+
 def quiet_libraries() -> None:
     """Silence what transformers and others say, unless --verbose; call before they are imported."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_PlainLines("cribsheet: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO if _State.verbose else logging.WARNING)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(_InFlags("cribsheet: %(message)s"))
+    logging.basicConfig(handlers=[lines], level=logging.INFO if _State.verbose else logging.WARNING)
     if _State.verbose:
         return
     warnings.simplefilter("ignore")

@@ -16,8 +16,8 @@ from cribsheet.cli.console import Terminated, misuse, note
 from cribsheet.handover import integration
 
 if TYPE_CHECKING:
-    from cribsheet.build import Progress
     from cribsheet.documents import Document
+    from cribsheet.progress import Progress
     from cribsheet.server.settings import ServerSettings
     from cribsheet.sheet import Sheet
     from cribsheet.task import Task

@@ -61,19 +61,16 @@ class Demo:
         self.full: CompressedKnowledgeLLM | None = None
         self.no_full_reason = ""
         try:
-            self.full = CompressedKnowledgeLLM.build(
-                documents, script.task, model=backbone, rate=1, scorer="recent", progress=progress
-            )
+            self.full = CompressedKnowledgeLLM.build(documents, script.task, model=backbone, rate=1, progress=progress)
         except BudgetError as error:
             self.no_full_reason = str(error)
 
     def ask(self, question: DemoQuestion) -> Exchange:
         """Ask the sheet and the full context."""
-        settings = {"max_tokens": self.script.max_tokens}
-        answer = self.kb.ask(question.text, **settings)
-        return Exchange(
-            question, answer, list(answer.sources), self.full.ask(question.text, **settings) if self.full else None
-        )
+        most = self.script.max_tokens
+        answer = self.kb.ask(question.text, max_tokens=most)
+        full = self.full.ask(question.text, max_tokens=most) if self.full else None
+        return Exchange(question, answer, list(answer.sources), full)
 
     def figures(self, exchanges: list[Exchange]) -> dict[str, Any]:
         """What a person compares: sizes, times and right answers of the sheet and of the full context."""

@@ -20,11 +20,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from cribsheet.build import Plan, Progress, build_sheet, resolve_defaults, warn_without_task
+from cribsheet.build import Plan, build_sheet, resolve_defaults, warn_without_task
 from cribsheet.documents import Document
 from cribsheet.errors import EngineError
 from cribsheet.independent import Terms
 from cribsheet.loaded import LoadedModel
+from cribsheet.progress import Listener, shown
 from cribsheet.segments import Segment, read_segment
 from cribsheet.sheet import Manifest, Sheet
 from cribsheet.task import Task
@@ -72,7 +73,7 @@ def build_each(
     model: str | Path = "pocket",
     model_options: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
-    progress: Progress | None = None,
+    progress: Listener = None,
     **options: Any,
 ) -> Iterator[tuple[str, Sheet]]:
     """Build one sheet for each corpus, as many at once as there is room for; yields each with its name when ready.
@@ -91,12 +92,13 @@ def build_each(
         told = [list(corpus.documents), task, str(model), dict(model_options or {}), options, checkpoint, board, name]
         running[build.remote(*told)] = name
     try:
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS)
-            if progress is not None and (told := _result(board.total.remote())):
-                progress(*told)
-            for reference in ready:
-                yield running.pop(reference), _result(reference)
+        with shown(progress) as tell:
+            while running:
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS)
+                if tell is not None and (told := _result(board.total.remote())):
+                    tell(*told)
+                for reference in ready:
+                    yield running.pop(reference), _result(reference)
     finally:
         _drop(running)
         ray.kill(board)
