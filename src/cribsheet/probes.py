@@ -32,6 +32,7 @@ from cribsheet.sampling import SamplingParams
 from cribsheet.streams import AnswerStream
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
+from cribsheet.wording import new_in
 
 if TYPE_CHECKING:
     from cribsheet.llm import CompressedKnowledgeLLM
@@ -61,13 +62,6 @@ _ABOUT_ITSELF = re.compile(
     r"(?:passage|excerpt|paragraph|text|document|section|article|statement|question|task)s?\b",
     re.IGNORECASE,
 )
-_STEM = 3  # letters of the shortest stem, and of the longest ending
-_SMALL = frozenset(
-    words(
-        "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this "
-        "to was were with"
-    )
-)  # words that say nothing of their own
 
 Way = Literal["user", "request"]  # whether a question is written in the user's place, or on request
 
@@ -240,7 +234,7 @@ def agree(question: str, first: str, second: str) -> bool:
     nearly the same words.
     """
     mine, other = (Counter(words(answer)) for answer in (first, second))
-    new, others = (Counter(_new_in(answer, question)) for answer in (first, second))
+    new, others = (Counter(new_in(answer, question)) for answer in (first, second))
     if new and others:
         mine, other = new, others
     shared, total = (mine & other).total(), mine.total() + other.total()
@@ -275,22 +269,8 @@ def _is_apt(question: str, stretch: Passage, rare: Set[str]) -> bool:
 
 def _is_told(question: str, answer: str, stretch: Passage) -> bool:
     """Whether an answer says something that the question does not, in words of the stretch."""
-    new, told = _new_in(answer, question), set(words(stretch.text))
+    new, told = new_in(answer, question), set(words(stretch.text))
     return bool(new) and sum(word in told for word in new) >= _COVERED * len(new)
-
-
-def _new_in(answer: str, question: str) -> list[str]:
-    """The words of an answer that say something, and are not the question's, be it with another ending ("lives")."""
-    asked = words(question)
-    return [word for word in words(answer) if word not in _SMALL and not any(_are_one(word, own) for own in asked)]
-
-
-def _are_one(first: str, second: str) -> bool:
-    """Whether two words are one, but for an ending of a few letters."""
-    short, long = sorted((first, second), key=len)
-    return short == long or (
-        len(short) >= _STEM and short.isalpha() and long.startswith(short) and len(long) - len(short) <= _STEM
-    )
 
 
 def _spread(passages: Sequence[Passage], count: int, seed: int) -> list[Passage]:

@@ -28,7 +28,7 @@ from cribsheet.bench.compare import Corpus
 from cribsheet.bench.connectivity import DIRECT, make_corpus
 from cribsheet.bench.prose import reading
 from cribsheet.bench.questions import Asked
-from cribsheet.certainty import NEAR, Judged, gain, nearness, probability
+from cribsheet.certainty import NEAR, Judged, gain, nearness, probability, told
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
@@ -53,7 +53,8 @@ class Measured:
 
     `full` is the sheet of the whole budget; `draft`, `hybrid` and `retrieval` are what `auto` chooses from. `cut` says
     whether a hybrid's passages hold not even the first that was found, `margin` by how much of its score that one is
-    ahead of the next, `found` which share of the draft's sources its passages come from.
+    ahead of the next, `found` which share of the draft's sources its passages come from, `told` which share of what the
+    draft says the best of them say.
     """
 
     family: str
@@ -70,12 +71,13 @@ class Measured:
     nearness: float
     margin: float
     found: float
+    told: float
     cut: bool
 
     def chosen(self, near: float = NEAR, sure: float = SURE) -> str:
         """What `auto` does at these thresholds, as `hybrid.begin` does."""
         judged = Judged(self.probability, self.nearness, near)
-        if judged.certainty >= sure:
+        if sure <= max(self.told, judged.certainty) and sure < 1:
             return _SHEET
         return _RETRIEVAL if judged.is_lost(sure) and self.cut else _HYBRID
 
@@ -88,6 +90,7 @@ SIGNALS: dict[str, Callable[[Measured], float]] = {
     "nearness": lambda each: each.nearness,
     "improbability": lambda each: -each.probability,
     "no gain": lambda each: -each.gain,
+    "not told by the best passages": lambda each: -each.told,
     "sources among the passages": lambda each: each.found,
     "margin of the best passage": lambda each: each.margin,
 }
@@ -143,22 +146,23 @@ def measure(model: LoadedModel, family: str, corpus: Corpus, rates: Sequence[flo
 
 def _measured(kb: CompressedKnowledgeLLM, q: Asked, draft: Any, passages: int) -> dict[str, Any]:
     """The other ways to answer, and the signals of the draft."""
-    told = {
+    ways = {
         mode: kb.ask(q.text, max_tokens=_MAX_TOKENS, mode=mode, passage_tokens=passages)
         for mode in (_HYBRID, _RETRIEVAL)
     }
     asked, found = kb.question_tokens(q.text), kb.bm25.retrieve(q.text)
     ahead = [each.score or 0.0 for each in found[:2]]
     whole = kb.sources(q.text, draft, limit=len(kb.sheet.documents))
-    names = {each.document_id for each in told[_HYBRID].passages}
+    names = {each.document_id for each in ways[_HYBRID].passages}
     return {
-        **{mode: q.judge(answer.text)[2] for mode, answer in told.items()},
+        **{mode: q.judge(answer.text)[2] for mode, answer in ways.items()},
         "probability": probability(kb, asked, draft),
         "gain": gain(kb, asked, draft),
         "nearness": nearness(kb, asked, draft),
         "margin": 1 - ahead[1] / ahead[0] if len(ahead) == 2 else 1.0,
         "found": sum(each.weight for each in whole if each.document_id in names),
-        "cut": is_cut(found, told[_HYBRID].passages),
+        "told": told(q.text, draft, found),
+        "cut": is_cut(found, ways[_HYBRID].passages),
     }
 
 
