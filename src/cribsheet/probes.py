@@ -4,7 +4,8 @@ The model writes them itself, each about one stretch of the documents that stand
 of the conversation, where a task's examples show the form, or because it is asked to, whichever it is better at. A
 question stays if the stretch alone answers it with words of its own, and names something that few other stretches do.
 Those that the model answers the same with nothing before it are known: they say what it needs no documents for.
-Examples that a task can spare are probes too.
+Examples that a task can spare are probes too. A small model writes few questions that may serve; where they are not
+enough, something is left out of the documents' sentences by plain rules (`gaps.py`), and the model asked for it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cribsheet.answering import Request
 from cribsheet.backbone import Backbone
 from cribsheet.compress import nothing_read
 from cribsheet.documents import Document
+from cribsheet.gaps import gaps
 from cribsheet.loaded import LoadedModel
 from cribsheet.passages import GAP
 from cribsheet.prefix import Prefix
@@ -46,6 +48,7 @@ _STRETCH = 600  # characters that a question is written about
 _SHORTEST = 60  # characters; less says nothing
 _QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
 _ROUNDS = 3  # of questions twice as many as are wanted
+_WORTH = 0.25  # share of what is wanted that a round must give for another one to be worth its time
 _AT_ONCE = 64  # questions that are handed to the engine together
 _COVERED = 0.8  # share of an answer's words that must stand in its stretch
 _RARE = 0.25  # share of the stretches that a word which tells them apart is in at most
@@ -213,6 +216,10 @@ def make_probes(
         ways = _better(ways, Counter(kept[probe.question][1] for probe in new if not probe.known))
         logger.info("round %d: of %d questions %d may serve", number + 1, len(asked), len(new))
         found += new
+        if len(new) < _WORTH * count:
+            break
+    missing = count - sum(not probe.known for probe in found)
+    found += _of_gaps(exam, stretches, rare, missing, seed)
     fresh, known = ([probe for probe in found if probe.known is wanted] for wanted in (False, True))
     order = {stretch: number for number, stretch in enumerate(stretches)}
     fresh.sort(key=lambda probe: -1 if probe.stretch is None else order[probe.stretch])
@@ -239,6 +246,23 @@ def agree(question: str, first: str, second: str) -> bool:
         mine, other = new, others
     shared, total = (mine & other).total(), mine.total() + other.total()
     return mine.total() > 0 and (mine == other or 2 * shared >= AGREEMENT * total)
+
+
+def _of_gaps(exam: Exam, stretches: Sequence[Passage], rare: Set[str], missing: int, seed: int) -> list[Probe]:
+    """Probes that are gaps in sentences, where so many are `missing`; about twice as many are tried."""
+    each = [list(gaps(stretch, rare)) for stretch in stretches]
+    turns = max(map(len, each), default=0)
+    every = [own[(turn + seed) % len(own)] for turn in range(turns) for own in each if turn < len(own)]
+    tried = every[: 2 * max(0, missing)]
+    answers = exam.alone([(gap.stretch.text, gap.question) for gap in tried])
+    right = [
+        Probe(gap.question, answer, stretch=gap.stretch)
+        for gap, answer in zip(tried, answers, strict=True)
+        if agree(gap.question, answer, gap.answer)
+    ]
+    if tried:
+        logger.info("of %d gaps in sentences %d may serve", len(tried), len(right))
+    return _judged(exam, right)
 
 
 def _answered(exam: Exam, asked: Sequence[tuple[str, Passage]]) -> list[Probe]:
