@@ -11,6 +11,7 @@ from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 from cribsheet.retrieval import Passage, words
+from cribsheet.wording import SMALL
 
 _ASKED = 'What is left out of this sentence of the documents: "{}"?'
 _GAP = "___"
@@ -22,7 +23,7 @@ _NUMBER = (
     rf"(?<![\w.,-])(?:\d{{1,2}} )?(?:{_MONTH} (?:\d{{1,2}}, )?)?\d(?:[\d.,]*\d)?"
     r"(?:%| percent| per cent| (?:m|b)illion)?(?![\w-])"
 )
-_NAME = r"(?<=[a-z,;:)] )[A-Z][\w'’-]*(?: (?:(?:of|the|de|von|van) )?[A-Z][\w'’-]*){0,4}"
+_NAME = r"(?<=[a-z,;:)] )[A-Z][\w'’-]*(?: (?:(?:of|the|de|von|van) )?[A-Z][\w'’-]*){0,4}(?: \d+\b)?"
 _PARTICULAR = re.compile(f"{_NUMBER}|{_NAME}")
 
 
@@ -44,11 +45,17 @@ def gaps(stretch: Passage, rare: Set[str]) -> Iterator[Gap]:
     for found in _PARTICULAR.finditer(text):
         answer = found[0]
         before, after = _around(text, *found.span())
-        if len(answer) < 2 or text.count(answer) > 1 or (before.split()[-1:] and before.split()[-1][0].isupper()):
+        if len(answer) < 2 or text.count(answer) > 1 or _goes_on(before):
             continue
         left = words(before) + words(after)
         if len(left) >= _CONTEXT and not rare.isdisjoint(left) and not rare.isdisjoint(words(answer)):
             yield Gap(_ASKED.format(" ".join(f"{before}{_GAP}{after}".split())), answer, stretch)
+
+
+def _goes_on(before: str) -> bool:
+    """Whether what follows is the rest of a name ("Frederick William")."""
+    last = before.split()[-1:]
+    return bool(last) and last[0][0].isupper() and last[0].casefold() not in SMALL
 
 
 def _around(text: str, start: int, stop: int) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from cribsheet.retrieval import words
 
 _STEM = 3  # letters of the shortest stem, and of the longest ending
-_SMALL = frozenset(
+SMALL = frozenset(
     words(
         "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this "
         "to was were with"
@@ -18,7 +18,7 @@ _SMALL = frozenset(
 def new_in(answer: str, question: str) -> list[str]:
     """The words of an answer that say something, and are not the question's, be it with another ending ("lives")."""
     asked = words(question)
-    return [word for word in words(answer) if word not in _SMALL and not any(_are_one(word, own) for own in asked)]
+    return [word for word in words(answer) if word not in SMALL and not any(_are_one(word, own) for own in asked)]
 
 
 def told_by(texts: Iterable[str], answer: str, question: str) -> float:
