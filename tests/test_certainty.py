@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 import torch
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
-from cribsheet.bench.certainty import Measured, _measured
+from cribsheet.bench.certainty import Measured, _measured, main
+from cribsheet.bench.compare import Corpus
+from cribsheet.bench.corpora import write_corpus
 from cribsheet.bench.questions import Asked
 from cribsheet.certainty import Judged, judge, nearness
 from cribsheet.evidence import _per_document, looked_at, per_stretch
@@ -147,3 +150,15 @@ def test_the_bench_foretells_what_auto_does(kb, question):
         for sure in (0.0, 0.7, 1.0):
             asked = {"mode": "auto", "passage_tokens": passages, "sure": sure}
             assert measured.chosen(sure=sure) == kb.ask(question, max_tokens=48, **asked).mode
+
+
+def test_the_bench_asks_corpora_of_folders_and_reports_them(tmp_path, capsys):
+    asked = [Asked(DIRECT, ("Slate Engine",), "own"), Asked(JOIN, ("retail",), "own")]
+    documents = [Document(text, f"d{number}") for number, text in enumerate(TEXTS)]
+    write_corpus(tmp_path / "data" / "own" / "0", Corpus("own/0", documents, TASK, asked))
+    file = tmp_path / "rows.json"
+    main(["--data", str(tmp_path / "data"), "--rates", "2", "--questions", "1", "--json", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["family"], row["corpus"], row["question"], row["kind"]) == ("own", "own/0", DIRECT, "read")
+    assert row["full"] == row["draft"] and row["told"] in (0.0, 0.5, 1.0)
+    assert "own" in capsys.readouterr().out

@@ -216,7 +216,7 @@ def make_probes(
         ways = _better(ways, Counter(kept[probe.question][1] for probe in new if not probe.known))
         logger.info("round %d: of %d questions %d may serve", number + 1, len(asked), len(new))
         found += new
-        if len(new) < _WORTH * count:
+        if number and len(new) < _WORTH * count:  # the first one only shows which way is better
             break
     missing = count - sum(not probe.known for probe in found)
     found += _of_gaps(exam, stretches, rare, missing, seed)
