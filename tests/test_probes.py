@@ -11,6 +11,7 @@ from cribsheet.probes import EXAMPLES_TO_SPARE, Exam, Probe, agree, held_back, m
 from cribsheet.retrieval import words
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
+from cribsheet.testing import echo_backbone
 
 STAFF = read_documents([
     "Alice Moreno lives in Lisbon. She works for Nordwind Labs and plays the violin.",
@@ -80,6 +81,19 @@ def test_documents_without_a_stretch_give_no_probes(tiny):
 
 def test_a_model_that_writes_nonsense_gives_no_probes(tiny):
     assert make_probes(exam_of(tiny, FEW_SHOT), DOCUMENTS, 4) == []
+
+
+def test_where_a_model_writes_too_few_questions_gaps_in_sentences_are_asked():
+    documents = [
+        Document("The old painter moved to Lisbon in the end, as far as anybody in the town knows.", "a"),
+        Document("A young printer went to Turin for good, whatever the people of the house may say.", "b"),
+    ]
+    parrot = exam_of(echo_backbone("Lisbon."), TASK)  # it never asks, and has one answer
+    (probe,) = make_probes(parrot, documents, 4)
+    assert "The old painter moved to ___ in the end" in probe.question and probe.stretch.document_id == "a"
+    assert probe.answer == "Lisbon." and probe.known
+    assert make_probes(parrot, documents, 4) == [probe]
+    assert make_probes(exam_of(echo_backbone("Rome."), TASK), documents, 4) == []
 
 
 def test_a_question_that_the_window_cannot_hold_is_answered_with_nothing(tiny):

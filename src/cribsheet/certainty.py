@@ -1,10 +1,12 @@
-"""What mode `auto` measures of a sheet's own answer, its draft: how probable it is, and where it was read.
+"""What mode `auto` measures of a sheet's own answer, its draft: whether it is told, probable, or read elsewhere.
 
+A draft is *told* if the best passages of a search have its words, those of the question left out: then they would say
+the same again. That takes no model; only drafts that are not told are measured further.
 A draft is probable if each of its tokens is, and if the sheet makes it so: "I do not know" is as probable without any
 documents. It is *near* if it was read where the question itself looks: the stretches that hold the answer are those
 that the question names, which is what a retriever finds. A draft that was read elsewhere had to go from what the
 question names to what is told of that, where a search for the question's words does not follow.
-Measured in decisions/0018.
+Measured in decisions/0018 and, on real models, 0026.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from torch import Tensor
 from cribsheet.evidence import per_stretch
 from cribsheet.glance import Glance
 from cribsheet.prefix import prefix_cache
+from cribsheet.retrieval import Passage
 from cribsheet.telling import opening
+from cribsheet.wording import told_by
 
 if TYPE_CHECKING:
     from cribsheet.answer import Answer
     from cribsheet.llm import CompressedKnowledgeLLM
 
 NEAR = 0.6  # share of attention in common from which on a draft was read where the question looks (decisions/0018)
+BEST = 2  # passages of a search that may tell a draft; with more of them, what a draft mixes up is told too
 _GAIN = 0.1  # nats a token by which a sheet that knows the answer makes it more probable
 
 
@@ -49,6 +54,11 @@ class Judged(NamedTuple):
 def judge(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> Judged:
     """Measure an answer with log-probabilities, written by the sheet alone to a question in tokens (T,)."""
     return Judged(probability(llm, asked, draft), nearness(llm, asked, draft))
+
+
+def told(question: str, draft: Answer, found: Sequence[Passage]) -> float:
+    """Share of what a draft says beyond its question that the best passages of a search say too, 0 to 1."""
+    return told_by([passage.text for passage in found[:BEST]], draft.text, question)
 
 
 def probability(llm: CompressedKnowledgeLLM, asked: Tensor, draft: Answer) -> float:

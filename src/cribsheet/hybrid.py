@@ -7,8 +7,9 @@ Modes:
     hybrid      passages after the sheet's documents, as further documents, before the guide and the question
     auto        the sheet's own answer if it is certain that passages add nothing to it, else hybrid
 
-`auto` asks the sheet first and measures its draft (`certainty.py`): it stands if it is probable, and was read elsewhere
-than where the question looks, so that a search for the question would not find it. The question's words do not matter.
+`auto` asks the sheet first, searches, and measures the draft (`certainty.py`): it stands if the best passages tell it,
+as they would say the same again; or if it is probable, and was read elsewhere than where the question looks, so that a
+search for the question would not find it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from cribsheet.answer import Answer
 from cribsheet.answering import Delta, Finished, Request, tell
-from cribsheet.certainty import Judged, judge
+from cribsheet.certainty import Judged, judge, told
 from cribsheet.dense import require_dense
 from cribsheet.errors import RequestError
 from cribsheet.passages import choose, is_told_already, query_of, says
@@ -39,7 +40,7 @@ Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
 
 BUILT_IN = ("bm25", "dense")  # each a property of the LLM; the first is the default
 PASSAGE_TOKENS = 512
-SURE = 0.7  # decisions/0018 has the measurements behind this
+SURE = 0.7  # decisions/0018 and 0026 have the measurements behind this
 SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
 _BOTH = "the chain and the sheet both have a retriever; leave out one of them"
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
@@ -100,6 +101,15 @@ class Retrieval:
         """The retriever in our form."""
         return as_retriever(getattr(llm, self.retriever) if isinstance(self.retriever, str) else self.retriever)
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether `auto` takes every draft, so that nothing need be searched."""
+        return self.mode == "auto" and self.sure == 0
+
+    def takes(self, certainty: float) -> bool:
+        """Whether `auto` takes a draft that is so certain."""
+        return self.sure <= certainty and self.sure < 1
+
 
 class Asking(NamedTuple):
     """A question that passages help with: what is asked, how, and the settings of its answer."""
@@ -112,6 +122,7 @@ class Asking(NamedTuple):
 def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
     """Have streams answered with passages; blocks while it searches and, in `auto`, while the draft is written."""
     turns, retrieval = as_turns(asking.question), asking.retrieval
+    draft: AnswerStream | None = None
     judged: Judged | None = None
     if _is_retrieved(llm, turns):
         return llm._submit(*streams)
@@ -120,15 +131,16 @@ def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking
         llm._submit(draft)
         for _ in draft:
             pass
-        judged = _judge(llm, streams, draft)
-        if judged.certainty >= retrieval.sure:
-            return _take(llm, streams, draft.answer)
-    _tell(llm, streams, asking, turns, retrieval.search(llm).fetch(query_of(turns)), judged)
+    found = [] if retrieval.takes_all else retrieval.search(llm).fetch(query_of(turns))
+    if draft is not None and (judged := _judge(llm, streams, draft, asking, found)) is None:
+        return _take(llm, streams, draft.answer)
+    _tell(llm, streams, asking, turns, found, judged)
 
 
 async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
     """`begin` without blocking the event loop; what goes wrong is raised by the streams."""
     retrieval = asking.retrieval
+    draft: AsyncAnswerStream | None = None
     judged: Judged | None = None
     try:
         turns = as_turns(asking.question)
@@ -140,23 +152,34 @@ async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], as
             await asyncio.to_thread(llm._submit, draft)
             async for _ in draft:
                 pass
-            judged = await asyncio.to_thread(_judge, llm, streams, draft)
-            if judged.certainty >= retrieval.sure:
+        found = []
+        if not retrieval.takes_all:
+            found = await (await asyncio.to_thread(retrieval.search, llm)).afetch(query_of(turns))
+        if draft is not None:
+            judged = await asyncio.to_thread(_judge, llm, streams, draft, asking, found)
+            if judged is None:
                 return await asyncio.to_thread(_take, llm, streams, draft.answer)
-        search = await asyncio.to_thread(retrieval.search, llm)
-        found = await search.afetch(query_of(turns))
         await asyncio.to_thread(_tell, llm, streams, asking, turns, found, judged)
     except Exception as error:
         for stream in streams:
             tell(stream.request, error)
 
 
-def _judge(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Stream) -> Judged:
-    """What the draft looks like; its streams report how certain it is."""
-    found = judge(llm, draft.request.question, draft.answer)
+def _judge(
+    llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Stream, asking: Asking, found: Sequence[Passage]
+) -> Judged | None:
+    """What a draft looks like that does not stand; none if it does. Its streams report how certain it is.
+
+    One that the passages tell is not measured any further, as that reads it twice more.
+    """
+    retrieval, judged = asking.retrieval, None
+    certainty = told(query_of(as_turns(asking.question)), draft.answer, found[: retrieval.top_k])
+    if retrieval.takes_all or not retrieval.takes(certainty):
+        judged = judge(llm, draft.request.question, draft.answer)
+        certainty = max(certainty, judged.certainty)
     for stream in streams:
-        stream.certainty = found.certainty
-    return found
+        stream.certainty = certainty
+    return None if retrieval.takes(certainty) else judged
 
 
 def _is_retrieved(llm: CompressedKnowledgeLLM, turns: Sequence[Message]) -> bool:

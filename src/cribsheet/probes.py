@@ -4,7 +4,8 @@ The model writes them itself, each about one stretch of the documents that stand
 of the conversation, where a task's examples show the form, or because it is asked to, whichever it is better at. A
 question stays if the stretch alone answers it with words of its own, and names something that few other stretches do.
 Those that the model answers the same with nothing before it are known: they say what it needs no documents for.
-Examples that a task can spare are probes too.
+Examples that a task can spare are probes too. A small model writes few questions that may serve; where they are not
+enough, something is left out of the documents' sentences by plain rules (`gaps.py`), and the model asked for it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cribsheet.answering import Request
 from cribsheet.backbone import Backbone
 from cribsheet.compress import nothing_read
 from cribsheet.documents import Document
+from cribsheet.gaps import gaps
 from cribsheet.loaded import LoadedModel
 from cribsheet.passages import GAP
 from cribsheet.prefix import Prefix
@@ -32,6 +34,7 @@ from cribsheet.sampling import SamplingParams
 from cribsheet.streams import AnswerStream
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
+from cribsheet.wording import new_in
 
 if TYPE_CHECKING:
     from cribsheet.llm import CompressedKnowledgeLLM
@@ -45,6 +48,7 @@ _STRETCH = 600  # characters that a question is written about
 _SHORTEST = 60  # characters; less says nothing
 _QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
 _ROUNDS = 3  # of questions twice as many as are wanted
+_WORTH = 0.25  # share of what is wanted that a round must give for another one to be worth its time
 _AT_ONCE = 64  # questions that are handed to the engine together
 _COVERED = 0.8  # share of an answer's words that must stand in its stretch
 _RARE = 0.25  # share of the stretches that a word which tells them apart is in at most
@@ -61,13 +65,6 @@ _ABOUT_ITSELF = re.compile(
     r"(?:passage|excerpt|paragraph|text|document|section|article|statement|question|task)s?\b",
     re.IGNORECASE,
 )
-_STEM = 3  # letters of the shortest stem, and of the longest ending
-_SMALL = frozenset(
-    words(
-        "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this "
-        "to was were with"
-    )
-)  # words that say nothing of their own
 
 Way = Literal["user", "request"]  # whether a question is written in the user's place, or on request
 
@@ -222,6 +219,10 @@ def make_probes(
         ways = _better(ways, Counter(kept[probe.question][1] for probe in new if not probe.known))
         logger.info("round %d: of %d questions %d may serve", number + 1, len(asked), len(new))
         found += new
+        if number and len(new) < _WORTH * count:  # the first one only shows which way is better
+            break
+    missing = count - sum(not probe.known for probe in found)
+    found += _of_gaps(exam, stretches, rare, missing, seed)
     fresh, known = ([probe for probe in found if probe.known is wanted] for wanted in (False, True))
     order = {stretch: number for number, stretch in enumerate(stretches)}
     fresh.sort(key=lambda probe: -1 if probe.stretch is None else order[probe.stretch])
@@ -243,11 +244,28 @@ def agree(question: str, first: str, second: str) -> bool:
     nearly the same words.
     """
     mine, other = (Counter(words(answer)) for answer in (first, second))
-    new, others = (Counter(_new_in(answer, question)) for answer in (first, second))
+    new, others = (Counter(new_in(answer, question)) for answer in (first, second))
     if new and others:
         mine, other = new, others
     shared, total = (mine & other).total(), mine.total() + other.total()
     return mine.total() > 0 and (mine == other or 2 * shared >= AGREEMENT * total)
+
+
+def _of_gaps(exam: Exam, stretches: Sequence[Passage], rare: Set[str], missing: int, seed: int) -> list[Probe]:
+    """Probes that are gaps in sentences, where so many are `missing`; about twice as many are tried."""
+    each = [list(gaps(stretch, rare)) for stretch in stretches]
+    turns = max(map(len, each), default=0)
+    every = [own[(turn + seed) % len(own)] for turn in range(turns) for own in each if turn < len(own)]
+    tried = every[: 2 * max(0, missing)]
+    answers = exam.alone([(gap.stretch.text, gap.question) for gap in tried])
+    right = [
+        Probe(gap.question, answer, stretch=gap.stretch)
+        for gap, answer in zip(tried, answers, strict=True)
+        if agree(gap.question, answer, gap.answer)
+    ]
+    if tried:
+        logger.info("of %d gaps in sentences %d may serve", len(tried), len(right))
+    return _judged(exam, right)
 
 
 def _answered(exam: Exam, asked: Sequence[tuple[str, Passage]]) -> list[Probe]:
@@ -278,22 +296,8 @@ def _is_apt(question: str, stretch: Passage, rare: Set[str]) -> bool:
 
 def _is_told(question: str, answer: str, stretch: Passage) -> bool:
     """Whether an answer says something that the question does not, in words of the stretch."""
-    new, told = _new_in(answer, question), set(words(stretch.text))
+    new, told = new_in(answer, question), set(words(stretch.text))
     return bool(new) and sum(word in told for word in new) >= _COVERED * len(new)
-
-
-def _new_in(answer: str, question: str) -> list[str]:
-    """The words of an answer that say something, and are not the question's, be it with another ending ("lives")."""
-    asked = words(question)
-    return [word for word in words(answer) if word not in _SMALL and not any(_are_one(word, own) for own in asked)]
-
-
-def _are_one(first: str, second: str) -> bool:
-    """Whether two words are one, but for an ending of a few letters."""
-    short, long = sorted((first, second), key=len)
-    return short == long or (
-        len(short) >= _STEM and short.isalpha() and long.startswith(short) and len(long) - len(short) <= _STEM
-    )
 
 
 def _spread(passages: Sequence[Passage], count: int, seed: int) -> list[Passage]:

@@ -1,12 +1,16 @@
 """What `auto` can know of a sheet's own answer, and what its choice between sheet and passages is worth.
 
     python -m cribsheet.bench.certainty --seed 1 --json certainty.json
+    python -m cribsheet.bench.certainty --model MODEL --data FOLDER --rates 4 8 --questions 10
 
 Corpora of `bench.connectivity`, held-out worlds of the pocket model and the demo's paragraphs, at budgets as in
 `compare`: the full sheet, passages alone, and half a sheet with and without as many passages, which is what `auto`
 chooses from. Everything is asked once; what `auto` makes of it at any threshold is then arithmetic. Reported: how good
 each way is, how often each signal ranks a question better retrieved for above another (0.5 is chance), and what
 thresholds do. About ten minutes on one core.
+
+With `--data`, a folder of corpora (`corpora.py`), the sheets are the library's own at these rates, in int4 and with
+their guide, and `hybrid` adds the passages that it adds by default: there are no halves, and sheet and draft are one.
 """
 
 from __future__ import annotations
@@ -26,13 +30,15 @@ from rich.table import Table
 
 from cribsheet.bench.compare import Corpus
 from cribsheet.bench.connectivity import DIRECT, make_corpus
+from cribsheet.bench.corpora import find_corpora, group_of, read_corpus
 from cribsheet.bench.prose import reading
 from cribsheet.bench.questions import Asked
-from cribsheet.certainty import NEAR, Judged, gain, nearness, probability
+from cribsheet.bench.real_case import most_tokens
+from cribsheet.certainty import NEAR, Judged, gain, nearness, probability, told
 from cribsheet.chunks import TokenizedCorpus
 from cribsheet.documents import Document
 from cribsheet.errors import BudgetError
-from cribsheet.hybrid import SURE, is_cut
+from cribsheet.hybrid import PASSAGE_TOKENS, SURE, is_cut
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.loaded import LoadedModel
 from cribsheet.task import Task
@@ -55,7 +61,8 @@ class Measured:
 
     `full` is the sheet of the whole budget; `draft`, `hybrid` and `retrieval` are what `auto` chooses from. `cut` says
     whether a hybrid's passages hold not even the first that was found, `margin` by how much of its score that one is
-    ahead of the next, `found` which share of the draft's sources its passages come from.
+    ahead of the next, `found` which share of the draft's sources its passages come from, `told` which share of what the
+    draft says the best of them say.
     """
 
     family: str
@@ -72,12 +79,13 @@ class Measured:
     nearness: float
     margin: float
     found: float
+    told: float
     cut: bool
 
     def chosen(self, near: float = NEAR, sure: float = SURE) -> str:
         """What `auto` does at these thresholds, as `hybrid.begin` does."""
         judged = Judged(self.probability, self.nearness, near)
-        if judged.certainty >= sure:
+        if sure <= max(self.told, judged.certainty) and sure < 1:
             return _SHEET
         return _RETRIEVAL if judged.is_lost(sure) and self.cut else _HYBRID
 
@@ -90,6 +98,7 @@ SIGNALS: dict[str, Callable[[Measured], float]] = {
     "nearness": lambda each: each.nearness,
     "improbability": lambda each: -each.probability,
     "no gain": lambda each: -each.gain,
+    "not told by the best passages": lambda each: -each.told,
     "sources among the passages": lambda each: each.found,
     "margin of the best passage": lambda each: each.margin,
 }
@@ -143,24 +152,53 @@ def measure(model: LoadedModel, family: str, corpus: Corpus, rates: Sequence[flo
         kb.close()
 
 
-def _measured(kb: CompressedKnowledgeLLM, q: Asked, draft: Any, passages: int) -> dict[str, Any]:
+def measure_real(model: LoadedModel, corpus: Corpus, rates: Sequence[float], questions: int) -> Iterator[Measured]:
+    """The first questions of a corpus, as a user would ask them, of a sheet of each rate."""
+
+    def score(q: Asked, text: str) -> float:
+        return q.marks(text)[1]
+
+    for rate in rates:
+        kb = CompressedKnowledgeLLM.build(
+            list(corpus.documents), corpus.task, model=model, rate=rate, dtype="int4", guide="resident"
+        )
+        logger.info("%s at %gx", corpus.name, rate)
+        for q in corpus.questions[:questions]:
+            draft = kb.ask(q.text, max_tokens=most_tokens(q), logprobs=0)
+            mark = score(q, draft.text)
+            measured = _measured(kb, q, draft, PASSAGE_TOKENS, score=score, most=most_tokens(q))
+            yield Measured(group_of(corpus.name), corpus.name, rate, "read", q.text, mark, mark, **measured)
+        kb.close()
+
+
+def _set_score(q: Asked, text: str) -> float:
+    return q.judge(text)[2]
+
+
+def _measured(
+    kb: CompressedKnowledgeLLM,
+    q: Asked,
+    draft: Any,
+    passages: int,
+    *,
+    score: Callable[[Asked, str], float] = _set_score,
+    most: int = _MAX_TOKENS,
+) -> dict[str, Any]:
     """The other ways to answer, and the signals of the draft."""
-    told = {
-        mode: kb.ask(q.text, max_tokens=_MAX_TOKENS, mode=mode, passage_tokens=passages)
-        for mode in (_HYBRID, _RETRIEVAL)
-    }
+    ways = {mode: kb.ask(q.text, max_tokens=most, mode=mode, passage_tokens=passages) for mode in (_HYBRID, _RETRIEVAL)}
     asked, found = kb.question_tokens(q.text), kb.bm25.retrieve(q.text)
     ahead = [each.score or 0.0 for each in found[:2]]
     whole = kb.sources(q.text, draft, limit=len(kb.sheet.documents))
-    names = {each.document_id for each in told[_HYBRID].passages}
+    names = {each.document_id for each in ways[_HYBRID].passages}
     return {
-        **{mode: q.judge(answer.text)[2] for mode, answer in told.items()},
+        **{mode: score(q, answer.text) for mode, answer in ways.items()},
         "probability": probability(kb, asked, draft),
         "gain": gain(kb, asked, draft),
         "nearness": nearness(kb, asked, draft),
         "margin": 1 - ahead[1] / ahead[0] if len(ahead) == 2 else 1.0,
         "found": sum(each.weight for each in whole if each.document_id in names),
-        "cut": is_cut(found, told[_HYBRID].passages),
+        "told": told(q.text, draft, found),
+        "cut": is_cut(found, ways[_HYBRID].passages),
     }
 
 
@@ -236,23 +274,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 4], help="of connectivity")
-    parser.add_argument("--questions", type=int, default=9, help="of each kind at each level")
+    parser.add_argument("--questions", type=int, default=9, help="of each kind at each level, or about each corpus")
     parser.add_argument("--worlds", type=int, default=4, help="and half as many corpora of the demo")
     parser.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 32.0])
+    parser.add_argument("--data", type=Path, help="a folder of corpora, instead of those of the pocket model")
+    parser.add_argument("--corpora", nargs="+", help="of these names alone, such as xquad/4000/0")
+    parser.add_argument("--dtype", help="of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
-    model, rows = LoadedModel.get(arguments.model), []
+    model = LoadedModel.get(arguments.model, **({"dtype": arguments.dtype} if arguments.dtype else {}))
+    rows: list[Measured] = []
+    if arguments.data:
+        for name, folder in find_corpora(arguments.data).items():
+            if not arguments.corpora or name in arguments.corpora:
+                rows += measure_real(model, read_corpus(folder, name), arguments.rates, arguments.questions)
+        _report(rows, arguments)
+        return
     for family, corpus in corpora(arguments.levels, arguments.questions, arguments.worlds, arguments.seed):
         rates = arguments.rates if family == "connectivity" else arguments.rates[:2]  # the others are small
         rows += list(measure(model, family, corpus, rates))
+    _report(rows, arguments)
+
+
+def _report(rows: Sequence[Measured], arguments: argparse.Namespace) -> None:
+    """Tables, and the rows in a file if one is wanted."""
     console = Console(file=sys.stdout, width=160)
     for table in tables(rows):
         console.print(table)
     if arguments.json:
-        setup = {**{k: v for k, v in vars(arguments).items() if k != "json"}, "torch": torch.__version__}
+        setup = {**{k: v for k, v in vars(arguments).items() if k not in ("json", "data")}, "torch": torch.__version__}
         lines = [json.dumps(asdict(each)) for each in rows]
         arguments.json.write_text(json.dumps({"setup": setup})[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
 
