@@ -114,7 +114,6 @@ FAULTY = {
     "prompt": (PROMPTS, {"model": "oslo", "prompt": [1] * MANY}),
     "content": in_turn(content=[1] * MANY),
     "tool calls": in_turn(tool_calls=[1] * MANY),
-    "annotations": in_turn(annotations=[1] * MANY),
     "unknown fields": (CHAT, {**ASK, **names()}),
     "unknown fields of a turn": in_turn(**names()),
     "unknown fields of many turns": (CHAT, {**ASK, "messages": [{f"n{n}": 1 for n in range(60)}] * 290}),
