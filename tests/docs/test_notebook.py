@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "docs").rglob("*.ipynb"))
+DOCS = Path(__file__).parents[2] / "docs"
+NOTEBOOKS = sorted(each for each in DOCS.rglob("*.ipynb") if "_build" not in each.relative_to(DOCS).parts)
 
 
 def cells_of(notebook):
