@@ -143,7 +143,7 @@ def test_a_layer_without_tokens_has_no_blocks():
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_the_pocket_model_answers_alike_from_four_bits_and_from_sixteen(allocation):
     (case,) = make_cases(["multi-key"], 1, Wanted(300, 3))
-    backbone, how = LoadedModel.get("pocket").backbone, {"allocation": allocation}
+    backbone = LoadedModel.get("pocket").backbone
     half, four = (
         CompressedKnowledgeLLM(backbone, sheet)
         for sheet in (
