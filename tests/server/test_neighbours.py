@@ -122,6 +122,9 @@ FAULTY = {
     "logit_bias": (CHAT, {**ASK, "logit_bias": names()}),
     "fewer biases": (CHAT, {**ASK, "logit_bias": {f"name{n}": 1 for n in range(1000)}}),
     "metadata": (CHAT, {**ASK, "metadata": names()}),
+    "tool_choice": (CHAT, {**ASK, "tool_choice": names()}),
+    "tool_choice's function": (CHAT, {**ASK, "tool_choice": {"type": "function", "function": names()}}),
+    "response_format": (CHAT, {**ASK, "response_format": names()}),
     "parts of many turns": (CHAT, {**ASK, "messages": [{"role": "user", "content": [1] * 1000}] * 17}),
     "calls of many turns": (CHAT, {**ASK, "messages": [{"role": "user", "tool_calls": [1] * 100}] * 170}),
 }

@@ -158,7 +158,8 @@ def _first_fault(errors: Sequence[Any], body: Any) -> Refusal:
         return Refusal(400, f"The field {param or 'body'!r} is missing.", param=param, code="missing_field")
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "literal_error":  # of all forms
-        known = dict.fromkeys(each["ctx"]["expected"] for place, each in found if place == path and "ctx" in each)
+        alike = [each for place, each in found if place == path and each["type"] == fault["type"]]
+        known = dict.fromkeys(each["ctx"]["expected"] for each in alike)
         message = f"Input should be {' or '.join(known)}"
     if param is None:
         first = message.partition(" ")[0]
