@@ -6,6 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -68,7 +69,8 @@ BuiltIn = TypeVar("BuiltIn", BM25Retriever, DenseRetriever)
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SETTINGS = {*SamplingParams.__dataclass_fields__, *_FORMS, *_TOOLS, *SETTINGS, "timeout", "evidence"}
+_SAMPLED = {each.name for each in fields(SamplingParams) if each.init}
+_SETTINGS = _SAMPLED | {*_FORMS, *_TOOLS, *SETTINGS, "timeout", "evidence"}
 
 
 class Prepared(NamedTuple):
