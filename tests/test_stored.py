@@ -147,7 +147,9 @@ def test_the_pocket_model_answers_alike_from_four_bits_and_from_sixteen(allocati
     half, four = (
         CompressedKnowledgeLLM(backbone, sheet)
         for sheet in (
-            build_sheet(backbone, case.documents, case.task, rate=3, allocation=allocation, dtype=dtype)
+            build_sheet(
+                backbone, case.documents, case.task, rate=3, allocation=allocation, dtype=dtype, guide="dropped"
+            )
             for dtype in ("bfloat16", "int4")
         )
     )
