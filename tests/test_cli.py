@@ -505,6 +505,6 @@ def test_a_change_that_fails_leaves_the_file_as_it_was(cli, staff, sheet, tmp_pa
     before = sheet.read_bytes()
     for arguments in (["remove", sheet, "bob.txt"], ["extend", sheet, staff / "bob.txt"], ["merge", sheet, sheet]):
         result = cli(*arguments)
-        assert result.code == 1 and "mode='independent'" in result.err and result.err.count("\n") == 1
+        assert result.code == 1 and "--mode independent" in result.err and result.err.count("\n") == 1
     assert sheet.read_bytes() == before
     assert sorted(path.name for path in sheet.parent.iterdir()) == [sheet.name]
