@@ -426,3 +426,10 @@ def test_nobody_is_warned_of_a_task_that_is_given_or_not_looked_at(tiny, caplog,
     with caplog.at_level(logging.WARNING, "cribsheet"):
         CompressedKnowledgeLLM.build(DOCUMENTS, task, model=tiny, rate=1.5, **options)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.5, True, "7"])
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_a_seed_that_no_sheet_can_hold_is_refused_before_any_work(tiny, mode, seed):
+    with pytest.raises(BudgetError, match=r"seed is .*; pass a whole number from"):
+        build(tiny, seed=seed, mode=mode, progress=lambda read, tokens: pytest.fail("it began to read"))

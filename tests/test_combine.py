@@ -60,6 +60,14 @@ def test_combined_sheets_show_examples_if_any_does_and_otherwise_their_form(tiny
     assert made.guide_tokens == (len(guide) if shown else 0)
 
 
+def test_examples_whose_form_stays_do_not_come_back_beside_a_sheet_without_any(tiny):
+    first, second = (
+        build(tiny, documents, task, guide=guide, rate=1)
+        for documents, task, guide in (([ALICE, BOB], ZERO_SHOT, "resident"), ([CLARA, HUGO], FEW_SHOT, "form"))
+    )
+    assert combine(tiny, [first, second]).manifest.form == FEW_SHOT.form
+
+
 def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(tiny):
     first, second = build(tiny, [ALICE, BOB]), build(tiny, [CLARA, HUGO])
     both, head = combine(tiny, [first, second]), first.manifest.head_tokens

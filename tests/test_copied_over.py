@@ -154,3 +154,13 @@ def test_a_truncated_sheet_does_not_end_the_process(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
     assert len(load_sheet(f"{file}.again").documents) == len(DOCUMENTS) + 1
+
+
+def test_what_is_shown_of_a_large_sheet_takes_no_key_or_value(file, monkeypatch):
+    wanted = repr(load_sheet(file))
+    monkeypatch.setattr(storage, "_AT_ONCE", 0)
+    sheet = load_sheet(file)
+    over(file, b"")  # so that nothing more can be read
+    assert repr(sheet) == wanted
+    with pytest.raises(SheetError, match="cannot be read"):
+        sheet.layers[0]

@@ -148,7 +148,7 @@ def forged(data, at, new):
         (("budget",), 10**400), (("budget",), 10**9), (("corpus_tokens",), 10**400), (("corpus_tokens",), 1),
         (("documents", 0, "characters"), -1), (("documents", 0, "tokens"), 10**6), (("documents",), []),
         (("fingerprint", "kv_heads"), 0), (("fingerprint", "heads"), 3), (("fingerprint", "windows"), []),
-        (("guide_tokens",), 10**6), (("head_tokens",), -1), (("seed",), 10**400), (("chunk_tokens",), 0),
+        (("guide_tokens",), 10**6), (("head_tokens",), -1), (("seed",), 10**400), (("chunk_tokens",), -1),
         (("document_rate",), float("inf")), (("document_most",), float("nan")), (("build",), {"seconds": 1e999}),
         (("seed",), True), (("budget",), "7"), (("format",), True), (("retention",), {"bound": float("nan")}),
     ],
@@ -158,6 +158,18 @@ def test_counts_that_cannot_be_are_refused(data, at, new, tmp_path):
     file.write_bytes(forged(data, at, new))
     with pytest.raises(SheetError, match=r"forged\.sheet"):
         load_sheet(file)
+
+
+def test_a_sequential_sheet_was_read_in_chunks_of_something(data, tmp_path):
+    file = tmp_path / "forged.sheet"
+    file.write_bytes(forged(data, ("chunk_tokens",), 0))
+    if (
+        json.loads(taken_apart(data)[0]["__metadata__"]["cribsheet"])["mode"] == "independent"
+    ):  # there it is a document, however long
+        assert load_sheet(file).manifest.chunk_tokens == 0
+    else:
+        with pytest.raises(SheetError, match="chunks of nothing"):
+            load_sheet(file)
 
 
 def test_what_is_for_people_may_be_missing(data, tmp_path, capsys):

@@ -343,3 +343,10 @@ def test_long_documents_are_read_in_chunks_and_windows_hold_what_they_can_see(fa
     ids = torch.arange(10, 18).unsqueeze(0)
     positions = torch.arange(sheet.length, sheet.length + 8).unsqueeze(0)
     assert family.step(ids, positions, prefix_cache(sheet_layers(family, sheet), sheet.length)).isfinite().all()
+
+
+def test_documents_that_were_read_whole_can_be_saved_and_added_to(tiny, tmp_path):
+    sheet = build(tiny, [ALICE, BOB], chunk_tokens=0)
+    opened = load_sheet(save_sheet(sheet, tmp_path / "a.sheet"))
+    assert opened.manifest.chunk_tokens == 0
+    assert_same(living.extend(tiny, opened, [CLARA]), build(tiny, [ALICE, BOB, CLARA], chunk_tokens=0))

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -516,3 +517,21 @@ def test_links_to_folders_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="cribsheet"):
         assert [document.id for document in read_documents("docs")] == ["a.txt"]
     assert caplog.messages == ["did not follow links to folders (1), such as 'docs/more'; name what they lead to"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<style>" + "a" * 100_000 + "</style>",
+        "<style>" + "@" * 100_000 + "</style>",
+        "<style>" + "/*" * 50_000 + "</style>",
+        "<title " * 20_000,
+        "<?xml version='1.0'?>" + "<![CDATA[" * 20_000,
+    ],
+    ids=["rule", "condition", "comment", "title", "cdata"],
+)
+def test_what_begins_and_never_ends_takes_no_time(page: str, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(f"<p>Said.</p>{page}")
+    began = time.process_time()
+    read_documents(tmp_path)
+    assert time.process_time() - began < 5

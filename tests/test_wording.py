@@ -125,3 +125,12 @@ def test_where_no_budget_is_enough_none_is_advised(tiny):
     with pytest.raises(BudgetError, match=r"pass rate=1, which keeps all, a shorter task, or guide='dropped'"):
         build_sheet(tiny, DOCUMENTS[:1], FEW_SHOT, scorer="task", budget=20, guide="resident")
     assert build_sheet(tiny, DOCUMENTS[:1], FEW_SHOT, scorer="task", rate=1, guide="resident").resident
+
+
+@pytest.mark.parametrize(
+    "name", ["task=4.csv", "rate=4/part.json", "seed=7.toml", "chunk_tokens.txt", "data/mode=x.md"]
+)
+def test_a_file_that_is_called_like_an_option_keeps_its_name(name):
+    assert in_flags(f"{name}, row 3: broken; pass rate=4.5, or budget=7.") == (
+        f"{name}, row 3: broken; pass --rate 4.5, or --budget 7."
+    )

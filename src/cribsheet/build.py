@@ -35,7 +35,7 @@ from cribsheet.progress import Listener, shown
 from cribsheet.scoring import Scorer, make_scorer
 from cribsheet.scoring.view import Guide
 from cribsheet.selection import ABSENT, Allocation
-from cribsheet.sheet import DocumentEntry, Manifest, Mode, Sheet, format_of
+from cribsheet.sheet import SEEDS, DocumentEntry, Manifest, Mode, Sheet, format_of
 from cribsheet.stored import StorageDtype, StoredLayer
 from cribsheet.task import Task
 from cribsheet.template import ChatLayout
@@ -164,7 +164,8 @@ def build_sheet(
     guide
         `"resident"` keeps task and examples in the sheet, on top of the kept tokens and within the budget;
         `"form"` keeps a sentence on the form of the examples' answers in their place; `"dropped"` uses them for
-        scoring only, as published; `"auto"` keeps the first of these that takes at most a quarter of the budget.
+        scoring only, as published; `"auto"` keeps the first of these that takes at most a quarter of the budget, or
+        all of an independent sheet's, which comes on top.
         At rate 1 everything is kept, nothing is scored, and the guide comes on top.
     chunk_tokens
         how much is read at once; 0 is everything (the single-pass form); by default chosen from device and window.
@@ -386,6 +387,8 @@ def plan(
     seed: int = 0,
 ) -> Plan:
     """Everything that can be refused is refused here, before any work starts."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed not in SEEDS:
+        raise BudgetError(f"seed is {seed!r}; pass a whole number from -2^63 to 2^64 - 1.")
     name, chosen = make_scorer(scorer)
     if budgets.correction != "none" and chosen.guide in ("nothing", "repeat"):
         raise BudgetError(f"The scorer {name!r} reads no task by which to correct; use another, or correction='none'.")

@@ -57,7 +57,8 @@ def combine(backbone: Backbone, sheets: Sequence[Sheet], task: Task | str | None
     purpose = _joined(sheets) if task is None else Task.of(task)
     parts = [cut(backbone, sheet) for sheet in sheets]
     # examples stay if any sheet shows some; their form does if it is all that any shows
-    form = "" if any(sheet.resident and not sheet.manifest.form for sheet in sheets) else purpose.form
+    shown = any(sheet.resident and sheet.shown_task.few_shot for sheet in sheets)
+    form = purpose.form if not shown and any(sheet.manifest.form for sheet in sheets) else ""
     guide = layout.encoder.after(layout.guide(purpose.shown(form)).resident, continues=True)
     if not any(sheet.resident for sheet in sheets):
         guide = guide[:0]

@@ -69,8 +69,8 @@ BuiltIn = TypeVar("BuiltIn", BM25Retriever, DenseRetriever)
 
 _FORMS = {"json_schema": Grammar.json_schema, "regex": Grammar.regex, "choices": Grammar.choices}
 _TOOLS = ("tools", "tool_choice")
-_SAMPLING = (each.name for each in fields(SamplingParams) if each.init)
-_SETTINGS = {*_SAMPLING, *_FORMS, *_TOOLS, *SETTINGS, "timeout", "evidence"}
+_SAMPLED = {each.name for each in fields(SamplingParams) if each.init}
+_SETTINGS = _SAMPLED | {*_FORMS, *_TOOLS, *SETTINGS, "timeout", "evidence"}
 
 
 class Prepared(NamedTuple):

@@ -17,13 +17,13 @@ from cribsheet.documents import Document
 from cribsheet.fingerprint import Fingerprint
 from cribsheet.selection import ABSENT, Allocation
 from cribsheet.showing import sheet_line, sheet_table
-from cribsheet.stored import StorageDtype, StoredLayer
+from cribsheet.stored import LayersOfFile, StorageDtype, StoredLayer
 from cribsheet.task import Task
 
 FORMATS = (1, 2)  # 2 packs four bits a number, which readers of 1 cannot read
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]  # of tokens, characters, documents: `indices` and `origins` are int32
-_SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
+SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
 
 Mode = Literal["sequential", "independent"]
 Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
@@ -154,7 +154,7 @@ class Manifest(BaseModel):
     scorer: str
     seed: int
     budget: Annotated[Count, Field(ge=1)]
-    chunk_tokens: Annotated[Count, Field(ge=1)]
+    chunk_tokens: Count
     dtype: StorageDtype
     build: dict[str, Any]
     mode: Mode = "sequential"
@@ -183,7 +183,8 @@ class Manifest(BaseModel):
             > self.corpus_tokens + self.guide_tokens,
             f"a guide of {self.guide_tokens} tokens is {self.guide}": (self.guide == "resident")
             != (self.guide_tokens > 0),
-            f"{self.seed} is no seed": self.seed not in _SEEDS,
+            f"{self.seed} is no seed": self.seed not in SEEDS,
+            "a sequential sheet was read in chunks of nothing": self.mode == "sequential" and self.chunk_tokens == 0,
         }
         if wrong := next((what for what, is_wrong in found.items() if is_wrong), None):
             raise ValueError(wrong)
@@ -273,7 +274,9 @@ class Sheet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of all keys and values, of which nothing is read for it."""
+        if isinstance(self.layers, LayersOfFile):
+            return self.layers.nbytes
         return sum(layer.nbytes for layer in self.layers)
 
     @property

@@ -41,8 +41,9 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
     if not target.parent.is_dir():
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     try:
-        sheet.manifest.check()
-    except ValueError as error:
+        manifest = sheet.manifest.model_dump_json()
+        Manifest.model_validate_json(manifest, strict=True).check()
+    except ValueError as error:  # ValidationError is one
         raise SheetError(f"The sheet cannot be saved, as nobody could open it again: {error}.") from error
     tensors: dict[str, Tensor] = {"indices": sheet.indices, "origins": sheet.origins}
     for number, layer in enumerate(sheet.layers):
@@ -56,7 +57,7 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
             f"The sheet has numbers in {wrong!r} that are not finite, or beyond {LARGEST:g}, as a model gives that "
             "overflows in float16; build it in bfloat16 or float32."
         )
-    metadata = {"format": "pt", _MANIFEST: sheet.manifest.model_dump_json(), _DIGEST: digest_of(contiguous)}
+    metadata = {"format": "pt", _MANIFEST: manifest, _DIGEST: digest_of(contiguous)}
     with writing(target, "The sheet") as unfinished:
         save_file(contiguous, unfinished, metadata=metadata)
     return target
@@ -164,7 +165,7 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     if not _is_sound(manifest, layers, indices, kept, origins):
         raise _unfitting(path)
     texts = _texts(here, manifest, path)
-    held = LayersOfFile(len(layers), partial(_layers_of, file, layers, names, path))
+    held = LayersOfFile(layers, partial(_layers_of, file, layers, names, path))
     if file.size <= _AT_ONCE:
         held.read()
     return Sheet(held, indices, origins, manifest, texts)
@@ -178,13 +179,13 @@ def _layers_of(
         held = file.read(chain(*names))
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise SheetError(f"The keys and values of {str(path)!r} cannot be read: {error}; open it again.") from error
-    file.close()
     for name, tensor in held.items():
         if not is_usable(tensor):
             raise SheetError(
                 f"{str(path)!r} has numbers in {name!r} that are not finite, or beyond {LARGEST:g}; build the sheet "
                 "again."
             )
+    file.close()  # not before: every look at unusable layers reads them again, and says the same
     parts = [name.rpartition(".")[2] for name in names[0]]
     return [
         StoredLayer(

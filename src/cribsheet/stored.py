@@ -206,9 +206,9 @@ class StoredLayer:
 class LayersOfFile(Sequence[StoredLayer]):
     """Layers that are read when they are first looked at, all of them at once, and then stay in memory. Thread-safe."""
 
-    def __init__(self, count: int, read: Callable[[], list[StoredLayer]]) -> None:
-        """So many layers, which `read` gives; what it raises, every look raises."""
-        self._count, self._read, self._layers = count, read, list[StoredLayer]()
+    def __init__(self, like: Sequence[StoredLayer], read: Callable[[], list[StoredLayer]]) -> None:
+        """Layers `like` these, which are without contents, that `read` gives; what it raises, every look raises."""
+        self._like, self._read, self._layers = like, read, list[StoredLayer]()
         self._lock = threading.Lock()
 
     def read(self) -> list[StoredLayer]:
@@ -220,7 +220,12 @@ class LayersOfFile(Sequence[StoredLayer]):
 
     def __len__(self) -> int:
         """How many there are; nothing is read."""
-        return self._count
+        return len(self._like)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them; nothing is read."""
+        return sum(layer.nbytes for layer in self._like)
 
     @overload
     def __getitem__(self, number: int) -> StoredLayer: ...

@@ -1,7 +1,7 @@
 """What the library says, in the words of the command line.
 
 The library's messages name options as Python has them, `guide='dropped'`; whoever reads them here types
-`--guide dropped`. What stands in quotes is somebody's own and stays.
+`--guide dropped`. What stands in quotes is somebody's own and stays, as do names of files.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ _CALLS = {  # what is done by a call in Python
     "DenseRetriever(documents, model=...)": "--dense-model",
 }
 _NAMES = "|".join(OPTIONS)
+_LONG = "|".join(name for name in OPTIONS if "_" in name)
 _SAID = re.compile(
-    rf"""(?<![\w'"/-])(?P<name>{_NAMES})=(?P<value>'[^']*'|"[^"]*"|[\w.]*\w)?"""  # guide='dropped', check=True, task=
-    rf"""|(?<![\w'"=/-])(?P<bare>{"|".join(name for name in OPTIONS if "_" in name)})(?![\w'"=/])"""  # chunk_tokens
+    rf"""(?<![\w'"/-])(?P<name>{_NAMES})=(?P<value>'[^']*'|"[^"]*"|-?\d+\.\d+|-?\w+)?"""  # guide='dropped', task=
+    r"""(?![\w/]|\.\w)"""  # no name of a file
+    rf"""|(?<![\w'"=/-])(?P<bare>{_LONG})(?![\w'"=/]|\.\w)"""  # chunk_tokens
     r"""|(?<!\w)'[^']*'(?!\w)|(?<!\w)"[^"]*"(?!\w)"""  # a quotation
 )
 

@@ -17,9 +17,9 @@ _KINDS = frozenset(
     )
 )
 _IN_PICTURES = frozenset({"defs", "desc", "metadata", "script", "style", "symbol", "title"})
-_COMMENT = re.compile(r"/\*.*?\*/", re.S)
-_CONDITIONAL = re.compile(r"@[^{};]*(?:;|\{(?:[^{}]*\{[^{}]*\})*[^{}]*\})")  # for printers, for small screens
-_RULE = re.compile(r"([^{}]+)\{([^{}]*)\}")
+_COMMENT = re.compile(r"/\*.*?(?:\*/|\Z)", re.S)  # one that never ends hides the rest
+_CONDITIONAL = re.compile(r"@[^@{};]*(?:;|\{(?:[^{}]*\{[^{}]*\})*[^{}]*\})")  # for printers, for small screens
+_RULE = re.compile(r"(?<![^{}])([^{}]++)\{([^{}]*)\}")
 _DISPLAY = re.compile(r"(?:^|;)\s*display\s*:\s*([a-z-]+)", re.I)
 _INVISIBLE = re.compile(r"(?:^|;)\s*visibility\s*:\s*(?:hidden|collapse)\b", re.I)
 _NAMES = re.compile(r"[.#]([\w-]+)")

@@ -35,7 +35,7 @@ _SELF_CLOSED = re.compile(r"<([A-Za-z][\w.:-]*)((?:\s+[^\s<>=/]+(?:\s*=\s*(?:\"[
 _VOID = frozenset(
     ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr"]
 )
-_TITLE = re.compile(r"<title\b[^>]*>[^<]*", re.I)
+_TITLE = re.compile(r"<title\b[^<>]*>[^<]*", re.I)
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.S)
 
 
@@ -66,7 +66,8 @@ def read_page(text: str) -> list[Record]:
 
 def _as_html(text: str) -> str:
     """XML's short forms, which mean something else in HTML, written out."""
-    text = _CDATA.sub(lambda found: found[1].replace("&", "&amp;").replace("<", "&lt;"), text)
+    whole, end, rest = text.rpartition("]]>")  # behind the last end nothing is looked for
+    text = _CDATA.sub(lambda found: found[1].replace("&", "&amp;").replace("<", "&lt;"), whole + end) + rest
     return _SELF_CLOSED.sub(
         lambda found: found[0] if found[1].lower() in _VOID else f"<{found[1]}{found[2]}></{found[1]}>", text
     )
