@@ -205,7 +205,7 @@ def test_a_long_prompt_is_looked_for_in_the_documents_so_often_and_no_more(kind,
     monkeypatch.setattr(passages, "_known", lambda texts: Searched("\n".join(["", *texts, ""])))
     Searched.times = 0
     assert not is_told_already(turns, [BOB, ANA])
-    assert 0 < Searched.times < 2000
+    assert 0 < Searched.times <= 1010  # lines and stretches, 500 each, none twice
 
 
 def test_system_texts_of_a_long_conversation_hold_passages_when_the_latest_does():

@@ -139,7 +139,7 @@ def _told(paragraph: str, known: str, least: int) -> int:
 def _piece(line: str, known: str) -> str | None:
     """What of a line is known: all, or all but a label, which is nothing of a line that is a label only; or none."""
     flat = _flat(line)
-    return next((piece for piece in (flat, _LABEL.sub("", flat)) if piece in known), None)
+    return next((piece for piece in dict.fromkeys((flat, _LABEL.sub("", flat))) if piece in known), None)
 
 
 def _quotes(prompt: str, known: str, least: int) -> bool:
