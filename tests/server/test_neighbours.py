@@ -556,3 +556,11 @@ def test_what_a_sheet_holds_is_not_written_in_the_event_loop(monkeypatch):
         for path in ("/v1/sheets/oslo", "/v1/sheets/oslo/documents/1", "/v1/sheets/oslo/documents/7"):
             assert http.get(path).status_code == (404 if path.endswith("7") else 200)
     assert len(places) == 3 and all(each.name.startswith("cribsheet-desk-long") for each in places)
+
+
+def test_references_to_references_are_refused_as_what_is_nested_too_deeply(live):
+    chain = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(1900)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**chain, "d1900": {"type": "string"}}}
+    reply = live.post(**ASK, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == "response_format" and "too deeply" in reply.json()["error"]["message"]
