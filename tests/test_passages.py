@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cribsheet import passages
 from cribsheet.passages import GAP, HEADING, choose, is_told_already, query_of, with_passages
 from cribsheet.retrieval import Passage
 from cribsheet.testing import tiny_tokenizer
@@ -178,3 +179,54 @@ def test_documents_that_a_chain_writes_as_python_does_are_passages_too():
     shown = f"[Document(metadata={{'source': 'a.txt'}}, page_content={SONG!r})]\n\nWho wrote it?"
     assert is_told_already([{"role": "user", "content": shown}], [" ".join(SONG.split())])
     assert is_told_already([{"role": "user", "content": shown}], [SONG])
+
+
+class Searched(str):
+    """A text that counts how often it is searched."""
+
+    times = 0
+
+    def __contains__(self, part):
+        Searched.times += 1
+        return super().__contains__(part)
+
+    def find(self, *sought):
+        Searched.times += 1
+        return super().find(*sought)
+
+
+@pytest.mark.parametrize("kind", ["systems", "lines", "a line"])
+def test_a_long_prompt_is_looked_for_in_the_documents_so_often_and_no_more(kind, monkeypatch):
+    words = [f"word {n} of a prompt that is in no document" for n in range(20_000)]
+    systems = [{"role": "system", "content": each} for each in words[:2000]]
+    asked = "Who?" if kind == "systems" else (" " if kind == "a line" else "\n").join(words) + "\nWho?"
+    turns = [*(systems if kind == "systems" else []), {"role": "user", "content": asked}]
+    monkeypatch.setattr(passages, "_flat", lambda text: Searched(" ".join(text.split())))
+    monkeypatch.setattr(passages, "_known", lambda texts: Searched("\n".join(["", *texts, ""])))
+    Searched.times = 0
+    assert not is_told_already(turns, [BOB, ANA])
+    assert 0 < Searched.times <= 1010  # lines and stretches, 500 each, none twice
+
+
+def test_system_texts_of_a_long_conversation_hold_passages_when_the_latest_does():
+    older = [{"role": "system", "content": f"Rule {n}: be kind."} for n in range(1000)]
+    told = {"role": "system", "content": f"Context:\n{BOB}\n{ANA}\n"}
+    assert is_told_already([*older, told, *QUESTION], [BOB + " " + ANA])
+    assert not is_told_already([*older, *QUESTION], [BOB + " " + ANA])
+
+
+class Cut(str):
+    """A text that counts how often a part of it is taken."""
+
+    times = 0
+
+    def __getitem__(self, part):
+        Cut.times += 1
+        return Cut(super().__getitem__(part))
+
+
+def test_many_passages_are_compared_little():
+    found = [Passage(Cut(f"{n} " + "ab" * 150)) for n in range(100)]
+    Cut.times = 0
+    assert len(chosen(*found, tokens=10**6)) == 100
+    assert Cut.times < 100 * 100 * 4  # millions when any two were compared at every length

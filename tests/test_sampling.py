@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from cribsheet.errors import RequestError
-from cribsheet.sampling import MAX_STOPS, Sampler, SamplingParams, describe
+from cribsheet.sampling import MAX_STOPS, Sampler, SamplingParams, _best, _nucleus, describe
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.0])
 
@@ -208,3 +209,44 @@ def test_a_choice_is_described_with_its_alternatives_best_first():
     best = logprobs.topk(3)
     assert said.top == tuple((str(i), v) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
     assert describe(40, logprobs, 0, str).top == ()
+
+
+def by_sorting(probabilities, top_p):
+    """What is left of probabilities, as a stable sort of all of them says."""
+    ordered, places = probabilities.sort(descending=True, stable=True)
+    beyond = ordered.cumsum(0) - ordered >= top_p * ordered.sum()
+    beyond[0] = False
+    left = probabilities.clone()
+    left[places[beyond]] = 0.0
+    return left
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "coarse", "one"])
+def test_top_p_leaves_what_sorting_a_whole_vocabulary_would(top_p, kind):
+    noise = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    logits = {"peaked": 9 * noise, "flat": noise / 9, "equal": 0 * noise, "coarse": noise.round(), "one": noise[:1]}
+    probabilities = logits[kind].softmax(-1)
+    assert torch.equal(_best(probabilities, _nucleus(probabilities, top_p)), by_sorting(probabilities, top_p))
+
+
+def test_top_p_sorts_a_large_vocabulary_only_where_it_must():
+    sorted_of = []
+
+    class Sorts(TorchFunctionMode):
+        def __torch_function__(self, called, types, args=(), kwargs=None):
+            if called in (torch.Tensor.topk, torch.Tensor.sort):
+                sorted_of.append(args[1] if called is torch.Tensor.topk else len(args[0]))
+            return called(*args, **kwargs or {})
+
+    logits = 5 * torch.randn(150_000, generator=torch.Generator().manual_seed(3))
+    with Sorts():
+        draw(1, logits=logits, top_p=0.9)
+    assert sorted_of and max(sorted_of) <= 1024
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "frequency_penalty", "logprobs"])
+def test_a_number_beyond_all_floats_is_refused_as_any_other(name):
+    for value in (10**400, -(10**5000)):
+        with pytest.raises(RequestError, match=f"^{name} is a number of more than 60 digits; use"):
+            SamplingParams(**{name: value})

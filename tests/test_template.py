@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ TURNS = {
         {"role": "user", "content": "  And Clara?\n"},
     ],
 }
+
+
+def test_a_question_of_many_markers_is_read_in_one_pass():
+    layout = ChatLayout(tiny_tokenizer())
+    markers = " ".join(f"cribsheetMARKER{n}x" for n in (*range(40_000), 40_001, "00", ""))
+    began = time.thread_time()
+    assert layout._marker([{"role": "user", "content": markers}]) == "CribsheetMarker40000x"
+    assert time.thread_time() - began < 1  # three when each was looked for in all of the text
 
 
 def tokenizer_with(template):

@@ -215,3 +215,27 @@ def test_a_thousand_long_stop_strings_do_not_slow_a_stream_down(tokenizer):
     for token in ids:
         here.push(token)
     assert (time.process_time() - began) / len(ids) < 0.02
+
+
+class Searched(str):
+    """A text that counts the characters which are looked through."""
+
+    seen = 0
+
+    def __add__(self, more):
+        return Searched(str(self) + more)
+
+    def find(self, sought, start):
+        Searched.seen += max(0, len(self) - start)
+        return super().find(sought, start)
+
+
+def test_a_short_stop_string_is_looked_for_in_what_is_new_however_long_another_is(tokenizer):
+    stops = ["z" * 1000, *(f"z{n}" for n in range(100))]
+    here = TextStream(tokenizer, tuple(stops))
+    here._written = Searched("b" * 1000)
+    ids = tokenizer("abc abc", add_special_tokens=False)["input_ids"]
+    Searched.seen = 0
+    pieces = "".join(map(here.push, ids)) + here.finish()
+    assert pieces.endswith("abc abc")
+    assert Searched.seen < len(ids) * 3000  # 101,000 for each token when the longest decided for all

@@ -31,6 +31,22 @@ NOTE = {
 }
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "note", "arguments": {"who": "A\\ud83d"}}',
+        '<tool_call>{"name": "note", "arguments": {"who": "A\\ude00"}}</tool_call>',
+        json.dumps({"name": "note", "arguments": '{"who": "A\\ud83d"}'}),
+    ],
+)
+def test_half_a_pair_that_a_model_escapes_in_a_call_is_replaced(text):
+    reader = CallReader(Toolbox.of([NOTE]))
+    reader.push(text)
+    reader.finish()
+    assert reader.calls[0].arguments == {"who": "A\ufffd"}
+    assert str(reader.calls[0]).encode()
+
+
 TOLD = {"name": "add", "description": "Add two numbers.", "parameters": ADD.parameters}
 TOLD_BACK = [
     json.dumps(TOLD),

@@ -18,7 +18,7 @@ _WHOLE = 20  # characters of a passage that nobody writes by chance
 # Characters of documents that show that somebody has retrieved already: in lines of their own, and anywhere in a row.
 _APART, _QUOTED = 150, 300
 _SYSTEM_APART, _SYSTEM_QUOTED = 75, 80
-_LINES = 500  # of a prompt that are looked for at most: each takes a while in a large corpus
+_LINES = 500  # of a prompt that are looked for at most, or stretches: each takes a while in a large corpus
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n|^[^\w\n]{3,}$", re.M)  # blank lines, rulers
 _SENTENCE = re.compile(r"[.!?…]['\")\]]*(?:\s|$)|[。！？]")
 # What prompts put before a passage, such as "Context:", "[2]", "Source 3:" or "<text>"; not the letters of options.
@@ -53,7 +53,7 @@ def choose(
     fit is cut at a word, and the rest is left out. Unless all are known to be in the documents of `order`, ids in the
     order of the sheet, they keep the retriever's. With a `heading` it counts, too.
     """
-    said = "\n".join(str(turn["content"]) for turn in turns)
+    said = [_flat("\n".join(str(turn["content"]) for turn in turns))]
     left = tokens - (encoder.count([HEADING + GAP]) if heading else 0)
     chosen: list[Passage] = []
     for passage in found:
@@ -65,6 +65,7 @@ def choose(
         fitting = _fitting(new, left, encoder)
         if fitting is not None:
             chosen.append(fitting)
+            said.append(_flat(fitting.text))
         if fitting is not new:
             break
         left -= _tokens(new.text, encoder)
@@ -80,10 +81,11 @@ def is_told_already(turns: Sequence[Message], texts: Sequence[str]) -> bool:
     """
     if query_of(turns).startswith(HEADING + GAP):
         return True
-    *systems, asked = _asked(turns)
+    *others, asked = _asked(turns)
+    systems = ["\n\n".join(reversed(others))] if others else []  # the latest first, for not all may be looked for
     if len(asked) < _APART // 2 and not systems:
         return False
-    known = "\n".join(["", *map(_flat, texts), ""])
+    known = _known(texts)
     if any(_tells(each, known, _SYSTEM_APART) or _quotes(each, known, _SYSTEM_QUOTED) for each in systems):
         return True
     if _flat(asked) in known:  # such as a question that stands in a list of questions
@@ -137,13 +139,13 @@ def _told(paragraph: str, known: str, least: int) -> int:
 def _piece(line: str, known: str) -> str | None:
     """What of a line is known: all, or all but a label, which is nothing of a line that is a label only; or none."""
     flat = _flat(line)
-    return next((piece for piece in (flat, _LABEL.sub("", flat)) if piece in known), None)
+    return next((piece for piece in dict.fromkeys((flat, _LABEL.sub("", flat))) if piece in known), None)
 
 
 def _quotes(prompt: str, known: str, least: int) -> bool:
     """Whether so many characters of a prompt in a row are known; found by a part, then grown."""
     asked, part = _flat(prompt), least // 2
-    for at in range(0, len(asked) - part + 1, part):
+    for at in range(0, min(len(asked) - part + 1, _LINES * part), part):
         found = known.find(asked[at : at + part])
         if found >= 0:
             before = _alike(asked[max(0, at - least) : at][::-1], known[max(0, found - least) : found][::-1])
@@ -164,11 +166,11 @@ def block_of(passages: Sequence[Passage]) -> str:
     return GAP.join([HEADING, *(each.text for each in passages)])
 
 
-def _unsaid(passage: Passage, said: str, chosen: Sequence[Passage]) -> Passage | None:
-    """What of a passage is new: nothing if all of it was said, without the part where it overlaps another."""
+def _unsaid(passage: Passage, said: Sequence[str], chosen: Sequence[Passage]) -> Passage | None:
+    """What of a passage is new: nothing if a flat text has said it, without the part where it overlaps another."""
     text = passage.text
     flat = _flat(text)
-    if flat in _flat(said) or any(flat in _flat(each.text) for each in chosen):
+    if any(flat in each for each in said):
         return None
     for each in chosen:
         shared = _shared(each.text, text)
@@ -184,6 +186,8 @@ def _unsaid(passage: Passage, said: str, chosen: Sequence[Passage]) -> Passage |
 
 def _shared(before: str, after: str) -> int:
     """Characters at the end of one text that the next begins with; 0 for fewer than chance would share."""
+    if after[:_OVERLAP] not in before:  # as nearly always, of any two passages
+        return 0
     longest = min(len(before), len(after))
     return next((n for n in range(longest, _OVERLAP - 1, -1) if before[-n:] == after[:n]), 0)
 
@@ -214,6 +218,11 @@ def _in_order(passages: list[Passage], order: Sequence[str]) -> list[Passage]:
     if any(each.start is None or each.document_id not in numbers for each in passages):
         return passages
     return sorted(passages, key=lambda each: (numbers[each.document_id], each.start or 0))
+
+
+def _known(texts: Sequence[str]) -> str:
+    """Texts to be looked in, a line each."""
+    return "\n".join(["", *map(_flat, texts), ""])
 
 
 def _flat(text: str) -> str:

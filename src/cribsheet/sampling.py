@@ -16,6 +16,7 @@ from cribsheet.grammar import Grammar
 
 MAX_STOPS = 1000
 MAX_TOP_LOGPROBS = 20
+_SORTED = 1024  # tokens that are put in order first
 _HIGHEST = 2**31 - 1  # id that a token of any vocabulary may have
 
 
@@ -138,15 +139,9 @@ class Sampler:
         # from the maximum and with a floor, or a temperature near 0 would divide into infinities
         probabilities = ((logits - logits.max()) / max(params.temperature, 1e-6)).softmax(-1)
         if 0 < params.top_k < len(probabilities):
-            floor = probabilities.topk(params.top_k).values[-1]
-            above, equal = probabilities > floor, probabilities == floor
-            first = equal & (equal.cumsum(0) <= params.top_k - above.sum())  # of equals the first, as `argmax` does
-            probabilities = probabilities.where(above | first, 0.0)
+            probabilities = _best(probabilities, probabilities.topk(params.top_k).values)
         if params.top_p < 1:
-            ordered, places = probabilities.sort(descending=True, stable=True)
-            beyond = ordered.cumsum(0) - ordered >= params.top_p * ordered.sum()
-            beyond[0] = False  # the most probable token is always left, for 0 too
-            probabilities[places[beyond]] = 0.0
+            probabilities = _best(probabilities, _nucleus(probabilities, params.top_p))
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
@@ -156,6 +151,27 @@ def describe(token: int, logprobs: Tensor, wanted: int, text_of: Callable[[int],
     ranked = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     top = tuple((text_of(number), value) for value, number in ranked if value > -math.inf)
     return TokenLogprob(token, text_of(token), float(logprobs[token]), top)
+
+
+def _nucleus(probabilities: Tensor, share: float) -> Tensor:
+    """The largest of them (N,), in order, until they hold that share: at least one, for 0 too.
+
+    They are nearly always among the first thousand; to sort a whole vocabulary takes ten times as long.
+    """
+    wanted, size = share * probabilities.sum(), len(probabilities)
+    for count in (min(_SORTED, size), size):
+        ordered = probabilities.topk(count).values
+        inside = int((ordered.cumsum(0) - ordered < wanted).sum())
+        if inside < count:
+            break
+    return ordered[: max(1, inside)]
+
+
+def _best(probabilities: Tensor, kept: Tensor) -> Tensor:
+    """Zeros but for the values `kept`, in order the largest; of equals the first, as `argmax` does."""
+    above, equal = probabilities > kept[-1], probabilities == kept[-1]
+    first = equal & (equal.cumsum(0) <= len(kept) - above.sum())
+    return probabilities.where(above | first, 0.0)
 
 
 def _as_tensors(biases: Mapping[int, float]) -> tuple[Tensor, Tensor] | None:
@@ -173,8 +189,10 @@ def _as_tensors(biases: Mapping[int, float]) -> tuple[Tensor, Tensor] | None:
 
 def _within(name: str, value: float, low: float, high: float, *, whole: bool = False) -> None:
     fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if fits and (whole or math.isfinite(value)) and low <= value <= high:
+    if fits and low <= value <= high:  # only whole numbers may be without an end, and not-a-number is within nothing
         return
     lower = "" if low == -math.inf else f" of at least {low:g}"
     upper = "" if high == math.inf else f" and at most {high:g}"
-    raise RequestError(f"{name} is {value!r}; use a {'whole ' if whole else ''}number{lower}{upper}.")
+    is_long = isinstance(value, int) and abs(value) >= 10**60  # perhaps longer than can be written
+    shown = "a number of more than 60 digits" if is_long else repr(value)
+    raise RequestError(f"{name} is {shown}; use a {'whole ' if whole else ''}number{lower}{upper}.")

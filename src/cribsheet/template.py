@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -32,6 +33,7 @@ from cribsheet.tokens import Encoder
 Message = Mapping[str, Any]
 
 _MARKER = "CribsheetMarker"
+_MARKERS = re.compile(rf"{_MARKER.lower()}(\d+)x")
 _GAP = "\n\n"
 _REPEAT = "Repeat the documents."
 _GREETING = "Hello."  # the user's turn that comes before an answer to nothing: a bot's welcome, the rest of a long talk
@@ -193,7 +195,8 @@ class ChatLayout:
     def _marker(self, turns: Sequence[Message], *texts: str) -> str:
         """A word that stands nowhere else in a conversation: in no turn or text, nor in what the layout is made of."""
         told = json.dumps([self.template, self.system, self.options, list(turns), texts], default=str).lower()
-        return next(word for number in count() if (word := f"{_MARKER}{number}x").lower() not in told)
+        taken = set(_MARKERS.findall(told))  # in one pass, for a question may hold thousands of them
+        return next(f"{_MARKER}{number}x" for number in map(str, count()) if number not in taken)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         if self.system:

@@ -81,12 +81,13 @@ class TextStream:
     def _append(self, new: str) -> None:
         if not self._written and not self._exact:  # some tokenizers give the first word a space that no one wrote
             new = new.lstrip(" ")
-        searched = max(0, len(self._written) - self._longest + 1)
+        before = len(self._written)
         self._written += new
         if self._ends and not self._emitted:
             self._begun = len(self._written) - len(self._written.lstrip())
-        found = [(stop, self._written.find(stop, searched)) for stop in self._stop]
-        found += [(end, self._written.find(end, max(searched, self._begun))) for end in self._ends]
+        # each from where it could end in what is new, or a thousand of them would search the longest one's length
+        found = [(stop, self._written.find(stop, max(0, before - len(stop) + 1))) for stop in self._stop]
+        found += [(end, self._written.find(end, max(self._begun, before - len(end) + 1))) for end in self._ends]
         complete = [(at + len(stop), at) for stop, at in found if at >= 0]
         if complete:  # the one that is complete first, as if its characters had come one by one
             self._written, self.stopped = self._written[: min(complete)[1]], True
@@ -97,9 +98,9 @@ class TextStream:
             return 0
         start = max(self._emitted, len(self._written) - self._longest + 1)  # what is out cannot be held back
         for at in range(start, len(self._written)):
-            candidates = self._by_first.get(self._written[at])
-            if candidates and any(stop.startswith(self._written[at:]) for stop in candidates):
-                return len(self._written) - at
+            candidates, rest = self._by_first.get(self._written[at]), self._written[at:]
+            if candidates and any(stop.startswith(rest) for stop in candidates):
+                return len(rest)
         return 0
 
     def _emit(self, upto: int) -> str:

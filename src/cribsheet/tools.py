@@ -33,6 +33,7 @@ ANY = ("any", "required", True)
 # What a whole answer that is a call may stand in: a fence of code, or the tags of other prompts.
 _TAGS = "tools?|tool_calls?|function_calls?"
 _AROUND = re.compile(rf"```[\w-]*(.*?)(?:```|\Z)|<({_TAGS})>(.*?)(?:</\2>|\Z)", re.S)
+_HALF = re.compile("[\ud800-\udfff]")
 _DEEP = 3  # fences and tags in one another
 _BEFORE = re.compile(rf"\s*(?:(?:```[\w-]*|<(?:{_TAGS})>)\s*)*")
 _BEGUN = re.compile(r"`{1,2}|</?[a-z_]*")  # what may become one of them
@@ -223,7 +224,7 @@ class CallReader:
             arguments = {} if arguments in ("", "null") else _loaded(arguments)
         if not isinstance(arguments, dict) or (not self._forced and _is_told(tool, value, arguments)):
             return None
-        return ToolCall(tool.name, arguments)
+        return ToolCall(tool.name, _writable(arguments))
 
 
 def result_text(name: str | None, content: str) -> str:
@@ -329,6 +330,13 @@ def _values(text: str) -> list[Any]:
     except (ValueError, RecursionError):
         return []
     return values
+
+
+def _writable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that any encoding can store: what a model wrote as half of an escaped pair is replaced."""
+    written = json.dumps(arguments, ensure_ascii=False)
+    repaired = _HALF.sub("\ufffd", written)
+    return arguments if repaired == written else dict(json.loads(repaired))
 
 
 def _loaded(text: str) -> Any:

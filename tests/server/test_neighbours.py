@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from cribsheet.errors import RequestError
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.sampling import Sampler, SamplingParams
-from cribsheet.server import Shelf, create_app
+from cribsheet.server import Shelf, catalogue, create_app
 from cribsheet.server.auth import Keyring
 from cribsheet.server.bodies import MAX_VALUES, strict_json
 from cribsheet.server.connections import Connection
@@ -521,3 +522,48 @@ def test_a_body_in_very_many_chunks_is_refused(live):
     reply = in_chunks((host, int(port)), body + b" " * 12_000)
     assert not reply or b"10000 chunks" in reply  # which may be lost to whoever still sends
     assert live.http().get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("busy", ["long", "form"])
+def test_a_plain_question_goes_past_what_is_long(busy):
+    """One lane is held up, and questions of the other lanes are answered meanwhile."""
+    free, asked = threading.Event(), []
+    long = {**ASK, "messages": [{"role": "user", "content": "Where? " * 10_000}]}
+    with serving({"oslo": says("Bob lives in Oslo.")}) as server, contextlib.ExitStack() as after:
+        desk = server.app.state.desk
+        after.callback(free.set)
+        for lane, threads in desk._threads.items():
+            threads.submit(free.wait) if lane == busy else None
+        asking = threading.Thread(target=lambda: asked.append(server.post(**long).status_code))
+        asking.start()
+        assert server.post(**ASK).status_code == 200
+        if busy == "form":
+            asking.join()
+        assert asked == ([400] if busy == "form" else [])  # too long for the window, once it is read
+        free.set()
+        asking.join()
+    assert asked == [400]
+
+
+def test_what_a_sheet_holds_is_not_written_in_the_event_loop(monkeypatch):
+    places = []
+    for name in ("details", "document"):
+        made = getattr(catalogue, name)
+
+        def noted(*args, _made=made, **options):
+            places.append(threading.current_thread())
+            return _made(*args, **options)
+
+        monkeypatch.setattr(catalogue, name, noted)
+    with serving({"oslo": says("Bob lives in Oslo.")}) as server, server.http() as http:
+        for path in ("/v1/sheets/oslo", "/v1/sheets/oslo/documents/1", "/v1/sheets/oslo/documents/7"):
+            assert http.get(path).status_code == (404 if path.endswith("7") else 200)
+    assert len(places) == 3 and all(each.name.startswith("cribsheet-desk-long") for each in places)
+
+
+def test_references_to_references_are_refused_as_what_is_nested_too_deeply(live):
+    chain = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(1900)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**chain, "d1900": {"type": "string"}}}
+    reply = live.post(**ASK, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == "response_format" and "too deeply" in reply.json()["error"]["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 
@@ -247,6 +248,13 @@ def test_a_body_that_is_not_declared_as_json_is_told_how(live):
     assert reply.status_code == 400 and "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
+def test_a_compressed_body_is_told_to_be_one(live):
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    with live.http() as http:
+        reply = http.post("/v1/chat/completions", content=gzip.compress(b'{"model": "oslo"}'), headers=headers)
+    assert reply.status_code == 400 and "compressed; send it plain" in reply.json()["error"]["message"]
+
+
 ASSISTANT = [
     {"content": "Hello! Ask me about our staff."},
     {"content": "Hello!", "name": "bot"},
@@ -260,6 +268,18 @@ ASSISTANT = [
     {"content": None, "function_call": {"name": "clock", "arguments": "{}"}},
     {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": None}}]},
     {"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    {
+        "tool_calls": [
+            {
+                "id": "c",
+                "type": "function",
+                "function": {"name": "f", "arguments": "{}"},
+                "extra_content": {"google": {"thought_signature": "x"}},
+                "provider_specific_fields": {"a": [1]},
+            }
+        ]
+    },
+    {"content": [{"type": "text", "text": "Hm.", "cache_control": {"type": "ephemeral"}}]},
 ]
 
 

@@ -25,6 +25,7 @@ MAX_DEPTH = 64  # lists and mappings inside each other
 _TEXT = re.compile(
     rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL
 )  # also one that does not end, so that none is read twice
+_GZIP = b"\x1f\x8b"
 _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -73,7 +74,8 @@ def strict_json(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise Refusal(400, f"The body is no JSON: {error}.") from None
     except UnicodeDecodeError:
-        raise Refusal(400, "The body is no JSON: it is not encoded as UTF-8.") from None
+        why = "it is compressed; send it plain" if body[:2] == _GZIP else "it is not encoded as UTF-8"
+        raise Refusal(400, f"The body is no JSON: {why}.") from None
     except ValueError:
         raise Refusal(400, "The body holds a number of too many digits; send a shorter one.") from None
     if twice:

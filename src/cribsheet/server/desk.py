@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -27,8 +27,10 @@ from cribsheet.server.writing import Piece, Writing
 from cribsheet.sheet import Manifest
 
 T = TypeVar("T")
-_THREADS = 4  # that prepare questions: templates, tokens
-_FORM_THREADS = 1  # that make grammars, which may take seconds; plain questions go past them
+Lane = Literal["plain", "form", "long"]
+# Threads that prepare questions: templates, tokens. Grammars, and what is long, may take seconds: they have their own.
+_LANES: dict[Lane, int] = {"plain": 4, "form": 1, "long": 1}
+_LONG = 64 * 1024  # bytes of a request
 
 
 class Desk:
@@ -38,17 +40,19 @@ class Desk:
         self.shelf, self.settings = shelf, settings
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="cribsheet-desk")
-        self._forming = ThreadPoolExecutor(_FORM_THREADS, thread_name_prefix="cribsheet-forms")
+        self._threads: dict[Lane, ThreadPoolExecutor] = {
+            lane: ThreadPoolExecutor(count, thread_name_prefix=f"cribsheet-desk-{lane}")
+            for lane, count in _LANES.items()
+        }
 
-    async def in_thread(self, work: Callable[[], T], *, form: bool = False) -> T:
-        """Do what takes a while without holding up the others; with a `form` only other forms wait for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._forming if form else self._threads, work)
+    async def in_thread(self, work: Callable[[], T], lane: Lane = "plain") -> T:
+        """Do what takes a while without holding up the others: only those of the same lane wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads[lane], work)
 
     def close(self) -> None:
         """Close the sheets; running answers end."""
         self.shelf.close()
-        for threads in (self._threads, self._forming):
+        for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, name: str, caller: Caller, record: Record) -> Served:
@@ -83,10 +87,11 @@ class Desk:
         record = record_of(request)
         record.facts |= log_facts(body)
         record.cleanup.callback(self.gate.enter(caller.name, answers))
-        prepared = await self.in_thread(asks, form=body.has_form)
+        lane: Lane = "form" if body.has_form else "long" if len(await request.body()) > _LONG else "plain"
+        prepared = await self.in_thread(asks, lane)
         if self.settings.log_text:
             record.facts["question"] = prepared[0].question
-        return Answers(self, request, served, body, prepared)
+        return Answers(self, request, served, body, prepared, lane)
 
     async def extended(self, served: Served, ask: Ask, answer: Answer, wanted: Extension) -> Extended | None:
         """The reply's extension field, if the request asked for one: where the answer is from.
@@ -110,8 +115,10 @@ class Desk:
 class Answers:
     """The answers to one request."""
 
-    def __init__(self, desk: Desk, request: Request, served: Served, body: Asked, asks: Sequence[Ask]) -> None:
-        self._desk, self._request, self._body = desk, request, body
+    def __init__(
+        self, desk: Desk, request: Request, served: Served, body: Asked, asks: Sequence[Ask], lane: Lane
+    ) -> None:
+        self._desk, self._request, self._body, self._lane = desk, request, body, lane
         self.served, self._asks = served, asks
         self._record = record_of(request)
 
@@ -141,7 +148,7 @@ class Answers:
         writing = Writing()
         record.cleanup.callback(writing.stop)
         loop = asyncio.get_running_loop()
-        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), form=self._body.has_form)
+        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), self._lane)
         async for piece in writing.pieces():
             record.begin_text()
             extended = None

@@ -67,11 +67,15 @@ class _Strict(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
+_NotRead = Annotated[Any, Field(default=None, exclude=True, description="What other servers tell beside; not read.")]
+
+
 class TextPart(_Strict):
     """A piece of a turn's text."""
 
     type: Literal["text"]
     text: str
+    cache_control: _NotRead
 
 
 class RefusalPart(_Strict):
@@ -98,7 +102,6 @@ _Part = Annotated[
     Annotated[TextPart, Tag("a text")] | Annotated[RefusalPart, Tag("a refusal")] | Annotated[NotSaid, Tag("not said")],
     Discriminator(_part_of),
 ]
-_NotRead = Annotated[Any, Field(default=None, exclude=True, description="What other servers tell beside; not read.")]
 
 
 class FunctionCalled(_Strict):
@@ -116,6 +119,8 @@ class PastCall(_Strict):
     type: Literal["function"] = "function"
     function: FunctionCalled
     index: int | None = None
+    extra_content: _NotRead
+    provider_specific_fields: _NotRead
 
 
 class Turn(_Strict):

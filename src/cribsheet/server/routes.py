@@ -96,7 +96,8 @@ async def model(name: Name, desk: DeskOf, caller: CallerOf) -> Response:
 @router.get("/v1/sheets/{name}", responses=_replies(catalogue.SheetDetails, 401, 404))
 async def sheet(served: ServedOf, desk: DeskOf) -> Response:
     """What a sheet holds."""
-    return _json(catalogue.details(served, texts=desk.settings.show_documents))
+    texts = desk.settings.show_documents
+    return await desk.in_thread(lambda: _json(catalogue.details(served, texts=texts)), "long")
 
 
 @router.get("/v1/sheets/{name}/documents/{number}", responses=_replies(catalogue.DocumentDetails, 401, 403, 404))
@@ -104,7 +105,7 @@ async def document(served: ServedOf, desk: DeskOf, number: Annotated[int, Path(g
     """A document's text, and which of its tokens the sheet keeps."""
     if not desk.settings.show_documents:
         raise Refusal(403, "This server does not show its documents.")
-    return _json(catalogue.document(served, number))
+    return await desk.in_thread(lambda: _json(catalogue.document(served, number)), "long")
 
 
 @router.get("/health")

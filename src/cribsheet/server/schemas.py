@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cribsheet.errors import RequestError
+from cribsheet.grammar import TOO_DEEP
 
 MAX_PARTS = 2000  # mappings and lists of all schemas that one answer must fit
 MAX_PATTERNS = 4  # that one text must match at once: the work doubles with each of them
@@ -28,7 +29,11 @@ def check_schemas(schemas: Iterable[Mapping[str, Any]]) -> None:
             if parts > MAX_PARTS:
                 raise RequestError(f"The JSON schema has more than {MAX_PARTS} parts; give a simpler one.")
             waiting.extend(inside)
-        if (most := _Patterns(schema).most()) > MAX_PATTERNS:
+        try:
+            most = _Patterns(schema).most()
+        except RecursionError:  # references to references
+            raise RequestError(TOO_DEEP) from None
+        if most > MAX_PATTERNS:
             raise RequestError(
                 f"In the JSON schema one text must match {most} patterns at once, and at most {MAX_PATTERNS} may be; "
                 "write them as one."
