@@ -508,3 +508,10 @@ def test_a_change_that_fails_leaves_the_file_as_it_was(cli, staff, sheet, tmp_pa
         assert result.code == 1 and "--mode independent" in result.err and result.err.count("\n") == 1
     assert sheet.read_bytes() == before
     assert sorted(path.name for path in sheet.parent.iterdir()) == [sheet.name]
+
+
+def test_inspect_shows_the_form_that_stands_in_the_place_of_the_examples(cli, staff, tmp_path):
+    made = tmp_path / "form.sheet"
+    task = ["--task", "Where do people live?", "--example", "Where does Bob Smith live? => Oslo"]
+    assert cli("build", staff, *task, "--guide", "form", "--rate", 2, "-o", made).code == 0
+    assert "in the place of the examples" in cli("inspect", made).out

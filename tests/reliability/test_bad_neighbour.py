@@ -75,7 +75,7 @@ def a_large_mapping(dice):
 def many_turns(dice):
     return ask(
         messages=[{"role": "user", "content": dice.choice(["x", [{"type": "text", "text": "x"}]])}]
-        * dice.choice([300, 3_000])
+        * dice.choice([300, 2_000, 3_000])
     )
 
 

@@ -101,6 +101,8 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
     }
     for number, (question, answer) in enumerate(sheet.task.examples, 1):
         facts[f"example {number}"] = f"{question} => {answer}"
+    if made.form:
+        facts["form"] = f"{made.form} (in the place of the examples)"
     if made.system:
         facts["system"] = made.system
     if made.mode == "independent":
