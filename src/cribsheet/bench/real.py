@@ -80,7 +80,9 @@ class Options:
     @property
     def terms(self) -> dict[str, Any]:
         """What decides answers beside model, corpus, method and rate: rows of other terms do not go into one file."""
-        return {"seed": self.seed, "dense": self.means.dense, **versions()}
+        dense = self.means.dense
+        named = Path(dense).name if dense and Path(dense).is_dir() else dense  # where it lies says nothing elsewhere
+        return {"seed": self.seed, "dense": named, **versions()}
 
     def ways(self) -> list[Way]:
         """The ways that can be had, in an order in which sheets are shared."""
