@@ -60,14 +60,6 @@ class Writing:
             left -= piece.answer is not None
             yield piece
 
-    async def answers(self) -> list[Answer]:
-        """All answers, whole."""
-        found: dict[int, Answer] = {}
-        async for piece in self.pieces():
-            if piece.answer is not None:
-                found[piece.choice] = piece.answer
-        return [found[choice] for choice in sorted(found)]
-
     def stop(self) -> None:
         """Nobody waits any more."""
         self._stopped = True
