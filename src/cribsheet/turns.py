@@ -162,7 +162,7 @@ def _call(call: Any) -> ToolCall:
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise RequestError(f"A tool call is {call!r}; give a mapping with 'name', 'arguments' and 'id'.")
     arguments: Any = next((inner[name] for name in ("arguments", "args", "input") if inner.get(name) is not None), {})
-    if "custom" in given:  # its input is a text, and no JSON
+    if inner is given.get("custom"):  # its input is a text, and no JSON
         arguments = {"input": arguments}
     if isinstance(arguments, str):
         try:

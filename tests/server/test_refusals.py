@@ -305,6 +305,8 @@ ASSISTANT = [
     {"tool_calls": [{"id": None, "function": {"name": "f"}}]},
     {"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "no {JSON"}}]},
     {"tool_calls": [{"type": "custom", "index": 0, "custom": {"name": "f", "input": ""}}]},
+    {"tool_calls": [{"custom": {"name": "f", "input": "x"}, "function": None}]},
+    {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}, "custom": None}]},
     {
         "tool_calls": [
             {

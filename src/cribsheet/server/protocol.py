@@ -147,8 +147,10 @@ class PastCustomCall(_Past):
 
 
 def _call_of(data: Any) -> str:
-    is_custom = data.get("type") == "custom" if isinstance(data, dict) else isinstance(data, PastCustomCall)
-    return "a custom call" if is_custom else "a function's call"
+    if not isinstance(data, dict):
+        return "a custom call" if isinstance(data, PastCustomCall) else "a function's call"
+    kind = data.get("type") or ("custom" if data.get("custom") else "function")
+    return "a custom call" if kind == "custom" else "a function's call"
 
 
 _AnyCall = Annotated[

@@ -72,7 +72,7 @@ class Writing:
         told = 0
         try:
             async for text in stream:
-                logprobs = stream.logprobs[told:]
+                logprobs = stream.logprobs_from(told)
                 told += len(logprobs)
                 self._pieces.put_nowait(Piece(choice, text, logprobs))
         except Exception as error:
@@ -85,4 +85,4 @@ class Writing:
         if answer.finish_reason == "cancelled":
             self._pieces.put_nowait(Refusal(503, "The server is shutting down; ask again later."))
             return
-        self._pieces.put_nowait(Piece(choice, "", stream.logprobs[told:], answer))
+        self._pieces.put_nowait(Piece(choice, "", stream.logprobs_from(told), answer))
