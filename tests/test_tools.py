@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM
+from cribsheet import tools as cribsheet_tools
 from cribsheet.errors import RequestError
 from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
@@ -163,6 +165,84 @@ def test_what_begins_like_a_call_is_shown_once_it_is_none(pieces, shown):
 def test_text_is_shown_as_soon_as_it_can_be_no_call():
     reader = CallReader(Toolbox.of([ADD]))
     assert [reader.push(piece) for piece in ["It", " is ", "<", "b> ", "late"]] == ["It", " is", "", " <b>", " late"]
+
+
+OPENINGS = [
+    "```",
+    "`",
+    "json",
+    " ",
+    "\n",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_",
+    "call>",
+    "[TOOL",
+    "_CALLS]",
+    "<tools>",
+]
+OPENINGS += ["</tools>", "[", '{"name": "clock"}', "x", "-", "<", "</", "<b>"]
+
+
+def test_what_is_shown_depends_on_the_text_alone_and_not_on_its_pieces():
+    rng = random.Random(0)
+    for _ in range(2000):
+        pieces = rng.choices(OPENINGS, k=rng.randrange(1, 9))
+        reader, shown = CallReader(Toolbox.of([CLOCK])), ""
+        for number, piece in enumerate(pieces, 1):
+            shown += reader.push(piece)
+            assert shown == CallReader(Toolbox.of([CLOCK])).push("".join(pieces[:number])), pieces
+        assert read(Toolbox.of([CLOCK]), "".join(pieces)) == (
+            shown + reader.finish(),
+            [(call.name, call.arguments) for call in reader.calls],
+        )
+
+
+class Counted:
+    """Something that reads text, and how much it was given."""
+
+    read = 0
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, text, *more):
+        Counted.read += len(text)
+        return self.inner(text, *more)
+
+    def match(self, text, at=0):
+        Counted.read += len(text) - at
+        return self.inner.match(text, at)
+
+    def fullmatch(self, text):
+        Counted.read += len(text)
+        return self.inner.fullmatch(text)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["<tool_call>"] * 4000,
+        ["x", *["<tool_call>"] * 4000],
+        ["```\n"] * 4000,
+        ["```", *["a"] * 4000],
+        ["<tools>"] * 4000,
+        [" "] * 4000,
+        ["x", *[" "] * 4000],
+        ["<", *["a"] * 4000],
+        ["{"] * 4000,
+        ["x<tool_"] * 4000,
+        ["late "] * 4000,
+    ],
+    ids=lambda pieces: "".join(pieces[:2])[:12],
+)
+def test_an_answer_is_read_in_proportion_to_its_length(pieces, monkeypatch):
+    for name in ("_mark", "_BEFORE", "_BEGUN"):
+        monkeypatch.setattr(cribsheet_tools, name, Counted(getattr(cribsheet_tools, name)))
+    reader = CallReader(Toolbox.of([CLOCK]))
+    Counted.read = 0
+    assert "".join([reader.push(piece) for piece in pieces]) + reader.finish() == "".join(pieces)
+    assert Counted.read < 8 * (len("".join(pieces)) + 16 * len(pieces))  # thousands of times the length before
 
 
 @pytest.mark.parametrize(

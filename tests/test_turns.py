@@ -131,6 +131,10 @@ SAYS = {"type": "text", "text": "Oslo."}
             {"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "shell", "input": "ls"}}]},
             '<tool_call>\n{"name": "shell", "arguments": {"input": "ls"}}\n</tool_call>',
         ),
+        (
+            {"tool_calls": [{"function": {"name": "clock", "arguments": '{"at": 2}'}, "custom": None}]},
+            AT_TWO,
+        ),
     ],
 )
 def test_turns_that_other_providers_models_wrote_are_told_as_far_as_they_were_said(turn, told):

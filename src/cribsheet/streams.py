@@ -49,6 +49,10 @@ class Stream:
         """Log-probabilities of the tokens that were read so far, if they were asked for."""
         return tuple(self._logprobs)
 
+    def logprobs_from(self, number: int) -> tuple[TokenLogprob, ...]:
+        """Those of the tokens from a number on, without a copy of all."""
+        return tuple(self._logprobs[number:])
+
     def cancel(self) -> None:
         """Stop within one token; the stream then ends with finish reason "cancelled"."""
         self.request.cancel()

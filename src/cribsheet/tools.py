@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,9 @@ _TAGS = "tools?|tool_calls?|function_calls?"
 _AROUND = re.compile(rf"```[\w-]*(.*?)(?:```|\Z)|<({_TAGS})>(.*?)(?:</\2>|\Z)", re.S)
 _HALF = re.compile("[\ud800-\udfff]")
 _DEEP = 3  # fences and tags in one another
-_BEFORE = re.compile(rf"\s*(?:(?:```[\w-]*|<(?:{_TAGS})>)\s*)*")
-_BEGUN = re.compile(r"`{1,2}|</?[a-z_]*")  # what may become one of them
+# What may stand before a whole answer that is a call, read on from anywhere: also from within a fence's first line.
+_BEFORE = re.compile(rf"(?:(?<=[\w`-])[\w-]*)?\s*(?:(?:```[\w-]*|<(?:{_TAGS})>)\s*)*")
+_BEGUN = re.compile(r"`{1,2}|</?[a-z_]{0,14}")  # what may become one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,30 +155,63 @@ class CallReader:
     def __init__(self, toolbox: Toolbox) -> None:
         self._tools = {tool.name: tool for tool in toolbox.tools}
         self._forced = bool(toolbox.forced)
-        self._text = ""
-        self._out = 0
+        # What is not shown: pieces that were read, and after them what must be read again with the next one.
+        self._held: list[str] = []
+        self._unread = ""
+        self._last = ""  # what stands before it, while the answer opens
+        self._read: Callable[[str], str] = self._keep if self._forced else self._open
         self.calls: tuple[ToolCall, ...] = ()
 
     def push(self, text: str) -> str:
-        """Add text of the answer; returns what can be shown."""
-        self._text += text
-        end = self._certain()
-        shown, self._out = self._text[self._out : end], max(self._out, end)
-        return shown
+        """Add text of the answer; returns what can be shown. Nothing is read more than a few times."""
+        return self._read(text)
 
     def finish(self) -> str:
         """The rest of the text, without calls."""
-        rest, self.calls = self._parted(self._text[self._out :])
+        rest, self.calls = self._parted("".join([*self._held, self._unread]))
         return rest
 
-    def _certain(self) -> int:
-        """How much of the text surely belongs to no call."""
-        if self._forced:
-            return 0
-        if _may_be_call(self._text):
-            return 0
-        places = [at for mark in (_OPEN, _LIST) if (at := _mark(self._text, mark)) >= 0]
-        return len(self._text[: min(places, default=len(self._text))].rstrip())
+    def _keep(self, text: str) -> str:
+        """Show nothing more before the end: a call has begun."""
+        self._held.append(text)
+        return ""
+
+    def _open(self, text: str) -> str:
+        """Show nothing while all of the answer may be calls."""
+        near = self._last + self._unread + text
+        before = _BEFORE.match(near, len(self._last))
+        at = before.end() if before else len(self._last)
+        self._held.append(near[len(self._last) : at])
+        self._last, self._unread = near[max(at - 1, 0) : at], near[at:]
+        if not self._unread or _BEGUN.fullmatch(self._unread):
+            return ""
+        if self._unread[0] in "{[":
+            self._read = self._keep
+            return self._move()
+        self._unread, self._held = "".join([*self._held, self._unread]), []
+        self._read = self._show
+        return self._show("")
+
+    def _show(self, text: str) -> str:
+        """Show what stands before the first mark of a call, also of one that may have begun, without blanks there."""
+        near = self._unread + text
+        at = min((found for mark in (_OPEN, _LIST) if (found := _mark(near, mark)) >= 0), default=len(near))
+        bare = near[:at].rstrip()
+        shown = ""
+        if bare:
+            shown, self._held = "".join([*self._held, bare]), []
+        self._held.append(near[len(bare) : at])
+        self._unread = near[at:]
+        if near.startswith((_OPEN, _LIST), at):
+            self._read = self._keep
+            self._move()
+        return shown
+
+    def _move(self) -> str:
+        """Nothing needs to be read again."""
+        self._held.append(self._unread)
+        self._unread = ""
+        return ""
 
     def _parted(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         whole = self._whole(text)
@@ -308,13 +342,6 @@ def _is_told(tool: Tool, value: Mapping[str, Any], arguments: Mapping[str, Any])
         return "description" in value and "arguments" not in value
     is_schema = arguments.get("type") == "object" and isinstance(arguments.get("properties"), dict)
     return arguments in (tool.parameters, takes) or (is_schema and "properties" not in (takes or {}))
-
-
-def _may_be_call(text: str) -> bool:
-    """Whether all of an answer that begins like this may be calls."""
-    before = _BEFORE.match(text)
-    rest = text[before.end() :] if before else text
-    return not rest or rest[0] in "{[" or bool(_BEGUN.fullmatch(rest))
 
 
 def _values(text: str) -> list[Any]:

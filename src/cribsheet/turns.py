@@ -27,7 +27,7 @@ _ROLES = {
     "tool": "user",
     "function": "user",
 }
-_TEXTS = ("text", "input_text", "output_text", "text-plain")
+TEXTS = ("text", "input_text", "output_text", "text-plain")
 _CALLS = ("tool_use", "tool_call", "function_call")
 _RESULTS = ("tool_result", "function_call_output")
 # What a model wrote for itself, what its provider did meanwhile, and pieces of calls that are whole elsewhere.
@@ -73,6 +73,11 @@ def is_not_said(kind: Any) -> bool:
     return isinstance(kind, str) and bool(_NOT_SAID.fullmatch(kind))
 
 
+def not_read(kind: Any) -> str:
+    """What is said of content of a type that no text model reads."""
+    return f"A turn holds content of type {kind!r}, but the model reads text only; leave it out."
+
+
 def _said(turn: Any, names: dict[str, str]) -> dict[str, str]:
     """A turn's role and text, with calls and results as they are told; `names` of calls grow."""
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
@@ -115,7 +120,7 @@ def _text(part: Any, names: Mapping[str, str], *, is_ours: bool) -> str:
     kind = _kind(part)
     if isinstance(part, str):
         return part
-    if kind in _TEXTS:
+    if kind in TEXTS:
         return str(part.get("text") or "")
     if is_ours and kind == "refusal":
         return str(part.get("refusal") or "")
@@ -127,7 +132,7 @@ def _text(part: Any, names: Mapping[str, str], *, is_ours: bool) -> str:
         told = "".join(_text(each, names, is_ours=False) for each in _parts(inner))
         return result_text(names.get(called), told) + "\n"
     shown = kind if isinstance(part, Mapping) else type(part).__name__
-    raise RequestError(f"A turn holds content of type {shown!r}, but the model reads text only; leave it out.")
+    raise RequestError(not_read(shown))
 
 
 def _calls(turn: Mapping[str, Any], parts: Sequence[Any]) -> list[Any]:
@@ -157,7 +162,7 @@ def _call(call: Any) -> ToolCall:
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise RequestError(f"A tool call is {call!r}; give a mapping with 'name', 'arguments' and 'id'.")
     arguments: Any = next((inner[name] for name in ("arguments", "args", "input") if inner.get(name) is not None), {})
-    if "custom" in given:  # its input is a text, and no JSON
+    if inner is given.get("custom"):  # its input is a text, and no JSON
         arguments = {"input": arguments}
     if isinstance(arguments, str):
         try:

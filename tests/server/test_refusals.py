@@ -14,8 +14,16 @@ WORDY = {"type": "function", "function": {"name": "f", "description": "word " * 
 ONE_TEXT = {"type": "object", "required": ["a"], "additionalProperties": False}
 
 
+NAMED = {"name": "f", "arguments": "{}"}
+IN_PART = "messages[0].content[0].type"
+
+
 def part(**fields):
     return [{"role": "user", "content": [fields]}]
+
+
+def called(**fields):
+    return [{"role": "assistant", "tool_calls": [fields]}, *ASK["messages"]]
 
 
 @pytest.mark.parametrize(
@@ -212,9 +220,17 @@ def test_unknown_places_and_methods_are_refused_in_the_same_shape(live):
     http = live.http()
     assert http.get("/v1/nowhere").json()["error"]["code"] == "not_found"
     assert http.get("/v1/chat/completions").status_code == 405
+    assert http.post("/health").status_code == 405
     assert http.get("/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd").status_code == 404
     assert http.get("/v1/sheets/oslo/documents/99").status_code == 404
     assert http.get("/v1/sheets/oslo/documents/x").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/page.js"])
+def test_whether_the_server_answers_can_be_asked_by_head(path, live):
+    reply = live.http().head(path)
+    assert reply.status_code == 200 and reply.content == b""
+    assert reply.headers["content-length"] == live.http().get(path).headers["content-length"]
 
 
 def test_bytes_that_are_not_http_harm_nobody(live):
@@ -234,10 +250,27 @@ def test_bytes_that_are_not_http_harm_nobody(live):
         ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
         ({"stream_options": {}}, "stream_options", "stream=true"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+        (
+            {"messages": part(type="image_url", image_url={"url": "x"})},
+            IN_PART,
+            "'image_url', but the model reads text",
+        ),
+        (
+            {"messages": part(type="input_audio", input_audio={})},
+            IN_PART,
+            "'input_audio', but the model reads text only",
+        ),
+        ({"messages": part(type="file", text="x")}, IN_PART, "the model reads text only"),
+        ({"messages": [{"role": "tool", "content": [{"type": "image"}]}]}, IN_PART, "the model reads text only"),
+        ({"messages": part(type="input_text", text="x")}, IN_PART, "Input should be 'text'"),
+        ({"messages": called(type="custom", id="c")}, "messages[0].tool_calls[0].custom", "missing"),
+        ({"messages": called(type="function", id="c")}, "messages[0].tool_calls[0].function", "missing"),
+        ({"messages": called(type="mcp", function=NAMED)}, "messages[0].tool_calls[0].type", "'function'"),
+        ({"messages": called(type="custom", function=NAMED)}, "messages[0].tool_calls[0].custom", "missing"),
     ],
 )
 def test_a_refusal_names_the_field_that_was_meant_and_what_it_may_be(fields, param, says, live):
-    reply = live.post(model="oslo", messages=[{"role": "user", "content": "Where?"}], **fields)
+    reply = live.post(**{**ASK, **fields})
     error = reply.json()["error"]
     assert reply.status_code == 400 and error["param"] == param and says in error["message"]
 
@@ -268,6 +301,12 @@ ASSISTANT = [
     {"content": None, "function_call": {"name": "clock", "arguments": "{}"}},
     {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": None}}]},
     {"tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    {"tool_calls": [{"id": None, "function": {"name": "f"}}]},
+    {"tool_calls": [{"id": "c", "type": "custom", "custom": {"name": "f", "input": "no {JSON"}}]},
+    {"tool_calls": [{"type": "custom", "index": 0, "custom": {"name": "f", "input": ""}}]},
+    {"tool_calls": [{"custom": {"name": "f", "input": "x"}, "function": None}]},
+    {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}, "custom": None}]},
     {
         "tool_calls": [
             {

@@ -88,6 +88,16 @@ def test_without_a_key_nothing_is_told(keyed):
         assert http.get("/health").status_code == 200
 
 
+def test_of_two_keys_none_is_taken(keyed):
+    for keys in ((ALICE, ALL), (ALL, ALICE), (ALICE, ALICE)):
+        headers = [("Authorization", f"Bearer {key}") for key in keys]
+        reply = keyed.http().get("/v1/models", headers=headers)
+        assert reply.status_code == 401 and "one header" in reply.json()["error"]["message"]
+    ring = Keyring.of({"alice": {"key": ALICE}})  # Ray's front asks with the headers of its own scope
+    assert ring.holder([(b"Authorization", f"bearer {ALICE}".encode())]).name == "alice"
+    assert ring.holder([(b"authorization", f"Bearer {ALICE}".encode()), (b"authorization", b"x")]) is None
+
+
 def test_a_key_opens_its_sheets_and_no_others(keyed):
     http = as_holder(keyed, ALICE)
     assert [entry["id"] for entry in http.get("/v1/models").json()["data"]] == ["oslo"]

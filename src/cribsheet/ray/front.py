@@ -90,8 +90,7 @@ class Front:
         """Who asks, known before the body is read. Raises `Refusal` for an answer without a key."""
         if self._keys is None:
             return Caller((scope.get("client") or [""])[0])
-        header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-        caller = self._keys.holder(header)
+        caller = self._keys.holder(scope["headers"])
         if caller is None and scope["path"] in _ASKING:
             raise Refusal(401, NO_KEY)
         return caller

@@ -59,7 +59,8 @@ def create_app(shelf: Sheets, *, keys: Keyring | None = None, settings: ServerSe
     app.include_router(router)
     for name, kind in _PAGE.items():
         text = files("cribsheet.server").joinpath("page", name).read_text(encoding="utf-8")
-        app.add_api_route("/" if name == "page.html" else f"/{name}", _asset(text, kind), include_in_schema=False)
+        place = "/" if name == "page.html" else f"/{name}"
+        app.add_api_route(place, _asset(text, kind), methods=["GET", "HEAD"], include_in_schema=False)
     return app
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cribsheet.server.record import record_of
 from cribsheet.server.refusals import Refusal
 
 _SHORTEST = 16  # characters
-NO_KEY = "This server needs one of its API keys, as 'Authorization: Bearer KEY'."
+NO_KEY = "This server needs one of its API keys, as one header 'Authorization: Bearer KEY'."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,10 @@ class Keyring:
         """Everybody with a key."""
         return [caller for _, caller in self._keys.values()]
 
-    def holder(self, header: str) -> Caller | None:
-        """Whose key an `Authorization` header holds."""
-        scheme, _, key = header.partition(" ")
+    def holder(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller | None:
+        """Whose key the `Authorization` header holds; nobody's if there are two, of which each reader takes another."""
+        given = [value for name, value in headers if name.lower() == b"authorization"]
+        scheme, _, key = given[0].decode("latin-1").partition(" ") if len(given) == 1 else ("", "", "")
         return self.caller(key.strip()) if scheme.lower() == "bearer" else None
 
     def caller(self, key: str) -> Caller | None:
@@ -88,7 +89,7 @@ def caller_of(request: HTTPConnection) -> Caller:
     keys: Keyring | None = request.app.state.keys
     if keys is None:
         return Caller(request.client.host if request.client else "")
-    caller = keys.holder(request.headers.get("authorization", ""))
+    caller = keys.holder(request.headers.raw)
     if caller is None:
         raise Refusal(401, NO_KEY)
     record_of(request).caller = caller.name

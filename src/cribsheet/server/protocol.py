@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from cribsheet.hybrid import Mode
 from cribsheet.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
-from cribsheet.turns import is_not_said
+from cribsheet.turns import TEXTS, is_not_said, not_read
 
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 _StopText = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -70,10 +70,16 @@ class _Strict(BaseModel):
 _NotRead = Annotated[Any, Field(default=None, exclude=True, description="What other servers tell beside; not read.")]
 
 
+def _is_read(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in TEXTS:
+        raise ValueError(not_read(kind))
+    return kind
+
+
 class TextPart(_Strict):
     """A piece of a turn's text."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_is_read)]
     text: str
     cache_control: _NotRead
 
@@ -112,15 +118,45 @@ class FunctionCalled(_Strict):
     parsed_arguments: _NotRead
 
 
-class PastCall(_Strict):
-    """A call that the assistant made in an earlier turn."""
+class CustomCalled(_Strict):
+    """Which tool was called, with a text that is no JSON."""
 
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCalled
+    name: _Name
+    input: str = ""
+
+
+class _Past(_Strict):
+    id: str | None = None
     index: int | None = None
     extra_content: _NotRead
     provider_specific_fields: _NotRead
+
+
+class PastCall(_Past):
+    """A call that the assistant made in an earlier turn."""
+
+    type: Literal["function"] = "function"
+    function: FunctionCalled
+
+
+class PastCustomCall(_Past):
+    """A call of a tool that takes a text; such tools are told of here, but cannot be offered."""
+
+    type: Literal["custom"] = "custom"
+    custom: CustomCalled
+
+
+def _call_of(data: Any) -> str:
+    if not isinstance(data, dict):
+        return "a custom call" if isinstance(data, PastCustomCall) else "a function's call"
+    kind = data.get("type") or ("custom" if data.get("custom") else "function")
+    return "a custom call" if kind == "custom" else "a function's call"
+
+
+_AnyCall = Annotated[
+    Annotated[PastCall, Tag("a function's call")] | Annotated[PastCustomCall, Tag("a custom call")],
+    Discriminator(_call_of),
+]
 
 
 class Turn(_Strict):
@@ -129,7 +165,7 @@ class Turn(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | _Parts[_Part] | None = None
     name: _Name | None = None
-    tool_calls: _Calls[PastCall] | None = None
+    tool_calls: _Calls[_AnyCall] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCalled | None = None
     refusal: str | None = None

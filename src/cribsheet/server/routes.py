@@ -108,6 +108,7 @@ async def document(served: ServedOf, desk: DeskOf, number: Annotated[int, Path(g
     return await desk.in_thread(lambda: _json(catalogue.document(served, number)), "long")
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> dict[str, str]:
     """Whether the server answers; it says nothing of what it serves."""

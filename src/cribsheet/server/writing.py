@@ -60,14 +60,6 @@ class Writing:
             left -= piece.answer is not None
             yield piece
 
-    async def answers(self) -> list[Answer]:
-        """All answers, whole."""
-        found: dict[int, Answer] = {}
-        async for piece in self.pieces():
-            if piece.answer is not None:
-                found[piece.choice] = piece.answer
-        return [found[choice] for choice in sorted(found)]
-
     def stop(self) -> None:
         """Nobody waits any more."""
         self._stopped = True
@@ -80,7 +72,7 @@ class Writing:
         told = 0
         try:
             async for text in stream:
-                logprobs = stream.logprobs[told:]
+                logprobs = stream.logprobs_from(told)
                 told += len(logprobs)
                 self._pieces.put_nowait(Piece(choice, text, logprobs))
         except Exception as error:
@@ -93,4 +85,4 @@ class Writing:
         if answer.finish_reason == "cancelled":
             self._pieces.put_nowait(Refusal(503, "The server is shutting down; ask again later."))
             return
-        self._pieces.put_nowait(Piece(choice, "", stream.logprobs[told:], answer))
+        self._pieces.put_nowait(Piece(choice, "", stream.logprobs_from(told), answer))
