@@ -30,7 +30,9 @@ from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
 from cribsheet.hybrid import SETTINGS, Asking, Retrieval, begin, begin_later
+from cribsheet.known import Known
 from cribsheet.loaded import LoadedModel
+from cribsheet.passages import known_of
 from cribsheet.prefix import Prefix
 from cribsheet.progress import Listener, shown
 from cribsheet.registry import resolve
@@ -96,6 +98,7 @@ class CompressedKnowledgeLLM:
         self._bare: Prefix | None = None
         self._unguided: Prefix | None = None
         self._retrievers: dict[type, tuple[Sheet, Any]] = {}
+        self._known: tuple[Sheet, Known] | None = None
         self._lock, self._indexing, self._closed = threading.Lock(), threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
@@ -197,7 +200,7 @@ class CompressedKnowledgeLLM:
     def _become(self, sheet: Sheet) -> Self:
         """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
         with self._lock:
-            self.sheet, self._prefix, self._unguided, self._retrievers = sheet, None, None, {}
+            self.sheet, self._prefix, self._unguided, self._retrievers, self._known = sheet, None, None, {}, None
         return self
 
     def close(self) -> None:
@@ -206,7 +209,7 @@ class CompressedKnowledgeLLM:
         The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
         """
         with self._lock:
-            self._closed, self._retrievers = True, {}
+            self._closed, self._retrievers, self._known = True, {}, None
             self._prefix = self._bare = self._unguided = None
             streams = list(self._streams)
         for stream in streams:
@@ -374,6 +377,8 @@ class CompressedKnowledgeLLM:
         reading, search = loop or asyncio.get_running_loop(), asked[0].search
         streams = [AsyncAnswerStream(request, toolbox, reading) for request, toolbox, _ in asked]
         if search is not None:
+            if loop:  # it is called from a thread that may be busy for a while; the event loop has few of them
+                search = search.looked_at(self)
             beginning = begin_later(self, streams, search)
             work = asyncio.run_coroutine_threadsafe(beginning, loop) if loop else asyncio.create_task(beginning)
             for stream in streams:
@@ -495,6 +500,15 @@ class CompressedKnowledgeLLM:
     def dense(self) -> DenseRetriever:
         """The same by an embedding model (`dense.py`); its passages are placed on first use."""
         return self._retriever(DenseRetriever)
+
+    @property
+    def known(self) -> Known:
+        """The sheet's texts, to be looked in for what a question quotes; made on first use, once for a sheet."""
+        with self._indexing:
+            sheet, made = self.sheet, self._known
+            if made is None or made[0] is not sheet:
+                made = self._known = sheet, known_of(sheet.texts)
+            return made[1]
 
     def _retriever(self, kind: type[BuiltIn]) -> BuiltIn:
         with self._indexing:  # not the other lock: whoever only asks need not wait for an index
