@@ -45,6 +45,7 @@ from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
 from cribsheet.telling import Told, after_sheet, beside_documents, instead_of_documents
 from cribsheet.template import ChatLayout, Message
+from cribsheet.tokens import LONG
 from cribsheet.tools import Toolbox
 from cribsheet.turns import Question, as_turns
 
@@ -419,6 +420,7 @@ class CompressedKnowledgeLLM:
         """The sheet, what question and answer look at in it and in passages (M, K, p + N), and the question."""
         passages = answer.passages if isinstance(answer, Answer) else ()
         alone = isinstance(answer, Answer) and answer.mode == "retrieval"
+        self._check_long(question, None, 0)
         asked = self._told(question, passages=passages, alone=alone)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
         sheet, prefix = self._placed(() if alone else passages)
@@ -546,15 +548,23 @@ class CompressedKnowledgeLLM:
             for stream in streams:
                 tell(stream.request, error)
 
-    def _check_room(self, tokens: int, before: int | None = None) -> int:
+    def _check_long(self, question: Question, toolbox: Toolbox | None, before: int) -> None:
+        """Refuse what cannot fit behind so many tokens by far, before all of it is read."""
+        turns = as_turns(question, toolbox)
+        if sum(len(str(turn["content"])) for turn in turns) > LONG:
+            text, room = self._layout.question(turns, self._task, self.sheet.resident), self.backbone.window - before
+            if self._layout.encoder.exceeds(text, room):
+                self._check_room(room + 1, before, least="at least ")
+
+    def _check_room(self, tokens: int, before: int, least: str = "") -> int:
         """What a question of so many tokens, after the sheet or what else stands `before` it, leaves of the window.
 
         At least 1, or it is refused.
         """
-        left = self.backbone.window - (self.sheet.length if before is None else before) - tokens
+        left = self.backbone.window - before - tokens
         if left < 1:
             raise WindowError(
-                f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
+                f"The question takes {least}{tokens} tokens, but the model's window of {self.backbone.window} leaves "
                 f"{self.room} for question and answer beside the sheet of {self.sheet.length}; ask a shorter question "
                 "or raise the rate."
             )
@@ -580,8 +590,9 @@ class CompressedKnowledgeLLM:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
-        asked = self._told(question, toolbox, passages, alone=alone)
         prefix = self._nothing() if alone else Prefix((), self.sheet.length - self._guide_after(passages))
+        self._check_long(question, toolbox, prefix.tokens)
+        asked = self._told(question, toolbox, passages, alone=alone)
         left = self._check_room(len(asked.ids), prefix.tokens)
         params = SamplingParams(**given)
         if params.max_tokens > left:
