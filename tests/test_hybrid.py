@@ -8,12 +8,13 @@ import logging
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
-from cribsheet import CompressedKnowledgeLLM, Document, Task, prefill
+from cribsheet import CompressedKnowledgeLLM, Document, Task, hybrid, prefill
 from cribsheet.certainty import judge
 from cribsheet.cli import run
 from cribsheet.cutting import cut
@@ -266,6 +267,30 @@ def test_what_a_chain_s_own_retriever_found_elsewhere_is_not_told_twice_and_the_
     with caplog.at_level(logging.WARNING, "cribsheet"):
         answer = kb.ask(asked, max_tokens=9, retriever=retriever)
     assert answer.passages == (NEWS[1],) and "leave out one of them" in caplog.text
+
+
+def test_what_was_told_is_looked_for_in_the_caller_s_thread_and_in_texts_prepared_once(kb, monkeypatch):
+    threads, look, prepared = [], hybrid.is_told_already, []
+
+    def looking(turns, known):
+        threads.append(threading.current_thread().name)
+        prepared.append(known)
+        return look(turns, known)
+
+    monkeypatch.setattr(hybrid, "is_told_already", looking)
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "desk") as desk:  # as the server's lanes
+            begun = desk.submit(lambda: kb.astream_many(QUESTION, 2, loop=loop, mode="hybrid", max_tokens=2))
+            for stream in await asyncio.wrap_future(begun):
+                async for _ in stream:
+                    pass
+
+    asyncio.run(ask())
+    assert threads == ["desk_0"]
+    kb.ask(QUESTION, mode="auto", max_tokens=2)
+    assert prepared[0] is prepared[1] is kb.known
 
 
 def test_streamed_equals_whole_and_async_equals_sync(kb):

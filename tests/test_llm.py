@@ -20,6 +20,7 @@ from cribsheet.backbone import Backbone
 from cribsheet.errors import CribsheetError, EngineError, ModelError, RequestError
 from cribsheet.loaded import LoadedModel
 from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone
+from cribsheet.tokens import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,23 @@ def test_a_question_longer_than_the_window_left_is_refused_with_all_its_numbers(
         f"The question takes {asked} tokens, but the model's window of 4096 leaves {kb.room} for question and answer "
         f"beside the sheet of {kb.sheet.length}; ask a shorter question or raise the rate."
     )
+
+
+@pytest.mark.parametrize("word", ["Where? ", "a", "\n", "日本", "🎻 "])
+def test_what_cannot_fit_by_far_is_refused_after_little_of_it_is_in_tokens(kb, monkeypatch, word):
+    read, encode = [], Encoder._encode
+
+    def counting(self, text):
+        read.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Encoder, "_encode", counting)
+    with pytest.raises(RequestError, match=f"takes at least {kb.room + 1} tokens, but the model's window of 4096"):
+        kb.ask(f"Where?{word * 500_000}?")
+    assert sum(read) < 200_000
+    with pytest.raises(RequestError, match="takes at least"):
+        kb.sources(f"Where?{word * 500_000}?", "Rome.")
+    assert kb.count_tokens("Where? " * 20_000) > 20_000
 
 
 @pytest.mark.parametrize(

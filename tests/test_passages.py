@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cribsheet import passages
-from cribsheet.passages import GAP, HEADING, choose, is_told_already, query_of, with_passages
+from cribsheet.known import Known
+from cribsheet.passages import GAP, HEADING, choose, is_told_already, known_of, query_of, with_passages
 from cribsheet.retrieval import Passage
 from cribsheet.testing import tiny_tokenizer
 from cribsheet.tokens import Encoder
@@ -79,19 +80,23 @@ def test_top_k_bounds_how_many_are_told():
     assert len(chosen(*(Passage(f"Number {n}.") for n in range(9)), top_k=3)) == 3
 
 
+def holds(turns, texts):
+    return is_told_already(turns, known_of(texts))
+
+
 def test_a_question_that_holds_passages_is_recognised():
     document = (
         "Name: Bob\nBob Smith lives in Oslo and has lived there ever since he left the village in which he was born."
     )
     asked = {"role": "user", "content": "Where does Bob live?"}
     context = {"role": "system", "content": f"Use this context: {document.splitlines()[1]} That is all."}
-    assert is_told_already([context, asked], ["other", document])
-    assert is_told_already([{"role": "user", "content": f"{document}\n\nWhere?"}], [document])
-    assert not is_told_already([{"role": "user", "content": f"Tell me. {document[20:75]}, where?"}], [document])
-    assert is_told_already([{"role": "user", "content": f"{HEADING}\n\nx\n\nWhere?"}], [])
-    assert not is_told_already([asked], [document, ""])
-    assert not is_told_already([{"role": "user", "content": f"Is it true that {document[10:50]}?"}], [document])
-    assert not is_told_already([context, {"role": "assistant", "content": "?"}, asked], ["Another text. " * 50])
+    assert holds([context, asked], ["other", document])
+    assert holds([{"role": "user", "content": f"{document}\n\nWhere?"}], [document])
+    assert not holds([{"role": "user", "content": f"Tell me. {document[20:75]}, where?"}], [document])
+    assert holds([{"role": "user", "content": f"{HEADING}\n\nx\n\nWhere?"}], [])
+    assert not holds([asked], [document, ""])
+    assert not holds([{"role": "user", "content": f"Is it true that {document[10:50]}?"}], [document])
+    assert not holds([context, {"role": "assistant", "content": "?"}, asked], ["Another text. " * 50])
 
 
 TITLE = "A History of the Long and Winding Road from the Old Mill to the Harbour of Whitby, Told by Those Who Walked It"
@@ -133,9 +138,9 @@ QUOTING = {
 
 @pytest.mark.parametrize("question", QUOTING.values(), ids=QUOTING)
 def test_a_question_that_quotes_a_document_holds_no_passages(question):
-    assert not is_told_already([{"role": "user", "content": question}], CORPUS)
+    assert not holds([{"role": "user", "content": question}], CORPUS)
     told = {"role": "system", "content": f"You know all about {TITLE[:60]}. Answer shortly."}
-    assert not is_told_already([told, {"role": "user", "content": question}], CORPUS)
+    assert not holds([told, {"role": "user", "content": question}], CORPUS)
 
 
 TEMPLATES = {
@@ -169,16 +174,16 @@ def test_prompts_of_chains_hold_passages(template, context):
     among_others = template in (TEMPLATES["LangChain, hub"], TEMPLATES["Haystack"])
     if among_others and context in (CONTEXTS["a record"], CONTEXTS["short documents"]):
         return  # among lines of the prompt's own they cannot be told from answers to choose from
-    assert is_told_already([{"role": "user", "content": asked}], CORPUS)
-    assert not is_told_already([{"role": "user", "content": asked}], ["The parrot speaks Greek. " * 50])
+    assert holds([{"role": "user", "content": asked}], CORPUS)
+    assert not holds([{"role": "user", "content": asked}], ["The parrot speaks Greek. " * 50])
     system = template.format(context=context, question="").strip()
-    assert is_told_already([{"role": "system", "content": system}, *QUESTION], CORPUS)
+    assert holds([{"role": "system", "content": system}, *QUESTION], CORPUS)
 
 
 def test_documents_that_a_chain_writes_as_python_does_are_passages_too():
     shown = f"[Document(metadata={{'source': 'a.txt'}}, page_content={SONG!r})]\n\nWho wrote it?"
-    assert is_told_already([{"role": "user", "content": shown}], [" ".join(SONG.split())])
-    assert is_told_already([{"role": "user", "content": shown}], [SONG])
+    assert holds([{"role": "user", "content": shown}], [" ".join(SONG.split())])
+    assert holds([{"role": "user", "content": shown}], [SONG])
 
 
 class Searched(str):
@@ -202,17 +207,47 @@ def test_a_long_prompt_is_looked_for_in_the_documents_so_often_and_no_more(kind,
     asked = "Who?" if kind == "systems" else (" " if kind == "a line" else "\n").join(words) + "\nWho?"
     turns = [*(systems if kind == "systems" else []), {"role": "user", "content": asked}]
     monkeypatch.setattr(passages, "_flat", lambda text: Searched(" ".join(text.split())))
-    monkeypatch.setattr(passages, "_known", lambda texts: Searched("\n".join(["", *texts, ""])))
+    known = Searched("\n".join(["", BOB, ANA, ""]))
+    known.text = known
     Searched.times = 0
-    assert not is_told_already(turns, [BOB, ANA])
+    assert not is_told_already(turns, known)
     assert 0 < Searched.times <= 1010  # lines and stretches, 500 each, none twice
+
+
+@pytest.mark.parametrize("length", [3, 8, 200, 2000])
+def test_documents_are_searched_only_for_what_is_probably_in_them(length):
+    words = [f"z{n:x}q " * length for n in range(16, 1500)]
+    known = known_of([" ".join(f"word{n % 97} {n}" for n in range(50_000)), MILL])
+    known.text = Searched(known.text)
+    Searched.times = 0
+    prompt = "\n".join(each[:length] for each in words) + "\nWho?"
+    assert not is_told_already([{"role": "user", "content": prompt}], known)
+    assert Searched.times <= 20  # each of 500 lines, and stretches of all, before
+    assert is_told_already([{"role": "user", "content": f"{MILL}\n\nWho?"}], known) and Searched.times > 0
+
+
+def test_notes_of_a_text_never_know_too_little():
+    text = f"{SONG} Ωmega – 日本語の文 \ud800 {MILL} 🎻 " * 9
+    known = Known(text)
+    for start in range(0, len(text) // 9, 7):
+        for length in (0, 1, 2, 3, 5, 11, 12, 13, 90, 5000):
+            part = text[start : start + length]
+            assert part in known and known.find(part) == text.find(part)
+    for part in ("qz", "qzxj", "The mill was built in 1821", "\n\n\n", "日本語は"):
+        assert part not in known and known.find(part) == -1
+    assert "" in Known("") and "x" not in Known("") and "a word of twelve" not in Known("a")
+
+
+def test_notes_of_a_large_text_are_bounded():
+    large = Known("".join(f"word {n} " for n in range(400_000)))
+    assert sum(each.nbytes for each in large._notes.values()) <= 12 << 20 and "word 399999" in large
 
 
 def test_system_texts_of_a_long_conversation_hold_passages_when_the_latest_does():
     older = [{"role": "system", "content": f"Rule {n}: be kind."} for n in range(1000)]
     told = {"role": "system", "content": f"Context:\n{BOB}\n{ANA}\n"}
-    assert is_told_already([*older, told, *QUESTION], [BOB + " " + ANA])
-    assert not is_told_already([*older, *QUESTION], [BOB + " " + ANA])
+    assert holds([*older, told, *QUESTION], [BOB + " " + ANA])
+    assert not holds([*older, *QUESTION], [BOB + " " + ANA])
 
 
 class Cut(str):

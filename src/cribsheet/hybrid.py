@@ -112,11 +112,24 @@ class Retrieval:
 
 
 class Asking(NamedTuple):
-    """A question that passages help with: what is asked, how, and the settings of its answer."""
+    """A question that passages help with: what is asked, how, and the settings of its answer.
+
+    `is_told` says whether it holds passages already, once somebody has looked.
+    """
 
     question: Question
     retrieval: Retrieval
     sampling: Mapping[str, Any]
+    is_told: bool | None = None
+
+    def looked_at(self, llm: CompressedKnowledgeLLM) -> Asking:
+        """The same with `is_told`, as looked for in this thread; warns if it is."""
+        if self.is_told is not None:
+            return self
+        is_told = is_told_already(as_turns(self.question), llm.known)
+        if is_told:
+            logger.warning("the question holds passages already, so nothing is retrieved again: %s", _BOTH)
+        return self._replace(is_told=is_told)
 
 
 def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
@@ -124,7 +137,7 @@ def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking
     turns, retrieval = as_turns(asking.question), asking.retrieval
     draft: AnswerStream | None = None
     judged: Judged | None = None
-    if _is_retrieved(llm, turns):
+    if asking.looked_at(llm).is_told:  # the caller's chain has a retriever of its own; nothing is fetched twice
         return llm._submit(*streams)
     if retrieval.mode == "auto":
         draft = AnswerStream(_draft(llm, streams[0], asking))
@@ -144,7 +157,9 @@ async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], as
     judged: Judged | None = None
     try:
         turns = as_turns(asking.question)
-        if await asyncio.to_thread(_is_retrieved, llm, turns):
+        if asking.is_told is None:
+            asking = await asyncio.to_thread(asking.looked_at, llm)
+        if asking.is_told:
             return await asyncio.to_thread(llm._submit, *streams)
         if retrieval.mode == "auto":
             made = await asyncio.to_thread(_draft, llm, streams[0], asking)
@@ -180,14 +195,6 @@ def _judge(
     for stream in streams:
         stream.certainty = certainty
     return None if retrieval.takes(certainty) else judged
-
-
-def _is_retrieved(llm: CompressedKnowledgeLLM, turns: Sequence[Message]) -> bool:
-    """Whether the caller's chain has a retriever of its own; then nothing is fetched twice."""
-    told = is_told_already(turns, llm.sheet.texts)
-    if told:
-        logger.warning("the question holds passages already, so nothing is retrieved again: %s", _BOTH)
-    return told
 
 
 def _draft(llm: CompressedKnowledgeLLM, stream: Stream, asking: Asking) -> Request:

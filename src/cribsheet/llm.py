@@ -30,7 +30,9 @@ from cribsheet.grammar import Constraint, Grammar
 from cribsheet.grammar_tokens import GrammarTokens
 from cribsheet.handover import integration
 from cribsheet.hybrid import SETTINGS, Asking, Retrieval, begin, begin_later
+from cribsheet.known import Known
 from cribsheet.loaded import LoadedModel
+from cribsheet.passages import known_of
 from cribsheet.prefix import Prefix
 from cribsheet.progress import Listener, shown
 from cribsheet.registry import resolve
@@ -43,6 +45,7 @@ from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.task import Task
 from cribsheet.telling import Told, after_sheet, beside_documents, instead_of_documents
 from cribsheet.template import ChatLayout, Message
+from cribsheet.tokens import LONG
 from cribsheet.tools import Toolbox
 from cribsheet.turns import Question, as_turns
 
@@ -96,6 +99,7 @@ class CompressedKnowledgeLLM:
         self._bare: Prefix | None = None
         self._unguided: Prefix | None = None
         self._retrievers: dict[type, tuple[Sheet, Any]] = {}
+        self._known: tuple[Sheet, Known] | None = None
         self._lock, self._indexing, self._closed = threading.Lock(), threading.Lock(), False
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         made = sheet.manifest
@@ -197,7 +201,7 @@ class CompressedKnowledgeLLM:
     def _become(self, sheet: Sheet) -> Self:
         """Answer from another sheet of the same terms from now on; answers that are running end on the old one."""
         with self._lock:
-            self.sheet, self._prefix, self._unguided, self._retrievers = sheet, None, None, {}
+            self.sheet, self._prefix, self._unguided, self._retrievers, self._known = sheet, None, None, {}, None
         return self
 
     def close(self) -> None:
@@ -206,7 +210,7 @@ class CompressedKnowledgeLLM:
         The model's engine ends with the last open sheet on it. Questions asked afterwards raise `EngineError`.
         """
         with self._lock:
-            self._closed, self._retrievers = True, {}
+            self._closed, self._retrievers, self._known = True, {}, None
             self._prefix = self._bare = self._unguided = None
             streams = list(self._streams)
         for stream in streams:
@@ -374,6 +378,8 @@ class CompressedKnowledgeLLM:
         reading, search = loop or asyncio.get_running_loop(), asked[0].search
         streams = [AsyncAnswerStream(request, toolbox, reading) for request, toolbox, _ in asked]
         if search is not None:
+            if loop:  # it is called from a thread that may be busy for a while; the event loop has few of them
+                search = search.looked_at(self)
             beginning = begin_later(self, streams, search)
             work = asyncio.run_coroutine_threadsafe(beginning, loop) if loop else asyncio.create_task(beginning)
             for stream in streams:
@@ -414,6 +420,7 @@ class CompressedKnowledgeLLM:
         """The sheet, what question and answer look at in it and in passages (M, K, p + N), and the question."""
         passages = answer.passages if isinstance(answer, Answer) else ()
         alone = isinstance(answer, Answer) and answer.mode == "retrieval"
+        self._check_long(question, None, 0)
         asked = self._told(question, passages=passages, alone=alone)
         answered = self._layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
         sheet, prefix = self._placed(() if alone else passages)
@@ -496,6 +503,15 @@ class CompressedKnowledgeLLM:
         """The same by an embedding model (`dense.py`); its passages are placed on first use."""
         return self._retriever(DenseRetriever)
 
+    @property
+    def known(self) -> Known:
+        """The sheet's texts, to be looked in for what a question quotes; made on first use, once for a sheet."""
+        with self._indexing:
+            sheet, made = self.sheet, self._known
+            if made is None or made[0] is not sheet:
+                made = self._known = sheet, known_of(sheet.texts)
+            return made[1]
+
     def _retriever(self, kind: type[BuiltIn]) -> BuiltIn:
         with self._indexing:  # not the other lock: whoever only asks need not wait for an index
             sheet, known = self.sheet, self._retrievers
@@ -532,15 +548,23 @@ class CompressedKnowledgeLLM:
             for stream in streams:
                 tell(stream.request, error)
 
-    def _check_room(self, tokens: int, before: int | None = None) -> int:
+    def _check_long(self, question: Question, toolbox: Toolbox | None, before: int) -> None:
+        """Refuse what cannot fit behind so many tokens by far, before all of it is read."""
+        turns = as_turns(question, toolbox)
+        if sum(len(str(turn["content"])) for turn in turns) > LONG:
+            text, room = self._layout.question(turns, self._task, self.sheet.resident), self.backbone.window - before
+            if self._layout.encoder.exceeds(text, room):
+                self._check_room(room + 1, before, least="at least ")
+
+    def _check_room(self, tokens: int, before: int, least: str = "") -> int:
         """What a question of so many tokens, after the sheet or what else stands `before` it, leaves of the window.
 
         At least 1, or it is refused.
         """
-        left = self.backbone.window - (self.sheet.length if before is None else before) - tokens
+        left = self.backbone.window - before - tokens
         if left < 1:
             raise WindowError(
-                f"The question takes {tokens} tokens, but the model's window of {self.backbone.window} leaves "
+                f"The question takes {least}{tokens} tokens, but the model's window of {self.backbone.window} leaves "
                 f"{self.room} for question and answer beside the sheet of {self.sheet.length}; ask a shorter question "
                 "or raise the rate."
             )
@@ -566,8 +590,9 @@ class CompressedKnowledgeLLM:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
             raise RequestError(f"timeout is {timeout!r}; give seconds above 0, or none.")
         given = {name: value for name, value in with_form(sampling, toolbox).items() if value is not None}
-        asked = self._told(question, toolbox, passages, alone=alone)
         prefix = self._nothing() if alone else Prefix((), self.sheet.length - self._guide_after(passages))
+        self._check_long(question, toolbox, prefix.tokens)
+        asked = self._told(question, toolbox, passages, alone=alone)
         left = self._check_room(len(asked.ids), prefix.tokens)
         params = SamplingParams(**given)
         if params.max_tokens > left:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from cribsheet.known import Known
 from cribsheet.retrieval import Passage
 from cribsheet.template import Message
 from cribsheet.tokens import Encoder
@@ -72,8 +73,13 @@ def choose(
     return _in_order(chosen, order)
 
 
-def is_told_already(turns: Sequence[Message], texts: Sequence[str]) -> bool:
-    """Whether a chain has put passages into the prompt: under our heading, or stretches of the documents' `texts`.
+def known_of(texts: Sequence[str]) -> Known:
+    """Texts of documents to be looked in, a line each; takes some 0.05 s for each megabyte, so make it once."""
+    return Known("\n".join(["", *map(_flat, texts), ""]))
+
+
+def is_told_already(turns: Sequence[Message], known: Known) -> bool:
+    """Whether a chain has put passages into the prompt: under our heading, or stretches of documents that are `known`.
 
     A question may quote a document, and still nothing was retrieved for it. So passages are what stands apart, in
     lines of its own that are sentences and no title, before the last line, which asks; or more than anybody quotes.
@@ -85,7 +91,6 @@ def is_told_already(turns: Sequence[Message], texts: Sequence[str]) -> bool:
     systems = ["\n\n".join(reversed(others))] if others else []  # the latest first, for not all may be looked for
     if len(asked) < _APART // 2 and not systems:
         return False
-    known = _known(texts)
     if any(_tells(each, known, _SYSTEM_APART) or _quotes(each, known, _SYSTEM_QUOTED) for each in systems):
         return True
     if _flat(asked) in known:  # such as a question that stands in a list of questions
@@ -110,7 +115,7 @@ def _asked(turns: Sequence[Message]) -> list[str]:
     return [text.replace("\\n", "\n") for text in texts]
 
 
-def _tells(prompt: str, known: str, least: int) -> bool:
+def _tells(prompt: str, known: Known, least: int) -> bool:
     """Whether at least so many characters of a prompt stand apart and are known: from texts, one flat text a line.
 
     A whole document counts twice: nobody quotes all of one.
@@ -119,7 +124,7 @@ def _tells(prompt: str, known: str, least: int) -> bool:
     return sum(_told(paragraph, known, least) for paragraph in _PARAGRAPH.split(first)) >= least
 
 
-def _told(paragraph: str, known: str, least: int) -> int:
+def _told(paragraph: str, known: Known, least: int) -> int:
     """Characters of known lines; of long stretches only where other lines stand among them, as among answers."""
     stretches: list[list[str]] = []
     others = False
@@ -136,20 +141,20 @@ def _told(paragraph: str, known: str, least: int) -> int:
     return sum(len(each) * (2 if f"\n{each}\n" in known else 1) for each in long)
 
 
-def _piece(line: str, known: str) -> str | None:
+def _piece(line: str, known: Known | str) -> str | None:
     """What of a line is known: all, or all but a label, which is nothing of a line that is a label only; or none."""
     flat = _flat(line)
     return next((piece for piece in dict.fromkeys((flat, _LABEL.sub("", flat))) if piece in known), None)
 
 
-def _quotes(prompt: str, known: str, least: int) -> bool:
+def _quotes(prompt: str, known: Known, least: int) -> bool:
     """Whether so many characters of a prompt in a row are known; found by a part, then grown."""
     asked, part = _flat(prompt), least // 2
     for at in range(0, min(len(asked) - part + 1, _LINES * part), part):
         found = known.find(asked[at : at + part])
         if found >= 0:
-            before = _alike(asked[max(0, at - least) : at][::-1], known[max(0, found - least) : found][::-1])
-            after = _alike(asked[at : at + least], known[found : found + least])
+            before = _alike(asked[max(0, at - least) : at][::-1], known.text[max(0, found - least) : found][::-1])
+            after = _alike(asked[at : at + least], known.text[found : found + least])
             if before + after >= least:
                 return True
     return False
@@ -218,11 +223,6 @@ def _in_order(passages: list[Passage], order: Sequence[str]) -> list[Passage]:
     if any(each.start is None or each.document_id not in numbers for each in passages):
         return passages
     return sorted(passages, key=lambda each: (numbers[each.document_id], each.start or 0))
-
-
-def _known(texts: Sequence[str]) -> str:
-    """Texts to be looked in, a line each."""
-    return "\n".join(["", *map(_flat, texts), ""])
 
 
 def _flat(text: str) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 _GAP = "\n\n"
 _PIECE, _CONTEXT = 1 << 15, 64  # characters encoded at once, and encoded again before them
+LONG = 2 * _PIECE  # characters of a text that is not encoded whole before it is known that it may fit
+_ENDS = 16  # tokens of a stretch that may be others than those of the whole
 _WORD_BREAK = re.compile(r"(?<=\w) (?=\w)")
 # Lookalikes of the same length, so that character spans stay true.
 _LOOKALIKE = str.maketrans({"<": "‹", "[": "［", "{": "｛", "|": "¦", "▁": "_"})
@@ -65,6 +67,21 @@ class Encoder:
     def count(self, texts: Iterable[str]) -> int:
         """Number of tokens of the texts, each alone."""
         return sum(len(self._encode(text)[0]) for text in texts)
+
+    def exceeds(self, text: str, tokens: int) -> bool:
+        """Whether a long text surely takes more than twice so many tokens; only as much of it is read as shows that.
+
+        It is read in stretches, which may tokenize otherwise at their ends than the whole does: hence twice, and a few
+        tokens of each stretch do not count. A text of few stretches is better encoded: False.
+        """
+        if len(text) <= LONG:
+            return False
+        taken = 0
+        for start in range(0, len(text), _PIECE):
+            taken += max(0, self.count([text[start : start + _PIECE]]) - _ENDS)
+            if taken > 2 * tokens:
+                return True
+        return False
 
     def first(self, text: str, tokens: int) -> str:
         """The longest beginning of a text, in whole words, that takes at most so many tokens alone."""

@@ -59,6 +59,18 @@ def test_evidence_is_on_or_off_and_nothing_is_added_unasked(live):
     assert not any(each["retrieved"] for each in choice["cribsheet"]["sources"])
 
 
+def test_more_sources_than_answers_carry_are_bounded_for_all_answers_together(live):
+    for path, fields in (
+        ("/v1/chat/completions", {**ASK, "n": 16}),
+        ("/v1/completions", {"prompt": ["Who?"] * 8, "n": 2, "max_tokens": 2}),
+    ):
+        reply = live.post(path, model="noise", cribsheet={"sources": 4}, **fields)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "cribsheet.sources"
+        assert "4 sources of each of 16 answers are 64, but at most 60" in reply.json()["error"]["message"]
+    assert len(choices(live, cribsheet={"sources": 4}, n=2)) == 2
+    assert len(choices(live, cribsheet={"sources": 3}, n=16)) == 16
+
+
 def test_a_sheet_without_texts_has_nothing_to_search(live):
     reply = live.post(**ASK, model="bare", cribsheet={"mode": "hybrid"})
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "cribsheet.mode"

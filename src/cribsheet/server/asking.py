@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cribsheet.evidence import LIMIT
 from cribsheet.grammar import Grammar
 from cribsheet.hybrid import Retrieval
 from cribsheet.llm import CompressedKnowledgeLLM
@@ -25,6 +26,9 @@ from cribsheet.server.settings import ServerSettings
 from cribsheet.tools import Toolbox, closed
 from cribsheet.turns import Question, as_turns
 
+_READ_AGAIN = (
+    60  # sources of all answers to a request, where they are more than answers carry: each answer is read again
+)
 _SAME = ("frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p", "seed", "stop")
 
 
@@ -105,6 +109,7 @@ def _settings(
     settings: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     settings["max_tokens"] = max_tokens or limits.max_tokens
     settings["timeout"] = limits.answer_seconds
+    _check_sources(body)
     settings |= _extended(body.extension, kb, limits.retriever)
     if body.logit_bias:
         size = kb.backbone.config.vocab_size
@@ -113,6 +118,19 @@ def _settings(
             raise Refusal(400, f"logit_bias names token {beyond[0]}; use ids from 0 to {size - 1}.", param="logit_bias")
         settings["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     return settings
+
+
+def _check_sources(body: Asked) -> None:
+    """Refuse more sources for more answers than are read again in short, one after the other for all callers."""
+    sources = body.extension.sources or 0
+    answers = body.choices * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
+    if sources > LIMIT and answers * sources > _READ_AGAIN:
+        raise Refusal(
+            400,
+            f"{sources} sources of each of {answers} answers are {answers * sources}, but at most {_READ_AGAIN} in all "
+            f"are found by reading again; ask for fewer answers, or for up to {LIMIT} sources, which any answer has.",
+            param="cribsheet.sources",
+        )
 
 
 def _extended(extension: Extension, kb: CompressedKnowledgeLLM, retriever: str) -> dict[str, Any]:
