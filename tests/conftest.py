@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,9 +18,23 @@ from support import SupportTable
 
 from cribsheet import compress, progress
 from cribsheet.backbone import FAMILIES, Backbone
+from cribsheet.cli import run
 from cribsheet.testing import tiny_backbone
 
 torch.set_num_threads(1)
+
+
+class Result(NamedTuple):
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """stdout as JSON, which it must be as a whole."""
+        return json.loads(self.out)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,3 +68,22 @@ def tiny() -> Backbone:
 def family(request: pytest.FixtureRequest) -> Backbone:
     """A tiny model of each supported family."""
     return tiny_backbone(request.param)
+
+
+@pytest.fixture
+def an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder in which a test works."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command line in this process: exit code and what it wrote to the two streams."""
+
+    def call(*arguments: object, stdin: str = "") -> Result:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        return Result(code, *capfd.readouterr())
+
+    return call

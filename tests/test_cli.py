@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -27,18 +26,6 @@ from cribsheet.sheet import Manifest
 from cribsheet.testing import save_tiny_model
 
 SRC = Path(__file__).parents[1] / "src"
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def data(self):
-        """stdout as JSON, which it must be as a whole."""
-        return json.loads(self.out)
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +49,6 @@ def sheet(model, staff, tmp_path_factory):
 
 
 RATE = ["--rate", "2"]
-
-
-@pytest.fixture
-def cli(capfd, monkeypatch):
-    """Run a command line in this process: exit code and what it wrote to the two streams."""
-
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        capfd.readouterr()
-        code = run([str(argument) for argument in arguments])
-        return Result(code, *capfd.readouterr())
-
-    return call
 
 
 def start(*arguments, **options):

@@ -15,10 +15,7 @@ import pytest
 from cribsheet.documents import Document, read_documents
 from cribsheet.errors import DocumentError
 
-
-@pytest.fixture(autouse=True)
-def _work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 def write(**files: str) -> None:

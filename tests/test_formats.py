@@ -9,24 +9,12 @@ from pathlib import Path
 
 import pytest
 from pypdf import PdfReader, PdfWriter
+from reading import read, text_of
 
-from cribsheet.documents import Document, read_documents
+from cribsheet.documents import read_documents
 from cribsheet.errors import DocumentError
 
-
-@pytest.fixture(autouse=True)
-def _work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def read(name: str, content: str | bytes) -> list[Document]:
-    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_documents(Path(name))
-
-
-def text_of(name: str, content: str | bytes) -> str:
-    [document] = read(name, content)
-    return document.text
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 def refused(name: str, content: str | bytes, *parts: str) -> None:

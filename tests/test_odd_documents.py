@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from reading import read, text_of
 
 from cribsheet.documents import Document, read_documents
 from cribsheet.errors import DocumentError
@@ -21,19 +22,7 @@ from cribsheet.errors import DocumentError
 SEED = 20261129
 
 
-@pytest.fixture(autouse=True)
-def _work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def read(name: str, content: str | bytes) -> list[Document]:
-    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_documents(Path(name))
-
-
-def text_of(name: str, content: str | bytes) -> str:
-    [document] = read(name, content)
-    return document.text
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 def refusal(name: str, content: str | bytes) -> str:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.bench.report import print_table
-from cribsheet.cli import run
 from cribsheet.server.logs import JsonLines
 from cribsheet.terminal import in_line, json_text, plain
 from cribsheet.testing import save_tiny_model
@@ -49,17 +48,6 @@ def sheet(model, tmp_path_factory):
     options = {"model": model, "rate": 1.5, "mode": "independent", "scorer": "task"}
     with CompressedKnowledgeLLM.build(documents, task, **options) as kb:
         return kb.save(tmp_path_factory.mktemp("sheet") / "a.sheet")
-
-
-@pytest.fixture
-def cli(capfd, monkeypatch):
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        capfd.readouterr()
-        code = run([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def test_texts_are_shown_without_commands():
