@@ -7,7 +7,8 @@ OLDEST := .venv-oldest
 PEERS := .venv-peers
 CORPORA ?= build/real-corpora
 FAST := -m "not slow and not reliability"
-CORE := attention backbone batch compress engine grammar llm prefix rope testing truths
+CORE := attention/test_attention attention/test_batch attention/test_prefix attention/test_rope compress/test_compress \
+	engine/test_engine model/test_backbone structured/test_grammar test_llm test_testing test_truths
 
 .PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers real connectivity certainty \
 	memory throughput speed speed-gpu step-gpu living evidence routing pocket clean
@@ -38,7 +39,7 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that is supported, in an environment of its own
-	PYTHONPATH=src $(OLDEST)/bin/python -m pytest $(FAST) $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest $(FAST) $(addprefix tests/,$(addsuffix .py,$(CORE)))
 
 .venv-kernels/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-kernels
@@ -47,7 +48,7 @@ oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that 
 	touch $@
 
 kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy
-	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/test_kernels.py tests/test_lean.py
+	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels tests/model/test_lean.py
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
@@ -67,42 +68,42 @@ peers: $(READY) $(PEERS)/.ready  ## the same with the presses of kvpress, in an 
 	$(RUN)/cribsheet bench quality --peers $(PEERS)/bin/python --json docs/benchmarks/quality.json
 
 real: $(READY)  ## real models: make real MODEL=Qwen/Qwen2.5-0.5B-Instruct DATA=data-sets [CORPORA=folder] [OPTIONS="--only xquad/4000 --cases 1"]
-	test -d $(CORPORA) || $(RUN)/python -m cribsheet.bench.real_sets $(DATA) $(CORPORA)
+	test -d $(CORPORA) || $(RUN)/python -m cribsheet_bench.real.sets $(DATA) $(CORPORA)
 	$(RUN)/cribsheet bench real $(CORPORA) $(addprefix --model ,$(MODEL)) --json docs/benchmarks/real.json \
 		$(addprefix --peers ,$(wildcard $(PEERS)/bin/python)) $(OPTIONS)
 
 connectivity: $(READY)  ## direct and join questions by connectivity, at equal budgets, with the figure (35 minutes on a free core)
-	$(RUN)/python -m cribsheet.bench.connectivity --json docs/benchmarks/connectivity.json
+	$(RUN)/python -m cribsheet_bench.connectivity --json docs/benchmarks/connectivity.json
 
 certainty: $(READY)  ## what auto can know, and what its choices are worth (ten minutes)
-	$(RUN)/python -m cribsheet.bench.certainty --json docs/benchmarks/certainty.json
+	$(RUN)/python -m cribsheet_bench.certainty --json docs/benchmarks/certainty.json
 
 memory: $(READY)  ## peak memory of a build against the length of the corpus
-	$(RUN)/python -m cribsheet.bench.memory
+	$(RUN)/python -m cribsheet_bench.memory
 
 throughput: $(READY)  ## many questions at once against stock generate
-	$(RUN)/python -m cribsheet.bench.throughput
+	$(RUN)/python -m cribsheet_bench.throughput
 
 speed: $(READY)  ## building and answering against their peers, on a CPU (half an hour)
 	$(RUN)/cribsheet bench speed --json docs/benchmarks/speed.json --page docs/benchmarks/speed.md
 
 speed-gpu:  ## the same on one large GPU, with the python that has torch there (five minutes)
-	PYTHONPATH=src $(PYTHON) -m cribsheet.bench.speed --device cuda --shape 8b --seconds 270 --json speed-gpu.json
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.speed --device cuda --shape 8b --seconds 270 --json speed-gpu.json
 
 step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
-	PYTHONPATH=src $(PYTHON) -m cribsheet.bench.step --json step-gpu.json
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.step --json step-gpu.json
 
 living: $(READY)  ## what changing one of a hundred documents costs, and what independent sheets lose (half an hour)
-	$(RUN)/python -m cribsheet.bench.living --json docs/benchmarks/living.json
+	$(RUN)/python -m cribsheet_bench.living --json docs/benchmarks/living.json
 
 evidence: $(READY)  ## whether an answer's sources are the documents that hold it, against BM25 (half an hour)
-	$(RUN)/python -m cribsheet.bench.evidence --json docs/benchmarks/evidence.json
+	$(RUN)/python -m cribsheet_bench.evidence --json docs/benchmarks/evidence.json
 
 routing: $(READY)  ## whether questions find their sheet, and what two sheets behind one question lose
-	$(RUN)/python -m cribsheet.bench.routing
+	$(RUN)/python -m cribsheet_bench.routing
 
 pocket: $(READY)  ## train the pocket model again: make pocket WIKI=wiki.txt.xz (a GPU, or patience)
-	$(RUN)/python -m cribsheet_pocket.train --wiki $(WIKI) --out pocket-run --resume
+	$(RUN)/python -m cribsheet_pocket_training.train --wiki $(WIKI) --out pocket-run --resume
 	$(RUN)/python -m cribsheet_pocket.quantize pocket-run/weights
 
 slow: $(READY)  ## the long proofs

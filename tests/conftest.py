@@ -16,9 +16,10 @@ import torch
 from no_network import no_network  # noqa: F401
 from support import SupportTable
 
-from cribsheet import compress, progress
-from cribsheet.backbone import FAMILIES, Backbone
 from cribsheet.cli import run
+from cribsheet.compress import loop as compress
+from cribsheet.compress import progress
+from cribsheet.model.backbone import FAMILIES, Backbone
 from cribsheet.testing import tiny_backbone
 
 torch.set_num_threads(1)

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from cribsheet.documents import Document
-from cribsheet.task import Task
+from cribsheet.corpus.documents import Document
+from cribsheet.corpus.task import Task
 
 DOCUMENTS = [
     Document(text="Alice Moreno lives in Lisbon. She owns a dog, and on Sundays she repairs clocks.", id="alice"),

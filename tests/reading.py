@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cribsheet.documents import Document, read_documents
+from cribsheet.corpus.documents import Document, read_documents
 
 
 def read(name: str, content: str | bytes) -> list[Document]:

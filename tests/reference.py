@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cribsheet.backbone import Backbone
+from cribsheet.model.backbone import Backbone
 
 
 @torch.no_grad()

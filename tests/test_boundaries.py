@@ -67,7 +67,7 @@ def test_only_one_file_reaches_into_the_insides_of_transformers():
 def test_the_core_does_not_import_what_stands_on_it():
     upper = {
         "cribsheet.cli",
-        "cribsheet.bench",
+        "cribsheet_bench",
         "cribsheet.server",
         "cribsheet.demo",
         "cribsheet.testing",

@@ -11,12 +11,12 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_logits, stock_cache
 
 from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
+from cribsheet.attention.prefix import prefix_cache
 from cribsheet.build import Budgets
-from cribsheet.documents import Document
+from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError
-from cribsheet.prefix import prefix_cache
-from cribsheet.sheet import Manifest
-from cribsheet.template import ChatLayout
+from cribsheet.prompt.template import ChatLayout
+from cribsheet.sheet.manifest import Manifest
 from cribsheet.testing import tiny_backbone
 
 

@@ -16,11 +16,11 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_answer
 
 from cribsheet import Answer, CompressedKnowledgeLLM
-from cribsheet.backbone import Backbone
+from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import CribsheetError, EngineError, ModelError, RequestError
-from cribsheet.loaded import LoadedModel
+from cribsheet.model.backbone import Backbone
+from cribsheet.prompt.encoder import Encoder
 from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone
-from cribsheet.tokens import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +502,7 @@ def test_a_float32_sheet_on_the_cpu_is_used_where_it_lies(kb):
 
 
 def test_a_model_is_loaded_once_however_its_options_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("cribsheet.backbone._best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("cribsheet.model.backbone._best_device", lambda: torch.device("cpu"))
     folder = save_tiny_model(tmp_path / "model")
     first = LoadedModel.get(folder)
     assert LoadedModel.get(folder, device="cpu") is LoadedModel.get(folder, dtype="float32") is first

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from cribsheet.corpus.task import Task
 from cribsheet.errors import TaskError
-from cribsheet.task import Task
 
 TOML = """
 description = "Questions about the staff."

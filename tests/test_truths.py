@@ -11,12 +11,12 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_answer, full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
-from cribsheet.backbone import Backbone
+from cribsheet.attention.prefix import prefix_cache
+from cribsheet.attention.rope import move
 from cribsheet.build import build_sheet
-from cribsheet.compress import nothing_read
-from cribsheet.prefix import prefix_cache
-from cribsheet.rope import move
-from cribsheet.template import ChatLayout
+from cribsheet.compress.loop import nothing_read
+from cribsheet.model.backbone import Backbone
+from cribsheet.prompt.template import ChatLayout
 
 
 def whole_prompt(backbone: Backbone, task=FEW_SHOT, resident=False) -> tuple[torch.Tensor, torch.Tensor]:

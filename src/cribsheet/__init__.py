@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answer": "answer",
-    "Backbone": "backbone",
+    "Answer": "asking.answer",
+    "Backbone": "model.backbone",
     "CompressedKnowledgeLLM": "llm",
     "CribsheetError": "errors",
-    "Document": "documents",
-    "SCORERS": "scoring",
-    "Sheet": "sheet",
-    "SheetCache": "sheet_cache",
-    "Task": "task",
+    "Document": "corpus.documents",
+    "SCORERS": "compress.scoring",
+    "Sheet": "sheet.sheet",
+    "SheetCache": "sheet.cache",
+    "Task": "corpus.task",
     "build_sheet": "build",
-    "load_sheet": "registry",
-    "read_documents": "documents",
-    "save_sheet": "storage",
+    "load_sheet": "sheet.registry",
+    "read_documents": "corpus.documents",
+    "save_sheet": "sheet.file",
 }
 _NAMES = {"load_sheet": "load", "save_sheet": "save"}
 
@@ -50,18 +50,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from cribsheet.answer import Answer
-    from cribsheet.backbone import Backbone
+    from cribsheet.asking.answer import Answer
     from cribsheet.build import build_sheet
-    from cribsheet.documents import Document, read_documents
+    from cribsheet.compress.scoring import SCORERS
+    from cribsheet.corpus.documents import Document, read_documents
+    from cribsheet.corpus.task import Task
     from cribsheet.errors import CribsheetError
     from cribsheet.llm import CompressedKnowledgeLLM
-    from cribsheet.registry import load as load_sheet
-    from cribsheet.scoring import SCORERS
-    from cribsheet.sheet import Sheet
-    from cribsheet.sheet_cache import SheetCache
-    from cribsheet.storage import save as save_sheet
-    from cribsheet.task import Task
+    from cribsheet.model.backbone import Backbone
+    from cribsheet.sheet.cache import SheetCache
+    from cribsheet.sheet.file import save as save_sheet
+    from cribsheet.sheet.registry import load as load_sheet
+    from cribsheet.sheet.sheet import Sheet
 
 
 def __getattr__(name: str) -> Any:

@@ -19,33 +19,31 @@ import transformers
 from torch import Tensor
 
 from cribsheet import __version__
-from cribsheet.backbone import Backbone
-from cribsheet.checkpoint import Checkpoint
-from cribsheet.chunks import TokenizedCorpus
-from cribsheet.compress import Kept, Reading, State, as_prefix, compress, kept_tokens, nothing_kept
-from cribsheet.correction import Correction
-from cribsheet.documents import Document
+from cribsheet.attention.prefix import LayerPrefix, turned_back
+from cribsheet.compress.checkpoint import Checkpoint
+from cribsheet.compress.loop import Kept, Reading, State, as_prefix, compress, kept_tokens, nothing_kept
+from cribsheet.compress.notes import NOTES_TOKENS
+from cribsheet.compress.profile import profile_of
+from cribsheet.compress.progress import Listener, shown
+from cribsheet.compress.scoring import Scorer, make_scorer
+from cribsheet.compress.scoring.view import Guide
+from cribsheet.corpus.documents import Document
+from cribsheet.corpus.formats.record import METADATA_DEPTH
+from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
-from cribsheet.fingerprint import fingerprint
-from cribsheet.formats.record import METADATA_DEPTH
-from cribsheet.notes import NOTES_TOKENS
-from cribsheet.prefix import LayerPrefix, turned_back
-from cribsheet.profile import profile_of
-from cribsheet.progress import Listener, shown
-from cribsheet.scoring import Scorer, make_scorer
-from cribsheet.scoring.view import Guide
-from cribsheet.selection import ABSENT, Allocation
-from cribsheet.sheet import SEEDS, DocumentEntry, Manifest, Mode, Sheet, format_of
-from cribsheet.stored import StorageDtype, StoredLayer
-from cribsheet.task import Task
-from cribsheet.template import ChatLayout
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.fingerprint import fingerprint
+from cribsheet.prompt.chunks import TokenizedCorpus
+from cribsheet.prompt.template import ChatLayout
+from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.manifest import SEEDS, DocumentEntry, Manifest, format_of
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.vocabulary import ABSENT, Allocation, BuildMode, Correction, GuideMode, StorageDtype
 
 if TYPE_CHECKING:
-    from cribsheet.independent import Reader
+    from cribsheet.living.independent import Reader
 
 logger = logging.getLogger(__name__)
-
-GuideMode = Literal["auto", "resident", "form", "dropped"]
 
 DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
 DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
@@ -150,7 +148,7 @@ def build_sheet(
     seed: int = 0,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
-    mode: Mode = "sequential",
+    mode: BuildMode = "sequential",
     allocation: Allocation | None = None,
     correction: Correction = "none",
     read: Reader | None = None,
@@ -181,19 +179,20 @@ def build_sheet(
         a file that remembers each finished chunk; if it exists, the build goes on from there.
     mode
         `"sequential"`, as published: every document is read on top of what is kept of those before. `"independent"`:
-        each document is read alone and condensed by `rate`, and may be replaced or removed later (`living.py`).
+        each document is read alone and condensed by `rate`, and may be replaced or removed later (`living/edits.py`).
     allocation
         `"profiled"`, the default with the default scorer: half of the budget goes to heads as questions make them look
-        things up (`profile.py`), half to those whose scores are higher, and the budget is the mean. `"adaptive"`: all
-        of it to those whose scores are higher, the default of independent sheets.
+        things up (`compress/profile.py`), half to those whose scores are higher, and the budget is the mean.
+        `"adaptive"`: all of it to those whose scores are higher, the default of independent sheets.
         `"uniform"`, as published and the default with any other scorer: all heads keep equally many.
     correction
-        `"refit"`: what is kept is made to stand for what was dropped (`correction.py`), in a sequential sheet.
+        `"refit"`: what is kept is made to stand for what was dropped (`compress/correction.py`), in a sequential sheet.
     read
         who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
     retain
         instead of a rate or budget: the share, above 0 and at most 1, of what full context answers that the sheet must
-        answer too. The model writes probes, and the highest rate that retains so much is chosen (`retention.py`).
+        answer too. The model writes probes, and the highest rate that retains so much is chosen
+        (`retention/retention.py`).
     check
         ask the finished sheet such probes; what it retains stands in `manifest.retention`, and is warned of if it is
         little. With eight examples or more, every fourth is held back as a probe.
@@ -210,12 +209,12 @@ def build_sheet(
         dtype = budgets.stored_as(dtype)
     checker = None
     if retain is not None or check:
-        from cribsheet.retention import build_retaining, checked, make_checker  # it is made of what is here
+        from cribsheet.retention.retention import build_retaining, checked, make_checker  # it is made of what is here
 
         checker = make_checker(backbone, layout, documents, task, budgets, mode, retain, scorer=scorer, seed=seed)
         task = checker.task
     if mode == "independent":
-        from cribsheet.independent import build_independent  # it is made of what is here
+        from cribsheet.living.independent import build_independent  # it is made of what is here
 
         sheet = build_independent(
             backbone,
@@ -286,7 +285,7 @@ def finish(backbone: Backbone, planned: Plan, state: State, stored_as: StorageDt
 
 
 def resolve_defaults(
-    scorer: str | Scorer | None, allocation: Allocation | None, mode: Mode = "sequential"
+    scorer: str | Scorer | None, allocation: Allocation | None, mode: BuildMode = "sequential"
 ) -> tuple[str | Scorer, Allocation]:
     """Scorer and allocation where one or both were left open; published methods are as they were published."""
     if allocation is None:
@@ -351,8 +350,8 @@ class Budgets:
 
     def check_mode(self, mode: str) -> None:
         """Raise `BudgetError` for an unknown mode, or for what an independent sheet cannot have."""
-        if mode not in get_args(Mode):
-            raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(Mode))}.")
+        if mode not in get_args(BuildMode):
+            raise BudgetError(f"mode is {mode!r}; use {', '.join(get_args(BuildMode))}.")
         if mode == "independent" and self.allocation == "profiled":
             raise BudgetError(
                 "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."

@@ -19,6 +19,9 @@ does not know cribsheet still catches bad input as bad input.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 
 class CribsheetError(Exception):
     """Base class of every error that cribsheet raises on purpose."""
@@ -66,3 +69,13 @@ class EngineError(CribsheetError, RuntimeError):
 
 class IntegrationError(CribsheetError, ImportError):
     """The distribution that connects cribsheet with a framework is not installed."""
+
+
+def integration(module: str, distribution: str) -> ModuleType:
+    """The module of an integration. Raises `IntegrationError` with the command that installs it if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # it is there, and something that it needs is not
+        raise IntegrationError(f"This needs the distribution {distribution}: pip install {distribution}") from error

@@ -14,40 +14,39 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, Unpack
 
 import torch
 
-from cribsheet import living, storage
-from cribsheet.answer import Answer, Source
-from cribsheet.answering import Event, Request, tell
-from cribsheet.backbone import Backbone
+from cribsheet.asking.answer import Answer, Source
+from cribsheet.asking.evidence import LIMIT, find_passages, find_sources, looked_at, of_sheet
+from cribsheet.asking.modes import SETTINGS, Asking, Retrieval, begin, begin_later
+from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream
+from cribsheet.attention.prefix import Prefix
 from cribsheet.build import build_sheet
-from cribsheet.combine import combine
-from cribsheet.compress import nothing_read
-from cribsheet.dense import DenseRetriever
-from cribsheet.documents import read_documents
-from cribsheet.errors import EngineError, RequestError, SheetError, WindowError
-from cribsheet.evidence import LIMIT, find_passages, find_sources, looked_at, of_sheet
-from cribsheet.fingerprint import fingerprint
-from cribsheet.grammar import Constraint, Grammar
-from cribsheet.grammar_tokens import GrammarTokens
-from cribsheet.handover import integration
-from cribsheet.hybrid import SETTINGS, Asking, Retrieval, begin, begin_later
-from cribsheet.known import Known
-from cribsheet.loaded import LoadedModel
-from cribsheet.passages import known_of
-from cribsheet.prefix import Prefix
-from cribsheet.progress import Listener, shown
-from cribsheet.registry import resolve
-from cribsheet.retrieval import BM25Retriever, Passage
-from cribsheet.sampling import SamplingParams
-from cribsheet.segments import sheet_layers
-from cribsheet.sheet import Sheet
-from cribsheet.showing import sheet_line, sheet_table
-from cribsheet.streams import AnswerStream, AsyncAnswerStream, Stream
-from cribsheet.task import Task
-from cribsheet.telling import Told, after_sheet, beside_documents, instead_of_documents
-from cribsheet.template import ChatLayout, Message
-from cribsheet.tokens import LONG
-from cribsheet.tools import Toolbox
-from cribsheet.turns import Question, as_turns
+from cribsheet.compress.loop import nothing_read
+from cribsheet.compress.progress import Listener, shown
+from cribsheet.corpus.documents import read_documents
+from cribsheet.corpus.task import Task
+from cribsheet.engine.pool import LoadedModel
+from cribsheet.engine.request import Event, Request, tell
+from cribsheet.engine.sampling import SamplingParams
+from cribsheet.errors import EngineError, RequestError, SheetError, WindowError, integration
+from cribsheet.living import edits as living
+from cribsheet.living.combine import combine
+from cribsheet.living.segments import sheet_layers
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.fingerprint import fingerprint
+from cribsheet.prompt.encoder import LONG
+from cribsheet.prompt.template import ChatLayout, Message
+from cribsheet.prompt.turns import Question, as_turns
+from cribsheet.retrieval.dense import DenseRetriever
+from cribsheet.retrieval.passages import known_of
+from cribsheet.retrieval.placing import Told, after_sheet, beside_documents, instead_of_documents
+from cribsheet.retrieval.quoted import Known
+from cribsheet.retrieval.retriever import BM25Retriever, Passage
+from cribsheet.sheet import file as storage
+from cribsheet.sheet.registry import resolve
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.structured.grammar import Constraint, Grammar
+from cribsheet.structured.grammar_tokens import GrammarTokens
+from cribsheet.structured.tools import Toolbox
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLLM
     from llama_index.llms.cribsheet import CribsheetRetriever as IndexRetriever
 
-    from cribsheet.options import (
+    from cribsheet.asking.options import (
         AskOptions,
         BuildOptions,
         ChatModelOptions,
@@ -66,7 +65,7 @@ if TYPE_CHECKING:
         RetrieverOptions,
         ToolOptions,
     )
-    from cribsheet.scoring import Scorer
+    from cribsheet.compress.scoring import Scorer
 
 BuiltIn = TypeVar("BuiltIn", BM25Retriever, DenseRetriever)
 
@@ -146,8 +145,8 @@ class CompressedKnowledgeLLM:
     ) -> Self:
         """Open a sheet, with the model that made it or the one given; both must be the same weights.
 
-        `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `registry.py`); or a sheet that is
-        open already, such as one of a `SheetCache`. All other arguments are those of `Backbone.load`.
+        `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `sheet/registry.py`); or a sheet
+        that is open already, such as one of a `SheetCache`. All other arguments are those of `Backbone.load`.
         """
         sheet = path if isinstance(path, Sheet) else storage.load(resolve(path))
         made = sheet.manifest.fingerprint
@@ -167,7 +166,7 @@ class CompressedKnowledgeLLM:
         progress: Listener = None,
         checkpoint: str | Path | None = None,
     ) -> Self:
-        """Add documents to an independent sheet (`living.py`); later questions are answered from them too."""
+        """Add documents to an independent sheet (`living/edits.py`); later questions are answered from them too."""
         how: dict[str, Any] = {"scorer": scorer, "progress": progress, "checkpoint": checkpoint}
         return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **how))
 
@@ -190,7 +189,7 @@ class CompressedKnowledgeLLM:
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None
     ) -> CompressedKnowledgeLLM:
-        """A new model that answers from this and other sheets at once (`combine.py`); all stay as they are."""
+        """A new model that answers from this and other sheets at once (`living/combine.py`); all stay as they are."""
         sheets = [each.sheet if isinstance(each, CompressedKnowledgeLLM) else each for each in (self, *others)]
         return CompressedKnowledgeLLM(self._loaded, combine(self.backbone, sheets, task))
 
@@ -225,11 +224,11 @@ class CompressedKnowledgeLLM:
 
     def __repr__(self) -> str:
         """One line."""
-        return f"<CompressedKnowledgeLLM over {sheet_line(self.sheet)}{', closed' if self._closed else ''}>"
+        return f"<CompressedKnowledgeLLM over {self.sheet.summary}{', closed' if self._closed else ''}>"
 
     def _repr_html_(self) -> str:
         """The sheet's size, rate and documents, for notebooks."""
-        return sheet_table(self.sheet)
+        return self.sheet._repr_html_()
 
     def __enter__(self) -> Self:
         """The model with its sheet."""
@@ -258,17 +257,17 @@ class CompressedKnowledgeLLM:
     def ask(self, question: Question, **sampling: Unpack[AskOptions]) -> Answer:
         """Answer a question, or the last turn of a conversation. `sampling` is that of `SamplingParams`.
 
-        A conversation holds turns in OpenAI's shape (`turns.py`). `json_schema=`, `regex=` or `choices=` give the
-        answer a form, which it completes within `max_tokens` unless a `stop` string cuts it. `tools=` (OpenAI's form)
-        may be called: by the model's own choice, or by `tool_choice=` "any" or a name surely; calls are in the answer's
-        `tool_calls`. `timeout=` is in seconds. The answer's `sources` say what it looked at, unless `evidence=False`.
-        Raises `RequestError` for a question that does not fit the window, or settings out of range, and `EngineError`
-        when time is up.
+        A conversation holds turns in OpenAI's shape (`prompt/turns.py`). `json_schema=`, `regex=` or `choices=` give
+        the answer a form, which it completes within `max_tokens` unless a `stop` string cuts it. `tools=` (OpenAI's
+        form) may be called: by the model's own choice, or by `tool_choice=` "any" or a name surely; calls are in the
+        answer's `tool_calls`. `timeout=` is in seconds. The answer's `sources` say what it looked at, unless
+        `evidence=False`. Raises `RequestError` for a question that does not fit the window, or settings out of range,
+        and `EngineError` when time is up.
 
         `retriever=` tells passages as further documents: `"bm25"` or `"dense"` for those of the sheet, or what
-        `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`hybrid.py`); `passage_tokens=` and
-        `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's `mode` and `passages` say
-        what was used.
+        `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`asking/modes.py`);
+        `passage_tokens=` and `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's
+        `mode` and `passages` say what was used.
         """
         with self.stream(question, **sampling) as stream:
             for _ in stream:
@@ -391,7 +390,7 @@ class CompressedKnowledgeLLM:
         return streams
 
     def sources(self, question: Question, answer: Answer | str, *, limit: int = LIMIT) -> list[Source]:
-        """Which documents the answer looks at most, and where in them (see `evidence.py` for what that means).
+        """Which documents the answer looks at most, and where in them (see `asking/evidence.py` for what that means).
 
         Reads question and answer again: for answers from elsewhere, and for more documents than an answer carries.
         Passages that an `Answer` was told are sources too, beside the `limit` documents.
@@ -500,7 +499,7 @@ class CompressedKnowledgeLLM:
 
     @property
     def dense(self) -> DenseRetriever:
-        """The same by an embedding model (`dense.py`); its passages are placed on first use."""
+        """The same by an embedding model (`retrieval/dense.py`); its passages are placed on first use."""
         return self._retriever(DenseRetriever)
 
     @property

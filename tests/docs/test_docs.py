@@ -15,8 +15,8 @@ import pytest
 from blocks import Session, Step, run_page
 
 from cribsheet import errors
-from cribsheet.backbone import FAMILIES
-from cribsheet.sheet import Manifest
+from cribsheet.model.backbone import FAMILIES
+from cribsheet.sheet.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -18,8 +18,8 @@ from test_docs import ROOT, RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cribsheet_pocket
-from cribsheet.task import Task
-from cribsheet.template import ChatLayout
+from cribsheet.corpus.task import Task
+from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_config
 
 TEMPLATE = ROOT / "tests" / "data" / "chat_templates" / "qwen2.5-instruct.jinja"

@@ -14,7 +14,7 @@ import torch
 
 import cribsheet_pocket
 from cribsheet_pocket import quantize
-from cribsheet_pocket.worlds import make_world
+from cribsheet_pocket_training.worlds import make_world
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_it_answers_held_out_questions_by_looking_them_up(model: Any, tokenizer:
 
 
 def test_evaluation_reads_as_transformers_does(folder: Path, model: Any, tokenizer: Any) -> None:
-    from cribsheet_pocket.evaluate import Reader
+    from cribsheet_pocket_training.evaluate import Reader
 
     world = make_world(11, 200, kind="company")
     questions = [q.text for q in world.questions[:4]]
@@ -109,7 +109,7 @@ def test_evaluation_reads_as_transformers_does(folder: Path, model: Any, tokeniz
 def test_the_training_model_is_the_llama_that_transformers_loads(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    from cribsheet_pocket import model as training
+    from cribsheet_pocket_training import model as training
 
     reader = training.Reader(training.SHAPES["tiny"])
     training.save(reader, tmp_path, shard_bytes=200_000)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from cribsheet_pocket import tokenizer as pocket
-from cribsheet_pocket.worlds import make_world
+import cribsheet_pocket
+from cribsheet_pocket_training import tokenizer as pocket
+from cribsheet_pocket_training.worlds import make_world
 
-TOKENIZER = Tokenizer.from_file(str(Path(pocket.__file__).parent / "data" / "tokenizer.json"))
+TOKENIZER = Tokenizer.from_file(str(Path(cribsheet_pocket.__file__).parent / "data" / "tokenizer.json"))
 
 TEXTS = [
     "",

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from cribsheet_pocket import prompts, reading, tokenizer, verbs, worlds
-from cribsheet_pocket.figures import BY_LENGTH, joined
-from cribsheet_pocket.peps import pep_files, pep_set
+import cribsheet_pocket
 from cribsheet_pocket.quantize import load_folder, mean_of
+from cribsheet_pocket_training import prompts, reading, tokenizer, verbs, worlds
+from cribsheet_pocket_training.figures import BY_LENGTH, joined
+from cribsheet_pocket_training.peps import pep_files, pep_set
 
-TOKENIZER = Tokenizer.from_file(str(Path(tokenizer.__file__).parent / "data" / "tokenizer.json"))
+TOKENIZER = Tokenizer.from_file(str(Path(cribsheet_pocket.__file__).parent / "data" / "tokenizer.json"))
 ARTICLE = (
     "Ada Mill\n"
     "The Ada Mill is a water mill in the valley of Brom. It was built in 1834 by Tom Hale. "
@@ -135,7 +136,7 @@ def test_training_runs_and_another_run_continues_it(tmp_path: Path) -> None:
         words = ["--wiki", wiki, "--out", tmp_path / "run", "--seconds", "1", "--shape", "tiny", "--device", "cpu",
                  "--no-compile", "--workers", "1", "--batch-tokens", "20480", *more]  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-m", "cribsheet_pocket.train", *map(str, words)],
+            [sys.executable, "-m", "cribsheet_pocket_training.train", *map(str, words)],
             capture_output=True,
             text=True,
             check=False,

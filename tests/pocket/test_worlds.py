@@ -7,9 +7,9 @@ import zlib
 
 import pytest
 
-from cribsheet_pocket import names
-from cribsheet_pocket.schemas import KINDS
-from cribsheet_pocket.worlds import ABSENT, STYLES, make_world
+from cribsheet_pocket_training import names
+from cribsheet_pocket_training.schemas import KINDS
+from cribsheet_pocket_training.worlds import ABSENT, STYLES, make_world
 
 
 def test_a_seed_gives_the_same_world_every_time() -> None:

@@ -11,7 +11,7 @@ import random
 import pytest
 
 from cribsheet import build_sheet, read_documents, save_sheet
-from cribsheet.task import Task
+from cribsheet.corpus.task import Task
 from cribsheet.testing import tiny_backbone
 
 STAFF = [

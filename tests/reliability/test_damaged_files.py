@@ -13,8 +13,8 @@ import torch
 
 from cribsheet import load_sheet
 from cribsheet.errors import SheetError
-from cribsheet.sheet import Manifest
-from cribsheet.storage import read_manifest, verify
+from cribsheet.sheet.file import read_manifest, verify
+from cribsheet.sheet.manifest import Manifest
 
 pytestmark = pytest.mark.reliability
 MEGABYTE = 1 << 20

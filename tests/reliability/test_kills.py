@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from cribsheet import Backbone, CompressedKnowledgeLLM, build_sheet, load_sheet, read_documents, save_sheet
-from cribsheet.storage import read_manifest, verify
-from cribsheet.task import Task
+from cribsheet.corpus.task import Task
+from cribsheet.sheet.file import read_manifest, verify
 from cribsheet.testing import save_tiny_model
 
 pytestmark = pytest.mark.reliability
@@ -32,7 +32,7 @@ import torch
 torch.set_num_threads(1)
 from cribsheet import CompressedKnowledgeLLM, build_sheet, read_documents, save_sheet
 from cribsheet.backbone import Backbone
-from cribsheet.task import Task
+from cribsheet.corpus.task import Task
 what, model, target = sys.argv[1:]
 backbone = Backbone.load(model)
 texts = ["Alice Moreno lives in Lisbon. " * 20, "Bob Smith lives in Oslo. " * 20]

@@ -15,8 +15,8 @@ import torch
 from processes import MARK, environment, kill, marked, wait_until
 
 from cribsheet import Backbone, build_sheet, load_sheet, read_documents
+from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, DocumentError
-from cribsheet.task import Task
 from cribsheet.testing import save_tiny_model
 
 pytest.importorskip("ray")
@@ -68,7 +68,7 @@ def same(one, other):
 @pytest.mark.parametrize("place", ["on its machine", "where it was told"])
 def test_a_build_whose_worker_is_killed_goes_on_and_ends_with_the_same_sheet(place, mark, model, tmp_path):
     from cribsheet.ray import build_each
-    from cribsheet.ray.building import Corpus
+    from cribsheet.ray.build import Corpus
 
     options = {**OPTIONS, "chunk_tokens": 8}
     checkpoint = tmp_path / "a.partial" if place == "where it was told" else None
@@ -90,7 +90,7 @@ def test_a_build_whose_worker_is_killed_goes_on_and_ends_with_the_same_sheet(pla
 
 def test_several_corpora_become_a_sheet_each(mark, model):
     from cribsheet.ray import build_each
-    from cribsheet.ray.building import Corpus
+    from cribsheet.ray.build import Corpus
 
     corpora = {f"s{n}": Corpus(DOCUMENTS[n : n + 2]) for n in range(3)}
     sheets = dict(build_each(corpora, TASK, model=model, **OPTIONS))
@@ -116,7 +116,7 @@ def test_the_documents_of_an_independent_sheet_are_read_by_workers_that_may_be_k
 
 def test_what_cannot_be_built_is_refused_as_without_ray(mark, model):
     from cribsheet.ray import build_each, build_independent
-    from cribsheet.ray.building import Corpus
+    from cribsheet.ray.build import Corpus
 
     with pytest.raises(BudgetError, match="rate is"):
         list(build_each({"a": Corpus(DOCUMENTS)}, TASK, model=model, rate=0.5))

@@ -19,19 +19,20 @@ from live import STAFF, random_sheet, says, serving
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cribsheet import CompressedKnowledgeLLM
+from cribsheet.engine.sampling import Sampler, SamplingParams
 from cribsheet.errors import RequestError
-from cribsheet.grammar import Constraint, Grammar
-from cribsheet.grammar_tokens import GrammarTokens
-from cribsheet.sampling import Sampler, SamplingParams
-from cribsheet.server import Shelf, catalogue, create_app
+from cribsheet.prompt.turns import as_turns
+from cribsheet.server import Shelf, create_app
 from cribsheet.server.auth import Keyring
-from cribsheet.server.bodies import MAX_VALUES, strict_json
 from cribsheet.server.connections import Connection
-from cribsheet.server.metrics import Gauge
+from cribsheet.server.openai import catalogue
+from cribsheet.server.openai.bodies import MAX_VALUES, strict_json
 from cribsheet.server.refusals import Refusal
+from cribsheet.server.telemetry.metrics import Gauge
+from cribsheet.structured.grammar import Constraint, Grammar
+from cribsheet.structured.grammar_tokens import GrammarTokens
+from cribsheet.structured.tools import CallReader, Tool, Toolbox, closed
 from cribsheet.testing import tiny_backbone
-from cribsheet.tools import CallReader, Tool, Toolbox, closed
-from cribsheet.turns import as_turns
 
 ASK = {"model": "oslo", "messages": [{"role": "user", "content": "Where?"}]}
 CHAT, PROMPTS = "/v1/chat/completions", "/v1/completions"

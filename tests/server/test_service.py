@@ -24,10 +24,10 @@ from cribsheet.errors import RequestError, SheetError
 from cribsheet.server import Shelf, create_app
 from cribsheet.server.auth import Keyring
 from cribsheet.server.limits import Gate
-from cribsheet.server.logs import JsonLines
 from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import named
+from cribsheet.server.telemetry.logs import JsonLines
 from cribsheet.testing import save_tiny_model
 
 ASK = {"model": "oslo", "messages": [{"role": "user", "content": "Where?"}]}

@@ -25,11 +25,12 @@ from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from cribsheet import CompressedKnowledgeLLM, __version__
+from cribsheet.asking.modes import Retrieval
 from cribsheet.errors import RequestError
-from cribsheet.grammar import Grammar
-from cribsheet.hybrid import Mode, Retrieval
-from cribsheet.retrieval import as_retriever
-from cribsheet.tools import Tool, Toolbox
+from cribsheet.retrieval.retriever import as_retriever
+from cribsheet.structured.grammar import Grammar
+from cribsheet.structured.tools import Tool, Toolbox
+from cribsheet.vocabulary import Mode
 from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge
 from langchain_cribsheet.messages import as_conversation

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import SheetError
-from cribsheet.sheet import Manifest
-from cribsheet.storage import read_manifest
+from cribsheet.sheet.file import read_manifest
+from cribsheet.sheet.manifest import Manifest
 
 
 class Knowledge:

@@ -22,10 +22,10 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call, tool_call_chunk
 
 from cribsheet import Answer
-from cribsheet.answer import Usage
+from cribsheet.asking.answer import Usage
+from cribsheet.engine.sampling import TokenLogprob
 from cribsheet.errors import RequestError
-from cribsheet.sampling import TokenLogprob
-from cribsheet.sheet import Sheet
+from cribsheet.sheet.sheet import Sheet
 
 _ROLES = {
     HumanMessage: "user",

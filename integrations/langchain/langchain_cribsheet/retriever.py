@@ -16,9 +16,9 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field, model_validator
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.answer import Source
+from cribsheet.asking.answer import Source
 from cribsheet.errors import SheetError
-from cribsheet.sheet import DocumentEntry
+from cribsheet.sheet.manifest import DocumentEntry
 from langchain_cribsheet.knowledge import Knowledge
 
 

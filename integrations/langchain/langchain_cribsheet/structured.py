@@ -12,8 +12,8 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from typing_extensions import is_typeddict
 
 from cribsheet.errors import RequestError
-from cribsheet.grammar import Grammar
-from cribsheet.tools import Toolbox, closed
+from cribsheet.structured.grammar import Grammar
+from cribsheet.structured.tools import Toolbox, closed
 from langchain_cribsheet.schemas import as_json_schema, as_openai_tool
 
 if TYPE_CHECKING:

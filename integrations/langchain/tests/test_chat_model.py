@@ -35,7 +35,7 @@ from langchain_cribsheet.messages import as_conversation
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import CribsheetError, RequestError, SheetError
-from cribsheet.turns import as_turns
+from cribsheet.prompt.turns import as_turns
 
 WHERE = "Where does Alice Moreno live?"
 WHO = "Who does Bob Smith work for?"

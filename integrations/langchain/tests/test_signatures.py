@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from langchain_cribsheet import ChatCribsheet, CribsheetRetriever
 
-from cribsheet import options
+from cribsheet.asking import options
 
 
 def test_the_typed_settings_are_the_fields():

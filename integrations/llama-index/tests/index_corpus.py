@@ -8,7 +8,7 @@ from zlib import crc32
 from llama_index.core.embeddings import BaseEmbedding
 
 from cribsheet import Task
-from cribsheet.documents import Document
+from cribsheet.corpus.documents import Document
 
 STAFF = [
     Document("Alice Moreno lives in Lisbon. She works for Nordwind Labs and plays the violin.", "alice", {"page": 1}),

@@ -120,7 +120,7 @@ def test_answers_leave_no_threads(kb, llm):
 
 
 def test_answers_are_not_kept(kb, llm):
-    from cribsheet.answering import Answering
+    from cribsheet.engine.request import Answering
 
     for _ in range(5):
         llm.complete(QUESTION)

@@ -11,7 +11,7 @@ from llama_index.llms.cribsheet import (
     CribsheetSynthesizer,
 )
 
-from cribsheet import options
+from cribsheet.asking import options
 
 
 def named(function):

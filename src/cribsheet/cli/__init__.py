@@ -13,16 +13,16 @@ from typing import Annotated
 import typer
 
 from cribsheet import __version__
-from cribsheet.cli.benching import bench
-from cribsheet.cli.building import build
-from cribsheet.cli.changing import extend, merge, remove, replace
-from cribsheet.cli.comparing import compare
+from cribsheet.cli.ask import ask, chat
+from cribsheet.cli.bench import bench
+from cribsheet.cli.build import build
+from cribsheet.cli.compare import compare
 from cribsheet.cli.console import Debug, Verbose, guarded
-from cribsheet.cli.demonstrating import demo
-from cribsheet.cli.inspecting import inspect
-from cribsheet.cli.reading import ask, chat
-from cribsheet.cli.serving import serve
-from cribsheet.cli.sharing import pull, push
+from cribsheet.cli.demo import demo
+from cribsheet.cli.edit import extend, merge, remove, replace
+from cribsheet.cli.inspect import inspect
+from cribsheet.cli.registry import pull, push
+from cribsheet.cli.serve import serve
 
 app = typer.Typer(
     name="cribsheet",

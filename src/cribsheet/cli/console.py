@@ -11,14 +11,16 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cribsheet.cli.wording import in_flags
+from cribsheet.cli.flags import in_flags
+from cribsheet.compress.progress import Progress, shown
+from cribsheet.corpus.printable import in_line, json_text, plain
 from cribsheet.errors import CribsheetError, EngineError, SheetError
-from cribsheet.terminal import in_line, json_text, plain
 
 FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -170,3 +172,8 @@ def quiet_libraries() -> None:
     library.set_verbosity_error()
     for name in ("transformers", "huggingface_hub", "torch", "pypdf"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def build_progress(*, hidden: bool = False) -> AbstractContextManager[Progress | None]:
+    """What `build_sheet(progress=)` takes: shows tokens read, tokens/s and time left until the block is left."""
+    return shown(not hidden)

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cribsheet.task import Task
+from cribsheet.corpus.task import Task
 
 FOLDER = Path(__file__).parent
 

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cribsheet.answer import Answer, Source
-from cribsheet.backbone import Backbone
+from cribsheet.asking.answer import Answer, Source
+from cribsheet.corpus.documents import read_documents
 from cribsheet.demo import DemoQuestion, Script
-from cribsheet.documents import read_documents
 from cribsheet.errors import BudgetError
 from cribsheet.llm import CompressedKnowledgeLLM
-from cribsheet.sheet import Sheet
+from cribsheet.model.backbone import Backbone
+from cribsheet.sheet.sheet import Sheet
 
 Progress = Callable[[int, int], None]
 

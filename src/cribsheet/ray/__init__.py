@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cribsheet.ray.building import Workers, build_each, build_independent
-    from cribsheet.ray.serving import Serving, application
+    from cribsheet.ray.build import Workers, build_each, build_independent
+    from cribsheet.ray.serve import Serving, application
     from cribsheet.ray.session import cluster
 
 __all__ = ["Serving", "Workers", "application", "build_each", "build_independent", "cluster"]
@@ -29,7 +29,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'cribsheet.ray' has no attribute {name!r}")
-    from cribsheet.handover import integration
+    from cribsheet.errors import integration
 
     integration("ray", "cribsheet[ray]")
     return getattr(integration(f"cribsheet.ray.{_HOMES[name]}", "cribsheet[ray]"), name)

@@ -23,18 +23,18 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cribsheet.ray.totals import added
 from cribsheet.server.auth import NO_KEY, Caller, Keyring
-from cribsheet.server.bodies import strict_json
 from cribsheet.server.frame import Receiving
 from cribsheet.server.limits import Gate
-from cribsheet.server.logs import log_request, log_to_stderr
-from cribsheet.server.metrics import Metrics
-from cribsheet.server.record import ID, Record
+from cribsheet.server.openai.bodies import strict_json
+from cribsheet.server.openai.streaming import ReaderLeft, while_connected
 from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.streaming import ReaderLeft, while_connected
+from cribsheet.server.telemetry.logs import log_request, log_to_stderr
+from cribsheet.server.telemetry.metrics import Metrics
+from cribsheet.server.telemetry.record import ID, Record
 
 if TYPE_CHECKING:
-    from cribsheet.ray.serving import Serving
+    from cribsheet.ray.serve import Serving
 
 _TRIES = 4  # replicas that are asked before a request is given up
 _PAUSE_SECONDS = 0.2

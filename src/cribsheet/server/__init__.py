@@ -22,7 +22,7 @@ _HOMES = {"ServerSettings": "settings", "Shelf": "shelf", "create_app": "app"}
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'cribsheet.server' has no attribute {name!r}")
-    from cribsheet.handover import integration
+    from cribsheet.errors import integration
 
     integration("fastapi", "cribsheet[server]")
     return getattr(integration(f"cribsheet.server.{_HOMES[name]}", "cribsheet[server]"), name)

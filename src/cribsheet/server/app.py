@@ -16,12 +16,12 @@ from cribsheet.errors import RequestError
 from cribsheet.server.auth import Keyring
 from cribsheet.server.desk import Desk
 from cribsheet.server.frame import Frame
-from cribsheet.server.metrics import Gauge, Metrics
+from cribsheet.server.openai.replies import ChatChunk
 from cribsheet.server.refusals import install
-from cribsheet.server.replies import ChatChunk
 from cribsheet.server.routes import OPEN_ROUTES, router
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Sheets
+from cribsheet.server.telemetry.metrics import Gauge, Metrics
 
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _POLICY = (

@@ -20,8 +20,8 @@ from typing import Any
 from starlette.requests import HTTPConnection
 
 from cribsheet.errors import RequestError
-from cribsheet.server.record import record_of
 from cribsheet.server.refusals import Refusal
+from cribsheet.server.telemetry.record import record_of
 
 _SHORTEST = 16  # characters
 NO_KEY = "This server needs one of its API keys, as one header 'Authorization: Bearer KEY'."

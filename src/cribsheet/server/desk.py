@@ -11,20 +11,20 @@ from typing import Literal, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
-from cribsheet.answer import Answer, Source
-from cribsheet.evidence import LIMIT
-from cribsheet.server.asking import Ask, log_facts
+from cribsheet.asking.answer import Answer, Source
+from cribsheet.asking.evidence import LIMIT
 from cribsheet.server.auth import Caller
 from cribsheet.server.limits import Gate
-from cribsheet.server.protocol import Asked, Extension
-from cribsheet.server.record import Record, record_of
+from cribsheet.server.openai.asking import Ask, log_facts
+from cribsheet.server.openai.protocol import Asked, Extension
+from cribsheet.server.openai.replies import Extended, extension_of
+from cribsheet.server.openai.streaming import ReaderLeft, while_connected
+from cribsheet.server.openai.writing import Piece, Writing
 from cribsheet.server.refusals import Refusal
-from cribsheet.server.replies import Extended, extension_of
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.shelf import Served, Sheets
-from cribsheet.server.streaming import ReaderLeft, while_connected
-from cribsheet.server.writing import Piece, Writing
-from cribsheet.sheet import Manifest
+from cribsheet.server.telemetry.record import Record, record_of
+from cribsheet.sheet.manifest import Manifest
 
 T = TypeVar("T")
 Lane = Literal["plain", "form", "long"]

@@ -8,11 +8,11 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cribsheet.server.logs import log_failure, log_request
-from cribsheet.server.metrics import Metrics
-from cribsheet.server.record import Record, keep
 from cribsheet.server.refusals import Refusal, refusal_of
 from cribsheet.server.settings import ServerSettings
+from cribsheet.server.telemetry.logs import log_failure, log_request
+from cribsheet.server.telemetry.metrics import Metrics
+from cribsheet.server.telemetry.record import Record, keep
 
 _GONE = 499  # nobody was there to get a status; as web servers log it
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]

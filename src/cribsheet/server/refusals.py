@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 from cribsheet.errors import EngineError, RequestError, TemplateError, WindowError
-from cribsheet.server.record import record_of
+from cribsheet.server.telemetry.record import record_of
 
 # status -> the type and the code that OpenAI's clients know
 _KINDS = {

@@ -8,17 +8,17 @@ from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from cribsheet import __version__
-from cribsheet.server import catalogue, chat, completions
 from cribsheet.server.auth import Caller, caller_of
-from cribsheet.server.bodies import StrictRoute
 from cribsheet.server.desk import Desk
-from cribsheet.server.metrics import Metrics
-from cribsheet.server.protocol import ChatRequest, CompletionRequest
-from cribsheet.server.record import record_of
+from cribsheet.server.openai import catalogue, chat, completions
+from cribsheet.server.openai.bodies import StrictRoute
+from cribsheet.server.openai.protocol import ChatRequest, CompletionRequest
+from cribsheet.server.openai.replies import ChatChunk, ChatReply, CompletionReply, Reply
+from cribsheet.server.openai.streaming import DONE
 from cribsheet.server.refusals import ErrorReply, Refusal
-from cribsheet.server.replies import ChatChunk, ChatReply, CompletionReply, Reply
 from cribsheet.server.shelf import Served
-from cribsheet.server.streaming import DONE
+from cribsheet.server.telemetry.metrics import Metrics
+from cribsheet.server.telemetry.record import record_of
 
 OPEN_ROUTES = ("/health",)  # need no key
 _ALWAYS = (400, 408, 413, 421, 500)

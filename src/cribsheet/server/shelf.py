@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 from cribsheet.errors import SheetError
 from cribsheet.llm import CompressedKnowledgeLLM
-from cribsheet.sheet import Manifest
+from cribsheet.sheet.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cribsheet.template import ChatLayout
+from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_config, tiny_tokenizer
 
 HERE = Path(__file__).parent

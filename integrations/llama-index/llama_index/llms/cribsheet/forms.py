@@ -22,7 +22,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.question_gen.output_parser import SubQuestionOutputParser
 from llama_index.core.question_gen.types import SubQuestion
 
-from cribsheet.tools import closed
+from cribsheet.structured.tools import closed
 
 _NUMBERED = re.compile(r"\(1 to (\d+)\)")  # in the prompts of all four selectors
 _REASON = {"type": "string", "maxLength": 80}

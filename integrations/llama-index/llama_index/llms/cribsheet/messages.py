@@ -23,9 +23,9 @@ from llama_index.core.base.llms.types import (
 )
 
 from cribsheet import Answer
+from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream
+from cribsheet.engine.sampling import TokenLogprob
 from cribsheet.errors import RequestError
-from cribsheet.sampling import TokenLogprob
-from cribsheet.streams import AnswerStream, AsyncAnswerStream
 
 _ROLES = {MessageRole.FUNCTION: "tool", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
 Response = TypeVar("Response")

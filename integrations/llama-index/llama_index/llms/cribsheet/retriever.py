@@ -16,8 +16,8 @@ from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.answer import Source
-from cribsheet.documents import Document
+from cribsheet.asking.answer import Source
+from cribsheet.corpus.documents import Document
 from cribsheet.errors import RequestError
 
 

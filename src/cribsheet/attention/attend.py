@@ -1,0 +1,289 @@
+"""Attention that also returns its log-sum-exp, and the merge of two parts of one softmax.
+
+One identity serves building and answering: attention over `[prefix, new tokens]` is attention over the prefix
+(non-causal: every new token sees all of it) and attention over the new tokens (causal), merged by their
+log-sum-exps. It needs no rectangular mask, reads a prefix once for a whole batch, and leaves the log-sum-exp from
+which attention weights of any row can be recomputed later. The split is that of Hydragen (arXiv 2402.05099).
+
+Letters: `B` sequences, `H` query heads, `K` key/value heads (`H` a multiple of `K`), `T` query rows, `S` keys,
+`D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention import backends as flash
+from cribsheet.attention import dispatch as fused
+
+_MAX_SCORES = 1 << 24  # attention logits held at once by the plain path: 64 MiB in float32
+_LONG, _BLOCK = 1024, 4096  # rows from which blocks of keys may pay, and keys of a block
+_CACHED_SCORES = 1 << 20  # as many as stay in a CPU's cache until they are looked at again
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention output (B, H, T, D) and its log-sum-exp (B, H, T) in float32.
+
+    `q` is (B, H, T, D); `k` and `v` are (B, K, S, D). `causal` aligns the first row with the first key and needs
+    `T == S`; `mask` is boolean, broadcastable to (B, 1, T, S), true where a row may look. A row that may look at
+    nothing yields zeros and a log-sum-exp of minus infinity. `softcap` bounds the logits smoothly, as
+    `c * tanh(logits / c)` (Gemma 2).
+    """
+    if k.shape[2] == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    if softcap is None and flash.on_cpu(q):
+        return flash.flash_cpu(q, k, v, scale, causal, mask)
+    if softcap is None and mask is None and flash.on_cuda(q):
+        return flash.flash_cuda(q, k, v, scale, causal)
+    return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
+
+
+def attend_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` written from the formula, in float32, a block of rows at a time; any device, any dtype.
+
+    The reference of the faster paths, and the path for devices that have none.
+    """
+    b, h, t, d = q.shape
+    kv_heads, s = k.shape[1], k.shape[2]
+    k32, v32 = k.float().unsqueeze(2), v.float().unsqueeze(2)  # (B, K, 1, S, D)
+    rows = max(1, _MAX_SCORES // (b * h * s))
+    outs, lses = [], []
+    for start in range(0, t, rows):
+        q32 = q[:, :, start : start + rows].float().reshape(b, kv_heads, h // kv_heads, -1, d)
+        logits = (q32 @ k32.transpose(-1, -2) * scale).reshape(b, h, -1, s)  # (B, H, rows, S)
+        logits = capped(logits, softcap)
+        if causal:
+            row = torch.arange(start, start + logits.shape[2], device=q.device)
+            logits.masked_fill_(torch.arange(s, device=q.device) > row[:, None], float("-inf"))
+        if mask is not None:
+            block = mask if mask.shape[-2] == 1 else mask[:, :, start : start + rows]
+            logits.masked_fill_(~block, float("-inf"))
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
+        out = weights.reshape(b, kv_heads, h // kv_heads, -1, s) @ v32
+        outs.append(out.reshape(b, h, -1, d).to(q.dtype))
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits bounded smoothly by `softcap`, or as they are."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def attend_shared(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend` of B sequences over one prefix that they share: `k` and `v` are (1, K, S, D).
+
+    Query heads of a group and all sequences are packed as rows of one key/value head, so the prefix is read once
+    however many sequences ask. `mask` (B or 1, T, S) is true where a row may look.
+    """
+    b, h, t, d = q.shape
+    if b == 1 and t >= _LONG and mask is None and flash.on_cuda(q) and softcap is None:
+        return _attend_long(q, k, v, scale)
+    kv_heads = k.shape[1]
+    group = h // kv_heads
+    if b == 1 and mask is None:  # rows of a head lie together as they are
+        out, lse = attend(q.reshape(1, kv_heads, group * t, d), k, v, scale=scale, softcap=softcap)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
+    if mask is not None:
+        mask = mask.unsqueeze(1).expand(b, group, t, -1).reshape(1, 1, b * group * t, -1)
+    out, lse = attend(packed, k, v, scale=scale, mask=mask, softcap=softcap)
+    out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
+    lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
+    return out, lse
+
+
+def _attend_long(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` of many rows on CUDA, in blocks of keys of one shape if the faster kernel is used for that shape."""
+    blocks = (
+        (k[:, :, n : n + _BLOCK].contiguous(), v[:, :, n : n + _BLOCK].contiguous())
+        for n in range(0, k.shape[2], _BLOCK)
+    )
+    first = next(blocks)
+    if not flash.is_planned(q, *first, scale, False):
+        return attend(q, k, v, scale=scale)
+    found = attend(q, *first, scale=scale)
+    for block in blocks:
+        found = merge(found, attend(q, *block, scale=scale))
+    return found
+
+
+def attend_ragged(
+    q: Tensor,
+    heads: Callable[[], Sequence[tuple[Tensor, Tensor]]],
+    packed: tuple[Tensor, Tensor, Tensor],
+    counts: Sequence[int],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend_shared` over a prefix whose K heads hold different numbers of tokens.
+
+    `packed` are keys and values (N, D) of all heads, one behind the other, and where each begins (K + 1,), as
+    `flash_ragged` takes them; `counts` how many each holds, and `heads` makes keys and values (P, D) of each.
+    """
+    b, h, t, d = q.shape
+    kv_heads = len(counts)
+    group = h // kv_heads
+    rows = q.reshape(b, kv_heads, group, t, d).transpose(0, 1).reshape(kv_heads, b * group * t, d)
+    if softcap is None and flash.on_cuda(q):
+        out, lse = flash.flash_ragged(rows, *packed, max(counts), scale)
+    else:
+        found = [
+            attend(own[None, None], keys[None, None], values[None, None], scale=scale, softcap=softcap)
+            for own, (keys, values) in zip(rows, heads(), strict=True)
+        ]
+        out, lse = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
+    out = out.reshape(kv_heads, b, group, t, d).transpose(0, 1).reshape(b, h, t, d)
+    return out, lse.reshape(kv_heads, b, group, t).transpose(0, 1).reshape(b, h, t)
+
+
+def attend_each(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend` of the one newest token (T = 1) of each of B sequences, by two small matrix products or one kernel.
+
+    `bias` (B, 1, 1, S) in float32 is minus infinity where a row may not look; every row sees something.
+    """
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
+    if bias is None and softcap is None and flash.on_cpu(q):
+        out, lse = flash.flash_cpu(grouped, k, v, scale, False, None)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    logits = capped((grouped @ k.transpose(-1, -2)).float() * scale, softcap)
+    if bias is not None:
+        logits = logits + bias
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights.to(v.dtype) @ v) / total
+    return out.to(q.dtype).reshape(q.shape), (peak + total.log()).reshape(q.shape[:3])
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, from the (output, log-sum-exp) of each.
+
+    Outputs are (B, H, T, D), log-sum-exps (B, H, T). Either part may be empty for a row (minus infinity), not both.
+    """
+    return fused.merge(first, second) if fused.can_merge(first[0]) else plain_merge(first, second)
+
+
+def plain_merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`merge` on any device."""
+    (out_1, lse_1), (out_2, lse_2) = first, second
+    lse = torch.logaddexp(lse_1, lse_2)
+    weight = (lse_1 - lse).exp().unsqueeze(-1)
+    return torch.lerp(out_2.float(), out_1.float(), weight).to(out_1.dtype), lse
+
+
+def column_mass(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """How much attention each key gets, summed over rows, for one sequence: (H, S) in float32.
+
+    Recomputes the weights `exp(q·k·scale - lse)` of rows whose log-sum-exp is known, a block of rows at a time, so
+    that nothing of size rows x keys x heads is ever held whole. `q` is (H, T, D), `k` (K, S, D), `lse` (H, T) over
+    *all* keys that the rows saw (also those not in `k`); `row_weight` (T,) multiplies each row.
+    """
+    if fused.usable(q, k.shape[0], softcap):
+        return fused.columns(q, k, lse, scale, row_weight, peak=False)
+    return plain_mass(q, k, lse, scale, row_weight, softcap)
+
+
+def column_peak(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
+    if fused.usable(q, k.shape[0], softcap):
+        return fused.columns(q, k, lse, scale, row_weight, peak=True)
+    if softcap is None:
+        return _peak_of_products(q, k, lse, scale, row_weight)
+    return plain_peak(q, k, lse, scale, row_weight, softcap)
+
+
+def plain_mass(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`column_mass` on any device."""
+    total = torch.zeros(q.shape[0], k.shape[1], device=q.device)
+    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
+        total += weights.sum(1)
+    return total
+
+
+def plain_peak(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Tensor:
+    """`column_peak` on any device."""
+    peak = torch.zeros(q.shape[0], k.shape[1], device=q.device)
+    for weights in _weight_blocks(q, k, lse, scale, row_weight, softcap):
+        peak = torch.maximum(peak, weights.amax(1))
+    return peak
+
+
+def _peak_of_products(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None) -> Tensor:
+    """`column_peak` without a soft cap: the largest logit wins, so only that one goes through the exponential.
+
+    A row's log-sum-exp and weight are one more dimension of the dot product: nothing of size rows x keys is gone
+    over but by the product itself and the search for its largest.
+    """
+    h, t, d = q.shape
+    kv_heads, s, _ = k.shape
+    offset = -lse if row_weight is None else row_weight.log() - lse
+    left = torch.cat([q.float() * scale, offset.unsqueeze(-1)], -1).reshape(kv_heads, h // kv_heads, t, d + 1)
+    right = torch.cat([k.float(), k.new_ones(kv_heads, s, 1, dtype=torch.float32)], -1).transpose(1, 2)
+    peak = q.new_full((kv_heads, h // kv_heads, s), float("-inf"), dtype=torch.float32)
+    rows = _rows_at_once(q.device, h * s)
+    for start in range(0, t, rows):
+        block = left[:, :, start : start + rows]
+        logits = (block.reshape(kv_heads, -1, d + 1) @ right).reshape(*block.shape[:3], s)
+        torch.maximum(peak, logits.amax(2), out=peak)
+    return peak.exp_().reshape(h, s)
+
+
+def _weight_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, softcap: float | None
+) -> Iterator[Tensor]:
+    """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size.
+
+    Query heads of a group are rows of one product, so keys are not repeated for them; a row's weight goes into its
+    log-sum-exp, so what is of size rows x keys is gone over only twice.
+    """
+    h, t, d = q.shape
+    kv_heads, s, _ = k.shape
+    k32 = k.float().transpose(-1, -2)  # (K, D, S)
+    offset = (lse if row_weight is None else fused.weighted(lse, row_weight)).unsqueeze(-1)
+    rows = _rows_at_once(q.device, h * s)
+    for start in range(0, t, rows):
+        q32 = (q[:, start : start + rows].float() * scale).reshape(kv_heads, -1, d)
+        logits = (q32 @ k32).reshape(h, -1, s)
+        yield capped(logits, softcap).sub_(offset[:, start : start + rows]).exp_()
+
+
+def _rows_at_once(device: torch.device, scores: int) -> int:
+    """Rows of so many scores that are held at once."""
+    most = min(_CACHED_SCORES, _MAX_SCORES) if device.type == "cpu" else _MAX_SCORES
+    return max(1, most // max(1, scores))

@@ -1,0 +1,131 @@
+"""Fused attention kernels that also return log-sum-exps; `attention/attend.py` chooses one and says what they compute.
+
+All are PyTorch's own operators. Causal means a square here: rectangular causal masks are aligned at the first key on a
+CPU and at the last on CUDA. Letters as in `attention/attend.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_TYPES = (torch.bfloat16, torch.float16)
+_PLANNED_ROWS = 4096  # rows and keys from which cuDNN is worth its plan
+_USES_THAT_PAY = 600  # a plan takes 0.6 s and saves a millisecond at each use: no process loses more than one plan
+_PLANNED_BOUND = 1e-2
+_ONE_TOKEN_ROWS = 1024  # up to so many rows a head, keys are split over the chip (see `flash_ragged`)
+
+_seen: Counter[Hashable] = Counter()  # how often shapes came
+_planned: dict[Hashable, bool] = {}  # whether cuDNN takes them, of those that came often
+
+
+def on_cpu(q: Tensor) -> bool:
+    """Whether `flash_cpu` takes these queries."""
+    return q.device.type == "cpu" and q.dtype in _CPU_TYPES
+
+
+def on_cuda(q: Tensor) -> bool:
+    """Whether `flash_cuda` and `flash_ragged` take these queries."""
+    return q.device.type == "cuda" and q.dtype in _CUDA_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`attend` on a CPU."""
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    if mask is not None:  # for a row that may look at nothing the kernel yields NaN or a log-sum-exp of 0
+        blind = ~mask.any(-1)  # (B, 1, T)
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))
+    return out, lse
+
+
+def flash_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """`attend` without a mask on CUDA; key/value heads are shared, not repeated."""
+    if is_planned(q, k, v, scale, causal):
+        return cudnn_cuda(q, k, v, scale, causal)
+    return _flash_2(q, k, v, scale, causal)
+
+
+def _flash_2(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """By FlashAttention 2, which takes any shape at once."""
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return found[0], found[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+
+
+def cudnn_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """The same by cuDNN, which is faster on Hopper once it has planned a shape."""
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return found[0], found[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+
+
+def is_planned(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
+    """Whether cuDNN is to be used: on Hopper, for a large shape that came so often that a plan will have paid.
+
+    The first time, both are compared on what is at hand.
+    """
+    if q.shape[2] < _PLANNED_ROWS or k.shape[2] < _PLANNED_ROWS or not _is_hopper(q.device):
+        return False
+    shape = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal)  # as plans are kept
+    if shape not in _planned:
+        _seen[shape] += 1
+        if _seen[shape] <= _USES_THAT_PAY:
+            return False
+        _planned[shape] = _cudnn_agrees(q, k, v, scale, causal)
+    return _planned[shape]
+
+
+def _cudnn_agrees(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
+    try:
+        found, wanted = (run(q, k, v, scale, causal) for run in (cudnn_cuda, _flash_2))
+    except RuntimeError as failure:  # no plan was found
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise
+        logger.warning("cuDNN has no attention for %s: %r", tuple(q.shape), failure)
+        return False
+    apart = float((found[0].float() - wanted[0].float()).norm() / wanted[0].float().norm())
+    apart = max(apart, float((found[1] - wanted[1]).abs().max()))
+    if not apart <= _PLANNED_BOUND:
+        logger.warning("cuDNN's attention for %s is not used: it is off by %.1e", tuple(q.shape), apart)
+    return apart <= _PLANNED_BOUND
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def flash_ragged(
+    rows: Tensor, keys: Tensor, values: Tensor, ends: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of R rows for each of K heads over as many tokens as that head has, on CUDA in one call.
+
+    `rows` is (K, R, D), `keys` and `values` (N, D) of all heads one behind the other, `ends` (K + 1,) int32 where each
+    begins, `longest` the most tokens of a head. Output (K, R, D) and log-sum-exp (K, R) in float32.
+    """
+    heads, count, size = rows.shape
+    if 1 < count <= _ONE_TOKEN_ROWS:  # as query heads of one token: only then does the kernel split long keys
+        q, at_once = rows.contiguous(), 1
+    else:
+        q, at_once = rows.reshape(heads * count, 1, size), count
+    firsts = torch.arange(heads + 1, device=rows.device, dtype=torch.int32) * at_once
+    found = torch.ops.aten._flash_attention_forward(
+        q, keys.unsqueeze(1), values.unsqueeze(1), firsts, ends, at_once, longest, 0.0, False, False, scale=scale
+    )
+    out, lse = found[0].reshape(heads, count, size), found[1]
+    if at_once == 1 and lse.dim() == 2 and count > 1:  # rows first, heads last
+        return out, lse.reshape(count, heads).t()
+    return out, lse.reshape(heads, count)

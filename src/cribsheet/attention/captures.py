@@ -1,0 +1,34 @@
+"""What is captured once it was used often enough, by kind of use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Captures(Generic[T]):
+    """Captured computations by key (`engine/graphs.py`); one that cannot be captured is told once, not tried again."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, T | None] = {}
+        self._uses: dict[Hashable, int] = {}
+
+    def __bool__(self) -> bool:
+        """Whether anything was captured."""
+        return any(each is not None for each in self._made.values())
+
+    def find(self, key: Hashable, uses: int, make: Callable[[], T]) -> T | None:
+        """What was captured for `key`; `make` captures it after so many uses without."""
+        self._uses[key] = self._uses.get(key, 0) + 1
+        if key not in self._made and self._uses[key] > uses:
+            try:
+                self._made[key] = make()
+            except Exception:
+                logger.warning("%r could not be captured and is run kernel by kernel", key, exc_info=True)
+                self._made[key] = None
+        return self._made.get(key)

@@ -1,0 +1,149 @@
+"""How much a question and its answer look at each token of the prefix, gathered while the answer is written.
+
+Every forward pass has the queries of its new tokens and their log-sum-exps; that is all it takes to know what weight
+each prefix token got, and each token of passages that were told with the question. Only the upper half of the layers
+that see everything is asked: in the lower half heads look at words and neighbours, in the upper half at where the
+answer stands (measured: `bench/evidence.py`).
+
+Letters as in `attention/attend.py`: `B` sequences, `H` query heads, `K` key/value heads, `T` rows, `P` prefix tokens,
+`D` head size; and `M` layers that are watched, `N` tokens of passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cribsheet.attention import dispatch as fused
+from cribsheet.attention.attend import capped, column_mass
+from cribsheet.attention.prefix import PrefixLayer
+
+_QUESTION = 3.0  # what the rows of a question weigh together; a row that writes a token of the answer weighs 1
+
+
+def watched(full: Sequence[int]) -> list[int]:
+    """Numbers of the layers that are asked, of those that see everything."""
+    return list(full[len(full) // 2 :])
+
+
+class Glance:
+    """Attention on the prefix, and on what was told with questions, during one forward pass."""
+
+    def __init__(
+        self,
+        layers: Sequence[object],
+        full: Sequence[int],
+        told: Sequence[tuple[int, int]],
+        weights: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Watch the cache `layers`.
+
+        `told` is where the passages of each sequence begin and end in its suffix, padding included; every row that
+        weighs anything stands behind them. `weights` are those of each sequence's last rows (n,), 1 for one row if
+        none.
+        """
+        self._told, self._weights = told, weights
+        self._idle = [weight.device.type == "cpu" and not weight.any() for weight in weights or ()]
+        self._masses: list[Tensor] = []
+        self._on_told: list[list[Tensor]] = [[] for _ in told]
+        for number in watched(full):
+            layer = layers[number]
+            assert isinstance(layer, PrefixLayer)
+            layer.watch = self._look
+
+    @property
+    def masses(self) -> list[Tensor]:
+        """For each sequence (M, K, P + N) in float32, prefix first; `N` may differ."""
+        found = torch.stack(self._masses).unbind(1)
+        pairs = zip(found, self._on_told, strict=True)
+        return [torch.cat([mass, torch.stack(own)], 2) if own else mass for mass, own in pairs]
+
+    def _look(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
+        layer.watch = None
+        for row, (first, last) in enumerate(self._told):
+            if last > first:
+                self._on_told[row].append(self._on_passages(row, layer, query, lse, scale, softcap))
+        prefix = layer.prefix
+        if prefix.longest == 0:
+            self._masses.append(torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device))
+            return
+        if fused.usable(query, prefix.heads, softcap):
+            self._masses.append(self._at_once(layer, query, lse, scale))
+            return
+        groups = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
+        sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in groups]  # query heads of each
+        parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
+        masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
+        self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
+
+    def _at_once(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float) -> Tensor:
+        """(B, K, start) of all sequences and heads by one kernel."""
+        if self._weights is not None:
+            rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
+            lse = fused.weighted(lse, torch.stack(rows).unsqueeze(1))
+        prefix = layer.prefix
+        keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
+        return fused.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
+
+    def _placed(self, device: torch.device) -> Sequence[Tensor]:
+        """The rows' weights where the layers are: one copy for all of them, because a copy waits for the device."""
+        if self._weights and self._weights[0].device != device:
+            sizes = [len(weight) for weight in self._weights]
+            self._weights = torch.cat(list(self._weights)).to(device).split(sizes)
+        return self._weights or ()
+
+    def _mass(self, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """(B, G, P) of a group of heads with keys (G, P, D)."""
+        if self._weights is None:
+            return one_row(query, keys, lse, scale, softcap)
+        return torch.stack([self._mass_of(n, query, keys, lse, scale, softcap) for n in range(len(self._weights))])
+
+    def _on_passages(
+        self, row: int, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """(K, N) of one sequence."""
+        first, last = self._told[row]
+        if self._idle and self._idle[row]:
+            # a piece of a long question that is all passages, which may not be read to their end yet
+            return torch.zeros(layer.prefix.heads, last - first, device=query.device)
+        return self._mass_of(row, query, layer.keys[row, :, first:last], lse, scale, softcap)
+
+    def _mass_of(
+        self, row: int, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """(G, P) of one sequence."""
+        if self._weights is None:
+            return one_row(query[row : row + 1], keys, lse[row : row + 1], scale, softcap)[0]
+        if self._idle[row]:
+            return torch.zeros(keys.shape[:2], device=keys.device)
+        weight = self._placed(query.device)[row]
+        q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
+        mass = column_mass(q, keys, seen, scale=scale, row_weight=weight, softcap=softcap)
+        return mass.reshape(keys.shape[0], -1, keys.shape[1]).sum(1)
+
+
+def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Weights (B, K, P) of the one new row of each sequence, summed over the query heads that share a key.
+
+    `query` is (B, H, 1, D), `keys` (K, P, D), `lse` (B, H, 1) over all that the rows saw.
+    """
+    batch, heads = query.shape[0], keys.shape[0]
+    rows = query.reshape(batch, heads, -1, query.shape[3]).transpose(0, 1)  # (K, B, H/K, D)
+    seen = lse.reshape(batch, heads, -1).transpose(0, 1).unsqueeze(-1)
+    logits = (rows.flatten(1, 2) @ keys.transpose(-1, -2)).float() * scale  # keys are read once for all sequences
+    weights = (capped(logits, softcap).reshape(*rows.shape[:3], -1) - seen).exp_()
+    return weights.sum(2).transpose(0, 1)
+
+
+def question_weights(tokens: int, lead: int = 0) -> Tensor:
+    """What each row of a question of so many tokens weighs; the last one writes the answer's first token.
+
+    The first `lead` rows are passages and what stands before them, and weigh nothing.
+    """
+    weights = torch.full((tokens,), _QUESTION / max(1, tokens - lead))
+    weights[:lead] = 0
+    weights[-1] += 1
+    return weights

@@ -1,0 +1,266 @@
+"""`cribsheet build`: documents and a task to a sheet file."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cribsheet.cli.console import (
+    AsJson,
+    Debug,
+    Device,
+    Revision,
+    Verbose,
+    build_progress,
+    misuse,
+    quiet_libraries,
+    say,
+    say_json,
+)
+from cribsheet.cli.inspect import positions
+from cribsheet.corpus.printable import in_line
+from cribsheet.corpus.task import Task
+
+
+def build(
+    paths: Annotated[list[str], typer.Argument(metavar="PATHS", help="Files, folders or glob patterns.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write; only --dry-run needs none."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
+    example: Annotated[
+        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
+    ] = None,
+    task_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
+    rate: Annotated[
+        float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 4, in int4]")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")
+    ] = None,
+    retain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Instead of a rate: the share of what the model answers with everything before it that the sheet must "
+            "answer too, such as 0.95, of questions that it asks itself.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask the finished sheet such questions, and warn if it has lost many.")
+    ] = False,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="recall (default), recall-notes, notes, notes-peak, task, task-peak, finch, reconstruction, key-norm, "
+            "recent or random.",
+        ),
+    ] = None,
+    guide: Annotated[
+        Literal["auto", "resident", "form", "dropped"],
+        typer.Option(help="What stays of the task: all, the form of its examples' answers, nothing, or what is small."),
+    ] = "auto",
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens read at once; 0 reads everything at once.  [default: by device]"),
+    ] = None,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="A system text, which becomes part of the sheet.")] = "",
+    device: Device = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")
+    ] = None,
+    storage_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8", "int4"] | None,
+        typer.Option(help="Type of the stored keys and values.  [default: the model's, or int4 without a rate]"),
+    ] = None,
+    revision: Revision = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="For what is random in a build.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
+    ] = None,
+    allocation: Annotated[
+        Literal["uniform", "profiled", "adaptive"] | None,
+        typer.Option(
+            help="How heads share the budget: alike, by the model's profile, or by scores.  "
+            "[default: profiled with the default scorer]"
+        ),
+    ] = None,
+    correction: Annotated[
+        Literal["none", "refit"],
+        typer.Option(help="refit: what is kept is made to stand for what was dropped."),
+    ] = "none",
+    mode: Annotated[
+        Literal["sequential", "independent"],
+        typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
+    ] = "sequential",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="The same with FILE.partial: run a killed build again and it goes on."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build nothing; say what it would take: tokens, bytes, memory and seconds."),
+    ] = False,
+    no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Build by tasks on a Ray cluster, which survive their workers.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The cluster; one on this machine by default.")
+    ] = None,
+    task_cpus: Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a task.")] = 1,
+    task_gpus: Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a task.")] = 0,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Condense documents for a task into one sheet file."""
+    checkpoint = _checked_files(output, checkpoint, resume=resume, force=force or dry_run, dry_run=dry_run)
+    purpose = make_task(task, example or [], task_file)
+    if dry_run and (ray or check or retain is not None):
+        misuse("--dry-run knows what a build without questions takes here; leave --ray, --check and --retain out")
+    _check_sizes(rate, budget, retain)
+    quiet_libraries()
+    if (check or retain is not None) and not as_json:
+        _tell_of_probes()
+    from cribsheet.corpus.documents import read_documents
+
+    documents = read_documents([Path(path) for path in paths])
+    options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
+    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "mode": mode, "correction": correction}
+    options |= {"allocation": allocation} | ({"scorer": scorer} if scorer else {})
+    given = {"device": device, "dtype": dtype, "revision": revision}
+    if dry_run or output is None:
+        _foretell(documents, purpose, model, given, as_json=as_json, texts=not no_texts, **options)
+        return
+    options |= {"checkpoint": checkpoint, "retain": retain, "check": check}
+    options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
+    began = time.perf_counter()
+    with build_progress(hidden=as_json) as progress:
+        if ray:
+            from cribsheet.cli.ray import build_on_ray
+
+            needs = (task_cpus, task_gpus)
+            sheet = build_on_ray(documents, purpose, address=ray_address, needs=needs, progress=progress, **options)
+        else:
+            from cribsheet.llm import CompressedKnowledgeLLM
+
+            sheet = CompressedKnowledgeLLM.build(documents, purpose, progress=progress, **options).sheet
+    from cribsheet.sheet.file import save
+
+    save(sheet, output, texts=not no_texts)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    _report(sheet, output, time.perf_counter() - began, as_json=as_json)
+
+
+def _checked_files(
+    output: Path | None, checkpoint: Path | None, *, resume: bool, force: bool, dry_run: bool
+) -> Path | None:
+    """The checkpoint, if there is one; refuses files that can never be written, before any work."""
+    if output is None and not dry_run:
+        misuse("no file was named for the sheet; give one with --output (-o), or ask with --dry-run what it would take")
+    if output is not None:
+        check_output(output, force=force)
+        if resume and checkpoint is None:
+            checkpoint = output.with_name(output.name + ".partial")
+    if checkpoint is not None:
+        check_output(checkpoint, force=True)
+    return checkpoint
+
+
+def _check_sizes(rate: float | None, budget: int | None, retain: float | None) -> None:
+    given = {"--rate": rate, "--budget": budget, "--retain": retain}
+    sizes = [name for name, value in given.items() if value is not None]
+    if len(sizes) > 1:
+        misuse(f"{' and '.join(sizes)} were given together; leave all but one out")
+
+
+def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, as_json: bool, **options: Any) -> None:
+    """Say what a build would take."""
+    from cribsheet.compress.forecast import forecast
+    from cribsheet.engine.pool import LoadedModel
+
+    found = forecast(LoadedModel.get(model, **given).backbone, documents, task, **options)
+    if as_json:
+        say_json(dataclasses.asdict(found))
+        return
+    say(
+        f"{found.corpus_tokens:,} tokens of {found.documents} documents would become {found.tokens:,} (rate "
+        f"{found.rate:.1f}) in {found.chunks} chunk{'s' * (found.chunks > 1)} of at most {found.chunk_tokens:,}\n"
+        f"file about {found.sheet_bytes / 1e6:,.1f} MB; memory at most about {found.peak_bytes / 1e6:,.0f} MB besides "
+        f"Python and its libraries\n"
+        f"about {found.seconds:.1f} s here, as the first {found.probe_tokens:,} tokens took {found.probe_seconds:.2f} s"
+    )
+
+
+def _tell_of_probes() -> None:
+    """A check asks many questions after the corpus was read; how far it is stands on stderr."""
+    for name in ("probes", "retention"):
+        logging.getLogger(f"cribsheet.{name}").setLevel(logging.INFO)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse a file that exists, unless `force`, or that can never be written; before any work."""
+    if output.is_dir():
+        misuse(f"{str(output)!r} is a folder; name a file in it")
+    if output.exists() and not output.is_file():
+        misuse(f"{str(output)!r} is no regular file; name one, or a new one")
+    folder = Path(os.path.realpath(output)).parent if output.is_symlink() else output.parent
+    if not folder.is_dir():
+        misuse(f"the folder {str(folder)!r} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        misuse(f"the folder {str(folder)!r} cannot be written to; choose another")
+    if output.exists() and not force:
+        misuse(f"{str(output)!r} exists; pass --force to overwrite it, or another name")
+
+
+def make_task(text: str | None, examples: list[str], file: Path | None) -> Task:
+    """The task of the flags, or of the file; a general one without either."""
+    if file is not None:
+        if text is not None or examples:
+            misuse("--task-file was given together with --task or --example; put everything into the file")
+        return Task.from_file(file)
+    pairs = tuple(Task.parse_example(example) for example in examples)
+    return Task(text if text is not None else Task.of(None).description, pairs)
+
+
+def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
+    size, made = output.stat().st_size, sheet.manifest
+    if as_json:
+        say_json(
+            {
+                "sheet": str(output),
+                "documents": len(made.documents),
+                "corpus_tokens": made.corpus_tokens,
+                "tokens": sheet.tokens,
+                "rate": round(sheet.rate, 3),
+                "positions": sheet.length,
+                "window": sheet.window,
+                "guide": made.guide,
+                "scorer": made.scorer,
+                "file_bytes": size,
+                "retention": made.retention.model_dump() if made.retention else None,
+                "build_seconds": made.build["seconds"],
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    say(
+        f"{in_line(str(output))}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became "
+        f"{sheet.tokens:,} (rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, {positions(sheet)} of the window, "
+        f"in {seconds:.1f} s" + (f"; {made.retention}" if made.retention else "")
+    )

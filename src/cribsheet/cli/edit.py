@@ -1,0 +1,158 @@
+"""`cribsheet extend`, `replace`, `remove` and `merge`: sheet files whose documents change.
+
+The file is replaced whole when everything is done; until then, and if anything fails, the old one stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cribsheet.cli.ask import Dtype, Model, SheetFile
+from cribsheet.cli.build import check_output
+from cribsheet.cli.console import (
+    AsJson,
+    Debug,
+    Device,
+    Revision,
+    Verbose,
+    build_progress,
+    misuse,
+    quiet_libraries,
+    say,
+    say_json,
+)
+from cribsheet.corpus.printable import in_line
+
+if TYPE_CHECKING:
+    from cribsheet.compress.progress import Progress
+    from cribsheet.llm import CompressedKnowledgeLLM
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there and leave the sheet as it is.")
+]
+
+
+def extend(
+    file: SheetFile,
+    paths: Annotated[list[str], typer.Argument(metavar="PATHS...", help="Files, folders or glob patterns.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Add documents to an independent sheet; only these are read."""
+    from cribsheet.corpus.documents import read_documents
+
+    documents = read_documents([Path(path) for path in paths])
+    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.extend(documents, progress=p))
+
+
+def replace(
+    file: SheetFile,
+    document_id: Annotated[str, typer.Argument(metavar="ID", help="The document, as `inspect` lists it.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file with its new text.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Put a new text in the place of one document of an independent sheet; only that is read."""
+    from cribsheet.corpus.documents import read_documents
+
+    document = read_documents(path)
+    _change(
+        file,
+        output,
+        (model, device, dtype, revision),
+        as_json,
+        lambda kb, p: kb.replace(document_id, document, progress=p),
+    )
+
+
+def remove(
+    file: SheetFile,
+    document_ids: Annotated[list[str], typer.Argument(metavar="IDS...", help="Documents, as `inspect` lists them.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Take documents out of an independent sheet; nothing of them is left in the file."""
+    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.remove(*document_ids))
+
+
+def merge(
+    file: SheetFile,
+    others: Annotated[list[str], typer.Argument(metavar="FILES...", help="Sheets of the same model and task.")],
+    output: Output = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Add the documents of other independent sheets; none is read again."""
+
+    def take_over(kb: CompressedKnowledgeLLM, progress: Progress | None) -> None:
+        from cribsheet import load_sheet
+
+        for other in others:
+            kb.merge(load_sheet(other))
+
+    _change(file, output, (model, device, dtype, revision), as_json, take_over)
+
+
+def _change(
+    file: str,
+    output: Path | None,
+    model: tuple[str | None, str | None, str | None, str | None],
+    as_json: bool,
+    change: Callable[[CompressedKnowledgeLLM, Progress | None], object],
+) -> None:
+    if output is None and ("://" in file or "#" in file) and not Path(file).exists():
+        misuse(f"{file} is not a file here that could be replaced; say with --output where to write")
+    target = output or Path(file)
+    check_output(target, force=output is None)
+    quiet_libraries()
+    from cribsheet.llm import CompressedKnowledgeLLM
+
+    began = time.perf_counter()
+    options: dict[str, Any] = dict(zip(("model", "device", "dtype", "revision"), model, strict=True))
+    with build_progress(hidden=as_json) as progress:
+        kb = CompressedKnowledgeLLM.load(file, **{name: value for name, value in options.items() if value is not None})
+        change(kb, progress)
+    kb.save(target)
+    done = {
+        "sheet": str(target),
+        "documents": len(kb.sheet.documents),
+        "corpus_tokens": kb.sheet.manifest.corpus_tokens,
+        "tokens": kb.sheet.tokens,
+        "change": kb.sheet.manifest.history[-1].operation,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    if as_json:
+        say_json(done)
+        return
+    say(
+        f"{in_line(str(target))}: {done['change']}, now {done['documents']} documents, {done['corpus_tokens']:,} "
+        f"tokens in {done['tokens']:,}, in {done['seconds']:.1f} s"
+    )

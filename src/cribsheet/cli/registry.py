@@ -1,0 +1,55 @@
+"""`cribsheet push` and `cribsheet pull`: sheets into and out of a registry folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cribsheet.cli.build import check_output
+from cribsheet.cli.console import AsJson, Debug, Verbose, say, say_json
+from cribsheet.corpus.printable import in_line
+
+RegistryPlace = Annotated[str, typer.Argument(metavar="REGISTRY", help="A folder or a URL that fsspec opens.")]
+
+
+def push(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")],
+    registry: RegistryPlace,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name there; the file's own by default.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Add a sheet to a registry as its next version.
+
+    A registry is a folder that holds sheets by name and version, with their digests.
+    """
+    from cribsheet.sheet.registry import Registry
+
+    name = name or file.name.removesuffix(".sheet")
+    version = Registry(registry).push(file, name)
+    if as_json:
+        say_json({"name": name, **version.model_dump()})
+    else:
+        say(f"{name}@{version.version}  {version.size} bytes  sha256 {version.sha256}")
+
+
+def pull(
+    sheet: Annotated[str, typer.Argument(metavar="REGISTRY#NAME[@N]", help="The newest version, or the N-th.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a sheet from a registry or a URL to a file, verified."""
+    check_output(output, force=force)
+    from cribsheet.sheet.atomic import writing
+    from cribsheet.sheet.registry import resolve
+
+    found = resolve(sheet)
+    with writing(output, "The sheet") as unfinished:
+        shutil.copyfile(found, unfinished)
+    say(f"{in_line(str(output))}  {output.stat().st_size} bytes")

@@ -1,0 +1,1 @@
+"""Ways to answer side by side, on a user's own questions."""

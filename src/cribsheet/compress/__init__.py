@@ -1,0 +1,1 @@
+"""Writing: read a chunk, score it, keep the best, move them."""

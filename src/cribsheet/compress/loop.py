@@ -1,0 +1,396 @@
+"""The loop that condenses a corpus: for each chunk read, score, keep, move.
+
+After each chunk the guide is read, and every token cached so far, old or new, competes for the budget that the part
+read until then has earned (FINCH, TACL 2024; arXiv 2503.04973). Memory is bounded by chunk and budget, never by the
+corpus. One chunk as long as the corpus is the single-pass form.
+
+Letters as in `scoring/view.py`: `K` key/value heads, `S` cached tokens, `P` kept tokens, `D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
+from cribsheet.attention.rope import rotate
+from cribsheet.compress.correction import refitted
+from cribsheet.compress.notes import NOTES_TOKENS, write_notes
+from cribsheet.compress.progress import Steps
+from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
+from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.llama_read import read as read_lean
+from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.vocabulary import ABSENT, Allocation, Correction
+
+Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
+Step = Callable[[], None]  # is called after each part of a chunk's work
+Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What one layer keeps: keys (K, P, D) *before* rotation in float32, values (K, P, D), indices and scores (K, P).
+
+    Scores of N needs are (N, K, P). Unrotated keys can be given any position without adding up rounding errors from
+    chunk to chunk. A head that keeps fewer than P tokens has them at the end, behind indices `ABSENT` with a score of
+    minus infinity.
+    """
+
+    keys: Tensor
+    values: Tensor
+    indices: Tensor
+    scores: Tensor
+
+    def at(self, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        """Keys (K, P, D) rotated for `positions` (P,), in the dtype of the values."""
+        return rotate(self.keys, positions, inv_freq).to(self.values.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a build does with each chunk; all counts are in tokens.
+
+    After a chunk, scorers that ask for the task read `guide` (T,); those that ask for notes let the model answer
+    `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,), the turn that asks for
+    it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
+    `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
+    adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
+    If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
+    If it is profiled, half of it goes where the scores are highest, and of the other half `weigh` says what each head
+    of the layers that see everything keeps, the mean being 1.
+    With a `correction`, what is kept is made to stand for what was dropped.
+    """
+
+    scorer: Scorer
+    guide: Tensor
+    request: Tensor
+    repeat: Tensor
+    noted: Callable[[str], Tensor]
+    budget: int
+    chunk_tokens: int
+    head: int
+    pinned: int
+    allocation: Allocation = "uniform"
+    spread: bool = True
+    weigh: Callable[[], Sequence[float]] = list
+    correction: Correction = "none"
+    least: int = 1
+    most: int = 0
+    seed: int = 0
+
+    def on(self, corpus: TokenizedCorpus) -> Reading:
+        """The same, but where all of a corpus is kept there is nothing to score, to share or to correct."""
+        if self.budget < len(corpus):
+            return self
+        return replace(self, scorer=SCORERS["recent"](), allocation="uniform", correction="none")
+
+    def read(
+        self,
+        backbone: Backbone,
+        prefix: Sequence[LayerPrefix],
+        start: int,
+        chunk: Chunk,
+        step: Step | None = None,
+    ) -> list[ReadingLayer]:
+        """Read a chunk, and what scores it, on a prefix of `start` tokens; `step` is called at each layer."""
+        known: Known = None
+        room = backbone.window - start - len(chunk.ids)
+        repetition = torch.cat([self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
+        match self.scorer.guide:
+            case "task":
+                guide = self.guide
+            case "notes":
+                guide, known = self._notes(backbone, prefix, start, chunk, step)
+                guide = guide[:room]
+            case "repeat":
+                guide = repetition
+            case "task and repeat":
+                guide = torch.cat([self.guide, repetition])
+            case "notes and repeat":
+                guide, known = self._notes(backbone, prefix, start, chunk, step)
+                guide = torch.cat([guide[: room - len(repetition)], repetition])
+            case "nothing":
+                guide = self.guide[:0]
+        return read_lean(backbone, prefix, start, chunk.ids, guide, known, step)
+
+    def repeated(self, chunk: Chunk) -> int:
+        """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
+        again = self.scorer.guide.endswith("repeat")
+        return min(len(chunk.ids), max(0, chunk.stop - self.head)) if again else 0
+
+    def noted_tokens(self, chunk: Chunk) -> int:
+        """The longest notes that are written about a chunk."""
+        return min(NOTES_TOKENS, max(1, len(chunk.ids) // 2)) if self.scorer.guide.startswith("notes") else 0
+
+    def _notes(
+        self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk, step: Step | None
+    ) -> tuple[Tensor, Known]:
+        """Task, notes that the model writes about the chunk, and examples, as tokens (T,); and the chunk as read."""
+        limit = self.noted_tokens(chunk)
+        notes, known = write_notes(backbone, prefix, start, chunk.ids, self.request, limit, step)
+        return self.noted(notes), known
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A build after some chunk: how many tokens were read, and what every layer keeps of them."""
+
+    done: int
+    kept: list[Kept]
+
+
+def compress(
+    backbone: Backbone,
+    corpus: TokenizedCorpus,
+    how: Reading,
+    start: State | None = None,
+    tell: Tell | None = None,
+) -> Iterator[State]:
+    """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped.
+
+    `tell` hears of chunks that take long before they are done.
+    """
+    done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
+    how = how.on(corpus)
+    for chunk in corpus.split(how.chunk_tokens):
+        if chunk.start < done:
+            continue
+        step = steps(backbone, chunk, how, tell)
+        layers = read(backbone, kept, chunk, how, step)
+        budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
+        scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
+        indices = [places(old, chunk) for old in kept]
+        keep = choose(backbone, scores, indices, how, budget)
+        kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, backbone.inv_freqs, strict=True)]
+        if how.correction == "refit":
+            kept = correct(backbone, layers, kept, how.repeated(chunk), step)
+        yield State(chunk.stop, kept)
+
+
+def steps(backbone: Backbone, chunk: Chunk, how: Reading, tell: Tell | None) -> Step | None:
+    """What is called after each part of a chunk's work: a token of notes, and reading, scoring, correcting a layer."""
+    if tell is None:
+        return None
+    parts = backbone.num_layers * (2 if how.correction == "none" else 3)
+    return Steps(tell, chunk.start, len(chunk.ids), parts + how.noted_tokens(chunk), backbone.wait)
+
+
+def cut(backbone: Backbone, state: State, how: Reading) -> State:
+    """What a reading of a smaller budget keeps of a finished one, chosen again by the scores that it was kept by.
+
+    Of a corpus that was read in one chunk it is what a reading of that budget would have kept, token for token: a token
+    is among the best of fewer only if it was among the best of more. Where the corpus was read in several chunks, each
+    was read on what the larger budget had kept of those before it.
+    """
+    kept = state.kept
+    keep = choose(backbone, [layer.scores for layer in kept], [layer.indices for layer in kept], how, how.budget)
+    return State(state.done, [_chosen(layer, indices) for layer, indices in zip(kept, keep, strict=True)])
+
+
+def _chosen(layer: Kept, keep: Tensor) -> Kept:
+    """Of a layer's kept tokens those of these places (K, P), -1 where a head keeps fewer."""
+    absent = keep < 0
+    indices = take(layer.indices, keep).masked_fill(absent, ABSENT)
+    scores = layer.scores.gather(-1, keep.clamp(min=0).expand(*layer.scores.shape[:-1], -1))
+    scores = scores.masked_fill(absent, float("-inf"))
+    return Kept(take(layer.keys, keep), take(layer.values, keep), indices, scores)
+
+
+def read(
+    backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading, step: Step | None = None
+) -> list[ReadingLayer]:
+    """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
+    prefix, start = as_prefix(backbone, kept), kept_tokens(backbone, kept)
+    return how.read(backbone, prefix, start, chunk, step)
+
+
+def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
+    """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
+    size = kept_tokens(backbone, kept)
+    counts = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()  # waiting for a GPU once
+    prefix = []
+    for layer, held, inv_freq, window in zip(kept, counts, backbone.inv_freqs, backbone.windows, strict=True):
+        positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
+        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, held, window))
+    return prefix
+
+
+def kept_tokens(backbone: Backbone, kept: Sequence[Kept]) -> int:
+    """Length of the prefix: the most tokens that a head keeps in the layers that see everything."""
+    return max(kept[number].keys.shape[1] for number in backbone.full)
+
+
+def places(old: Kept, chunk: Chunk) -> Tensor:
+    """(K, S) index in the corpus of each old and new token of one layer."""
+    fresh = torch.arange(chunk.start, chunk.stop, device=old.indices.device)
+    return torch.cat([old.indices, fresh.expand(old.indices.shape[0], -1)], 1)
+
+
+def score(
+    backbone: Backbone,
+    read: ReadingLayer,
+    old: Kept,
+    chunk: Chunk,
+    how: Reading,
+    layer: int,
+    step: Step | None = None,
+) -> Tensor:
+    """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best.
+
+    Where heads share a budget and the scorer tells several needs apart, they are (N, K, S).
+    """
+    if step is not None:
+        step()
+    indices = places(old, chunk)
+    if backbone.windows[layer] is not None:
+        return indices.float()
+    before = read.prefix.keys
+    if read.prefix.counts:
+        stood = torch.arange(read.start - old.keys.shape[1], read.start, device=old.keys.device)
+        before = old.at(stood, backbone.inv_freqs[layer])
+    view = LayerView(
+        keys=torch.cat([before, read.chunk_keys], 1),
+        values=torch.cat([old.values, read.chunk_values], 1),
+        positions=indices,
+        queries=read.guide_queries,
+        lse=read.guide_lse,
+        carried=old.scores,
+        scale=backbone.scale,
+        layer=layer,
+        seed=how.seed,
+        softcap=backbone.softcap,
+        repeated=how.repeated(chunk),
+    )
+    needs: Callable[[LayerView], Tensor] | None = getattr(how.scorer, "needs", None)
+    if needs and how.allocation == "profiled":
+        scores = needs(view).amax(0)
+    elif needs and how.spread and how.allocation == "adaptive":
+        scores = needs(view)
+    else:
+        scores = how.scorer.score(view)
+    return scores.masked_fill(indices == ABSENT, float("-inf"))
+
+
+def choose(
+    backbone: Backbone,
+    scores: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    how: Reading,
+    budget: int,
+) -> list[Tensor]:
+    """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
+
+    Scores (K, S), or (N, K, S) for N needs, and corpus indices (K, S) are by layer. The first tokens of the corpus stay
+    if they are pinned. A layer with a sliding window has no choice: it keeps the latest tokens that the next one can
+    see. Needs are spread over the heads here, of the tokens that are left: what is kept as their scores is not.
+    """
+    found: dict[int, Tensor] = {}
+    for number, window in enumerate(backbone.windows):
+        if window is not None:
+            found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
+    wanted, standing = ([part[number] for number in backbone.full] for part in (scores, indices))
+    if wanted[0].dim() == 3:
+        needs = [spread_out([layer[n] for layer in wanted], standing) for n in range(len(wanted[0]))]
+        wanted = [torch.stack(each).amax(0) for each in zip(*needs, strict=True)]
+    full = {
+        number: layer.masked_fill((place >= 0) & (place < how.pinned), float("inf"))
+        for number, layer, place in zip(backbone.full, wanted, standing, strict=True)
+    }
+    shortest = min(layer.shape[1] for layer in full.values())
+    if how.allocation == "uniform":
+        found |= _keep_top_of_each(full, min(budget, shortest))
+    elif how.allocation == "profiled":
+        found |= dict(
+            zip(
+                full, keep_counts(list(full.values()), _counts(list(full.values()), standing, how, budget)), strict=True
+            )
+        )
+    else:
+        least = min(shortest, budget, how.least)
+        best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
+        found |= dict(zip(full, best, strict=True))
+    return [found[number] for number in range(len(scores))]
+
+
+def _counts(scores: Sequence[Tensor], standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
+    """How many of its tokens (K, S) each head of each layer keeps: half by its weight, half by its scores."""
+    limits = torch.stack([(layer != ABSENT).sum(-1) for layer in standing]).flatten().tolist()
+    most, total = max(budget, how.most), budget * len(limits)
+    limits = [min(limit, most) for limit in limits]
+    shares = [(weight + won / budget) / 2 for weight, won in zip(how.weigh(), best_of_all(scores, total), strict=True)]
+    counts = apportion(shares, limits, total, least=min(budget, max(how.least, how.pinned)))
+    heads = len(standing[0])
+    return [counts[first : first + heads] for first in range(0, len(counts), heads)]
+
+
+def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tensor]:
+    """`keep_top` of several layers (K, S), in one go where they are of one length, as they nearly always are."""
+    if len({layer.shape for layer in scores.values()}) > 1:
+        return {number: keep_top(layer, budget) for number, layer in scores.items()}
+    return dict(zip(scores, keep_top(torch.stack(list(scores.values())), budget).unbind(), strict=True))
+
+
+def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
+    """What one layer keeps (K, P) of its old and new tokens, given their indices (K, S) and scores ([N,] K, S)."""
+    before = old.keys.shape[1]
+    absent, is_new = keep < 0, (keep >= before).unsqueeze(-1)
+    place = (keep - before).clamp(min=0)  # in the chunk, of those that come from there
+    unrotated = rotate(take(read.chunk_keys, place), -(read.start + place), inv_freq)
+    values = take(read.chunk_values, place)
+    if before:
+        known = keep.clamp(max=before - 1)
+        unrotated = torch.where(is_new, unrotated, take(old.keys, known))
+        values = torch.where(is_new, values, take(old.values, known))
+    return Kept(
+        unrotated,
+        values,
+        take(indices, keep).masked_fill(absent, ABSENT),
+        scores.gather(-1, keep.clamp(min=0).expand(*scores.shape[:-1], -1)).masked_fill(absent, float("-inf")),
+    )
+
+
+def correct(
+    backbone: Backbone,
+    layers: Sequence[ReadingLayer],
+    kept: Sequence[Kept],
+    repeated: int,
+    step: Step | None = None,
+) -> list[Kept]:
+    """What is kept, refitted in the layers that see everything; a sliding window drops only what nobody sees."""
+    found, size = list(kept), kept_tokens(backbone, kept)
+    for number in backbone.full:
+        if step is not None:
+            step()
+        found[number] = refitted(backbone, layers[number], kept[number], size, repeated, number)
+    return found
+
+
+def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:
+    """Tokens to keep once `read` of `total` tokens were read: the head, and the budget in proportion."""
+    if read >= total:
+        return budget
+    share = (budget - pinned) * max(0, read - pinned) / max(1, total - pinned)
+    return max(1, min(read, pinned + round(share)))
+
+
+def nothing_read(backbone: Backbone) -> list[LayerPrefix]:
+    """The prefix of what is read first, of no tokens; layers with sliding windows have them."""
+    return as_prefix(backbone, nothing_kept(backbone))
+
+
+def nothing_kept(backbone: Backbone) -> list[Kept]:
+    """What every layer keeps before the first chunk."""
+    shape = (backbone.kv_heads, 0, backbone.head_size)
+    device = backbone.device
+    empty = Kept(
+        torch.empty(shape, device=device),
+        torch.empty(shape, dtype=backbone.dtype, device=device),
+        torch.empty(shape[:2], dtype=torch.int64, device=device),
+        torch.empty(shape[:2], device=device),
+    )
+    return [empty] * backbone.num_layers

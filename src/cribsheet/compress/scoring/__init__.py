@@ -1,0 +1,46 @@
+"""Scorers: one small class each with one method, and the table by which they are chosen.
+
+To add one: write its file, add its row here, and it is offered by the command line, the benches and `build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cribsheet.compress.scoring.finch import Finch
+from cribsheet.compress.scoring.floors import KeyNorm, Random, Recent
+from cribsheet.compress.scoring.notes_attention import NotesAttention, NotesPeak
+from cribsheet.compress.scoring.recall import Recall, RecallNotes
+from cribsheet.compress.scoring.reconstruction import Reconstruction
+from cribsheet.compress.scoring.task_attention import TaskAttention, TaskPeak
+from cribsheet.compress.scoring.view import LayerView, Scorer
+from cribsheet.errors import CribsheetError
+
+__all__ = ["SCORERS", "LayerView", "Scorer", "make_scorer"]
+
+SCORERS: dict[str, Callable[[], Scorer]] = {
+    "recall": Recall,
+    "recall-notes": RecallNotes,
+    "notes": NotesAttention,
+    "notes-peak": NotesPeak,
+    "task": TaskAttention,
+    "task-peak": TaskPeak,
+    "finch": Finch,
+    "reconstruction": Reconstruction,
+    "key-norm": KeyNorm,
+    "recent": Recent,
+    "random": Random,
+}
+
+
+class UnknownScorerError(CribsheetError, ValueError):
+    """A scorer name that is not in the table."""
+
+
+def make_scorer(scorer: str | Scorer) -> tuple[str, Scorer]:
+    """The scorer's name and a fresh instance; an instance of your own passes through under its class name."""
+    if not isinstance(scorer, str):
+        return type(scorer).__name__, scorer
+    if scorer not in SCORERS:
+        raise UnknownScorerError(f"There is no scorer {scorer!r}; use one of {', '.join(SCORERS)}.")
+    return scorer, SCORERS[scorer]()

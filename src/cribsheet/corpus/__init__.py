@@ -1,0 +1,1 @@
+"""What goes in: documents, and the files, folders and strings that they are read from."""

@@ -1,0 +1,1 @@
+"""Reading: requests over a prefix, answered together, token by token."""

@@ -1,0 +1,191 @@
+"""Decoding steps and short questions that are captured once and replayed, on GPUs.
+
+A step of a large model is a thousand kernels that each run for microseconds: launching them one by one from Python
+takes several times longer than running them. A CUDA graph launches them all at once. It works on fixed buffers, so
+there is one for each bucket of batch sizes and suffix lengths, or of question lengths, captured when the bucket has
+been used a few times. `fixed_step` and `padded_read` are what is captured; they run on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention.captures import Captures
+from cribsheet.attention.prefix import Prefix
+from cribsheet.attention.recorder import Glance
+from cribsheet.attention.slots import Rows, SlotLayer, prefill_cache, step_cache
+from cribsheet.model import llama_step as lean
+from cribsheet.model.backbone import Backbone
+
+R = TypeVar("R")
+
+_USES = 3  # steps of a bucket before it is captured
+_FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
+_MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
+_READ_USES = 1  # questions of a bucket before it is captured
+_FIRST_QUESTION, _MOST_QUESTION = 32, 512  # tokens of the shortest and longest questions that are captured
+
+
+def fixed_step(
+    backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, inputs: Tensor, tokens: int, *, evidence: bool
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Logits (B, V) of one step, and what each row looked at, if there is to be evidence.
+
+    `inputs` (3, B) are the rows' newest tokens, their positions, and how long the suffixes were before, below `tokens`:
+    nothing but the device needs to know them.
+    """
+    rows.fix(inputs[2], tokens)
+    glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1]) if evidence else None
+    step = lean.find(backbone)
+    if step is not None:
+        logits = step(inputs[0], inputs[1], layers)
+    else:
+        logits = backbone.step(inputs[0, :, None], inputs[1, :, None], step_cache(layers))[:, -1]
+    return logits, glance.masses if glance else None
+
+
+def padded_read(
+    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool
+) -> tuple[Tensor, Tensor | None, Sequence[object]]:
+    """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
+
+    `inputs` (T + 1,) are its tokens, anything behind them, and the place of the last one. No row sees what stands
+    behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding.
+    """
+    size = len(weights)
+    cache = prefill_cache(prefix.layers, prefix.tokens, None)
+    glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights]) if evidence else None
+    positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
+    logits = backbone.step(inputs[None, :size], positions[None], cache, inputs[size:])[:, -1]
+    return logits, glance.masses[0] if glance else None, cache.layers
+
+
+class _Staged:
+    """A tensor on the device that is filled from the host without waiting for the device."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.there = torch.zeros(*shape, dtype=dtype, device=device)
+        self.here = torch.zeros(*shape, dtype=dtype, pin_memory=True)
+        self._copied = torch.cuda.Event()
+
+    def send(self, fill: Callable[[Tensor], object]) -> None:
+        """Let `fill` write the host's side and copy it over, once the copy before is done with it."""
+        self._copied.synchronize()
+        fill(self.here)
+        self.there.copy_(self.here, non_blocking=True)
+        self._copied.record()
+
+
+class _Captured(Generic[R]):
+    """A computation on fixed buffers that is replayed; `found` holds its results after each replay."""
+
+    def __init__(self, run: Callable[[], R]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # whatever is made at a first use must be made before the capture
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self.found = run()
+
+    def replay(self) -> R:
+        """Its results, in the same tensors every time."""
+        self._graph.replay()
+        return self.found
+
+
+class StepGraph:
+    """One decoding step of B sequences with suffixes of fewer than `tokens` tokens, as the GPU replays it."""
+
+    def __init__(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, slots: int, evidence: bool) -> None:
+        tokens = layers[0].keys.shape[2]
+        self._inputs = _Staged(3, slots, dtype=torch.int64, device=backbone.device)
+        self._inputs.there[1].fill_(layers[0].start)
+        self._inputs.there[2].fill_(tokens - 1)  # where nobody has written yet
+        self._step = _Captured(
+            lambda: fixed_step(backbone, layers, rows, self._inputs.there, tokens, evidence=evidence)
+        )
+
+    def replay(
+        self, ids: Sequence[int], positions: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Logits (B, V) and what each row looked at (M, K, P), if it was captured with it."""
+        count = len(ids)
+
+        def fill(inputs: Tensor) -> None:
+            inputs[:, :count] = torch.tensor([ids, positions, lengths])
+            inputs[2, count:] = 0  # slots that nobody has may be written to
+
+        self._inputs.send(fill)
+        logits, masses = self._step.replay()
+        return logits[:count], None if masses is None else masses[:count]
+
+
+class StepGraphs:
+    """The captured steps of one batch, by batch size and by whether evidence is gathered."""
+
+    def __init__(self) -> None:
+        self._graphs: Captures[StepGraph] = Captures()
+        self._place = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything was captured."""
+        return bool(self._graphs)
+
+    def find(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, evidence: bool) -> StepGraph | None:
+        """The graph for the batch as it is, capturing it if it is time; none if this step is run kernel by kernel."""
+        longest = max(rows.lengths) + 1
+        if backbone.device.type != "cuda" or longest > _MOST_TOKENS or backbone.attached().share is not None:
+            return None
+        slots = 1 << (len(rows.lengths) - 1).bit_length()
+        tokens = max(_FIRST_TOKENS, 1 << (longest - 1).bit_length())
+        for layer in layers:
+            layer.reserve(slots, tokens, layer.keys)
+        if self._place != layers[0].keys.data_ptr():  # buffers have grown, and graphs write to the old ones
+            self._graphs, self._place = Captures(), layers[0].keys.data_ptr()
+        return self._graphs.find(
+            ("a step", slots, evidence), _USES, lambda: StepGraph(backbone, layers, rows, slots, evidence)
+        )
+
+
+class ReadGraph:
+    """Reading one question of at most `tokens` tokens on a prefix, as the GPU replays it."""
+
+    def __init__(self, backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> None:
+        self.tokens = tokens
+        self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
+        self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
+        self._read = _Captured(
+            lambda: padded_read(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
+        )
+
+    def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Sequence[object]]:
+        """As `padded_read` for the tokens (n,) of a question and the weights (n,) of its rows; valid until the next."""
+        count = len(question)
+
+        def fill(inputs: Tensor) -> None:
+            inputs[:count], inputs[-1] = question, count - 1
+
+        def weigh(rows: Tensor) -> None:
+            rows[:count], rows[count:] = weights, 0.0
+
+        self._inputs.send(fill)
+        self._weights.send(weigh)
+        return self._read.replay()
+
+
+def find_read(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> ReadGraph | None:
+    """The graph that reads a question of so many tokens, capturing it if it is time; none if it is read without."""
+    sliding = len(backbone.full) < backbone.num_layers
+    if backbone.device.type != "cuda" or tokens > _MOST_QUESTION or sliding:
+        return None
+    size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
+    found: ReadGraph | None = prefix.reads.find(
+        ("a question", size, evidence), _READ_USES, lambda: ReadGraph(backbone, prefix, size, evidence)
+    )
+    return found

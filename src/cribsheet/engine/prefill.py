@@ -1,0 +1,146 @@
+"""Questions on their way into the model: short ones together in one pass, long ones piece by piece.
+
+Nothing here reads more than `PIECE` tokens at once, so that whoever is being answered gets the next token soon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention.prefix import Prefix, PrefixLayer, prefix_cache
+from cribsheet.attention.recorder import Glance, question_weights
+from cribsheet.attention.slots import padded_batch, prefill_cache
+from cribsheet.engine.graphs import find_read
+from cribsheet.engine.request import Answering, Suffix
+from cribsheet.model.backbone import Backbone
+
+PIECE = 1024  # tokens that are read in one step, padding included
+
+
+class Read:
+    """Questions over one prefix that are read together."""
+
+    def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
+        self.sequences, self.prefix = list(sequences), prefix
+        self.cache = prefix_cache((), prefix.tokens)
+        self.layers: Sequence[object] = ()  # what was read lies in them
+        self.spare = 0  # tokens of padding behind the questions
+
+    def next(self, backbone: Backbone) -> Tensor | None:
+        """Read on; logits (B, V) of the first new tokens once everything is read."""
+        raise NotImplementedError
+
+    def drop_those_over(self) -> None:
+        """Tell those whom nobody waits for any more, and leave them out."""
+        for sequence in self.sequences:
+            if sequence.request.is_over:
+                sequence.drop()
+        self.sequences = [sequence for sequence in self.sequences if not sequence.finished]
+
+    def step(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Logits (B, V) after new tokens, noting what they look at; `weights` (n,) are of each one's last rows."""
+        glance = None
+        if watches(self.sequences):
+            pads = [ids.shape[1] - len(weight) for weight in weights]
+            told = [(first + pad, last + pad) for (first, last), pad in zip(told_in(self.sequences), pads, strict=True)]
+            glance = Glance(self.cache.layers, backbone.full, told, weights)
+        logits = backbone.step(ids, positions, self.cache)[:, -1]
+        self.layers = self.cache.layers
+        if glance is not None:
+            for sequence, mass in zip(self.sequences, glance.masses, strict=True):
+                sequence.look(mass)
+        return logits
+
+    def suffix(self, row: int) -> Suffix:
+        """The keys and values of a question that was read, padding left out."""
+        length = self.sequences[row].length
+        found: Suffix = []
+        for layer in self.layers:
+            assert isinstance(layer, PrefixLayer)
+            last = layer.length - self.spare
+            first = last - length
+            found.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
+        return found
+
+
+class ShortRead(Read):
+    """Short questions in one pass, padded to the longest."""
+
+    def next(self, backbone: Backbone) -> Tensor:
+        """Read them all: logits (B, V)."""
+        prefix = self.prefix
+        if (logits := self._replayed(backbone)) is not None:
+            return logits
+        ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
+        self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
+        weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
+        return self.step(backbone, ids, positions, weights)
+
+    def _replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of a question that is alone and of a length that was captured."""
+        if len(self.sequences) > 1 or any(last > first for first, last in told_in(self.sequences)):
+            return None  # passages lie elsewhere in each question: no graph fits
+        sequence, request = self.sequences[0], self.sequences[0].request
+        graph = find_read(backbone, self.prefix, len(request.question), watches(self.sequences))
+        if graph is None:
+            return None
+        logits, mass, self.layers = graph.replay(
+            request.question, question_weights(len(request.question), request.lead)
+        )
+        self.spare = graph.tokens - len(request.question)
+        if mass is not None:
+            sequence.look(mass)
+        return logits
+
+
+class LongRead(Read):
+    """One long question, a piece a step."""
+
+    def __init__(self, sequence: Answering, prefix: Prefix) -> None:
+        super().__init__([sequence], prefix)
+        self.cache = prefix_cache(prefix.layers, prefix.tokens)
+        self._done = 0
+
+    def next(self, backbone: Backbone) -> Tensor | None:
+        """Read the next piece; logits (1, V) after the last one."""
+        request = self.sequences[0].request
+        question = request.question
+        piece = question[self._done : self._done + PIECE]
+        first = self.prefix.tokens + self._done
+        positions = torch.arange(first, first + len(piece)).unsqueeze(0)
+        weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
+        logits = self.step(backbone, piece.unsqueeze(0), positions, [weights])
+        self._done += len(piece)
+        return logits if self._done == len(question) else None
+
+
+def watches(sequences: Sequence[Answering]) -> bool:
+    """Whether it must be noted what these questions over one prefix look at."""
+    wanting = [each.request for each in sequences if each.request.evidence]
+    return any(each.told or each.prefix.tokens for each in wanting)
+
+
+def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
+    """Where in each question its passages begin and end; nowhere if nobody wants to know."""
+    return [each.request.block if each.request.evidence else (0, 0) for each in sequences]
+
+
+def reads(sequences: Sequence[Answering]) -> list[Read]:
+    """How to read new questions: shorter ones together, in passes of bounded padded size over one prefix each."""
+    found: list[Read] = []
+    for sequence in sorted(sequences, key=lambda each: (id(each.request.prefix), each.length)):
+        prefix, last = sequence.request.prefix, found[-1] if found else None
+        if sequence.length > PIECE:
+            found.append(LongRead(sequence, prefix))
+        elif (
+            isinstance(last, ShortRead)
+            and last.prefix is prefix
+            and (len(last.sequences) + 1) * sequence.length <= PIECE
+        ):
+            last.sequences.append(sequence)
+        else:
+            found.append(ShortRead([sequence], prefix))
+    return found

@@ -1,0 +1,142 @@
+"""Attention of a decoding step in two kernels of our own, in Triton: all parts of prefix and suffix, and their merge.
+
+Only `model/llama_step.py` imports this file, because importing it needs Triton. Its slow reference is
+`SlotLayer.attend`. Letters as in `attention/attend.py`; `G` query heads of a key/value head, `S` parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cribsheet.kernels.columns import over
+
+_MOST_PARTS = 63
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How attention is cut: rows and keys of a block, warps, loads under way, and programs that share the prefix."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# By the most rows that look at one head (`make step-gpu`, one H200).
+CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
+
+
+@triton.jit
+def _newest(
+    q: tl.tensor, newer: tl.tensor, newer_values: tl.tensor, index: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    scale: tl.tensor, pair: tl.tensor, tokens: tl.tensor, before: tl.tensor,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr,
+) -> None:  # fmt: skip
+    """The suffix of one sequence and head; `before` rows of other parts stand before its own."""
+    GROUP: tl.constexpr = H // KV
+    d, g = tl.arange(0, BD), tl.arange(0, BG)
+    line = pair * GROUP + g
+    real = (g[:, None] < GROUP) & (d[None, :] < D)
+    row = tl.load(q + line[:, None] * D + d[None, :], mask=real, other=0.0)
+    base = pair.to(tl.int64) * tokens * D
+    high = tl.load(index + pair // KV).to(tl.int32) + 1
+    found, seen = over(row, newer + base, newer_values + base, 0, high, scale, D, BD, BG, BN)
+    tl.store(out + (before + line)[:, None] * D + d[None, :], found, mask=real)
+    tl.store(lse + before + line, seen, mask=g < GROUP)
+
+
+@triton.jit
+def _parted(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, starts: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
+    index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
+    blocks: tl.tensor, parts: tl.tensor,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
+    BN: tl.constexpr,
+) -> None:  # fmt: skip
+    """A part of one head's prefix for a block of rows, or the suffix of one sequence and head."""
+    GROUP: tl.constexpr = H // KV
+    program, d = tl.program_id(0), tl.arange(0, BD)
+    if program < parts * KV * blocks:
+        part, head, block = program % parts, program // parts % KV, program // (parts * KV)
+        begin = tl.load(starts + head).to(tl.int64)
+        count = (tl.load(starts + head + 1) - begin).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(count, parts), BN) * BN
+        r = block * BM + tl.arange(0, BM)
+        line, real = r // GROUP * H + head * GROUP + r % GROUP, r < batch * GROUP
+        row = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
+        low, high = part * share, tl.minimum(part * share + share, count)
+        found, seen = over(row, keys + begin * D, values + begin * D, low, high, scale, D, BD, BM, BN)
+        place = part * batch * H + line
+        tl.store(out + place[:, None] * D + d[None, :], found, mask=real[:, None] & (d[None, :] < D))
+        tl.store(lse + place, seen, mask=real)
+    else:
+        pair = program - parts * KV * blocks
+        _newest(
+            q, newer, newer_values, index, out, lse, scale, pair, tokens, parts * batch * H,
+            H, KV, D, BD, BG, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _joined(
+    parts: tl.tensor, lses: tl.tensor, out: tl.tensor, lse: tl.tensor, count: tl.tensor, rows: tl.tensor,
+    BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """One row of one head: all its parts of one softmax."""
+    row, s, d = tl.program_id(0), tl.arange(0, BS), tl.arange(0, BD)
+    seen = tl.load(lses + s * rows + row, mask=s < count, other=float("-inf"))
+    top = tl.max(seen, 0)
+    weights = tl.exp(seen - top)
+    total = tl.sum(weights, 0)
+    real = (s[:, None] < count) & (d[None, :] < D)
+    found = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], mask=real, other=0.0)
+    found = tl.sum(found * weights[:, None], 0) / total
+    tl.store(out + row * D + d, found.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + row, top + tl.log(total))
+
+
+def attend(
+    q: Tensor,
+    prefix: tuple[Tensor, Tensor, Tensor, int],
+    suffix: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    *,
+    cut: Cut | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
+
+    `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
+    the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
+    sees (B,).
+    """
+    (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
+    batch, heads, _, size = q.shape
+    kv_heads, tokens = newer.shape[1:3]
+    rows = batch * heads // kv_heads
+    cut = cut or next(each for most, each in CUTS.items() if rows <= most)
+    block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
+    blocks = -(-rows // block)
+    parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
+    seen = q.new_empty(parts + 1, batch * heads, dtype=torch.float32)
+    width = max(16, 1 << (size - 1).bit_length())
+    group = max(16, 1 << (heads // kv_heads - 1).bit_length())
+    _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
+        q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
+        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=group, BN=cut.keys,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    _joined[(batch * heads,)](
+        found, seen, out, lse, parts + 1, batch * heads,
+        BS=1 << parts.bit_length(), D=size, BD=width, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,1 @@
+"""Sheets in segments: built apart, changed, put together."""

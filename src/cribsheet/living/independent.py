@@ -1,0 +1,367 @@
+"""Independent sheets: every document is read alone behind the shared head and condensed by the same rate.
+
+What is kept of a document depends on nothing but that document and the terms of the sheet, so a document can be added
+or taken away later at the cost of that document, and the result is what a build without it would have been.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from cribsheet.build import (
+    DEFAULT_RATE,
+    QUESTION_SHARE,
+    Budgets,
+    Plan,
+    circumstances,
+    list_documents,
+    plan,
+    usual_chunk,
+)
+from cribsheet.compress.progress import Listener, shown
+from cribsheet.compress.scoring import Scorer, make_scorer
+from cribsheet.corpus.documents import Document
+from cribsheet.corpus.task import Task
+from cribsheet.errors import BudgetError, DocumentError, SheetError
+from cribsheet.living.cutting import cut
+from cribsheet.living.segments import Segment, assemble, check_fits, read_head, read_segment
+from cribsheet.model.backbone import Backbone
+from cribsheet.prompt.chunks import TokenizedCorpus
+from cribsheet.prompt.template import ChatLayout
+from cribsheet.sheet import file as storage
+from cribsheet.sheet.manifest import Change, Manifest, Operation
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.vocabulary import Allocation, StorageDtype
+
+# Tokens that are kept of any document, or all of a shorter one: none vanishes. Heads that share may have fewer each.
+LEAST: dict[Allocation, int] = {"uniform": 4, "adaptive": 1}
+_WIDEST = 1e9  # a rate at which every document keeps the least
+_NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", "guide", "guide_tokens"} | {
+    "corpus_digest",
+    "corpus_tokens",
+    "retention",
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all documents of a sheet have in common; `rate` is by how much each of them is condensed.
+
+    `chunk_tokens` is how much of a document is read at once; none: by device and window. If the `allocation` is
+    adaptive, no head keeps more of a document than `most` times its share; none: all of it.
+    """
+
+    layout: ChatLayout
+    task: Task
+    rate: float
+    scorer: str | Scorer
+    chunk_tokens: int | None
+    dtype: StorageDtype
+    seed: int
+    resident: bool
+    form: str
+    allocation: Allocation = "uniform"
+    most: float | None = None
+
+    @classmethod
+    def of(cls, backbone: Backbone, manifest: Manifest) -> Terms:
+        """The terms that a sheet was built on."""
+        return cls(
+            layout=ChatLayout(backbone.tokenizer, system=manifest.system, options=manifest.template_options),
+            task=Task.from_dict(manifest.task),
+            rate=manifest.document_rate or DEFAULT_RATE,
+            scorer=manifest.scorer,
+            chunk_tokens=manifest.chunk_tokens,
+            dtype=manifest.dtype,
+            seed=manifest.seed,
+            resident=manifest.guide == "resident",
+            form=manifest.form,
+            allocation=manifest.allocation,
+            most=manifest.document_most,
+        )
+
+    def with_scorer(self, scorer: str | Scorer | None) -> Terms:
+        """The same terms, with a scorer of your own, which a sheet knows by its name only."""
+        if scorer is None:
+            return self
+        name, _ = make_scorer(scorer)
+        if name != self.scorer:
+            raise SheetError(f"This sheet was built with the scorer {self.scorer!r}, not {name!r}; pass that one.")
+        return replace(self, scorer=scorer)
+
+    @cached_property
+    def head(self) -> Tensor:
+        """Tokens (h,) before the first document, whatever that is."""
+        corpus = self._tokenized(Document(text="x", id="x"))
+        return corpus.ids[: corpus.head_tokens]
+
+    @cached_property
+    def guide(self) -> Tensor:
+        """Tokens (T,) of the resident guide; none if it is dropped."""
+        shown = self.task.shown(self.form)
+        guide = self.layout.encoder.after(self.layout.guide(shown).resident, continues=True)
+        return guide if self.resident else guide[:0]
+
+    def length(self, document: Document) -> int:
+        """Tokens of a document, the gap after it included."""
+        corpus = self._tokenized(document)
+        return len(corpus) - corpus.head_tokens
+
+    def plan(self, backbone: Backbone, document: Document) -> Plan:
+        """How to read one document; whatever can be refused is refused here."""
+        usual = usual_chunk(backbone, make_scorer(self.scorer)[1].guide)
+        chunk = None if self.chunk_tokens == usual else self.chunk_tokens
+        budgets = _Share(self.rate, None, "dropped", chunk, self.allocation, head=len(self.head))
+        made = plan(backbone, self.layout, [document], self.task, budgets, scorer=self.scorer, seed=self.seed)
+        if self.most is None:
+            return made
+        length = len(made.corpus) - made.corpus.head_tokens
+        most = made.corpus.head_tokens + most_kept(length, self.rate, self.most)
+        return replace(made, reading=replace(made.reading, most=min(made.reading.most, most)))
+
+    def _tokenized(self, document: Document) -> TokenizedCorpus:
+        return TokenizedCorpus.build([document], self.layout.head(self.task.instruction), self.layout.encoder)
+
+
+# Reads documents on the terms of a sheet, somewhere else perhaps: segments in the order of their plans.
+Reader = Callable[[Terms, Manifest, Sequence[Plan]], Iterable[Segment]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share(Budgets):
+    """What one document of a sheet gets, behind a head of `head` tokens that is not its own."""
+
+    head: int = 0
+
+    def tokens(self, corpus_tokens: int) -> int:
+        """Tokens of head and document that are kept."""
+        assert self.rate is not None
+        return self.head + share(corpus_tokens - self.head, self.rate, self.allocation)
+
+
+def share(tokens: int, rate: float, allocation: Allocation) -> int:
+    """How many tokens are kept of a document of so many."""
+    return min(tokens, max(LEAST[allocation], int(tokens / rate)))
+
+
+def most_kept(tokens: int, rate: float, most: float | None) -> int:
+    """How many tokens of a document of so many any head may keep: `most` times its share, or all."""
+    return tokens if most is None else min(tokens, int(share(tokens, rate, "adaptive") * most))
+
+
+def least_most(manifests: Sequence[Manifest]) -> float | None:
+    """The `document_most` of several sheets that become one: the least that any of them has."""
+    return min((each.document_most for each in manifests if each.document_most is not None), default=None)
+
+
+def build_independent(
+    backbone: Backbone,
+    layout: ChatLayout,
+    documents: Sequence[Document],
+    task: Task,
+    budgets: Budgets,
+    *,
+    scorer: str | Scorer,
+    dtype: StorageDtype,
+    seed: int,
+    progress: Listener = None,
+    checkpoint: str | Path | None = None,
+    read: Reader | None = None,
+) -> Sheet:
+    """`build_sheet(mode="independent")`: `rate` is that of each document; head and resident guide come on top.
+
+    A `budget` is the most that the whole sheet may have. Raises as `build_sheet`, and `DocumentError` for two
+    documents with one id.
+    """
+    began = time.perf_counter()
+    terms, plans = plan_each(backbone, layout, documents, task, budgets, scorer=scorer, dtype=dtype, seed=seed)
+    usual = usual_chunk(backbone, plans[0].reading.scorer.guide)
+    base = (
+        plans[0]
+        .manifest(backbone, dtype, 0.0)
+        .model_copy(
+            update={
+                "mode": "independent",
+                "document_rate": terms.rate,
+                "document_most": terms.most,
+                "chunk_tokens": usual if budgets.chunk_tokens is None else budgets.chunk_tokens,
+                "head_tokens": len(terms.head),
+                "form": terms.form,
+            }
+        )
+    )
+    head = read_head(backbone, terms.head, dtype)
+    segments = read_all(backbone, terms, plans, base, head, progress, checkpoint, read)
+    made = changed(backbone, base, "built", len(documents), began)
+    return assemble(backbone, made, head, segments, terms.guide)
+
+
+def plan_each(
+    backbone: Backbone,
+    layout: ChatLayout,
+    documents: Sequence[Document],
+    task: Task,
+    budgets: Budgets,
+    *,
+    scorer: str | Scorer,
+    dtype: StorageDtype,
+    seed: int,
+) -> tuple[Terms, list[Plan]]:
+    """The terms of an independent sheet, and how to read each of its documents; what can be refused is refused here."""
+    refuse_twice([document.id for document in documents])
+    if not documents:
+        raise DocumentError("There are no documents; a sheet needs at least one.")
+
+    def terms_at(rate: float) -> Terms:
+        resident, form = budgets.guide != "dropped", task.form if budgets.guide == "form" else ""
+        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, form, budgets.allocation)
+
+    terms = terms_at(_rate(terms_at, documents, budgets))
+    terms = replace(terms, most=_most(backbone, terms, documents))
+    plans = [terms.plan(backbone, document) for document in documents]
+    corpus = plans[0].corpus
+    shown = task.shown(terms.form)
+    layout.verify(plans[0].head, corpus.text, layout.guide(shown).resident if terms.resident else "", shown)
+    check_fits(backbone, kept_of(terms, plans))
+    return terms, plans
+
+
+def kept_of(terms: Terms, plans: Sequence[Plan]) -> int:
+    """Tokens that are kept per layer and head, head and guide included."""
+    of_documents = sum(each.reading.budget - each.corpus.head_tokens for each in plans)
+    return of_documents + len(terms.head) + len(terms.guide)
+
+
+def read_all(
+    backbone: Backbone,
+    terms: Terms,
+    plans: Sequence[Plan],
+    base: Manifest,
+    head: Segment,
+    progress: Listener = None,
+    checkpoint: str | Path | None = None,
+    read: Reader | None = None,
+) -> list[Segment]:
+    """Read documents one by one, or as `read` does, with progress in tokens.
+
+    A checkpoint is a sheet of the documents read so far; it is written whenever a chunk's worth was read.
+    """
+    lengths = [len(each.corpus) - each.corpus.head_tokens for each in plans]
+    finished = _resumed(backbone, base, plans, Path(checkpoint)) if checkpoint is not None else []
+    done, saved = sum(lengths[: len(finished)]), 0
+    total, head_tokens = sum(lengths), len(terms.head)
+    with shown(progress) as told:
+
+        def tell(tokens: int) -> None:
+            if told is not None:
+                told(tokens, total)
+
+        def within(tokens: int) -> None:
+            tell(done + max(0, tokens - head_tokens))
+
+        tell(done)
+        left = plans[len(finished) :]
+        alone = (read_segment(backbone, each, terms.dtype, within if told else None) for each in left)
+        segments = read(terms, base, left) if read else alone
+        for each, length, segment in zip(left, lengths[len(finished) :], segments, strict=True):
+            finished.append(segment)
+            done, saved = done + length, saved + length
+            enough = saved >= usual_chunk(backbone, each.reading.scorer.guide) or done == total
+            if checkpoint is not None and enough:
+                storage.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
+                saved = 0
+            tell(done)
+    return finished
+
+
+def changed(backbone: Backbone, manifest: Manifest, operation: Operation, documents: int, began: float) -> Manifest:
+    """A manifest with one more entry in its history; nothing is left of how earlier builds went, or were checked."""
+    entry = Change(operation=operation, at=datetime.now(UTC).isoformat(timespec="seconds"), documents=documents)
+    facts = circumstances(backbone, time.perf_counter() - began)
+    return manifest.model_copy(
+        update={"build": facts, "history": [*manifest.history, entry], "cut_from": None, "retention": None}
+    )
+
+
+def refuse_twice(ids: Sequence[str]) -> None:
+    """Raise `DocumentError` if two documents have one id."""
+    seen: set[str] = set()
+    for id_ in ids:
+        if id_ in seen:
+            raise DocumentError(f"two documents have the id {id_!r}; give each an id of its own")
+        seen.add(id_)
+
+
+def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], budgets: Budgets) -> float:
+    """The rate of each document: as asked for, or the lowest at which the whole keeps to a budget."""
+    if budgets.budget is None:
+        budgets.tokens(1 << 60)
+        return float(DEFAULT_RATE if budgets.rate is None else budgets.rate)
+    lengths = [terms_at(1.0).length(document) for document in documents]
+    fixed = len(terms_at(2.0).head) + len(terms_at(2.0).guide)
+    budget = budgets.tokens(len(terms_at(1.0).head) + sum(lengths))
+
+    def whole(rate: float) -> int:
+        return fixed + sum(share(length, rate, budgets.allocation) for length in lengths)
+
+    low, high = 1.0, _WIDEST
+    if whole(high) > budget:
+        guided = bool(len(terms_at(2.0).guide))
+        raise BudgetError(
+            f"The budget is {budget} tokens, but head{' and guide take' if guided else ' takes'} {fixed} and "
+            f"{len(documents)} documents at least {whole(high) - fixed}; pass a budget of at least {whole(high)}"
+            + (", a shorter task, or guide='dropped'." if guided else ", or fewer documents.")
+        )
+    while high / low > 1.0001:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if whole(middle) <= budget else (middle, high)
+    return round(high, 4) if whole(round(high, 4)) <= budget else high
+
+
+def _most(backbone: Backbone, terms: Terms, documents: Sequence[Document]) -> float | None:
+    """How many times its share of a document a head may keep: as often as leaves room in the window; none: all of it.
+
+    A sheet is as long as the head that keeps most.
+    """
+    if terms.allocation == "uniform":
+        return None
+    lengths = [terms.length(document) for document in documents]
+    room = int(backbone.window * (1 - QUESTION_SHARE)) - len(terms.head) - len(terms.guide)
+
+    def fits(most: float | None) -> bool:
+        return sum(most_kept(length, terms.rate, most) for length in lengths) <= room
+
+    if fits(None):
+        return None
+    low, high = 1.0, terms.rate
+    while high - low > 0.005:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return round(low, 2) if fits(round(low, 2)) else low
+
+
+def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Path) -> list[Segment]:
+    """What a checkpoint holds, or nothing. Raises `SheetError` if it is damaged or of another build."""
+    if not path.exists():
+        return []
+    storage.verify(path)  # one changed bit would become another sheet
+    partial = storage.load(path)
+    found = partial.manifest.documents
+    wanted = [entry for each in plans[: len(found)] for entry in list_documents(each.corpus)]
+    if _terms_of(partial.manifest) != _terms_of(base) or found != wanted:
+        raise SheetError(
+            f"The checkpoint {str(path)!r} belongs to another build (other documents, task, model or settings); "
+            "delete it, or build with the settings that it was made with."
+        )
+    return cut(backbone, partial)[1]
+
+
+def _terms_of(manifest: Manifest) -> dict[str, object]:
+    return manifest.model_dump(exclude=_NOT_TERMS)

@@ -1,0 +1,150 @@
+"""What must match before a sheet may be used with a model.
+
+Keys and values only mean something to the very weights, tokenizer, template and rotary settings that made them, so a
+sheet carries a print of each and refuses all others, naming both values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from cribsheet.errors import MismatchError
+from cribsheet.model.backbone import Backbone
+from cribsheet.prompt.template import ChatLayout
+
+_SAMPLES = 16  # values looked at in each weight tensor
+_PROBES = 64  # of them kept as numbers, to compare across dtypes
+_PROBE_TOLERANCE = 0.02  # relative; rounding float32 to bfloat16 moves a value by at most 0.4 %
+
+
+_Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class Fingerprint(BaseModel):
+    """The identity of a loaded model as a sheet records it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    revision: str | None
+    family: str
+    layers: _Size
+    heads: _Size
+    kv_heads: _Size
+    head_size: _Size
+    windows: list[_Size | None]
+    rotary: str
+    weights: str
+    weights_dtype: str
+    weights_probe: list[float]
+    tokenizer: str
+    template: str
+
+    def check(self, loaded: Fingerprint) -> None:
+        """Raise `MismatchError` unless a sheet with this print fits the `loaded` model."""
+        for field, what in _MUST_MATCH.items():
+            mine, theirs = getattr(self, field), getattr(loaded, field)
+            if mine != theirs:
+                self._refuse(what, mine, theirs, loaded)
+        if self.weights_dtype == loaded.weights_dtype:
+            if self.weights != loaded.weights:
+                self._refuse("weights", self.weights, loaded.weights, loaded)
+        elif not _close(self.weights_probe, loaded.weights_probe):
+            self._refuse("weights", self.weights, loaded.weights, loaded)
+
+    def _refuse(self, what: str, mine: object, theirs: object, loaded: Fingerprint) -> None:
+        raise MismatchError(
+            f"This sheet was made with another {what}: the sheet has {mine} (model {self._label()}), the loaded model "
+            f"has {theirs} (model {loaded._label()}). Load the model that made it, or build the sheet again."
+        )
+
+    def _label(self) -> str:
+        return f"{self.model}@{self.revision}" if self.revision else self.model
+
+
+_MUST_MATCH = {
+    "family": "model family",
+    "layers": "number of layers",
+    "heads": "number of heads",
+    "kv_heads": "number of key/value heads",
+    "head_size": "head size",
+    "windows": "sliding windows",
+    "rotary": "rotary setting",
+    "tokenizer": "tokenizer",
+    "template": "chat template",
+}
+
+
+def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
+    """The print of a loaded model; reads a few values of each weight, not all of them."""
+    samples = weight_samples(backbone) if backbone.samples is None else backbone.samples
+    step = max(1, len(samples) // _PROBES)
+    return Fingerprint(
+        model=backbone.name,
+        revision=backbone.revision,
+        family=backbone.config.model_type,
+        layers=backbone.num_layers,
+        heads=backbone.num_heads,
+        kv_heads=backbone.kv_heads,
+        head_size=backbone.head_size,
+        windows=backbone.windows,
+        rotary=_rotary(backbone),
+        weights=_digest(samples.double().numpy().tobytes()),
+        weights_dtype=str(backbone.dtype).removeprefix("torch."),
+        weights_probe=[round(float(value), 6) for value in samples[::step][:_PROBES]],
+        tokenizer=_tokenizer_digest(backbone.tokenizer),
+        template=layout.digest,
+    )
+
+
+def weight_samples(backbone: Backbone) -> Tensor:
+    """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
+    return torch.cat(list(_weight_samples(backbone)))
+
+
+def _weight_samples(backbone: Backbone) -> Iterator[Tensor]:
+    for _, weight in sorted(backbone.model.named_parameters()):
+        if weight.device.type == "meta" or not weight.is_floating_point():
+            continue
+        plain = weight.detach()
+        if hasattr(plain, "full_tensor"):  # divided among processes
+            plain = plain.full_tensor()
+        if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
+            plain = plain.dequantize()
+        flat = plain.reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+        yield flat[places.to(flat.device)].float().cpu()
+
+
+def _rotary(backbone: Backbone) -> str:
+    settings = getattr(backbone.config, "rope_parameters", None) or {}
+    numbers = torch.cat(backbone.inv_freqs).double().cpu().numpy().round(9).tobytes()
+    nested = [value for value in settings.values() if isinstance(value, dict)] or [settings]
+    named = ", ".join(f"{each.get('rope_type', 'default')} theta={each.get('rope_theta')}" for each in nested)
+    return f"{named} #{_digest(numbers)}"
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)  # these two change with use, not with identity
+    state.pop("padding", None)
+    return _digest(json.dumps(state, sort_keys=True).encode())
+
+
+def _close(first: list[float], second: list[float]) -> bool:
+    if len(first) != len(second):
+        return False
+    a, b = torch.tensor(first), torch.tensor(second)
+    scale = a.abs().mean().item() if len(first) else 0.0
+    return bool(torch.allclose(a, b, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE * scale))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

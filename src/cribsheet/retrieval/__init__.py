@@ -1,0 +1,1 @@
+"""What finds passages, and where they stand beside a sheet."""

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: what comes in, and what goes out."""

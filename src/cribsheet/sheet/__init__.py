@@ -1,0 +1,1 @@
+"""The artifact: what is kept, how it is stored, and where its files lie."""

@@ -1,0 +1,25 @@
+"""What options may be, and the one mark that layers of the library share: words, nothing else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Allocation = Literal["uniform", "profiled", "adaptive"]
+"""How heads share a budget."""
+
+BuildMode = Literal["sequential", "independent"]
+"""How documents are read: each on top of those before, or each alone."""
+
+Correction = Literal["none", "refit"]
+"""Whether what is kept is made to stand for what was dropped."""
+
+GuideMode = Literal["auto", "resident", "form", "dropped"]
+"""What of the guide stays in the sheet."""
+
+Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
+"""What a question is answered from."""
+
+StorageDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+"""How keys and values are stored."""
+
+ABSENT = -2  # in `Sheet.indices`, where a head has no token because another one keeps more

@@ -1,0 +1,1 @@
+"""What survives compression, on made families of questions."""

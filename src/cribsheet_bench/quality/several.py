@@ -1,0 +1,107 @@
+"""Sheets of one corpus at several rates, with what they have in common read once.
+
+What is read of the first chunk, the notes that the model writes about it included, depends on the guide and not on the
+budget. The sheets are those of `build_sheet`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
+from cribsheet.build import Budgets, Plan, carry_out, plan, resolve_defaults
+from cribsheet.compress.forecast import kept_bytes
+from cribsheet.compress.loop import Reading, Step
+from cribsheet.corpus.documents import Document
+from cribsheet.corpus.task import Task
+from cribsheet.errors import BudgetError
+from cribsheet.model.backbone import Backbone
+from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.prompt.template import ChatLayout
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.vocabulary import Allocation, Correction, GuideMode, StorageDtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Once(Reading):
+    """A `Reading` that looks up what was read of a first chunk, by everything that it depends on."""
+
+    found: dict[Any, list[ReadingLayer]] = field(default_factory=dict)
+
+    def read(
+        self,
+        backbone: Backbone,
+        prefix: Sequence[LayerPrefix],
+        start: int,
+        chunk: Chunk,
+        step: Step | None = None,
+    ) -> list[ReadingLayer]:
+        if start:
+            return Reading.read(self, backbone, prefix, start, chunk, step)
+        read = (self.guide, self.request, self.repeat, chunk.ids)
+        key = (self.scorer.guide, *(tuple(ids.tolist()) for ids in read))
+        if key not in self.found:
+            self.found[key] = Reading.read(self, backbone, prefix, start, chunk, step)
+        return self.found[key]
+
+
+class Sheets:
+    """The sheets of one corpus; as long as it lives, it keeps what was read."""
+
+    def __init__(self, backbone: Backbone, documents: Sequence[Document]) -> None:
+        self._backbone, self._documents = backbone, documents
+        self._layout = ChatLayout(backbone.tokenizer)
+        self._found: dict[Any, list[ReadingLayer]] = {}
+
+    def fitted(self, task: Task, rate: float, *, dtype: StorageDtype, **how: Any) -> Sheet:
+        """A sheet with as many tokens as fit the bytes of a sheet of 16-bit numbers at that rate, or hardly fewer.
+
+        `how` are the keyword arguments of `build`.
+        """
+        head = self._layout.head(task.instruction)
+        whole = len(TokenizedCorpus.build(self._documents, head, self._layout.encoder))
+        most = kept_bytes(self._backbone, int(whole / rate), "float16")
+        budget = bisect_right(range(whole + 1), most, key=lambda size: kept_bytes(self._backbone, size, dtype)) - 1
+        while budget > 0:
+            sheet = self.build(task, budget=budget, dtype=dtype, **how)
+            over = sheet.nbytes - most
+            if over <= 0:
+                return sheet
+            budget -= max(1, int(over / sheet.nbytes * budget))
+        raise BudgetError(f"No token fits the {most} bytes of a 16-bit sheet at {rate:g}x.")
+
+    def whole(self, task: Task) -> Sheet:
+        """Everything, with the guide on top of it: the prompt of full context."""
+        return self.build(task, 1, scorer="recent", guide="resident")
+
+    def guide(self, task: Task) -> Tensor:
+        """Token ids (T,) of the guide where it stays in the prompt."""
+        return self._layout.encoder.after(self._layout.guide(task).resident, continues=True)
+
+    def build(
+        self,
+        task: Task,
+        rate: float | None = None,
+        *,
+        budget: int | None = None,
+        scorer: str | None = None,
+        guide: GuideMode = "auto",
+        allocation: Allocation | None = None,
+        correction: Correction = "none",
+        dtype: StorageDtype | None = None,
+        chunk_tokens: int | None = None,
+    ) -> Sheet:
+        """The sheet that `build_sheet` makes with these arguments."""
+        name, shared = resolve_defaults(scorer, allocation)
+        budgets = Budgets(rate, budget, guide, chunk_tokens, shared, correction)
+        planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
+        return self._carried_out(planned, dtype)
+
+    def _carried_out(self, planned: Plan, dtype: StorageDtype | None = None) -> Sheet:
+        known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
+        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)

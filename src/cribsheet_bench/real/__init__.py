@@ -1,0 +1,1 @@
+"""Real models asked about real documents."""

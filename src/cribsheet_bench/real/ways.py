@@ -1,0 +1,60 @@
+"""The ways to answer that the bench on real models compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cribsheet.compare.compare import CLOSED, FULL
+from cribsheet.vocabulary import Mode
+from cribsheet_bench.quality.quality import Method
+
+KVZIP, INT4 = "kvzip", "int4"
+_INT4_TOKENS = 3.5  # times as many tokens fit the bytes that 16 bits take
+_OUR_DEFAULT = Method("default", guide="resident")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to answer: how its sheet is made, if it has one, and how passages of which retriever join in.
+
+    A sheet of a `share` of the budget keeps so many times its tokens; passages get the rest.
+    """
+
+    name: str
+    sheet: Method | None = None
+    mode: Mode = "sheet"
+    retriever: str = ""
+    share: float = 1.0
+
+
+def _sheet(name: str, scorer: str | None = None, *, share: float = 1.0, **how: Any) -> Way:
+    return Way(name, Method(name, scorer, guide="resident", **how), share=share)
+
+
+def _both(name: str, mode: Mode, retriever: str) -> Way:
+    return Way(name, _OUR_DEFAULT, mode, retriever, share=0.5)
+
+
+WAYS = (
+    Way(FULL),
+    Way(CLOSED, mode="retrieval"),
+    Way("bm25", mode="retrieval", retriever="bm25"),
+    Way("dense", mode="retrieval", retriever="dense"),
+    Way("default", _OUR_DEFAULT),
+    _sheet("zero-shot", examples=False),
+    _sheet("uniform", "recall", allocation="uniform"),
+    _sheet("adaptive", "recall", allocation="adaptive"),
+    _sheet(INT4, dtype="int4", share=_INT4_TOKENS),
+    _sheet("reconstruction", "reconstruction", allocation="adaptive"),
+    _sheet("task", "task", allocation="uniform"),
+    _sheet("finch", "finch", allocation="uniform"),
+    _sheet("random", "random", allocation="uniform"),
+    Way(KVZIP),
+    _both("hybrid-bm25", "hybrid", "bm25"),
+    _both("hybrid-dense", "hybrid", "dense"),
+    _both("auto-bm25", "auto", "bm25"),
+    _both("auto-dense", "auto", "dense"),
+)
+BY_NAME = {way.name: way for way in WAYS}
+NAMES = tuple(BY_NAME)

@@ -1,0 +1,365 @@
+"""Where a decoding step's time goes on a GPU, and what our own step makes of it.
+
+    python -m cribsheet_bench.speed.step --json step.json
+    TRITON_INTERPRET=1 python -m cribsheet_bench.speed.step --device cpu --shape tiny   # a rehearsal
+
+Kernels of one captured step by kind, the model's own step beside ours, both against the time that reading the weights
+takes, tiles of our products against the library's, and how far both are from float32. Every part is guarded: one that
+fails is told and the next goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cribsheet.attention.prefix import Prefix
+from cribsheet.attention.slots import Rows, SlotLayer
+from cribsheet.compare.versions import versions
+from cribsheet.engine.graphs import StepGraph, fixed_step
+from cribsheet.model import llama_read as lean_read
+from cribsheet.model import llama_step as lean
+from cribsheet.model.backbone import Backbone, Linear, PlainParts, plain_parts
+from cribsheet.testing import tiny_backbone
+from cribsheet_bench.speed.setting import SHAPES, Setting, make_setting
+from cribsheet_bench.speed.step_clock import body, copy_rate, timed
+from cribsheet_bench.speed.step_tiles import parts, tiles
+
+_TOKENS, _BEFORE = 256, 40  # of the suffix buffers, and of the suffixes
+_KINDS = {  # by what stands in a kernel's name, the first that fits
+    "attention": ("flash", "_newest", "_parted", "_joined", "_merge", "fmha"),
+    "sources": ("_columns",),
+    "products": ("_product", "_gated", "gemm", "gemv", "nvjet", "cutlass", "splitk", "xmma", "dot_kernel"),
+    "norms, rotations, gates": ("_normed", "_placed", "_silu_times", "triton"),
+    "reductions": ("reduce",),
+    "copies": ("copy", "cat", "fill", "memset", "memcpy", "index", "arange"),
+}
+
+
+@dataclass
+class Found:
+    """What was measured so far, written to a file after every part."""
+
+    console: Console
+    path: Path | None
+    seconds: float
+    began: float = field(default_factory=time.perf_counter)
+    facts: dict[str, Any] = field(default_factory=dict)
+    table: list[tuple[str, ...]] = field(default_factory=list)
+
+    def fact(self, name: str, value: Any) -> None:
+        """Note and print one figure or table."""
+        self.facts[name] = value
+        self.console.print(f"{name}: {value}", markup=False, highlight=False)
+        self.keep()
+
+    def keep(self) -> None:
+        """Write the file."""
+        if self.path is not None:
+            self.path.write_text(json.dumps({"facts": self.facts, "table": self.table}, indent=1, default=str) + "\n")
+
+    def part(self, name: str, run: Callable[[], Any]) -> Any:
+        """One part, guarded; nothing if it failed or time is up."""
+        spent = time.perf_counter() - self.began
+        if spent > self.seconds:
+            self.fact(f"left out: {name}", "time was up")
+            return None
+        self.console.print(f"[dim]{spent:6.1f} s  {name}[/]", highlight=False)
+        try:
+            return run()
+        except Exception:
+            self.fact(f"failed: {name}", traceback.format_exc()[-1800:])
+            return None
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class Step:
+    """One decoding step of a batch over a prefix, captured on a GPU; it always writes to the same places."""
+
+    def __init__(self, setting: Setting, prefix: Prefix, size: int, *, evidence: bool) -> None:
+        made, self._setting = setting.backbone, setting
+        rows, generator = Rows(), torch.Generator().manual_seed(3)
+        self.layers = [SlotLayer(layer, prefix.tokens, rows) for layer in prefix.layers]
+        for layer in self.layers:
+            layer.reserve(size, _TOKENS - 64, layer.keys)  # a block more is reserved
+            for buffer in (layer.keys, layer.values):
+                buffer.copy_(torch.randn(buffer.shape[1:], generator=generator)[None])
+        self.ids = torch.randint(20, 900, (size,), generator=generator).tolist()
+        self._given = self.ids, [prefix.tokens + _BEFORE] * size, [_BEFORE] * size
+        self.run: Callable[[], Any]
+        if setting.device.type == "cuda":
+            graph = StepGraph(made, self.layers, rows, size, evidence)
+            self.run, self.replay = partial(graph.replay, *self._given), graph._step.replay
+        else:
+            inputs = torch.tensor(self._given)
+            self.run = partial(
+                fixed_step, made, self.layers, rows, inputs, self.layers[0].keys.shape[2], evidence=evidence
+            )
+            self.replay = self.run
+
+    def logits(self) -> Tensor:
+        """A copy of the step's logits (B, V) in float32."""
+        logits: Tensor = self.run()[0]
+        return logits.float().clone()
+
+    def seconds(self) -> float:
+        """Best of several rounds of replays."""
+        self.run()
+        return timed(self._setting, self.replay)
+
+
+def profile(setting: Setting, found: Found, name: str, step: Step) -> None:
+    """Kernels of one step, by kind and by name."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    step.run()
+    setting.now()
+    with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(3):
+            step.replay()
+        setting.now()
+    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in seen.key_averages():
+        took = getattr(event, "self_device_time_total", 0.0)
+        if not str(event.device_type).endswith("CUDA") or not took:
+            continue
+        own = event.key.lower()
+        kind = next((kind for kind, words in _KINDS.items() if any(word in own for word in words)), "elementwise")
+        for group, key in ((kinds, kind), (names, event.key[:90])):
+            group[key][0] += took / 3
+            group[key][1] += event.count / 3
+    layers = setting.backbone.num_layers
+    lines = [
+        f"{took:8.1f} us a step, {took / layers:6.2f} us and {count / layers:5.1f} kernels a layer  {key}"
+        for group in (kinds, names)
+        for key, (took, count) in sorted(group.items(), key=lambda item: -item[1][0])[:16]
+    ]
+    weights = body(setting)
+    if kinds.get("products"):
+        lines.append(f"products read {weights / kinds['products'][0] * 1e6 / 1e12:.2f} TB/s of weights")
+    found.fact(f"profile, {name}", "\n" + "\n".join(lines))
+
+
+class Beside(lean.LeanStep):
+    """Our step with PyTorch's products, of weights that were put one below the other: four products a layer."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(_parts(setting.backbone), setting.backbone.scale, own=0)
+        self._joined: dict[int, Tensor] = {}
+
+    def _beside(self, rows: Tensor, parts: Sequence[Linear]) -> Tensor:
+        key = id(parts[0][0])
+        if key not in self._joined:
+            self._joined[key] = torch.cat([weight for weight, _ in parts])
+        return F.linear(rows, self._joined[key])
+
+
+class Compiled(lean.LeanStep):
+    """Our step with what stands between products compiled by PyTorch instead, single-row products included."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(_parts(setting.backbone), setting.backbone.scale, own=0)
+        options: dict[str, Any] = {"coordinate_descent_tuning": True}
+        self._before: Any = torch.compile(_before, dynamic=False, options=options)
+        self._after: Any = torch.compile(_after, dynamic=False, options=options)
+
+    def _by_torch(self, rows: Tensor, turn: tuple[Tensor, Tensor], layers: Sequence[SlotLayer]) -> Tensor:
+        for mine, layer in zip(self._parts.layers, layers, strict=True):
+            qkv = self._before(rows, *mine.before, *(weight for weight, _ in mine.qkv))
+            seen = self._attend(qkv, turn, layer, mine)
+            weights = (weight for weight, _ in (mine.out, mine.gate, mine.up, mine.down))
+            rows = self._after(rows, seen, *mine.between, *weights)
+        return F.linear(_normed(rows, *self._parts.norm), self._parts.head)
+
+
+def _parts(backbone: Backbone) -> PlainParts:
+    found = plain_parts(backbone)
+    assert found is not None
+    return found
+
+
+def _normed(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
+    own = rows.float()
+    return (own * torch.rsqrt(own.square().mean(-1, keepdim=True) + eps)).to(rows.dtype) * gain
+
+
+def _before(rows: Tensor, gain: Tensor, eps: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    own = _normed(rows, gain, eps)
+    return torch.cat([F.linear(own, weight) for weight in (q, k, v)], 1)
+
+
+def _after(
+    rows: Tensor, seen: Tensor, gain: Tensor, eps: float, out: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
+    rows = rows + F.linear(seen, out)
+    own = _normed(rows, gain, eps)
+    return rows + F.linear(F.silu(F.linear(own, gate)) * F.linear(own, up), down)
+
+
+def steps(
+    setting: Setting,
+    found: Found,
+    prefix: Prefix,
+    makes: dict[str, Callable[[], Any]],
+    sizes: Sequence[int],
+    label: str = "",
+) -> None:
+    """Time and error of a step by each way of making it, for each batch size, with and without sources."""
+    rate = found.facts.get("copy, bytes/s", 4e12)
+    held = sum(layer.keys.nbytes * 2 for layer in prefix.layers)
+    for size in sizes:
+        wanted = _WANTED.get((size, label))
+        for name, make in makes.items():
+            for evidence in (False, True) if name in _WITH_SOURCES else (False,):
+                made = found.part(f"{name}, {size}", partial(_step, setting, prefix, size, make, evidence))
+                if made is None:
+                    continue
+                took, logits = made
+                if name == "stock":
+                    wanted = logits
+                apart = "" if wanted is None else f"{_apart(logits, wanted):.3f}"
+                same = "" if wanted is None else f"{(logits.argmax(-1) == wanted.argmax(-1)).float().mean():.3f}"
+                lowest = (body(setting) + held) / rate
+                row = (
+                    f"{name}, {size} answers{label}{', sources' if evidence else ''}", f"{took * 1e3:.3f}",
+                    f"{body(setting) / rate * 1e3:.3f}", f"{took / (body(setting) / rate):.2f}",
+                    f"{lowest / took:.0%}", apart, same,
+                )  # fmt: skip
+                found.table.append(row)
+                found.fact(" | ".join(row[:1]), " | ".join(row[1:]))
+        _WANTED[size, label] = wanted
+
+
+_WITH_SOURCES = ("stock", "ours", "torch's products")
+_WANTED: dict[tuple[int, str], Tensor | None] = {}  # logits of the model's own step, by batch size and prefix
+
+
+def _apart(got: Tensor, wanted: Tensor) -> float:
+    """The largest relative L2 error of a row."""
+    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+
+
+def _step(setting: Setting, prefix: Prefix, size: int, make: Callable[[], Any], evidence: bool) -> tuple[float, Tensor]:
+    setting.backbone.lean = make()
+    step = Step(setting, prefix, size, evidence=evidence)
+    return step.seconds(), step.logits()
+
+
+def truth(setting: Setting, found: Found) -> None:
+    """How far the model's own step and ours are from float32, on a model of as wide layers, but few of them."""
+    few = SHAPES[setting.shape] | {"num_hidden_layers": 4, "vocab_size": 1000}
+    for kind in ("stock", "ours"):
+        apart = []
+        for size in (1, 5, 70):
+            made = {}
+            for dtype in (torch.float32, setting.backbone.dtype):
+                torch.manual_seed(1)
+                small = make_setting("few", str(setting.device), torch.float32, 1, few)
+                small.backbone.model.to(setting.backbone.dtype).to(dtype)
+                prefix = small.prefix(512)
+                for number, layer in enumerate(prefix.layers):
+                    torch.manual_seed(number)
+                    for part in (layer.keys, layer.values):
+                        part.copy_(torch.randn(part.shape, device=part.device).to(setting.backbone.dtype))
+                exact = dtype == torch.float32 and setting.device.type == "cuda"
+                small.backbone.lean = False if exact or kind == "stock" else lean.made(small.backbone)
+                with torch.no_grad():
+                    made[dtype] = Step(small, prefix, size, evidence=False).logits()
+            apart.append(round(_apart(made[setting.backbone.dtype], made[torch.float32]), 4))
+        found.fact(f"error against float32, 4 layers, 1, 5 and 70 answers: {kind}", apart)
+
+
+def families(setting: Setting, found: Found) -> None:
+    """Whether steps of other families agree, and whether the check of a real model lets it through."""
+    found.fact("the model is plain", plain_parts(setting.backbone) is not None)
+    setting.backbone.lean = None
+    found.fact("the model passed its check", lean.find(setting.backbone) is not None)
+    found.fact("so did reads", lean_read.find(setting.backbone) is not None)
+    for family in ("qwen3", "mistral"):
+        backbone = tiny_backbone(family, dtype=torch.bfloat16, head_dim=32)
+        backbone.model.to(setting.device)
+        small = lean.made(backbone)
+        assert small is not None
+        read = lean_read.made(backbone)
+        assert read is not None
+        found.fact(f"errors, {family}", lean.errors(backbone, small) | lean_read.errors(backbone, read))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--seconds", type=float, default=190, help="start no part after so long")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    found = Found(Console(width=170), arguments.json, arguments.seconds)
+    run(found, arguments.device, arguments.shape)
+    table = Table("step", "ms", "weights alone, ms", "times that", "of weights and prefix", "error", "same choice")
+    for row in found.table:
+        table.add_row(*row)
+    found.console.print(table)
+    found.keep()
+    return 0
+
+
+def run(found: Found, device: str, shape: str) -> None:
+    """All parts, what matters most first."""
+    real = device == "cuda"
+    found.facts |= versions()
+    setting = make_setting(shape, device, torch.bfloat16 if real else torch.float32, 2)
+    prefix, many = setting.prefix(16384 if real else 64), 32 if real else 3
+    found.facts["copy, bytes/s"] = found.part("copy", partial(copy_rate, setting)) or 4e12
+    found.fact("device", torch.cuda.get_device_name() if real else device)
+
+    def profiled(name: str, size: int, make: Callable[[], Any], evidence: bool) -> None:
+        setting.backbone.lean = make()
+        name = f"{name}, {size}{', sources' if evidence else ''}"
+        profile(setting, found, name, Step(setting, prefix, size, evidence=evidence))
+
+    stock: dict[str, Callable[[], Any]] = {"stock": lambda: False}
+    ours = {"ours": lambda: lean.made(setting.backbone)}
+    library = {"torch's products": lambda: lean.made(setting.backbone, own=0)}
+    steps(setting, found, prefix, stock | ours | library, (1, many))
+    ragged = setting.prefix(16384 if real else 64, ragged=True)
+    steps(setting, found, ragged, stock | ours | library, (1, many), ", adaptive")
+    for name, make in (stock | ours).items() if real else ():
+        for size in (1, many):
+            for evidence in (False, True):
+                part = partial(profiled, name, size, make, evidence)
+                found.part(f"profile, {name}, {size}", part)
+    found.part("families", partial(families, setting, found))
+    found.part("truth", partial(truth, setting, found))
+    for size in (1, many):
+        found.part(f"tiles, {size}", partial(tiles, setting, found.fact, size))
+        found.part(f"parts, {size}", partial(parts, setting, found.fact, prefix, size))
+    steps(setting, found, prefix, {"best tiles": ours["ours"]}, (1, many))
+    steps(setting, found, prefix, {"torch's products, joined": lambda: Beside(setting)}, (1, many))
+    if real:
+        steps(setting, found, prefix, {"compiled": lambda: Compiled(setting)}, (1, many))
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        sys.exit(main())

@@ -1,0 +1,171 @@
+"""A sheet inside stock transformers: a cache whose prefix is shared and read-only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import full_context_answer, full_context_logits
+
+from cribsheet.attention.prefix import LayerPrefix, PrefixLayer, prefix_cache
+from cribsheet.compress.loop import nothing_read
+from cribsheet.model.backbone import Backbone
+from cribsheet.testing import tiny_backbone
+
+LEFT = torch.arange(100, 140)
+ASKED = torch.tensor([200, 7, 31, 205, 300])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "phi3", "qwen2", "gemma2", "gemma3_text"])
+def family(request):
+    """Full attention, partial rotation, sliding windows, soft caps."""
+    return tiny_backbone(request.param)
+
+
+def read_prefix(backbone: Backbone, ids: torch.Tensor = LEFT) -> list[LayerPrefix]:
+    """A prefix that keeps everything, or in a sliding-window layer all that the next token sees."""
+    nothing = torch.zeros(backbone.kv_heads, 0, backbone.head_size)
+    read = backbone.read([LayerPrefix(nothing, nothing, window) for window in backbone.windows], 0, ids, ids[:0])
+    kept = [slice(window and 1 - window, None) for window in backbone.windows]
+    return [
+        LayerPrefix(layer.chunk_keys[:, at], layer.chunk_values[:, at], window)
+        for layer, at, window in zip(read, kept, backbone.windows, strict=True)
+    ]
+
+
+def test_a_prefix_and_a_suffix_are_one_context(family):
+    cache = prefix_cache(read_prefix(family), len(LEFT))
+    positions = torch.arange(len(LEFT), len(LEFT) + len(ASKED))[None]
+    logits = family.step(ASKED[None], positions, cache, keep=len(ASKED))[0]
+    expected = full_context_logits(family, torch.cat([LEFT, ASKED]))[len(LEFT) :]
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
+    assert cache.get_seq_length() == len(LEFT) + len(ASKED)
+
+
+def test_several_tokens_may_follow_several_others(tiny):
+    """The second pass has a suffix before it, so its mask is not the plain square."""
+    whole = full_context_logits(tiny, torch.cat([LEFT, ASKED]))[len(LEFT) :]
+    cache = prefix_cache(read_prefix(tiny), len(LEFT))
+    parts = []
+    for start, stop in ((0, 2), (2, 5)):
+        positions = torch.arange(len(LEFT) + start, len(LEFT) + stop)[None]
+        parts.append(tiny.step(ASKED[None, start:stop], positions, cache, keep=stop - start)[0])
+    torch.testing.assert_close(torch.cat(parts), whole, atol=2e-3, rtol=1e-3)
+
+
+def generate(backbone, cache, ids, mask, **options):
+    with backbone.attached():
+        return backbone.model.generate(
+            ids,
+            attention_mask=mask,
+            **backbone.cached(cache),
+            max_new_tokens=70,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+
+
+def test_stock_generate_runs_over_a_prefix_and_buffers_grow_as_it_does(family):
+    whole = torch.cat([LEFT, ASKED])[None]
+    expected = full_context_answer(family, whole[0], 70)
+    out = generate(family, prefix_cache(read_prefix(family), len(LEFT)), whole, torch.ones_like(whole))
+    found = out[0, whole.shape[1] :].tolist()
+    assert found[: len(expected)] == expected and len(expected) > 3
+
+
+def test_stock_generate_runs_a_left_padded_batch_over_one_prefix(tiny):
+    short = ASKED[2:]
+    rows = torch.stack([torch.cat([LEFT, ASKED]), torch.cat([LEFT, torch.zeros(2, dtype=torch.int64), short])])
+    mask = torch.ones_like(rows)
+    mask[1, len(LEFT) : len(LEFT) + 2] = 0
+    out = generate(tiny, prefix_cache(read_prefix(tiny), len(LEFT)), rows, mask)[:, rows.shape[1] :].tolist()
+    for row, asked in zip(out, (ASKED, short), strict=True):
+        expected = full_context_answer(tiny, torch.cat([LEFT, asked]), 70)
+        assert row[: len(expected)] == expected
+
+
+def test_stock_generate_searches_beams_over_one_prefix(tiny):
+    whole = torch.cat([LEFT, ASKED])[None]
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    expected = tiny.model.generate(
+        whole, attention_mask=torch.ones_like(whole), max_new_tokens=70, do_sample=False, pad_token_id=0, **options
+    )
+    prefix = read_prefix(tiny)
+    before = [layer.keys.clone() for layer in prefix]
+    found = generate(tiny, prefix_cache(prefix, len(LEFT)), whole, torch.ones_like(whole), **options)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix, before, strict=True))
+
+
+def suffix(layer, tokens, first=0.0):
+    keys = torch.full((1, 2, tokens, 4), first)
+    return layer.update(keys, keys + 1)
+
+
+def layer(prefix_tokens=3):
+    prefix = torch.full((2, prefix_tokens, 4), 9.0)
+    return PrefixLayer(LayerPrefix(prefix, prefix), prefix_tokens)
+
+
+def test_a_layer_returns_its_suffix_alone_and_grows_past_its_first_buffer():
+    here = layer()
+    for step in range(150):
+        keys, values = suffix(here, 1, float(step))
+    assert keys.shape == (1, 2, 150, 4) and here.get_seq_length() == 153
+    assert keys[0, 0, :, 0].tolist() == list(range(150))
+    assert torch.equal(values, keys + 1)
+    assert here.get_mask_sizes(2) == (152, 3)
+
+
+def test_crop_and_reset_touch_the_suffix_only():
+    here = layer()
+    suffix(here, 5)
+    here.crop(-2)
+    assert here.get_seq_length() == 6
+    keys, _ = suffix(here, 1, 7.0)
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 0, 7]
+    here.crop(-100)
+    assert here.get_seq_length() == 3
+    suffix(here, 2)
+    here.reset()
+    assert here.get_seq_length() == 3 and (here.prefix.keys == 9).all()
+
+
+def test_a_prefix_of_no_tokens_is_plain_attention(tiny):
+    nothing = prefix_cache(nothing_read(tiny), 0)
+    logits = tiny.step(LEFT[None], torch.arange(len(LEFT))[None], nothing, keep=len(LEFT))[0]
+    torch.testing.assert_close(logits, full_context_logits(tiny, LEFT), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [3, 6, 40])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_sequences_share_a_window_s_prefix_and_see_what_each_would_see_alone(window, rows, softcap):
+    torch.manual_seed(0)
+    prefix = LayerPrefix(torch.randn(2, min(window - 1, 9), 8), torch.randn(2, min(window - 1, 9), 8), window)
+    here = PrefixLayer(prefix, 9)
+    query, key, value = torch.randn(3, 4, rows, 8), torch.randn(3, 2, rows + 2, 8), torch.randn(3, 2, rows + 2, 8)
+    mask = torch.ones(3, 1, rows, rows + 2, dtype=torch.bool).tril(2)
+    mask[1, :, :, 0] = False
+    found = here._share_window(query, key, value, mask, 0.3, softcap, window)
+    for n in range(3):
+        one = slice(n, n + 1)
+        alone = here._read_window(query[one], key[one], value[one], mask[one], 0.3, softcap, window)
+        for got, wanted in zip(found, alone, strict=True):
+            torch.testing.assert_close(got[one], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_guide_read_on_a_chunk_that_was_read_before_looks_as_if_both_were_read_at_once(family):
+    ids = torch.arange(20, 90)
+    nothing = torch.empty(family.kv_heads, 0, family.head_size)
+    empty = [LayerPrefix(nothing, nothing, window) for window in family.windows]
+    first = family.read(empty, 0, ids[:30], ids[:0])
+    keys, values = [layer.chunk_keys for layer in first], [layer.chunk_values for layer in first]
+    prefix = [LayerPrefix(k, v, w) for k, v, w in zip(keys, values, family.windows, strict=True)]
+    prefix = [p if p.window is None else LayerPrefix(p.keys[:, -23:], p.values[:, -23:], p.window) for p in prefix]
+    at_once = family.read(prefix, 30, ids[30:50], ids[50:])
+    known = [(layer.chunk_keys.unsqueeze(0), layer.chunk_values.unsqueeze(0)) for layer in at_once]
+    for one, two in zip(at_once, family.read(prefix, 30, ids[30:50], ids[50:], known), strict=True):
+        torch.testing.assert_close(two.guide_queries, one.guide_queries, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(two.guide_lse, one.guide_lse, atol=1e-3, rtol=1e-3)
+        assert torch.equal(two.chunk_keys, one.chunk_keys)

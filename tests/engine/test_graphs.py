@@ -1,0 +1,93 @@
+"""What is captured on a GPU computes what is run kernel by kernel; the computations themselves run anywhere."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from cribsheet.attention.captures import Captures
+from cribsheet.attention.prefix import LayerPrefix, Prefix, PrefixLayer, prefix_cache
+from cribsheet.attention.recorder import Glance, question_weights
+from cribsheet.attention.slots import Rows, SlotLayer, step_cache
+from cribsheet.engine.graphs import find_read, fixed_step, padded_read
+from cribsheet.testing import tiny_backbone
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def backbone(request):
+    return tiny_backbone(request.param)
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[(), (TOKENS, 23)], ids=["uniform", "ragged"])
+def prefix(request, backbone):
+    layers = []
+    for number, window in enumerate(backbone.windows):
+        own = request.param if window is None else ()
+        size = TOKENS if window is None else min(TOKENS, window - 1)
+        shape = (sum(own),) if own else (backbone.kv_heads, size)
+        keys, values = (random(*shape, backbone.head_size, seed=2 * number + n) for n in range(2))
+        layers.append(LayerPrefix(keys, values, window, own))
+    return Prefix(layers, TOKENS)
+
+
+def test_padding_behind_a_question_changes_nothing(backbone, prefix):
+    question, weights = torch.arange(20, 29), question_weights(9, 2)
+    cache = prefix_cache(prefix.layers, TOKENS)
+    glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights])
+    positions = torch.arange(TOKENS, TOKENS + 9).unsqueeze(0)
+    wanted = backbone.step(question.unsqueeze(0), positions, cache)[:, -1]
+    inputs = torch.cat([question, torch.full((7,), 33), torch.tensor([8])])
+    padded = torch.cat([weights, torch.zeros(7)])
+    logits, mass, found = padded_read(backbone, prefix, inputs, padded, evidence=True)
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mass, glance.masses[0], atol=1e-5, rtol=1e-4)
+    for mine, other in zip(found, cache.layers, strict=True):
+        assert isinstance(mine, PrefixLayer)
+        torch.testing.assert_close(mine.keys[:, :, :9], other.keys[:, :, :9], atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_that_does_not_know_lengths_is_one_that_does(backbone, prefix):
+    def layers(rows):
+        made = [SlotLayer(layer, TOKENS, rows) for layer in prefix.layers]
+        for number, layer in enumerate(made):
+            for slot, size in enumerate((5, 11)):
+                layer.insert(slot, *(random(backbone.kv_heads, size, backbone.head_size, seed=number) for _ in "kv"))
+        return made
+
+    rows = Rows()
+    rows.lengths = [5, 11]
+    known = layers(rows)
+    rows.prepare(backbone.device)
+    ids, lengths = torch.tensor([21, 22]), torch.tensor([5, 11])
+    glance = Glance(known, backbone.full, [(0, 0)] * 2)
+    wanted = backbone.step(ids[:, None], (lengths + TOKENS)[:, None], step_cache(known))[:, -1]
+    unknown = layers(free := Rows())
+    for layer in unknown:
+        layer.reserve(4, 64, layer.keys)
+    inputs = torch.zeros(3, 4, dtype=torch.int64)  # two slots that nobody has
+    inputs[:, :2] = torch.stack([ids, lengths + TOKENS, lengths])
+    inputs[1, 2:] = TOKENS
+    logits, masses = fixed_step(backbone, unknown, free, inputs, 64, evidence=True)
+    torch.testing.assert_close(logits[:2], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(masses[:2], glance.masses, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_captured_on_a_cpu(backbone, prefix):
+    assert [find_read(backbone, prefix, 9, True) for _ in range(5)] == [None] * 5 and not prefix.reads
+
+
+def test_what_cannot_be_captured_is_told_once_and_what_can_is_made_once(caplog):
+    captures, made = Captures(), []
+    with caplog.at_level(logging.WARNING):
+        found = [captures.find("bad", 2, lambda: 1 // 0) for _ in range(5)]
+    assert found == [None] * 5 and len(caplog.records) == 1 and not captures
+    good = [captures.find("good", 1, lambda: made.append(1) or "it") for _ in range(4)]
+    assert good == [None, "it", "it", "it"] and made == [1] and captures

@@ -1,0 +1,146 @@
+"""Our own kernels beside their slow references, interpreted on a CPU: `make kernels`.
+
+The interpreter must be asked for before anything imports Triton, so elsewhere these tests are skipped. On a card the
+library compares the kernels before it uses them, and so does the speed bench.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("make kernels runs these", allow_module_level=True)
+
+from cribsheet.attention import dispatch as fused
+from cribsheet.attention.attend import column_mass, column_peak
+from cribsheet.attention.prefix import LayerPrefix, Prefix, prefix_cache
+from cribsheet.attention.recorder import Glance, question_weights
+from cribsheet.engine.group import Group
+from cribsheet.engine.prefill import ShortRead
+from cribsheet.engine.request import Answering, Request
+from cribsheet.engine.sampling import SamplingParams
+from cribsheet.kernels import columns as kernels
+from cribsheet.testing import tiny_backbone
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
+
+
+@pytest.fixture
+def kernels_are_used(monkeypatch):
+    monkeypatch.setattr(fused, "usable", lambda q, kv_heads, softcap=None: softcap is None)
+    monkeypatch.setattr(fused, "can_merge", lambda out: True)
+
+
+def random_prefix(backbone, tokens, counts=()):
+    shape = (sum(counts),) if counts else (backbone.kv_heads, tokens)
+    generator = torch.Generator().manual_seed(1)
+    layers = [
+        LayerPrefix(*(torch.randn(*shape, backbone.head_size, generator=generator) for _ in range(2)), None, counts)
+        for _ in range(backbone.num_layers)
+    ]
+    return Prefix(layers, max(counts, default=tokens))
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_give_what_the_plain_path_gives(dtype, size):
+    errors = fused.check(torch.device("cpu"), dtype, size, 3)
+    assert len(errors) == 8 and max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-3), errors
+
+
+def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
+    right = kernels.columns
+    monkeypatch.setattr(kernels, "columns", lambda *given, **named: right(*given, **named) * 1.1)
+    fused._agree.cache_clear()
+    assert not fused._agree(fused.check, torch.device("cpu"), torch.float32, 64, 2)
+    monkeypatch.undo()
+    fused._agree.cache_clear()
+    assert fused._agree(fused.check, torch.device("cpu"), torch.float32, 64, 2)
+
+
+def steps(backbone, prefix, told=((0, 0), (0, 0))):
+    """Logits and masses of two questions of different lengths, read together and two tokens decoded."""
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    sequences = []
+    for length, passages in zip((5, 9), told, strict=True):
+        ids = torch.randint(20, 200, (length,), generator=generator)
+        request = Request(
+            prefix, ids, SamplingParams(), lambda event: None, evidence=True,
+            told=(passages,) if passages[1] else (), lead=passages[1],
+        )  # fmt: skip
+        sequences.append(Answering(request, backbone.tokenizer, frozenset()))
+    read, group = ShortRead(sequences, prefix), Group(prefix)
+    found.append(read.next(backbone))
+    for row, sequence in enumerate(sequences):
+        sequence.last = 30 + row
+        group.insert(sequence, read.suffix(row))
+    found += [group.decode(backbone) for _ in range(2)]
+    return found, [sequence.looked for sequence in sequences]
+
+
+@pytest.mark.parametrize("told", [((0, 0), (0, 0)), ((1, 3), (2, 7))])
+@pytest.mark.parametrize("counts", [(), (40, 23)])
+def test_answers_and_what_they_look_at_are_the_same_with_kernels(request, counts, told):
+    backbone = tiny_backbone("llama")
+    prefix = random_prefix(backbone, 40, counts)
+    wanted = steps(backbone, prefix, told)
+    request.getfixturevalue("kernels_are_used")
+    got = steps(backbone, prefix, told)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_weigh_nothing_leave_no_trace(kernels_are_used):
+    backbone = tiny_backbone("llama")
+    prefix = random_prefix(backbone, 40)
+    weights = question_weights(6)
+    masses = []
+    for padding in (0, 3):
+        cache = prefix_cache(prefix.layers, prefix.tokens)
+        padded = torch.cat([weights, torch.zeros(padding)])
+        glance = Glance(cache.layers, backbone.full, [(0, 0)], [padded])
+        ids = torch.arange(20, 26 + padding).unsqueeze(0)
+        backbone.step(ids, torch.arange(40, 46 + padding).unsqueeze(0), cache)
+        masses.append(glance.masses[0])
+    torch.testing.assert_close(masses[0], masses[1], atol=1e-6, rtol=1e-5)
+
+
+def test_sums_and_peaks_of_a_build_are_the_same_with_kernels(request):
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(4, 37, 32, generator=generator), torch.randn(2, 150, 32, generator=generator)
+    lse, weight = torch.randn(4, 37, generator=generator) + 5, torch.rand(37, generator=generator)
+    runs = [
+        lambda: column_mass(q, k, lse, scale=0.2, row_weight=weight),
+        lambda: column_peak(q, k, lse, scale=0.2),
+    ]
+    wanted = [run() for run in runs]
+    request.getfixturevalue("kernels_are_used")
+    torch.testing.assert_close([run() for run in runs], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(130, 130), (0, 70), (9, 150)])
+@pytest.mark.parametrize(("batch", "rows"), [(1, 3), (5, 1), (5, 7), (17, 4), (3, 16), (2, 20)])
+def test_sequences_of_few_rows_share_a_pass(batch, rows, counts):
+    random = torch.Generator().manual_seed(7)
+    q, keys = torch.randn(2, batch, rows, 24, generator=random), torch.randn(sum(counts), 24, generator=random)
+    seen = torch.randn(2, batch, rows, generator=random) + 3
+    seen[:, -1, 0] = float("inf")  # a row that weighs nothing
+    starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
+    for peak in (False, True):
+        wanted = torch.zeros(batch, 2, 150)
+        for head, own in enumerate(keys.split(counts)):
+            weights = torch.exp(q[head] @ own.t() * 0.3 - seen[head, ..., None])
+            wanted[:, head, 150 - len(own) :] = weights.amax(1) if peak else weights.sum(1)
+        got = kernels.columns(q, seen, keys, starts, max(counts), 150, 0.3, peak=peak)
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_that_saw_nothing_in_either_part_is_zero_and_says_so():
+    out, nothing = torch.ones(1, 2, 3, 16), torch.full((1, 2, 3), float("-inf"))
+    found, lse = kernels.merge((out, nothing), (out, nothing))
+    assert (found == 0).all() and lse.isneginf().all()
+    found, lse = kernels.merge((out, nothing), (out * 2, torch.zeros(1, 2, 3)))
+    assert (found == 2).all() and (lse == 0).all()

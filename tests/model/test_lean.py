@@ -1,0 +1,181 @@
+"""Steps of few kernels give what the models' own layers give, in Triton's interpreter: `make kernels`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("make kernels runs these", allow_module_level=True)
+
+from cribsheet.attention import dispatch as fused
+from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.slots import Rows, SlotLayer
+from cribsheet.engine.graphs import fixed_step
+from cribsheet.kernels import read as read_kernels
+from cribsheet.kernels import step as step_kernels
+from cribsheet.kernels import step_attention
+from cribsheet.model import llama_read as lean_read
+from cribsheet.model import llama_step as lean
+from cribsheet.model.backbone import plain_parts
+from cribsheet.testing import tiny_backbone
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
+
+FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 3, "use_sliding_window": False}
+OWN = {"llama": {}, "mistral": {}, "qwen2": FULL, "qwen3": {}}
+
+
+@pytest.fixture
+def kernels_are_used(monkeypatch):
+    monkeypatch.setattr(fused, "usable", lambda q, kv_heads, softcap=None: softcap is None)
+
+
+def shaken(family, **settings):
+    """A model whose norms and biases are not ones and zeros."""
+    backbone = tiny_backbone(family, **(OWN[family] | settings))
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in backbone.model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            weight.data += torch.randn(weight.shape, generator=generator) / 3
+    return backbone
+
+
+@pytest.mark.parametrize("own", [64, 0], ids=["own products", "torch's products"])
+@pytest.mark.parametrize("family", OWN)
+def test_a_lean_step_is_a_step(family, own, kernels_are_used):
+    backbone = shaken(family)
+    errors = lean.errors(backbone, lean.made(backbone, own=own), (1, 3))
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_a_lean_read_is_a_read(family, kernels_are_used):
+    backbone = shaken(family)
+    errors = lean_read.errors(backbone, lean_read.made(backbone))
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("guide", [0, 1, 17])
+@pytest.mark.parametrize("counts", [(), (30, 7)])
+def test_a_lean_read_takes_what_is_known_and_heads_of_different_lengths(counts, guide, kernels_are_used):
+    backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
+    random = torch.Generator().manual_seed(8)
+    shape = (sum(counts), 18) if counts else (2, 30, 18)
+    prefix = [LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv"), None, counts)] * backbone.num_layers
+    ids, rest = torch.arange(30, 70), torch.arange(5, 5 + guide)
+    wanted, got = (backbone.read(prefix, 30, ids, rest, run=run) for run in (None, lean_read.made(backbone)))
+    known = [(layer.chunk_keys[None], layer.chunk_values[None]) for layer in wanted]
+    again = backbone.read(prefix, 30, ids, rest, known, run=lean_read.made(backbone))
+    for name in ("chunk_keys", "chunk_values", "guide_queries", "guide_lse"):
+        for each in (got, again):
+            for one, other in zip(each, wanted, strict=True):
+                torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["normed", "silu_times", "turned"])
+def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
+    backbone = shaken("llama")
+    place = read_kernels if part == "turned" else step_kernels
+    right = getattr(place, part)
+
+    def wrong(*given, **named):
+        found = right(*given, **named)
+        return tuple(each * 1.2 for each in found) if isinstance(found, tuple) else found * 1.2
+
+    monkeypatch.setattr(place, part, wrong)
+    assert max(lean_read.errors(backbone, lean_read.made(backbone)).values()) > lean._BOUND
+
+
+def test_sizes_that_fit_no_tile(kernels_are_used):
+    backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
+    for own in (64, 0):
+        errors = lean.errors(backbone, lean.made(backbone, own=own), (1, 17))
+        assert max(errors.values()) < 2e-5, errors
+
+
+def test_more_rows_than_fit_a_tile_and_products_of_several_blocks():
+    random = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(70, 300, generator=random), [torch.randn(n, 300, generator=random) for n in (50, 20, 33)]
+    parts = [(weight, torch.randn(len(weight), generator=random)) for weight in weights]
+    wanted = torch.cat([x @ weight.t() + bias for weight, bias in parts], 1)
+    torch.testing.assert_close(step_kernels.product(x, parts), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(step_kernels.product(x[:1], parts), wanted[:1], atol=1e-4, rtol=1e-4)
+    for swapped in (False, True):
+        tile = step_kernels.Tile(rows=32, entries=64, warps=4, swapped=swapped)
+        torch.testing.assert_close(step_kernels.product(x, parts, tile=tile), wanted, atol=1e-4, rtol=1e-4)
+        gate, up = weights[0], weights[0].flip(0)
+        inner = torch.nn.functional.rms_norm(x, (300,), x[0], 1e-5)
+        product = torch.nn.functional.silu(inner @ gate.t()) * (inner @ up.t())
+        got = step_kernels.gated(x, gate, up, norm=(x[0].contiguous(), 1e-5), tile=tile)
+        torch.testing.assert_close(got, product, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("counts", [(), (300, 7), (0, 70)])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_attention_in_parts_is_attention(batch, counts, kernels_are_used):
+    random = torch.Generator().manual_seed(6)
+    shape = (sum(counts),) if counts else (2, 150)
+    prefix = LayerPrefix(*(torch.randn(*shape, 24, generator=random) for _ in "kv"), None, counts)
+    rows = Rows()
+    rows.fix(torch.tensor([70, 0, 3, 66, 127])[:batch], 128)
+    layer = SlotLayer(prefix, 400, rows)
+    layer.keys, layer.values = (torch.randn(8, 2, 128, 24, generator=random) for _ in "kv")
+    q = torch.randn(batch, 6, 1, 24, generator=random)
+    wanted = layer._attend(q, layer.keys, layer.values, None, 0.3, None)
+    packed = (prefix.keys, prefix.values) if counts else (prefix.keys.flatten(0, 1), prefix.values.flatten(0, 1))
+    given = (*packed, prefix.starts, prefix.longest), (layer.keys, layer.values, rows.index)
+    torch.testing.assert_close(step_attention.attend(q, *given, 0.3), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("counts", [(), (70, 23)])
+@pytest.mark.parametrize("batch", [1, 5, 33])
+def test_what_is_captured_is_the_lean_step(batch, counts, evidence, kernels_are_used):
+    backbone = shaken("llama")
+    random = torch.Generator().manual_seed(7)
+    shape = (sum(counts), backbone.head_size) if counts else (backbone.kv_heads, 70, backbone.head_size)
+    prefix = [
+        LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv"), None, counts)
+        for _ in range(backbone.num_layers)
+    ]
+    inputs = torch.stack([torch.arange(20, 20 + batch), torch.arange(75, 75 + batch), torch.arange(5, 5 + batch)])
+    found = []
+    for step in (False, lean.made(backbone)):
+        backbone.lean = step
+        rows = Rows()
+        layers = [SlotLayer(layer, 70, rows) for layer in prefix]
+        for layer in layers:
+            layer.reserve(batch, 64, layer.keys)
+            layer.keys += torch.linspace(-1, 1, layer.keys.shape[2])[:, None]
+            layer.values += torch.linspace(1, -2, layer.keys.shape[2])[:, None]
+        logits, masses = fixed_step(backbone, layers, rows, inputs, layers[0].keys.shape[2], evidence=evidence)
+        assert (masses is not None) == evidence
+        found.append([logits, *(masses or ())])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("part", ["product", "gated", "placed"])
+def test_a_planted_bug_is_seen(part, kernels_are_used, monkeypatch):
+    backbone = shaken("llama")
+    right = getattr(step_kernels, part)
+    monkeypatch.setattr(step_kernels, part, lambda *given, **named: right(*given, **named) * 1.2)
+    assert max(lean.errors(backbone, lean.made(backbone)).values()) > lean._BOUND
+
+
+def test_models_that_are_not_plain_are_left_to_their_own_layers():
+    assert plain_parts(tiny_backbone("llama"))
+    assert not plain_parts(tiny_backbone("granite"))  # whose residuals are scaled
+    assert not plain_parts(tiny_backbone("qwen2"))  # which slides
+    assert not plain_parts(tiny_backbone("llama", hidden_act="gelu"))
+    assert not plain_parts(tiny_backbone("llama", mlp_bias=True))
+    hooked = tiny_backbone("llama")
+    hooked.model.model.layers[1].mlp.register_forward_hook(lambda module, given, made: made)
+    assert not plain_parts(hooked)
+    adapted = tiny_backbone("llama")
+    layer = adapted.model.model.layers[2].self_attn
+    layer.q_proj = nn.Sequential(layer.q_proj)
+    assert plain_parts(tiny_backbone("llama")) and not plain_parts(adapted)
