@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -325,7 +326,7 @@ def test_a_terminated_build_ends_with_143_and_leaves_no_file(cli, model, staff, 
     def terminating(hidden):
         yield lambda read, total: os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("cribsheet.cli.build.build_progress", terminating)
+    monkeypatch.setattr(import_module("cribsheet.cli.build"), "build_progress", terminating)
     before = signal.getsignal(signal.SIGTERM)
     done = cli("build", staff, "--model", model, "-o", tmp_path / "a.sheet")
     assert (done.code, done.out, done.err) == (143, "", "cribsheet: interrupted\n")
