@@ -10,7 +10,9 @@ from reference import attention_weights
 
 from cribsheet.attention import attend as attention
 from cribsheet.attention import backends as flash
-from cribsheet.attention.attend import attend, attend_plain, attend_shared, column_mass, column_peak, merge
+from cribsheet.attention import plain
+from cribsheet.attention.attend import attend, attend_shared, column_mass, column_peak, merge
+from cribsheet.attention.plain import attend_plain
 
 SCALE = 0.3
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -176,7 +178,7 @@ def guide_rows():
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 24])
 def test_column_sums_are_those_of_the_softmax_whatever_the_block(monkeypatch, block):
-    monkeypatch.setattr(attention, "_MAX_SCORES", block)
+    monkeypatch.setattr(plain, "_MAX_SCORES", block)
     q, k, lse, weights = guide_rows()
     torch.testing.assert_close(column_mass(q, k, lse, scale=SCALE).double(), weights.sum(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(column_peak(q, k, lse, scale=SCALE).double(), weights.amax(1), atol=1e-5, rtol=1e-5)
@@ -184,7 +186,7 @@ def test_column_sums_are_those_of_the_softmax_whatever_the_block(monkeypatch, bl
 
 @pytest.mark.parametrize("block", [1, 1 << 24])
 def test_rows_are_weighted_before_they_are_summed_or_compared(monkeypatch, block):
-    monkeypatch.setattr(attention, "_MAX_SCORES", block)
+    monkeypatch.setattr(plain, "_MAX_SCORES", block)
     weight = torch.tensor([0.1, 2.0, 0.0, 1.0, 0.5])
     q, k, lse, weights = guide_rows()
     weighted = weights * weight[:, None]
@@ -199,14 +201,14 @@ def test_the_plain_path_gives_the_same_whatever_the_block(monkeypatch, block):
     q, k, v = qkv(t=6, s=6)
     mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(4)) > 0.3
     whole = [attend_plain(q, k, v, scale=SCALE, causal=causal, mask=mask) for causal in (False, True)]
-    monkeypatch.setattr(attention, "_MAX_SCORES", block)
+    monkeypatch.setattr(plain, "_MAX_SCORES", block)
     for causal, expected in zip((False, True), whole, strict=True):
         assert_same(attend_plain(q, k, v, scale=SCALE, causal=causal, mask=mask), expected, torch.float32)
 
 
 def test_no_block_of_weights_is_larger_than_the_bound(monkeypatch):
-    monkeypatch.setattr(attention, "_MAX_SCORES", 6 * 9 * 2)
-    blocks = list(attention._weight_blocks(*guide_rows()[:3], SCALE, None, None))
+    monkeypatch.setattr(plain, "_MAX_SCORES", 6 * 9 * 2)
+    blocks = list(plain._weight_blocks(*guide_rows()[:3], SCALE, None, None))
     assert [tuple(block.shape) for block in blocks] == [(6, 2, 9), (6, 2, 9), (6, 1, 9)]
 
 

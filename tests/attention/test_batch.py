@@ -8,7 +8,7 @@ from reference import full_context_logits
 from test_prefix import LEFT, read_prefix
 from transformers.cache_utils import Cache
 
-from cribsheet.attention.attend import attend_plain
+from cribsheet.attention.plain import attend_plain
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import _BLOCK, Rows, SlotLayer, padded_batch, prefill_cache
 from cribsheet.testing import tiny_backbone

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.asking.evidence import looked_at
-from cribsheet.attention.attend import attend_plain
+from cribsheet.attention.plain import attend_plain
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.build import Budgets, build_sheet, plan
 from cribsheet.compress.forecast import forecast

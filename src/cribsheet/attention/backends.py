@@ -7,14 +7,13 @@ CPU and at the last on CUDA. Letters as in `attention/attend.py`.
 from __future__ import annotations
 
 import functools
-import logging
 from collections import Counter
 from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from cribsheet.attention.agreement import agrees, relative_error
 
 _CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_TYPES = (torch.bfloat16, torch.float16)
@@ -84,23 +83,15 @@ def is_planned(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> b
         _seen[shape] += 1
         if _seen[shape] <= _USES_THAT_PAY:
             return False
-        _planned[shape] = _cudnn_agrees(q, k, v, scale, causal)
+        name = f"cuDNN's kernels for {tuple(q.shape)}"
+        _planned[shape] = agrees(name, lambda: _cudnn_errors(q, k, v, scale, causal), _PLANNED_BOUND)
     return _planned[shape]
 
 
-def _cudnn_agrees(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> bool:
-    try:
-        found, wanted = (run(q, k, v, scale, causal) for run in (cudnn_cuda, _flash_2))
-    except RuntimeError as failure:  # no plan was found
-        if isinstance(failure, torch.OutOfMemoryError):
-            raise
-        logger.warning("cuDNN has no attention for %s: %r", tuple(q.shape), failure)
-        return False
-    apart = float((found[0].float() - wanted[0].float()).norm() / wanted[0].float().norm())
-    apart = max(apart, float((found[1] - wanted[1]).abs().max()))
-    if not apart <= _PLANNED_BOUND:
-        logger.warning("cuDNN's attention for %s is not used: it is off by %.1e", tuple(q.shape), apart)
-    return apart <= _PLANNED_BOUND
+def _cudnn_errors(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> dict[str, float]:
+    """Of the output, relative; of log-sum-exps the largest difference."""
+    (out, lse), (wanted, wanted_lse) = (run(q, k, v, scale, causal) for run in (cudnn_cuda, _flash_2))
+    return {"output": relative_error(out, wanted), "log-sum-exp": float((lse - wanted_lse).abs().max())}
 
 
 @functools.cache

@@ -7,16 +7,14 @@ they cannot be compiled or differ, that is logged once and the plain path stays.
 from __future__ import annotations
 
 import functools
-import logging
-import subprocess
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from cribsheet.attention import plain
+from cribsheet.attention.agreement import agrees, relative_error
 from cribsheet.attention.backends import on_cuda
-
-logger = logging.getLogger(__name__)
 
 _BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
 
@@ -39,7 +37,7 @@ def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor 
 
     heads, size, _ = k.shape
     rows = q.reshape(heads, -1, *q.shape[1:])  # (K, G, T, D)
-    seen = lse if row_weight is None else weighted(lse, row_weight)
+    seen = lse if row_weight is None else plain.weighted(lse, row_weight)
     starts = torch.arange(heads + 1, device=q.device, dtype=torch.int32) * size
     found = kernels.columns(
         rows, seen.reshape(rows.shape[:3]), k.flatten(0, 1), starts, size, size, scale, peak=peak
@@ -50,7 +48,7 @@ def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor 
 def on_prefix(q: Tensor, lse: Tensor, keys: Tensor, starts: Tensor, longest: int, width: int, scale: float) -> Tensor:
     """Weights (B, K, width) of the keys (N, D) of a prefix, summed over the rows of q (B, H, T, D).
 
-    `lse` (B, H, T) holds the rows' weights already (`weighted`); the others are as in `kernels.columns`.
+    `lse` (B, H, T) holds the rows' weights already (`plain.weighted`); the others are as in `kernels.columns`.
     """
     from cribsheet.kernels import columns as kernels
 
@@ -63,22 +61,17 @@ def on_prefix(q: Tensor, lse: Tensor, keys: Tensor, starts: Tensor, longest: int
 def newest(
     q: Tensor, keys: Tensor, values: Tensor, index: Tensor, scale: float, before: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """What `kernels.newest` does, for whoever must not import it."""
+    """`attend_each` with `merge` of a step's newest tokens, as `kernels.columns.newest` takes them."""
     from cribsheet.kernels import columns as kernels
 
     return kernels.newest(q, keys, values, index, scale, before)
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What `kernels.merge` does, for whoever must not import it."""
+    """`plain_merge` by one kernel."""
     from cribsheet.kernels import columns as kernels
 
     return kernels.merge(first, second)
-
-
-def weighted(lse: Tensor, weight: Tensor) -> Tensor:
-    """Log-sum-exps of rows less the logarithm of their weights; plus infinity for rows that weigh nothing."""
-    return torch.where(weight > 0, lse - weight.log(), float("inf"))
 
 
 Check = Callable[[torch.device, torch.dtype, int, int], dict[str, float]]
@@ -87,26 +80,7 @@ Check = Callable[[torch.device, torch.dtype, int, int], dict[str, float]]
 @functools.cache
 def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
     """Whether kernels can be compiled for such heads and give what the plain path gives."""
-    known: tuple[type[Exception], ...] = (ImportError, RuntimeError, OSError, subprocess.SubprocessError)
-    try:
-        error = max(check(device, dtype, size, group).values())
-    except (*known, *triton_errors()) as failure:
-        if isinstance(failure, torch.OutOfMemoryError):
-            raise
-        logger.warning("our kernels cannot be used on %s and are replaced by slower ones: %r", device, failure)
-        return False
-    if not error <= _BOUND:
-        logger.warning("our kernels are wrong on %s (error %.1e) and are replaced by slower ones", device, error)
-    return error <= _BOUND
-
-
-def triton_errors() -> tuple[type[Exception], ...]:
-    """What Triton raises where it cannot compile something."""
-    try:
-        from triton.errors import TritonError  # the package is no dependency: torch brings it along for CUDA
-    except ImportError:
-        return ()
-    return (TritonError,)
+    return agrees(f"our kernels on {device}", lambda: check(device, dtype, size, group), _BOUND)
 
 
 def check(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
@@ -115,24 +89,22 @@ def check(device: torch.device, dtype: torch.dtype, size: int, group: int) -> di
 
 
 def _attending(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
-    from cribsheet.attention import attend as attention
-
     found: dict[str, float] = {}
     scale, random = size**-0.5, _Random(device, dtype)
     for rows in (1, 70):
         q, k, v = random(2 * group, rows, size), random(2, 300, size), random(2, 300, size)
-        lse = attention.attend_plain(q[None], k[None], v[None], scale=scale)[1][0]
+        lse = plain.attend_plain(q[None], k[None], v[None], scale=scale)[1][0]
         weight = torch.linspace(0, 1, rows + 1, device=device)[1:]
-        for name, peak, plain in (("mass", False, attention.plain_mass), ("peak", True, attention.plain_peak)):
+        for name, peak, reference in (("mass", False, plain.plain_mass), ("peak", True, plain.plain_peak)):
             got = columns(q, k, lse, scale, weight, peak=peak)
-            found[f"{name} of {rows}"] = relative_error(got, plain(q, k, lse, scale, weight, None))
+            found[f"{name} of {rows}"] = relative_error(got, reference(q, k, lse, scale, weight, None))
     found["mass of 33 sequences"] = relative_error(*_on_heads(random, size, group))
     q, keys, values = random(3, 2 * group, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
     index = torch.tensor([0, 70, 129], device=device)
     mask = (torch.arange(130, device=device) <= index[:, None])[:, None, None]
-    suffix = attention.attend_plain(q, keys[:3], values[:3], scale=scale, mask=mask)
+    suffix = plain.attend_plain(q, keys[:3], values[:3], scale=scale, mask=mask)
     before = random(3, 2 * group, 1, size), random(3, 2 * group, 1).float() + suffix[1]
-    cases = {"suffix": (None, suffix), "suffix and prefix": (before, attention.plain_merge(before, suffix))}
+    cases = {"suffix": (None, suffix), "suffix and prefix": (before, plain.plain_merge(before, suffix))}
     for name, (given, wanted) in cases.items():
         found[name] = _worse(newest(q, keys, values, index, scale, given), wanted)
     return found
@@ -151,13 +123,11 @@ def _on_heads(random: _Random, size: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _merging(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
-    from cribsheet.attention import attend as attention
-
     random = _Random(device, dtype)
     first = random(2, 37, 3 * group, size).transpose(1, 2), random(2, 3 * group, 37).float()
     second = random(2, 3 * group, 37, size), random(2, 3 * group, 37).float()
     second[1][:, 0] = float("-inf")  # a part in which rows saw nothing
-    return {"merge": _worse(merge(first, second), attention.plain_merge(first, second))}
+    return {"merge": _worse(merge(first, second), plain.plain_merge(first, second))}
 
 
 class _Random:
@@ -172,8 +142,3 @@ class _Random:
 
 def _worse(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
     return max(relative_error(one, other) for one, other in zip(got, wanted, strict=True))
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """L2 norm of the difference over that of what is wanted."""
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())

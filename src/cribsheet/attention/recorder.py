@@ -3,7 +3,7 @@
 Every forward pass has the queries of its new tokens and their log-sum-exps; that is all it takes to know what weight
 each prefix token got, and each token of passages that were told with the question. Only the upper half of the layers
 that see everything is asked: in the lower half heads look at words and neighbours, in the upper half at where the
-answer stands (measured: `bench/evidence.py`).
+answer stands (measured: `cribsheet_bench/evidence.py`).
 
 Letters as in `attention/attend.py`: `B` sequences, `H` query heads, `K` key/value heads, `T` rows, `P` prefix tokens,
 `D` head size; and `M` layers that are watched, `N` tokens of passages.
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention import dispatch as fused
-from cribsheet.attention.attend import capped, column_mass
+from cribsheet.attention.attend import column_mass
+from cribsheet.attention.plain import capped, weighted
 from cribsheet.attention.prefix import PrefixLayer
 
 _QUESTION = 3.0  # what the rows of a question weigh together; a row that writes a token of the answer weighs 1
@@ -83,7 +84,7 @@ class Glance:
         """(B, K, start) of all sequences and heads by one kernel."""
         if self._weights is not None:
             rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
-            lse = fused.weighted(lse, torch.stack(rows).unsqueeze(1))
+            lse = weighted(lse, torch.stack(rows).unsqueeze(1))
         prefix = layer.prefix
         keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
         return fused.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cribsheet.attention.attend import attend, attend_shared, capped, merge
+from cribsheet.attention.attend import attend, attend_shared, merge
+from cribsheet.attention.plain import capped
 from cribsheet.attention.prefix import ReadingLayer
 from cribsheet.attention.rope import rotate
 from cribsheet.vocabulary import ABSENT

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cribsheet.attention.dispatch import relative_error
+from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
 from cribsheet.model.backbone import Backbone, PlainParts, plain_parts
 from cribsheet.model.llama_step import agrees, beside
@@ -81,7 +81,7 @@ def made(backbone: Backbone) -> LeanRead | None:
 def _checked(backbone: Backbone) -> LeanRead | bool:
     """A lean read that agrees with the model's own, or false."""
     found = made(backbone)
-    return found if found and agrees(backbone, "read", lambda: errors(backbone, found)) else False
+    return found if found and agrees(backbone, "reads", lambda: errors(backbone, found)) else False
 
 
 def errors(backbone: Backbone, lean: LeanRead) -> dict[str, float]:

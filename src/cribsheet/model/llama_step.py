@@ -9,8 +9,6 @@ Letters as in `attention/slots.py`.
 
 from __future__ import annotations
 
-import logging
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -18,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention import dispatch as fused
+from cribsheet.attention.agreement import agrees as agree
+from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.backends import on_cuda
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.model.backbone import Backbone, Linear, PlainLayer, PlainParts, plain_parts
-
-logger = logging.getLogger(__name__)
 
 _BOUND = 0.1  # relative L2 error of logits: one norm or one factor that we do not know of would be several times that
 _MOST_OWN = 32  # rows up to which our own products are used: measured to be faster at 1 and at 32
@@ -122,25 +120,15 @@ def made(backbone: Backbone, *, own: int = _MOST_OWN) -> LeanStep | None:
 def _checked(backbone: Backbone) -> LeanStep | bool:
     """A lean step that agrees with the model's own, or false."""
     found = made(backbone)
-    return found if found and agrees(backbone, "decoded", lambda: errors(backbone, found, _CHECKED)) else False
+    return found if found and agrees(backbone, "steps", lambda: errors(backbone, found, _CHECKED)) else False
 
 
 def agrees(backbone: Backbone, what: str, check: Callable[[], dict[str, float]]) -> bool:
     """Whether kernels can be compiled, and the errors found by a check are what half precision leaves."""
-    known: tuple[type[Exception], ...] = (ImportError, RuntimeError, OSError, subprocess.SubprocessError)
     like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
     if not on_cuda(like) or not fused.usable(like, backbone.kv_heads):
         return False
-    try:
-        error = max(check().values())
-    except (*known, *fused.triton_errors()) as failure:
-        if isinstance(failure, torch.OutOfMemoryError):
-            raise
-        logger.warning("%s is %s by its own layers: %r", backbone.name, what, failure)
-        return False
-    if not error <= _BOUND:
-        logger.warning("%s is %s by its own layers, from which ours differ by %.1e", backbone.name, what, error)
-    return error <= _BOUND
+    return agree(f"{what} of few kernels for {backbone.name}", check, _BOUND)
 
 
 def errors(backbone: Backbone, step: LeanStep, sizes: Iterable[int] = (1, 3)) -> dict[str, float]:
@@ -177,4 +165,4 @@ def _error(backbone: Backbone, step: LeanStep, size: int) -> float:
             [logits, *(torch.stack([layer.keys[:, :, 5:], layer.values[:, :, 5:]]).float() for layer in layers)]
         )
     pairs = zip(*outcomes, strict=True)
-    return max(fused.relative_error(got, wanted) for got, wanted in pairs)
+    return max(relative_error(got, wanted) for got, wanted in pairs)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from cribsheet.attention import backends as flash
 from cribsheet.attention import dispatch as fused
-from cribsheet.attention.attend import attend, attend_plain, attend_shared
+from cribsheet.attention.agreement import relative_error
+from cribsheet.attention.attend import attend, attend_shared
+from cribsheet.attention.plain import attend_plain
 from cribsheet.attention.prefix import LayerPrefix, Prefix, PrefixLayer, prefix_cache
 from cribsheet.attention.recorder import question_weights
 from cribsheet.attention.slots import Rows, SlotLayer
@@ -89,7 +91,7 @@ def model_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
                 wanted = _logits(kb)
             got = _logits(kb)
             kb.close()
-            found[f"{family} {allocation}"] = fused.relative_error(got, wanted)
+            found[f"{family} {allocation}"] = relative_error(got, wanted)
     return found
 
 
@@ -154,7 +156,7 @@ def steps_agree(setting: Setting, report: Report) -> None:
         step = graphs.fixed_step(backbone, layers, rows, given.to(setting.device), 256, evidence=True)
         wanted = [*_found(*slow[:2]), *_found(*step)]
         plainly = _by_tokens(setting, prefix, question)
-        report.fact(f"question padded against alone, {label}", fused.relative_error(slow[0], plainly))
+        report.fact(f"question padded against alone, {label}", relative_error(slow[0], plainly))
         if setting.device.type != "cuda":
             continue
         read_graph = graphs.ReadGraph(backbone, prefix, 64, True)
@@ -162,7 +164,7 @@ def steps_agree(setting: Setting, report: Report) -> None:
         for turn in range(3):  # the later ones must not be harmed by the earlier
             logits, mass, _ = read_graph.replay(question, weights)
             got = [*_found(logits, mass), *_found(*step_graph.replay(*given.tolist()))]
-            errors = [fused.relative_error(one, other) for one, other in zip(got, wanted, strict=True)]
+            errors = [relative_error(one, other) for one, other in zip(got, wanted, strict=True)]
             report.fact(f"replayed, {label}, turn {turn}: question, its glance, step, its glance", errors)
             if not max(errors) <= REPLAY_BOUND:
                 raise RuntimeError(f"replaying differs from running kernel by kernel: {label}, {errors}")
