@@ -11,7 +11,7 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_logits, stock_cache
 
 from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
-from cribsheet.attention.prefix import prefix_cache
+from cribsheet.attention.cache import prefix_cache
 from cribsheet.build import Budgets
 from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError

@@ -11,7 +11,7 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 from reference import full_context_answer, full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
-from cribsheet.attention.prefix import prefix_cache
+from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.rope import move
 from cribsheet.build import build_sheet
 from cribsheet.compress.loop import nothing_read

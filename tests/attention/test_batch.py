@@ -9,7 +9,7 @@ from test_prefix import LEFT, read_prefix
 from transformers.cache_utils import Cache
 
 from cribsheet.attention.plain import attend_plain
-from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.attention.slots import _BLOCK, Rows, SlotLayer, padded_batch, prefill_cache
 from cribsheet.testing import tiny_backbone
 
@@ -108,7 +108,7 @@ def test_what_an_earlier_sequence_left_in_a_slot_is_never_seen():
     new = torch.full((2, 2, 1, 4), 2.0)
     keys, values = layer.update(new, new)
     query = torch.randn(2, 4, 1, 4, generator=torch.Generator().manual_seed(0))
-    out = layer.attend(query, keys, values, None, 0.5)
+    out = layer.attend(AttentionInputs(query, keys, values, None, 0.5))
     for row, length in enumerate((3, 2)):
         k, v = keys[row : row + 1, :, :length], values[row : row + 1, :, :length]
         expected, _ = attend_plain(query[row : row + 1], k, v, scale=0.5)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference import full_context_answer, full_context_logits
 
-from cribsheet.attention.prefix import LayerPrefix, PrefixLayer, prefix_cache
+from cribsheet.attention.cache import PrefixLayer, prefix_cache
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.compress.loop import nothing_read
 from cribsheet.model.backbone import Backbone
 from cribsheet.testing import tiny_backbone

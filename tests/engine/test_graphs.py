@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
+from cribsheet.attention.cache import PrefixLayer, prefix_cache
 from cribsheet.attention.captures import Captures
-from cribsheet.attention.prefix import LayerPrefix, Prefix, PrefixLayer, prefix_cache
+from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.engine.graphs import find_read, fixed_step, padded_read

@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from cribsheet.attention import dispatch as fused
 from cribsheet.attention.attend import column_mass, column_peak
-from cribsheet.attention.prefix import LayerPrefix, Prefix, prefix_cache
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.engine.group import Group
 from cribsheet.engine.prefill import ShortRead

@@ -9,7 +9,7 @@ import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, load_sheet, save_sheet
-from cribsheet.attention.prefix import prefix_cache
+from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.rope import rotate
 from cribsheet.build import Budgets, carry_out, plan
 from cribsheet.compress.scoring import SCORERS

@@ -13,7 +13,8 @@ from reference import full_context_logits, stock_cache
 from test_prefix import LEFT
 from transformers import AttentionInterface
 
-from cribsheet.attention.prefix import LayerPrefix, prefix_cache
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.compress.loop import nothing_read
 from cribsheet.errors import ModelError
 from cribsheet.model.backbone import FAMILIES, ROPE_TYPES, Backbone, check_supported
@@ -263,7 +264,7 @@ def test_one_name_is_registered_and_it_replaces_none(tiny):
 
 
 def test_logits_are_returned_for_the_last_tokens_that_are_asked_for(tiny):
-    from cribsheet.attention.prefix import prefix_cache
+    from cribsheet.attention.cache import prefix_cache
 
     positions = torch.arange(len(LEFT))[None]
     three = tiny.step(LEFT[None], positions, prefix_cache(nothing(tiny), 0), keep=3)

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
 from cribsheet.attention import dispatch as fused
-from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.engine.graphs import fixed_step
 from cribsheet.kernels import read as read_kernels
@@ -125,7 +125,7 @@ def test_attention_in_parts_is_attention(batch, counts, kernels_are_used):
     layer = SlotLayer(prefix, 400, rows)
     layer.keys, layer.values = (torch.randn(8, 2, 128, 24, generator=random) for _ in "kv")
     q = torch.randn(batch, 6, 1, 24, generator=random)
-    wanted = layer._attend(q, layer.keys, layer.values, None, 0.3, None)
+    wanted = layer.look(AttentionInputs(q, layer.keys, layer.values, None, 0.3))
     packed = (prefix.keys, prefix.values) if counts else (prefix.keys.flatten(0, 1), prefix.values.flatten(0, 1))
     given = (*packed, prefix.starts, prefix.longest), (layer.keys, layer.values, rows.index)
     torch.testing.assert_close(step_attention.attend(q, *given, 0.3), wanted, atol=1e-5, rtol=1e-4)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cribsheet.asking.evidence import per_stretch
-from cribsheet.attention.prefix import prefix_cache
+from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.recorder import Glance
 from cribsheet.retrieval.content_words import told_by
 from cribsheet.retrieval.placing import opening

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.asking.answer import Source
-from cribsheet.attention.prefix import Prefix, prefix_cache
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.model.backbone import Backbone
 from cribsheet.retrieval.placing import Told

@@ -1,32 +1,49 @@
-"""A sheet inside a transformers cache: the prefix is shared and never written to, new tokens go to a suffix.
+"""A sheet on the model's device: keys and values of each layer, and what new tokens behind them see.
 
-Each layer answers `attend` for the registered attention function (`model/backbone.py`): prefix part and suffix part of
-one softmax, merged. To transformers a layer looks as if it held `start` tokens before the suffix; masks cover the
-suffix only, because every new token sees the whole prefix.
+Nobody writes to them; new tokens go to a suffix (`attention/cache.py`), and both are parts of one softmax, merged.
 
 Letters as in `attention/attend.py`: `B` sequences, `H` query heads, `K` key/value heads, `T` new tokens, `P` prefix
-tokens, `D` head size.
+tokens, `n` suffix tokens, `D` head size.
 """
 
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cribsheet.attention.attend import attend, attend_ragged, attend_shared, merge
 from cribsheet.attention.captures import Captures
 from cribsheet.attention.rope import rotate
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
-_FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
+
+
+class AttentionInputs(NamedTuple):
+    """What attention of a layer is given: queries (B, H, T, D), and keys and values (B, K, n, D) of the suffix.
+
+    `mask` is boolean, broadcastable to (B, 1, T, n), true where a row may look, or none where rows look at all that is
+    before them; scale and softcap are as in `attention/attend.py`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None = None
+
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """What the new tokens see of the suffix: output (B, H, T, D) and log-sum-exp (B, H, T)."""
+        causal = self.mask is None and self.query.shape[2] > 1
+        return attend(
+            self.query, self.key, self.value, scale=self.scale, causal=causal, mask=self.mask, softcap=self.softcap
+        )
 
 
 @dataclass(frozen=True)
@@ -130,264 +147,68 @@ class Prefix:
         return Prefix([layer.without_last(tokens) for layer in self.layers], self.tokens - tokens)
 
 
-# Called after attention with the layer, queries (B, H, T, D), log-sum-exps (B, H, T), scale and softcap
-# (`attention/recorder.py`).
-Watch = Callable[["PrefixLayer", Tensor, Tensor, float, float | None], None]
+def attend_behind(prefix: LayerPrefix, inputs: AttentionInputs, suffix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over a prefix and the suffix, given those of the suffix, where everything is in sight."""
+    if prefix.longest == 0:
+        return suffix
+    return merge(prefix.attend(inputs.query, inputs.scale, inputs.softcap), suffix)
 
 
-class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer: a shared prefix and a growing suffix of equal length in every sequence.
+def attend_window(
+    prefix: LayerPrefix, inputs: AttentionInputs, rows: Tensor, columns: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over a prefix and the suffix of rows that see so many tokens, themselves included.
 
-    Works under stock `generate()`: greedy, beams, several sequences, left-padded batches.
+    `rows` (B or 1, T) and `columns` (B or 1, n) are positions of the new tokens and of the suffix, counted from the
+    end of the prefix.
     """
-
-    is_compileable = False
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, prefix: LayerPrefix, start: int) -> None:
-        super().__init__()
-        self.prefix, self.start, self.window = prefix, start, prefix.window
-        self.length = 0
-        self.watch: Watch | None = None
-        self.is_initialized = True
-        # suffix buffers (B, K, capacity, D), filled up to `length`
-        self.keys = self.values = prefix.keys.new_empty(1, prefix.heads, 0, prefix.keys.shape[-1])
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: buffers grow on the first update."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, K, T, D) to the suffix and return the whole suffix, tagged with this layer."""
-        new = self.length + key_states.shape[2]
-        self.keys = _grown(self.keys, key_states, new, self.length)
-        self.values = _grown(self.values, value_states, new, self.length)
-        self.keys[:, :, self.length : new] = key_states
-        self.values[:, :, self.length : new] = value_states
-        self.length = new
-        return self.tag(self.keys[:, :, :new]), self.values[:, :, :new]
-
-    def tag(self, keys: Tensor) -> Tensor:
-        """Mark a tensor so that the registered attention function finds its way back to this layer.
-
-        A weak reference: a strong one would tie keys and layer into a cycle, which keeps whole chunks alive until
-        the garbage collector happens to run.
-        """
-        keys._cribsheet = weakref.ref(self)  # type: ignore[attr-defined]
-        return keys
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
-        out, lse = self._attend(query, key, value, self.visible(mask), scale, softcap)
-        if self.watch is not None:
-            self.watch(self, query, lse, scale, softcap)
-        return out
-
-    def visible(self, mask: Tensor | None) -> Tensor | None:
-        """The suffix mask to use, given that of transformers."""
-        return mask
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Output, and log-sum-exp (B, H, T) over everything that the new tokens see."""
-        if self.window is not None and self.prefix.longest + key.shape[2] > self.window:
-            return self._attend_window(query, key, value, mask, scale, softcap, self.window)
-        suffix = self._attend_suffix(query, key, value, mask, scale, softcap)
-        if self.prefix.longest == 0:
-            return suffix
-        return merge(self.prefix.attend(query, scale, softcap), suffix)
-
-    def _attend_suffix(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """The suffix part of `_attend`, where everything is in sight."""
-        causal = mask is None and query.shape[2] > 1
-        return attend(query, key, value, scale=scale, causal=causal, mask=mask, softcap=softcap)
-
-    def _attend_window(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        """As `_attend` where some tokens are out of sight."""
-        if self.prefix.longest and (query.shape[0] > 1 or query.shape[2] == 1):
-            return self._share_window(query, key, value, mask, scale, softcap, window)
-        return self._read_window(query, key, value, mask, scale, softcap, window)
-
-    def _share_window(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Few rows each of one or many sequences over one prefix, which is not copied for any of them."""
-        rows, columns = self.suffix_positions(query.shape[2], key.shape[2], query.device)
-        row, column = rows.unsqueeze(-1), columns.unsqueeze(1)  # (B or 1, T, 1), (B or 1, 1, n)
-        place = torch.arange(-self.prefix.longest, 0, device=query.device)  # of the prefix, counted from its end
-        near = (column <= row) & (row - column < window)
-        seen = near.unsqueeze(1) if mask is None else near.unsqueeze(1) & mask
-        inside = (place <= row) & (row - place < window)
-        keys, values = self.prefix.keys.unsqueeze(0), self.prefix.values.unsqueeze(0)
-        shared = attend_shared(query, keys, values, scale=scale, mask=inside, softcap=softcap)
-        out, lse = merge(shared, attend(query, key, value, scale=scale, mask=seen, softcap=softcap))
-        blind = lse.isneginf().unsqueeze(-1)  # padding that sees nothing: its NaN would pass through later masks
-        return out.masked_fill(blind, 0.0), lse
-
-    def _read_window(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        """One sequence of perhaps many rows: a block of rows at a time over the keys that it can see."""
-        batch, before = query.shape[0], self.prefix.longest
-        keys = torch.cat([self.prefix.keys.expand(batch, -1, -1, -1), key], 2)
-        values = torch.cat([self.prefix.values.expand(batch, -1, -1, -1), value], 2)
-        rows, columns = self.suffix_positions(query.shape[2], key.shape[2], query.device)
-        columns = torch.cat([torch.arange(-before, 0, device=query.device).expand(len(columns), -1), columns], 1)
-        parts = []
-        for first in range(0, query.shape[2], _WINDOW_ROWS):
-            row = rows[:, first : first + _WINDOW_ROWS, None]
-            seen = (columns[:, None] <= row) & (row - columns[:, None] < window)  # (B or 1, rows, keys)
-            if mask is not None:
-                allowed = mask[:, 0, first : first + _WINDOW_ROWS]
-                seen = torch.cat([seen[..., :before].expand(len(allowed), -1, -1), seen[..., before:] & allowed], -1)
-            used = seen.flatten(0, 1).any(0).nonzero()
-            low, high = int(used[0]), int(used[-1]) + 1
-            block = query[:, :, first : first + _WINDOW_ROWS]
-            visible = seen[:, None, :, low:high]
-            parts.append(
-                attend(block, keys[:, :, low:high], values[:, :, low:high], scale=scale, mask=visible, softcap=softcap)
-            )
-        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
-
-    def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Positions of the newest tokens (B or 1, T) and of the suffix (B or 1, n), from the end of the prefix."""
-        suffix = torch.arange(columns, device=device).unsqueeze(0)
-        return suffix[:, columns - rows :], suffix
-
-    def get_seq_length(self) -> int:
-        """Tokens before the next one, the prefix included."""
-        return self.start + self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(suffix length after the next update, position at which the suffix begins)."""
-        return self.length + query_length, self.start
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.17
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest tokens of the suffix; transformers gives their number negated."""
-        self.length = max(0, self.length - abs(tokens_to_remove))
-
-    def reset(self) -> None:
-        """Empty the suffix; the prefix stays."""
-        self.length = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Permute the sequences, as beam search asks."""
-        self.keys = self.keys.index_select(0, beam_idx)
-        self.values = self.values.index_select(0, beam_idx)
+    query = inputs.query
+    if prefix.longest and (query.shape[0] > 1 or query.shape[2] == 1):
+        return _share_window(prefix, inputs, rows, columns, window)
+    return _read_window(prefix, inputs, rows, columns, window)
 
 
-class ReadingLayer(PrefixLayer):
-    """A layer that reads `[chunk; guide]` in one go, or the guide on a chunk read before, and remembers how it looked.
-
-    After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
-    """
-
-    def __init__(
-        self,
-        prefix: LayerPrefix,
-        start: int,
-        guide_tokens: int,
-        known: tuple[Tensor, Tensor] | None = None,
-        step: Callable[[], None] | None = None,
-    ) -> None:
-        super().__init__(prefix, start)
-        self.guide_tokens = guide_tokens
-        self._step = step  # called when the model has come to this layer
-        self._known = known  # keys and values (1, K, c, D) of the chunk
-        self._before = known[0].shape[2] if known else 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep a reference to the chunk's keys and values; nothing is copied."""
-        chunk = key_states.shape[2] - self.guide_tokens
-        read = self._known or (key_states[:, :, :chunk], value_states[:, :, :chunk])
-        self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
-        self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
-        self.length = self._before + key_states.shape[2]
-        if self._step is not None:
-            self._step()
-        return self.tag(key_states), value_states
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        if self._known is None:
-            out, lse = super()._attend(query, key, value, mask, scale, softcap)
-        elif self.window is not None and self.prefix.longest + self.length > self.window:
-            keys, values = torch.cat([self._known[0], key], 2), torch.cat([self._known[1], value], 2)
-            out, lse = self._attend_window(query, keys, values, None, scale, softcap, self.window)
-        else:
-            chunk = attend(query, *self._known, scale=scale, softcap=softcap)
-            out, lse = merge(super()._attend(query, key, value, mask, scale, softcap), chunk)
-        first = query.shape[2] - self.guide_tokens
-        self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
-        return out, lse
-
-    def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
-        chunk = key.shape[2] - self.guide_tokens
-        if self._known is None:
-            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
-        query, key, value = (part[:, :, chunk:] for part in (query, key, value))
-        self.update(key, value)
-        if self.guide_tokens:
-            self._attend(query, key, value, None, scale, None)
-        else:
-            self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
-
-    def get_seq_length(self) -> int:
-        """Tokens before the next one, prefix and known chunk included."""
-        return self.start + self._before
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The new tokens see all that is before them, so masks begin with them."""
-        return query_length, self.start + self._before
+def _share_window(
+    prefix: LayerPrefix, inputs: AttentionInputs, rows: Tensor, columns: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """Few rows each of one or many sequences over one prefix, which is not copied for any of them."""
+    query, key, value, mask, scale, softcap = inputs
+    row, column = rows.unsqueeze(-1), columns.unsqueeze(1)  # (B or 1, T, 1), (B or 1, 1, n)
+    place = torch.arange(-prefix.longest, 0, device=query.device)  # of the prefix, counted from its end
+    near = (column <= row) & (row - column < window)
+    seen = near.unsqueeze(1) if mask is None else near.unsqueeze(1) & mask
+    inside = (place <= row) & (row - place < window)
+    keys, values = prefix.keys.unsqueeze(0), prefix.values.unsqueeze(0)
+    shared = attend_shared(query, keys, values, scale=scale, mask=inside, softcap=softcap)
+    out, lse = merge(shared, attend(query, key, value, scale=scale, mask=seen, softcap=softcap))
+    blind = lse.isneginf().unsqueeze(-1)  # padding that sees nothing: its NaN would pass through later masks
+    return out.masked_fill(blind, 0.0), lse
 
 
-def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:
-    """A fresh transformers `Cache` over a shared prefix of `start` tokens, for one forward pass or one `generate`."""
-    return Cache(layers=[PrefixLayer(layer, start) for layer in layers])
+def _read_window(
+    prefix: LayerPrefix, inputs: AttentionInputs, rows: Tensor, columns: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """One sequence of perhaps many rows: a block of rows at a time over the keys that it can see."""
+    query, key, value, mask, scale, softcap = inputs
+    batch, before = query.shape[0], prefix.longest
+    keys = torch.cat([prefix.keys.expand(batch, -1, -1, -1), key], 2)
+    values = torch.cat([prefix.values.expand(batch, -1, -1, -1), value], 2)
+    columns = torch.cat([torch.arange(-before, 0, device=query.device).expand(len(columns), -1), columns], 1)
+    parts = []
+    for first in range(0, query.shape[2], _WINDOW_ROWS):
+        row = rows[:, first : first + _WINDOW_ROWS, None]
+        seen = (columns[:, None] <= row) & (row - columns[:, None] < window)  # (B or 1, rows, keys)
+        if mask is not None:
+            allowed = mask[:, 0, first : first + _WINDOW_ROWS]
+            seen = torch.cat([seen[..., :before].expand(len(allowed), -1, -1), seen[..., before:] & allowed], -1)
+        used = seen.flatten(0, 1).any(0).nonzero()
+        low, high = int(used[0]), int(used[-1]) + 1
+        block = query[:, :, first : first + _WINDOW_ROWS]
+        visible = seen[:, None, :, low:high]
+        parts.append(
+            attend(block, keys[:, :, low:high], values[:, :, low:high], scale=scale, mask=visible, softcap=softcap)
+        )
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
 def end_positions(layer: LayerPrefix, length: int) -> Tensor:
@@ -401,14 +222,3 @@ def turned_back(layer: LayerPrefix, length: int, inv_freq: Tensor) -> LayerPrefi
     """A layer of a sheet of `length` positions with its keys before rotation, in float32."""
     positions = end_positions(layer, length).to(layer.keys.device)
     return replace(layer, keys=rotate(layer.keys, -positions, inv_freq))
-
-
-def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:
-    """A buffer for at least `needed` tokens that starts with the `filled` ones of `buffer`."""
-    if needed <= buffer.shape[2] and buffer.shape[0] == like.shape[0]:
-        return buffer
-    batch, heads, _, size = like.shape
-    grown = like.new_empty(batch, heads, max(needed, 2 * buffer.shape[2], _FIRST_CAPACITY), size)
-    if filled:
-        grown[:, :, :filled] = buffer[:, :, :filled]
-    return grown

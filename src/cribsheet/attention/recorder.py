@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cribsheet.attention import dispatch as fused
 from cribsheet.attention.attend import column_mass
+from cribsheet.attention.cache import PrefixLayer
 from cribsheet.attention.plain import capped, weighted
-from cribsheet.attention.prefix import PrefixLayer
 
 _QUESTION = 3.0  # what the rows of a question weigh together; a row that writes a token of the answer weighs 1
 

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache
 
 from cribsheet.attention import dispatch as fused
 from cribsheet.attention.attend import attend_each
-from cribsheet.attention.prefix import LayerPrefix, PrefixLayer
+from cribsheet.attention.cache import PrefixLayer
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, attend_behind
 
 _BLOCK = 64  # suffix buffers grow by blocks of so many tokens
 
@@ -82,20 +83,16 @@ class SlotLayer(PrefixLayer):
         """Each row sees its own suffix."""
         return self.rows.mask
 
-    def _attend_suffix(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """As in `PrefixLayer`, with the bias that all layers of a step share."""
-        return attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """As in `PrefixLayer`; by one kernel behind the prefix where there is one."""
-        if self.window is not None or not fused.usable(query, self.prefix.heads, softcap):
-            return super()._attend(query, key, value, mask, scale, softcap)
-        before = self.prefix.attend(query, scale) if self.prefix.longest else None
-        return fused.newest(query, self.keys, self.values, self.rows.index, scale, before)
+    def look(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """As in `PrefixLayer`, with the bias that all layers of a step share, or by one kernel where there is one."""
+        query, key, value, _, scale, softcap = inputs
+        if self.is_cut(key.shape[2]):
+            return self.look_near(inputs)
+        if self.window is None and fused.usable(query, self.prefix.heads, softcap):
+            before = self.prefix.attend(query, scale) if self.prefix.longest else None
+            return fused.newest(query, self.keys, self.values, self.rows.index, scale, before)
+        suffix = attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
+        return attend_behind(self.prefix, inputs, suffix)
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions of the newest token (B, 1) and of the suffix (1, n), counted from the end of the prefix."""

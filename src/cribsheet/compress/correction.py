@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cribsheet.attention.attend import attend, attend_shared, merge
+from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.plain import capped
-from cribsheet.attention.prefix import ReadingLayer
 from cribsheet.attention.rope import rotate
 from cribsheet.vocabulary import ABSENT
 

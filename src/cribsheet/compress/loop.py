@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
+from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.rope import rotate
 from cribsheet.compress.correction import refitted
 from cribsheet.compress.notes import NOTES_TOKENS, write_notes

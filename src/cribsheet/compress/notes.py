@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cribsheet.attention.prefix import LayerPrefix, prefix_cache
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.model.backbone import Backbone
 
 NOTES_TOKENS = 256  # longest notes about a chunk; of a short one, at most half its length

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cribsheet.attention.prefix import Prefix, PrefixLayer, prefix_cache
+from cribsheet.attention.cache import PrefixLayer, prefix_cache
+from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import padded_batch, prefill_cache
 from cribsheet.engine.graphs import find_read

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cribsheet.asking.answer import Answer
-from cribsheet.attention.prefix import prefix_cache
+from cribsheet.attention.cache import prefix_cache
 from cribsheet.corpus.task import Task
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.living.cutting import cut

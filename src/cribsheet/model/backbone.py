@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
-from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
+from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
 from cribsheet.model.registration import Attachment
 

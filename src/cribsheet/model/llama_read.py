@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention.agreement import relative_error
-from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
+from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.model.backbone import Backbone, PlainParts, plain_parts
 from cribsheet.model.llama_step import agrees, beside
 
@@ -44,7 +45,7 @@ class LeanRead:
             if layer is layers[-1]:
                 layer.conclude(query, key, value, self._scale)
                 return
-            seen = layer.attend(query, *layer.update(key, value), None, self._scale)
+            seen = layer.attend(AttentionInputs(query, *layer.update(key, value), None, self._scale))
             seen = F.linear(seen.transpose(1, 2).reshape(len(rows), -1), *mine.out)
             rows, inner = normed(rows, *mine.between, seen)
             more = F.linear(silu_times(beside(inner, (mine.gate, mine.up))), *mine.down)

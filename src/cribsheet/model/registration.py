@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cribsheet.attention.prefix import PrefixLayer
+from cribsheet.attention.cache import PrefixLayer
+from cribsheet.attention.prefix import AttentionInputs
 
 _NAME = "cribsheet"
 _EAGER = "eager"
@@ -143,7 +144,7 @@ def _attention(
     mask = attention_mask
     if mask is not None and mask.is_floating_point():  # made for eager attention: zero where a row may look
         mask = mask == 0
-    out = layer.attend(query, key, value, mask, scale, kwargs.get("softcap"))
+    out = layer.attend(AttentionInputs(query, key, value, mask, scale, kwargs.get("softcap")))
     given = out.transpose(1, 2).contiguous()
     return given if share is None else share(given, query), None
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
+from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.build import Budgets, Plan, carry_out, plan, resolve_defaults
 from cribsheet.compress.forecast import kept_bytes
 from cribsheet.compress.loop import Reading, Step

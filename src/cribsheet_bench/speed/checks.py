@@ -17,8 +17,9 @@ from cribsheet.attention import backends as flash
 from cribsheet.attention import dispatch as fused
 from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.attend import attend, attend_shared
+from cribsheet.attention.cache import PrefixLayer, prefix_cache
 from cribsheet.attention.plain import attend_plain
-from cribsheet.attention.prefix import LayerPrefix, Prefix, PrefixLayer, prefix_cache
+from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import question_weights
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.corpus.documents import Document

@@ -1,0 +1,213 @@
+"""A sheet inside a transformers cache: the prefix is shared and never written to, new tokens go to a suffix.
+
+Each layer answers `attend` for the registered attention function (`model/registration.py`): prefix part and suffix part
+of one softmax, merged. To transformers a layer looks as if it held `start` tokens before the suffix; masks cover the
+suffix only, because every new token sees the whole prefix.
+
+Letters as in `attention/prefix.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cribsheet.attention.attend import attend, merge
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, attend_behind, attend_window
+
+_FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
+
+# Called after attention with the layer, queries (B, H, T, D), log-sum-exps (B, H, T), scale and softcap
+# (`attention/recorder.py`).
+Watch = Callable[["PrefixLayer", Tensor, Tensor, float, float | None], None]
+
+
+class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer: a shared prefix and a growing suffix of equal length in every sequence.
+
+    Works under stock `generate()`: greedy, beams, several sequences, left-padded batches.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, prefix: LayerPrefix, start: int) -> None:
+        super().__init__()
+        self.prefix, self.start, self.window = prefix, start, prefix.window
+        self.length = 0
+        self.watch: Watch | None = None
+        self.is_initialized = True
+        # suffix buffers (B, K, capacity, D), filled up to `length`
+        self.keys = self.values = prefix.keys.new_empty(1, prefix.heads, 0, prefix.keys.shape[-1])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: buffers grow on the first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, D) to the suffix and return the whole suffix, tagged with this layer."""
+        new = self.length + key_states.shape[2]
+        self.keys = _grown(self.keys, key_states, new, self.length)
+        self.values = _grown(self.values, value_states, new, self.length)
+        self.keys[:, :, self.length : new] = key_states
+        self.values[:, :, self.length : new] = value_states
+        self.length = new
+        return self.tag(self.keys[:, :, :new]), self.values[:, :, :new]
+
+    def tag(self, keys: Tensor) -> Tensor:
+        """Mark a tensor so that the registered attention function finds its way back to this layer.
+
+        A weak reference: a strong one would tie keys and layer into a cycle, which keeps whole chunks alive until
+        the garbage collector happens to run.
+        """
+        keys._cribsheet = weakref.ref(self)  # type: ignore[attr-defined]
+        return keys
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
+        inputs = inputs._replace(mask=self.visible(inputs.mask))
+        out, lse = self.look(inputs)
+        if self.watch is not None:
+            self.watch(self, inputs.query, lse, inputs.scale, inputs.softcap)
+        return out
+
+    def visible(self, mask: Tensor | None) -> Tensor | None:
+        """The suffix mask to use, given that of transformers."""
+        return mask
+
+    def look(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Output, and log-sum-exp (B, H, T) over everything that the new tokens see."""
+        if self.is_cut(inputs.key.shape[2]):
+            return self.look_near(inputs)
+        return attend_behind(self.prefix, inputs, inputs.attend())
+
+    def is_cut(self, tokens: int) -> bool:
+        """Whether new tokens behind so many others, themselves included, do not see all of prefix and suffix."""
+        return self.window is not None and self.prefix.longest + tokens > self.window
+
+    def look_near(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """As `look`, as far as the window reaches."""
+        assert self.window is not None
+        places = self.suffix_positions(inputs.query.shape[2], inputs.key.shape[2], inputs.query.device)
+        return attend_window(self.prefix, inputs, *places, self.window)
+
+    def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions of the newest tokens (B or 1, T) and of the suffix (B or 1, n), from the end of the prefix."""
+        suffix = torch.arange(columns, device=device).unsqueeze(0)
+        return suffix[:, columns - rows :], suffix
+
+    def get_seq_length(self) -> int:
+        """Tokens before the next one, the prefix included."""
+        return self.start + self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(suffix length after the next update, position at which the suffix begins)."""
+        return self.length + query_length, self.start
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.17
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest tokens of the suffix; transformers gives their number negated."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Empty the suffix; the prefix stays."""
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Permute the sequences, as beam search asks."""
+        self.keys = self.keys.index_select(0, beam_idx)
+        self.values = self.values.index_select(0, beam_idx)
+
+
+class ReadingLayer(PrefixLayer):
+    """A layer that reads `[chunk; guide]` in one go, or the guide on a chunk read before, and remembers how it looked.
+
+    After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
+    """
+
+    def __init__(
+        self,
+        prefix: LayerPrefix,
+        start: int,
+        guide_tokens: int,
+        known: tuple[Tensor, Tensor] | None = None,
+        step: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(prefix, start)
+        self.guide_tokens = guide_tokens
+        self._step = step  # called when the model has come to this layer
+        self._known = known  # keys and values (1, K, c, D) of the chunk
+        self._before = known[0].shape[2] if known else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep a reference to the chunk's keys and values; nothing is copied."""
+        chunk = key_states.shape[2] - self.guide_tokens
+        read = self._known or (key_states[:, :, :chunk], value_states[:, :, :chunk])
+        self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
+        self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
+        self.length = self._before + key_states.shape[2]
+        if self._step is not None:
+            self._step()
+        return self.tag(key_states), value_states
+
+    def look(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
+        query, key, value, _, scale, softcap = inputs
+        if self._known is None:
+            out, lse = super().look(inputs)
+        elif self.is_cut(self.length):
+            keys, values = torch.cat([self._known[0], key], 2), torch.cat([self._known[1], value], 2)
+            out, lse = self.look_near(AttentionInputs(query, keys, values, None, scale, softcap))
+        else:
+            chunk = attend(query, *self._known, scale=scale, softcap=softcap)
+            out, lse = merge(super().look(inputs), chunk)
+        first = query.shape[2] - self.guide_tokens
+        self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
+        return out, lse
+
+    def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
+        chunk = key.shape[2] - self.guide_tokens
+        if self._known is None:
+            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
+        query, key, value = (part[:, :, chunk:] for part in (query, key, value))
+        self.update(key, value)
+        if self.guide_tokens:
+            self.look(AttentionInputs(query, key, value, None, scale))
+        else:
+            self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
+
+    def get_seq_length(self) -> int:
+        """Tokens before the next one, prefix and known chunk included."""
+        return self.start + self._before
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The new tokens see all that is before them, so masks begin with them."""
+        return query_length, self.start + self._before
+
+
+def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:
+    """A fresh transformers `Cache` over a shared prefix of `start` tokens, for one forward pass or one `generate`."""
+    return Cache(layers=[PrefixLayer(layer, start) for layer in layers])
+
+
+def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:
+    """A buffer for at least `needed` tokens that starts with the `filled` ones of `buffer`."""
+    if needed <= buffer.shape[2] and buffer.shape[0] == like.shape[0]:
+        return buffer
+    batch, heads, _, size = like.shape
+    grown = like.new_empty(batch, heads, max(needed, 2 * buffer.shape[2], _FIRST_CAPACITY), size)
+    if filled:
+        grown[:, :, :filled] = buffer[:, :, :filled]
+    return grown
