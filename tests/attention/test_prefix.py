@@ -7,7 +7,7 @@ import torch
 from reference import full_context_answer, full_context_logits
 
 from cribsheet.attention.cache import PrefixLayer, prefix_cache
-from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, _read_window, _share_window
 from cribsheet.compress.loop import nothing_read
 from cribsheet.model.backbone import Backbone
 from cribsheet.testing import tiny_backbone
@@ -148,10 +148,12 @@ def test_sequences_share_a_window_s_prefix_and_see_what_each_would_see_alone(win
     query, key, value = torch.randn(3, 4, rows, 8), torch.randn(3, 2, rows + 2, 8), torch.randn(3, 2, rows + 2, 8)
     mask = torch.ones(3, 1, rows, rows + 2, dtype=torch.bool).tril(2)
     mask[1, :, :, 0] = False
-    found = here._share_window(query, key, value, mask, 0.3, softcap, window)
+    places = here.suffix_positions(rows, rows + 2, query.device)
+    found = _share_window(prefix, AttentionInputs(query, key, value, mask, 0.3, softcap), *places, window)
     for n in range(3):
         one = slice(n, n + 1)
-        alone = here._read_window(query[one], key[one], value[one], mask[one], 0.3, softcap, window)
+        inputs = AttentionInputs(query[one], key[one], value[one], mask[one], 0.3, softcap)
+        alone = _read_window(prefix, inputs, *places, window)
         for got, wanted in zip(found, alone, strict=True):
             torch.testing.assert_close(got[one], wanted, atol=1e-5, rtol=1e-5)
 
