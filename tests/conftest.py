@@ -19,7 +19,8 @@ from support import SupportTable
 from cribsheet.cli import run
 from cribsheet.compress import loop as compress
 from cribsheet.compress import progress
-from cribsheet.model.backbone import FAMILIES, Backbone
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.support import FAMILIES
 from cribsheet.testing import tiny_backbone
 
 torch.set_num_threads(1)

@@ -502,7 +502,7 @@ def test_a_float32_sheet_on_the_cpu_is_used_where_it_lies(kb):
 
 
 def test_a_model_is_loaded_once_however_its_options_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("cribsheet.model.backbone._best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("cribsheet.model.support._best_device", lambda: torch.device("cpu"))
     folder = save_tiny_model(tmp_path / "model")
     first = LoadedModel.get(folder)
     assert LoadedModel.get(folder, device="cpu") is LoadedModel.get(folder, dtype="float32") is first

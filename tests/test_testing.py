@@ -8,7 +8,8 @@ from corpus import DOCUMENTS
 from reference import full_context_answer, full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.model.backbone import FAMILIES, Backbone
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.support import FAMILIES
 from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
 
 IDS = torch.arange(100, 130)

@@ -16,7 +16,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cribsheet.model.backbone import FAMILIES, Backbone
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.support import FAMILIES
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -15,7 +15,7 @@ import pytest
 from blocks import Session, Step, run_page
 
 from cribsheet import errors
-from cribsheet.model.backbone import FAMILIES
+from cribsheet.model.support import FAMILIES
 from cribsheet.sheet.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,9 @@ from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.compress.loop import nothing_read
 from cribsheet.errors import ModelError
-from cribsheet.model.backbone import FAMILIES, ROPE_TYPES, Backbone, check_supported
-from cribsheet.model.divided import Leader, divided
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.divided import DividedBackbone, Leader, divided
+from cribsheet.model.support import FAMILIES, ROPE_TYPES, check_supported
 from cribsheet.testing import save_tiny_model, tiny_backbone, tiny_config, tiny_tokenizer
 
 
@@ -287,7 +288,9 @@ def test_a_model_in_training_mode_is_evaluated_and_left_in_training_mode():
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "smollm3", "mixtral"])
 def test_a_model_without_sheet_goes_along_with_what_the_attention_of_another_gives(kind):
     """As the processes of a divided model do: from layer to layer both have the same queries."""
-    leader, follower = tiny_backbone(kind), tiny_backbone(kind)
+    leader, follower = (
+        DividedBackbone(tiny.model, tiny.tokenizer) for tiny in (tiny_backbone(kind), tiny_backbone(kind))
+    )
     told, given, asked = [], [], []
 
     def give(out, query):

@@ -18,9 +18,11 @@ from cribsheet.engine.graphs import fixed_step
 from cribsheet.kernels import read as read_kernels
 from cribsheet.kernels import step as step_kernels
 from cribsheet.kernels import step_attention
-from cribsheet.model import llama_read as lean_read
-from cribsheet.model import llama_step as lean
-from cribsheet.model.backbone import plain_parts
+from cribsheet.model import backbone as model_backbone
+from cribsheet.model import llama_step
+from cribsheet.model.llama_read import LlamaRead
+from cribsheet.model.llama_read import errors as read_errors
+from cribsheet.model.llama_weights import BOUND
 from cribsheet.testing import tiny_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
@@ -48,28 +50,31 @@ def shaken(family, **settings):
 @pytest.mark.parametrize("family", OWN)
 def test_a_lean_step_is_a_step(family, own, kernels_are_used):
     backbone = shaken(family)
-    errors = lean.errors(backbone, lean.made(backbone, own=own), (1, 3))
+    errors = llama_step.errors(backbone, llama_step.unchecked(backbone, own=own), (1, 3))
     assert max(errors.values()) < 2e-5, errors
 
 
 @pytest.mark.parametrize("family", OWN)
 def test_a_lean_read_is_a_read(family, kernels_are_used):
     backbone = shaken(family)
-    errors = lean_read.errors(backbone, lean_read.made(backbone))
+    errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers)
     assert max(errors.values()) < 2e-5, errors
 
 
 @pytest.mark.parametrize("guide", [0, 1, 17])
 @pytest.mark.parametrize("counts", [(), (30, 7)])
-def test_a_lean_read_takes_what_is_known_and_heads_of_different_lengths(counts, guide, kernels_are_used):
+def test_a_lean_read_takes_what_is_known_and_heads_of_different_lengths(counts, guide, kernels_are_used, monkeypatch):
     backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
     random = torch.Generator().manual_seed(8)
     shape = (sum(counts), 18) if counts else (2, 30, 18)
     prefix = [LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv"), None, counts)] * backbone.num_layers
     ids, rest = torch.arange(30, 70), torch.arange(5, 5 + guide)
-    wanted, got = (backbone.read(prefix, 30, ids, rest, run=run) for run in (None, lean_read.made(backbone)))
+    wanted = backbone.read(prefix, 30, ids, rest)
+    monkeypatch.setattr(model_backbone, "_LEAST", 0)
+    backbone.fast_read = LlamaRead(backbone.plain_weights())
+    got = backbone.read(prefix, 30, ids, rest)
     known = [(layer.chunk_keys[None], layer.chunk_values[None]) for layer in wanted]
-    again = backbone.read(prefix, 30, ids, rest, known, run=lean_read.made(backbone))
+    again = backbone.read(prefix, 30, ids, rest, known)
     for name in ("chunk_keys", "chunk_values", "guide_queries", "guide_lse"):
         for each in (got, again):
             for one, other in zip(each, wanted, strict=True):
@@ -87,13 +92,13 @@ def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
         return tuple(each * 1.2 for each in found) if isinstance(found, tuple) else found * 1.2
 
     monkeypatch.setattr(place, part, wrong)
-    assert max(lean_read.errors(backbone, lean_read.made(backbone)).values()) > lean._BOUND
+    assert max(read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers).values()) > BOUND
 
 
 def test_sizes_that_fit_no_tile(kernels_are_used):
     backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
     for own in (64, 0):
-        errors = lean.errors(backbone, lean.made(backbone, own=own), (1, 17))
+        errors = llama_step.errors(backbone, llama_step.unchecked(backbone, own=own), (1, 17))
         assert max(errors.values()) < 2e-5, errors
 
 
@@ -144,8 +149,8 @@ def test_what_is_captured_is_the_lean_step(batch, counts, evidence, kernels_are_
     ]
     inputs = torch.stack([torch.arange(20, 20 + batch), torch.arange(75, 75 + batch), torch.arange(5, 5 + batch)])
     found = []
-    for step in (False, lean.made(backbone)):
-        backbone.lean = step
+    for step in (None, llama_step.unchecked(backbone)):
+        llama_step.use(backbone, step)
         rows = Rows()
         layers = [SlotLayer(layer, 70, rows) for layer in prefix]
         for layer in layers:
@@ -163,19 +168,19 @@ def test_a_planted_bug_is_seen(part, kernels_are_used, monkeypatch):
     backbone = shaken("llama")
     right = getattr(step_kernels, part)
     monkeypatch.setattr(step_kernels, part, lambda *given, **named: right(*given, **named) * 1.2)
-    assert max(lean.errors(backbone, lean.made(backbone)).values()) > lean._BOUND
+    assert max(llama_step.errors(backbone, llama_step.unchecked(backbone)).values()) > BOUND
 
 
 def test_models_that_are_not_plain_are_left_to_their_own_layers():
-    assert plain_parts(tiny_backbone("llama"))
-    assert not plain_parts(tiny_backbone("granite"))  # whose residuals are scaled
-    assert not plain_parts(tiny_backbone("qwen2"))  # which slides
-    assert not plain_parts(tiny_backbone("llama", hidden_act="gelu"))
-    assert not plain_parts(tiny_backbone("llama", mlp_bias=True))
+    assert tiny_backbone("llama").plain_weights()
+    assert not tiny_backbone("granite").plain_weights()  # whose residuals are scaled
+    assert not tiny_backbone("qwen2").plain_weights()  # which slides
+    assert not tiny_backbone("llama", hidden_act="gelu").plain_weights()
+    assert not tiny_backbone("llama", mlp_bias=True).plain_weights()
     hooked = tiny_backbone("llama")
     hooked.model.model.layers[1].mlp.register_forward_hook(lambda module, given, made: made)
-    assert not plain_parts(hooked)
+    assert not hooked.plain_weights()
     adapted = tiny_backbone("llama")
     layer = adapted.model.model.layers[2].self_attn
     layer.q_proj = nn.Sequential(layer.q_proj)
-    assert plain_parts(tiny_backbone("llama")) and not plain_parts(adapted)
+    assert tiny_backbone("llama").plain_weights() and not adapted.plain_weights()

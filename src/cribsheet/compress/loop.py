@@ -24,7 +24,6 @@ from cribsheet.compress.progress import Steps
 from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
 from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
 from cribsheet.model.backbone import Backbone
-from cribsheet.model.llama_read import read as read_lean
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
 from cribsheet.vocabulary import ABSENT, Allocation, Correction
 
@@ -117,7 +116,7 @@ class Reading:
                 guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
-        return read_lean(backbone, prefix, start, chunk.ids, guide, known, step)
+        return backbone.read(prefix, start, chunk.ids, guide, known, step)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""

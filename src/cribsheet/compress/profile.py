@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -26,7 +27,6 @@ from cribsheet.attention.attend import column_peak
 from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
-from cribsheet.model.llama_read import read
 from cribsheet.prompt.chunks import TokenizedCorpus
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ class Profile:
         return weights
 
 
+_profiles: weakref.WeakKeyDictionary[Backbone, dict[str, Profile | None]] = weakref.WeakKeyDictionary()
+
+
 def profile_of(backbone: Backbone, layout: ChatLayout) -> Profile | None:
     """The profile of a model with a template, measured at the first call; none if its window holds no rehearsal."""
-    known = backbone.profiles
+    known = _profiles.setdefault(backbone, {})
     if layout.digest not in known:
         known[layout.digest] = _measured(backbone, layout)
-    found: Profile | None = known[layout.digest]
-    return found
+    return known[layout.digest]
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def _measured(backbone: Backbone, layout: ChatLayout) -> Profile | None:
         guide = layout.encoder.after(layout.guide(task).scored)
         if len(corpus) + len(guide) > backbone.window:
             continue
-        layers = read(backbone, nothing_read(backbone), 0, corpus.ids, guide)
+        layers = backbone.read(nothing_read(backbone), 0, corpus.ids, guide)
         peaks = []
         for number in backbone.full:
             layer = layers[number]

@@ -18,7 +18,7 @@ from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance
 from cribsheet.attention.slots import Rows, SlotLayer, prefill_cache, step_cache
-from cribsheet.model import llama_step as lean
+from cribsheet.model import llama_step
 from cribsheet.model.backbone import Backbone
 
 R = TypeVar("R")
@@ -40,7 +40,7 @@ def fixed_step(
     """
     rows.fix(inputs[2], tokens)
     glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1]) if evidence else None
-    step = lean.find(backbone)
+    step = llama_step.find(backbone)
     if step is not None:
         logits = step(inputs[0], inputs[1], layers)
     else:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cribsheet.errors import EngineError, ModelError, integration
 from cribsheet.model.backbone import Backbone, Keep
-from cribsheet.model.fingerprint import weight_samples
+from cribsheet.model.llama_weights import LlamaWeights
 
 _ATTENTION = {name: "colwise_gather_output" for name in ("q_proj", "k_proj", "v_proj")}
 _ATTENTION |= {"o_proj": "rowwise_split_input"}
@@ -36,7 +36,7 @@ _IDLE = timedelta(days=3650)  # how long followers wait for work
 _LOAD, _READ, _END = "load", "read", "end"
 
 
-def divided(name: str | Path, **options: Any) -> Backbone:
+def divided(name: str | Path, **options: Any) -> DividedBackbone:
     """`Backbone.load`, with the weights divided among the processes of torch's default group.
 
     Raises `ModelError` outside of a group, for families whose projections are fused (phi3), and where transformers is
@@ -51,11 +51,44 @@ def divided(name: str | Path, **options: Any) -> Backbone:
         raise ModelError("This version of transformers cannot divide a model by a plan; install 5.23.") from error
     plan = {f"model.layers.*.self_attn.{part}": style for part, style in _ATTENTION.items()}
     config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=plan)
-    backbone = Backbone.load(name, distributed_config=config, **options)
+    backbone = DividedBackbone.load(name, distributed_config=config, **options)
     first = backbone.model.base_model.layers[0].self_attn
     if not all(hasattr(first, part) for part in _ATTENTION):
         raise ModelError(f"The projections of {backbone.config.model_type!r} are fused and cannot be divided so.")
     return backbone
+
+
+class DividedBackbone(Backbone):
+    """A model of which this process has a part of the weights.
+
+    Attributes: `announce` tells the other processes of a forward pass, where one leads; `samples` are those of the
+    weights, which all processes must take together, where they were taken.
+    """
+
+    announce: Callable[[Tensor, Tensor, Keep], contextlib.AbstractContextManager[None]] | None = None
+    samples: Tensor | None = None
+
+    def announced(self, ids: Tensor, positions: Tensor, keep: Keep) -> contextlib.AbstractContextManager[None]:
+        """A forward pass, that the others are told of if this process leads."""
+        return self.announce(ids, positions, keep) if self.announce else contextlib.nullcontext()
+
+    def plain_weights(self) -> LlamaWeights | None:
+        """None: this process has not all of them."""
+        return None
+
+    def weight_samples(self) -> Tensor:
+        """As of any model, taken once where one process leads."""
+        return super().weight_samples() if self.samples is None else self.samples
+
+    @torch.no_grad()
+    def accompany(self, ids: Tensor, positions: Tensor, keep: Keep) -> None:
+        """Compute along with the leader of a divided model, which reads (none) or steps; attention is the leader's."""
+        given = {"input_ids": ids.to(self.device), "position_ids": positions.to(self.device), "use_cache": False}
+        with self.attached():
+            if keep is None:
+                self.model.base_model(**given)
+            else:
+                self.model(**given, logits_to_keep=keep)
 
 
 class Leader:
@@ -70,11 +103,11 @@ class Leader:
         if not dist.is_initialized() or dist.get_rank() != 0:
             raise ModelError("Only the first process of a group leads; call `follow` in the others.")
         self._orders = _orders()
-        self._models: dict[str, Backbone] = {}
+        self._models: dict[str, DividedBackbone] = {}
         self._lock = threading.RLock()
         self._lost, self._over = lost, False
 
-    def load(self, name: str | Path, **options: Any) -> Backbone:
+    def load(self, name: str | Path, **options: Any) -> DividedBackbone:
         """`divided`, in all processes; each model once. Raises as `divided`."""
         said = {key: _plain(value) for key, value in options.items() if value is not None}
         key = json.dumps([str(name), said], sort_keys=True)
@@ -179,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 def _loaded(
     group: dist.ProcessGroup, name: str, options: Mapping[str, Any]
-) -> tuple[Backbone | None, Exception | None]:
+) -> tuple[DividedBackbone | None, Exception | None]:
     """A divided model with samples of its weights, if every process has its part; what went wrong in this one."""
     backbone, trouble = None, None
     try:
@@ -190,7 +223,7 @@ def _loaded(
     dist.all_reduce(missing, group=group)
     if backbone is None or missing.any():
         return None, trouble
-    backbone.samples = weight_samples(backbone)
+    backbone.samples = backbone.weight_samples()
     return backbone, None
 
 

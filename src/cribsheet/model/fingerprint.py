@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from cribsheet.errors import MismatchError
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import ChatLayout
 
-_SAMPLES = 16  # values looked at in each weight tensor
-_PROBES = 64  # of them kept as numbers, to compare across dtypes
+_PROBES = 64  # of the values looked at in each weight kept as numbers, to compare across dtypes
 _PROBE_TOLERANCE = 0.02  # relative; rounding float32 to bfloat16 moves a value by at most 0.4 %
 
 
@@ -84,7 +81,7 @@ _MUST_MATCH = {
 
 def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
     """The print of a loaded model; reads a few values of each weight, not all of them."""
-    samples = weight_samples(backbone) if backbone.samples is None else backbone.samples
+    samples = backbone.weight_samples()
     step = max(1, len(samples) // _PROBES)
     return Fingerprint(
         model=backbone.name,
@@ -102,25 +99,6 @@ def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
         tokenizer=_tokenizer_digest(backbone.tokenizer),
         template=layout.digest,
     )
-
-
-def weight_samples(backbone: Backbone) -> Tensor:
-    """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
-    return torch.cat(list(_weight_samples(backbone)))
-
-
-def _weight_samples(backbone: Backbone) -> Iterator[Tensor]:
-    for _, weight in sorted(backbone.model.named_parameters()):
-        if weight.device.type == "meta" or not weight.is_floating_point():
-            continue
-        plain = weight.detach()
-        if hasattr(plain, "full_tensor"):  # divided among processes
-            plain = plain.full_tensor()
-        if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
-            plain = plain.dequantize()
-        flat = plain.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        yield flat[places.to(flat.device)].float().cpu()
 
 
 def _rotary(backbone: Backbone) -> str:

@@ -1,6 +1,7 @@
 """Reading with Llama-like models by few kernels: what stands between products takes a quarter of a long read.
 
-As `model/llama_step.py`, for many new tokens of one sequence. Of the last layer only keys, values and what the guide
+As `model/llama_step.py`, for many new tokens of one sequence; where the weights lie is in `model/llama_weights.py`.
+Of the last layer only keys, values and what the guide
 looks at are made: nobody asks for what it would hand on.
 
 Letters as in `attention/prefix.py`.
@@ -17,18 +18,16 @@ from torch import Tensor
 from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
-from cribsheet.model.backbone import Backbone, PlainParts, plain_parts
-from cribsheet.model.llama_step import agrees, beside
+from cribsheet.model.llama_weights import LlamaWeights, beside, is_fast
 
-_LEAST = 256  # tokens from which time is spent in kernels, not in launching them
-_CHECKED = 40  # tokens of a small example, half of them the guide
+_BEFORE, _CHECKED = 24, 40  # tokens of a small example: of the prefix, and read, half of them the guide
 
 
-class LeanRead:
-    """A read by a model of plain `parts`, whose heads are of so many entries."""
+class LlamaRead:
+    """A read with the weights of a Llama-like model."""
 
-    def __init__(self, parts: PlainParts, head_size: int, kv_heads: int, scale: float) -> None:
-        self._parts, self._heads, self._scale = parts, (kv_heads, head_size), scale
+    def __init__(self, weights: LlamaWeights) -> None:
+        self.weights = weights
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, positions: Tensor, layers: Sequence[ReadingLayer]) -> None:
@@ -36,63 +35,45 @@ class LeanRead:
         from cribsheet.kernels.read import turned
         from cribsheet.kernels.step import normed, silu_times
 
-        rows = F.embedding(ids[0], self._parts.embed)
-        cos, sin = self._parts.turns(rows[None], positions)
+        weights = self.weights
+        rows = F.embedding(ids[0], weights.embed)
+        cos, sin = weights.turns(rows[None], positions)
         turn, more = (cos[0].contiguous(), sin[0].contiguous()), None
-        for mine, layer in zip(self._parts.layers, layers, strict=True):
+        for mine, layer in zip(weights.layers, layers, strict=True):
             rows, inner = normed(rows, *mine.before, more)
-            query, key, value = turned(beside(inner, mine.qkv), turn, *self._heads, mine.heads)
+            qkv = beside(inner, mine.qkv)
+            query, key, value = turned(qkv, turn, weights.kv_heads, weights.head_size, mine.qk_norms)
             if layer is layers[-1]:
-                layer.conclude(query, key, value, self._scale)
+                layer.conclude(query, key, value, weights.scale)
                 return
-            seen = layer.attend(AttentionInputs(query, *layer.update(key, value), None, self._scale))
+            seen = layer.attend(AttentionInputs(query, *layer.update(key, value), None, weights.scale))
             seen = F.linear(seen.transpose(1, 2).reshape(len(rows), -1), *mine.out)
             rows, inner = normed(rows, *mine.between, seen)
             more = F.linear(silu_times(beside(inner, (mine.gate, mine.up))), *mine.down)
 
 
-def read(
-    backbone: Backbone,
-    prefix: Sequence[LayerPrefix],
-    start: int,
-    chunk: Tensor,
-    guide: Tensor,
-    known: Sequence[tuple[Tensor, Tensor]] | None = None,
-    step: Callable[[], None] | None = None,
-) -> list[ReadingLayer]:
-    """`Backbone.read` with few kernels where that pays and agrees."""
-    long = len(chunk) + len(guide) >= _LEAST
-    return backbone.read(prefix, start, chunk, guide, known, run=find(backbone) if long else None, step=step)
+Read = Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None]  # tokens (1, T) at positions (1, T) into layers
 
 
-def find(backbone: Backbone) -> LeanRead | None:
-    """The lean read of a model, checked at the first call; none where the model's own must be used."""
-    if backbone.lean_read is None:
-        backbone.lean_read = _checked(backbone) if backbone.device.type == "cuda" else False
-    found: LeanRead | bool = backbone.lean_read
-    return found if isinstance(found, LeanRead) else None
+def fast_read(weights: LlamaWeights, name: str, own: Read) -> LlamaRead | None:
+    """A read of few kernels that agrees with the model's `own`; none where it does not, or cannot be run."""
+    read = LlamaRead(weights)
+    return read if is_fast(weights, f"reads of few kernels for {name}", lambda: errors(read, own)) else None
 
 
-def made(backbone: Backbone) -> LeanRead | None:
-    """The lean read of a plain model, not checked."""
-    parts = plain_parts(backbone)
-    return None if parts is None else LeanRead(parts, backbone.head_size, backbone.kv_heads, backbone.scale)
-
-
-def _checked(backbone: Backbone) -> LeanRead | bool:
-    """A lean read that agrees with the model's own, or false."""
-    found = made(backbone)
-    return found if found and agrees(backbone, "reads", lambda: errors(backbone, found)) else False
-
-
-def errors(backbone: Backbone, lean: LeanRead) -> dict[str, float]:
-    """Relative L2 errors of all that a lean read leaves in the layers, on a small random example, by kind."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, backbone.config.vocab_size, (_CHECKED,), generator=generator)
-    shape = backbone.kv_heads, 24, backbone.head_size
-    keys, values = (torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype) for _ in "kv")
-    prefix = [LayerPrefix(keys, values)] * backbone.num_layers
-    chunk, guide = ids.split(_CHECKED // 2)
-    pairs = list(zip(*(backbone.read(prefix, 24, chunk, guide, run=run) for run in (lean, None)), strict=True))
+def errors(read: LlamaRead, own: Read) -> dict[str, float]:
+    """Relative L2 errors of all that a read leaves in the layers, on a small random example, by kind."""
+    weights, generator = read.weights, torch.Generator().manual_seed(0)
+    embed = weights.embed
+    ids = torch.randint(0, len(embed), (1, _CHECKED), generator=generator).to(embed.device)
+    shape = weights.kv_heads, _BEFORE, weights.head_size
+    keys, values = (torch.randn(shape, generator=generator).to(embed.device, embed.dtype) for _ in "kv")
+    positions = torch.arange(_BEFORE, _BEFORE + _CHECKED, device=embed.device).unsqueeze(0)
+    outcomes = []
+    for run in (read, own):
+        layers = [ReadingLayer(LayerPrefix(keys, values), _BEFORE, _CHECKED // 2) for _ in weights.layers]
+        run(ids, positions, layers)
+        outcomes.append(layers)
+    pairs = list(zip(*outcomes, strict=True))
     names = "chunk_keys", "chunk_values", "guide_queries", "guide_lse"
     return {name: max(relative_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}

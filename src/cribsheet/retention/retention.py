@@ -38,7 +38,6 @@ from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
-from cribsheet.model.llama_read import read as read_lean
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.probes import Exam, Probe, agree, held_back, make_probes
@@ -98,7 +97,7 @@ def full_context(exam: Exam, documents: Sequence[Document]) -> Prefix | None:
         for piece in (*ids.split(usual_chunk(backbone, "nothing")), guide):
             if not len(piece):
                 continue
-            read = read_lean(backbone, layers, done, piece, piece[:0])
+            read = backbone.read(layers, done, piece, piece[:0])
             layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
             done += len(piece)
     except (MemoryError, torch.OutOfMemoryError):

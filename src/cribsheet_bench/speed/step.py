@@ -33,9 +33,9 @@ from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.compare.versions import versions
 from cribsheet.engine.graphs import StepGraph, fixed_step
-from cribsheet.model import llama_read as lean_read
-from cribsheet.model import llama_step as lean
-from cribsheet.model.backbone import Backbone, Linear, PlainParts, plain_parts
+from cribsheet.model import llama_read, llama_step
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.llama_weights import Linear, LlamaWeights
 from cribsheet.testing import tiny_backbone
 from cribsheet_bench.speed.setting import SHAPES, Setting, make_setting
 from cribsheet_bench.speed.step_clock import body, copy_rate, timed
@@ -160,42 +160,42 @@ def profile(setting: Setting, found: Found, name: str, step: Step) -> None:
     found.fact(f"profile, {name}", "\n" + "\n".join(lines))
 
 
-class Beside(lean.LeanStep):
+class Beside(llama_step.LlamaStep):
     """Our step with PyTorch's products, of weights that were put one below the other: four products a layer."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(_parts(setting.backbone), setting.backbone.scale, own=0)
+        super().__init__(_weights(setting.backbone), own=0, products=self._stacked)
         self._joined: dict[int, Tensor] = {}
 
-    def _beside(self, rows: Tensor, parts: Sequence[Linear]) -> Tensor:
+    def _stacked(self, rows: Tensor, parts: Sequence[Linear]) -> Tensor:
         key = id(parts[0][0])
         if key not in self._joined:
             self._joined[key] = torch.cat([weight for weight, _ in parts])
         return F.linear(rows, self._joined[key])
 
 
-class Compiled(lean.LeanStep):
+class Compiled(llama_step.LlamaStep):
     """Our step with what stands between products compiled by PyTorch instead, single-row products included."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(_parts(setting.backbone), setting.backbone.scale, own=0)
+        super().__init__(_weights(setting.backbone), own=0)
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
         self._before: Any = torch.compile(_before, dynamic=False, options=options)
         self._after: Any = torch.compile(_after, dynamic=False, options=options)
 
     def _by_torch(self, rows: Tensor, turn: tuple[Tensor, Tensor], layers: Sequence[SlotLayer]) -> Tensor:
-        for mine, layer in zip(self._parts.layers, layers, strict=True):
+        for mine, layer in zip(self.weights.layers, layers, strict=True):
             qkv = self._before(rows, *mine.before, *(weight for weight, _ in mine.qkv))
             seen = self._attend(qkv, turn, layer, mine)
             weights = (weight for weight, _ in (mine.out, mine.gate, mine.up, mine.down))
             rows = self._after(rows, seen, *mine.between, *weights)
-        return F.linear(_normed(rows, *self._parts.norm), self._parts.head)
+        return F.linear(_normed(rows, *self.weights.norm), self.weights.lm_head)
 
 
-def _parts(backbone: Backbone) -> PlainParts:
-    found = plain_parts(backbone)
-    assert found is not None
-    return found
+def _weights(backbone: Backbone) -> LlamaWeights:
+    weights = backbone.plain_weights()
+    assert weights is not None
+    return weights
 
 
 def _normed(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -260,7 +260,7 @@ def _apart(got: Tensor, wanted: Tensor) -> float:
 
 
 def _step(setting: Setting, prefix: Prefix, size: int, make: Callable[[], Any], evidence: bool) -> tuple[float, Tensor]:
-    setting.backbone.lean = make()
+    llama_step.use(setting.backbone, make())
     step = Step(setting, prefix, size, evidence=evidence)
     return step.seconds(), step.logits()
 
@@ -282,7 +282,8 @@ def truth(setting: Setting, found: Found) -> None:
                     for part in (layer.keys, layer.values):
                         part.copy_(torch.randn(part.shape, device=part.device).to(setting.backbone.dtype))
                 exact = dtype == torch.float32 and setting.device.type == "cuda"
-                small.backbone.lean = False if exact or kind == "stock" else lean.made(small.backbone)
+                own_layers = exact or kind == "stock"
+                llama_step.use(small.backbone, None if own_layers else llama_step.unchecked(small.backbone))
                 with torch.no_grad():
                     made[dtype] = Step(small, prefix, size, evidence=False).logits()
             apart.append(round(_apart(made[setting.backbone.dtype], made[torch.float32]), 4))
@@ -291,18 +292,17 @@ def truth(setting: Setting, found: Found) -> None:
 
 def families(setting: Setting, found: Found) -> None:
     """Whether steps of other families agree, and whether the check of a real model lets it through."""
-    found.fact("the model is plain", plain_parts(setting.backbone) is not None)
-    setting.backbone.lean = None
-    found.fact("the model passed its check", lean.find(setting.backbone) is not None)
-    found.fact("so did reads", lean_read.find(setting.backbone) is not None)
+    found.fact("the model is plain", setting.backbone.plain_weights() is not None)
+    llama_step.forget(setting.backbone)
+    found.fact("the model passed its check", llama_step.find(setting.backbone) is not None)
+    found.fact("so did reads", setting.backbone.fast_read is not None)
     for family in ("qwen3", "mistral"):
         backbone = tiny_backbone(family, dtype=torch.bfloat16, head_dim=32)
         backbone.model.to(setting.device)
-        small = lean.made(backbone)
-        assert small is not None
-        read = lean_read.made(backbone)
-        assert read is not None
-        found.fact(f"errors, {family}", lean.errors(backbone, small) | lean_read.errors(backbone, read))
+        weights = _weights(backbone)
+        errors = llama_step.errors(backbone, llama_step.LlamaStep(weights))
+        errors |= llama_read.errors(llama_read.LlamaRead(weights), backbone.read_by_own_layers)
+        found.fact(f"errors, {family}", errors)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,13 +334,13 @@ def run(found: Found, device: str, shape: str) -> None:
     found.fact("device", torch.cuda.get_device_name() if real else device)
 
     def profiled(name: str, size: int, make: Callable[[], Any], evidence: bool) -> None:
-        setting.backbone.lean = make()
+        llama_step.use(setting.backbone, make())
         name = f"{name}, {size}{', sources' if evidence else ''}"
         profile(setting, found, name, Step(setting, prefix, size, evidence=evidence))
 
-    stock: dict[str, Callable[[], Any]] = {"stock": lambda: False}
-    ours = {"ours": lambda: lean.made(setting.backbone)}
-    library = {"torch's products": lambda: lean.made(setting.backbone, own=0)}
+    stock: dict[str, Callable[[], Any]] = {"stock": lambda: None}
+    ours = {"ours": lambda: llama_step.unchecked(setting.backbone)}
+    library = {"torch's products": lambda: llama_step.unchecked(setting.backbone, own=0)}
     steps(setting, found, prefix, stock | ours | library, (1, many))
     ragged = setting.prefix(16384 if real else 64, ragged=True)
     steps(setting, found, ragged, stock | ours | library, (1, many), ", adaptive")
