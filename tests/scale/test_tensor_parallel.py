@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.parallel import divided
+from cribsheet.model.divided import divided
 model, folder, mode, scorer = sys.argv[1:]
 dist.init_process_group("gloo")
 texts = [{"id": name, "text": f"{name} lives in {place}. " * 25} for name, place in (("Ann", "Oslo"), ("Bob", "Rome"))]
@@ -59,7 +59,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.errors import EngineError, ModelError
-from cribsheet.parallel import Leader, follow
+from cribsheet.model.divided import Leader, follow
 model, folder = sys.argv[1:]
 dist.init_process_group("gloo", timeout=timedelta(seconds=15))
 if dist.get_rank():

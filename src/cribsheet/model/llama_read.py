@@ -1,7 +1,6 @@
 """Reading with Llama-like models by few kernels: what stands between products takes a quarter of a long read.
 
-As `model/llama_step.py`, for many new tokens of one sequence; where the weights lie is in `model/llama_weights.py`.
-Of the last layer only keys, values and what the guide
+As `model/llama_step.py`, for many new tokens of one sequence. Of the last layer only keys, values and what the guide
 looks at are made: nobody asks for what it would hand on.
 
 Letters as in `attention/prefix.py`.
