@@ -15,9 +15,8 @@ from cribsheet.attention import dispatch as fused
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.engine.graphs import fixed_step
-from cribsheet.kernels import read as read_kernels
+from cribsheet.kernels import rotation, step_attention
 from cribsheet.kernels import step as step_kernels
-from cribsheet.kernels import step_attention
 from cribsheet.model import backbone as model_backbone
 from cribsheet.model import llama_step
 from cribsheet.model.llama_read import LlamaRead
@@ -84,7 +83,7 @@ def test_a_lean_read_takes_what_is_known_and_heads_of_different_lengths(counts, 
 @pytest.mark.parametrize("part", ["normed", "silu_times", "turned"])
 def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
     backbone = shaken("llama")
-    place = read_kernels if part == "turned" else step_kernels
+    place = rotation if part == "turned" else step_kernels
     right = getattr(place, part)
 
     def wrong(*given, **named):
@@ -166,8 +165,9 @@ def test_what_is_captured_is_the_lean_step(batch, counts, evidence, kernels_are_
 @pytest.mark.parametrize("part", ["product", "gated", "placed"])
 def test_a_planted_bug_is_seen(part, kernels_are_used, monkeypatch):
     backbone = shaken("llama")
-    right = getattr(step_kernels, part)
-    monkeypatch.setattr(step_kernels, part, lambda *given, **named: right(*given, **named) * 1.2)
+    place = rotation if part == "placed" else step_kernels
+    right = getattr(place, part)
+    monkeypatch.setattr(place, part, lambda *given, **named: right(*given, **named) * 1.2)
     assert max(llama_step.errors(backbone, llama_step.unchecked(backbone)).values()) > BOUND
 
 

@@ -1,8 +1,8 @@
 """Kernels of our own for CUDA, in Triton: what keys are looked at, a step's suffix with its merge, and any merge.
 
-Only `attention/dispatch.py` imports this file, because importing it needs Triton. Their slow references are
-`attention.column_mass`, `attention.column_peak`, and `attention.attend_each` with `attention.merge`. Letters as in
-`attention/attend.py`; `G` query heads of a key/value head.
+Only `attention/dispatch.py` and `step_attention.py` beside it import this file, because importing it needs Triton.
+Their slow references are in `attention/plain.py`. Letters as in `attention/attend.py`; `G` query heads of a key/value
+head.
 """
 
 from __future__ import annotations
@@ -141,6 +141,22 @@ def over(
 
 
 @triton.jit
+def of_suffix(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, index: tl.tensor, scale: tl.tensor, pair: tl.tensor,
+    heads: tl.tensor, tokens: tl.tensor,
+    GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """What the query heads of one sequence and key/value head, a `pair`, see of its suffix, as far as that goes."""
+    g, d = tl.arange(0, BG), tl.arange(0, BD)
+    real = (g[:, None] < GROUP) & (d[None, :] < D)
+    row = tl.load(q + (pair * GROUP + g)[:, None] * D + d[None, :], mask=real, other=0.0)
+    base = pair.to(tl.int64) * tokens * D
+    high = tl.load(index + pair // heads).to(tl.int32) + 1
+    found, seen = over(row, keys + base, values + base, 0, high, scale, D, BD, BG, BN)
+    return found, seen
+
+
+@triton.jit
 def _newest(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, index: tl.tensor, before: tl.tensor, before_lse: tl.tensor,
     out: tl.tensor, lse: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
@@ -148,13 +164,11 @@ def _newest(
     PREFIX: tl.constexpr,
 ) -> None:  # fmt: skip
     """One sequence and key/value head: its suffix as far as it goes, then the merge with what the prefix gave."""
-    pair = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    visible = tl.load(index + tl.program_id(0)).to(tl.int32) + 1
+    heads = tl.num_programs(1)
+    pair = tl.program_id(0) * heads + tl.program_id(1)
     g, d = tl.arange(0, BG), tl.arange(0, BD)
     rows, real = pair * GROUP + g, (g[:, None] < GROUP) & (d[None, :] < D)
-    row = tl.load(q + rows[:, None] * D + d[None, :], mask=real, other=0.0)
-    base = pair.to(tl.int64) * tokens * D
-    found, own = over(row, keys + base, values + base, 0, visible, scale, D, BD, BG, BN)
+    found, own = of_suffix(q, keys, values, index, scale, pair, heads, tokens, GROUP, BG, D, BD, BN)
     if PREFIX:
         shared = tl.load(before_lse + rows, mask=g < GROUP, other=0.0)
         given = tl.load(before + rows[:, None] * D + d[None, :], mask=real, other=0.0).to(tl.float32)

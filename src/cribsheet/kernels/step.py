@@ -1,8 +1,8 @@
-"""Kernels of our own for the rest of a decoding step, in Triton: products with what stands around them, and rotations.
+"""Kernels of our own for the rest of a decoding step, in Triton: products with what stands around them.
 
 A step is bound by how fast the weights can be read. Stock layers run some forty kernels between their products, each of
-which takes longer to begin than to work; these take their work along. Only `model/llama_step.py` imports this file,
-because importing it needs Triton. Its slow reference is the model itself (`model/llama_step.py` compares).
+which takes longer to begin than to work; these take their work along. Only `model/llama_step.py` and
+`model/llama_read.py` import this file, because importing it needs Triton. Their slow reference is the model itself.
 
 Letters: `M` rows, one for each sequence; `K` entries of a row; `N` rows of a weight (N, K).
 """
@@ -342,67 +342,3 @@ def silu_times(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(count, width)
     _silu_times[(triton.cdiv(width, 1024), count)](gate_up, out, N=width, BN=1024, num_warps=4)
     return out
-
-
-@triton.jit
-def _placed(
-    qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, eps: tl.tensor,
-    index: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor, tokens: tl.tensor,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
-) -> None:  # fmt: skip
-    """One head of one sequence: a query is rotated, a key rotated and appended, a value appended."""
-    b, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, BD)
-    inside = d < D
-    half: tl.constexpr = D // 2
-    other = tl.where(d < half, d + half, d - half)
-    source = qkv + (b * (H + 2 * KV) + head) * D
-    place = tl.load(index + b)
-    if head >= H + KV:
-        there = values + ((b * KV + head - H - KV) * tokens + place) * D
-        tl.store(there + d, tl.load(source + d, mask=inside, other=0.0), mask=inside)
-    else:
-        own = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
-        across = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            asks, told = inside & (head < H), inside & (head >= H)
-            root = tl.sqrt(tl.sum(own * own, 0) / D + eps)
-            own, across = own / root, across / root
-            own *= tl.load(q_gain + d, mask=asks, other=0.0).to(tl.float32) + tl.load(
-                k_gain + d, mask=told, other=0.0
-            ).to(tl.float32)
-            across *= tl.load(q_gain + other, mask=asks, other=0.0).to(tl.float32) + tl.load(
-                k_gain + other, mask=told, other=0.0
-            ).to(tl.float32)
-        turned = own * tl.load(cos + b * D + d, mask=inside, other=0.0).to(tl.float32)
-        turned += tl.where(d < half, -across, across) * tl.load(sin + b * D + d, mask=inside, other=0.0).to(tl.float32)
-        if head < H:
-            tl.store(q + (b * H + head) * D + d, turned.to(q.dtype.element_ty), mask=inside)
-        else:
-            there = keys + ((b * KV + head - H) * tokens + place) * D
-            tl.store(there + d, turned.to(keys.dtype.element_ty), mask=inside)
-
-
-def placed(
-    qkv: Tensor,
-    turn: tuple[Tensor, Tensor],
-    index: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    norms: tuple[Tensor, Tensor, float] | None,
-) -> Tensor:
-    """Rotated queries (B, H, 1, D) of `qkv` (B, (H + 2 K) * D); rotated keys and values go to place `index` (B,).
-
-    `turn` are cosine and sine (B, D), `keys` and `values` whole buffers (slots, K, tokens, D), and `norms` the gains
-    (D,) and epsilon of queries and keys that are normalised before they are rotated.
-    """
-    _, kv_heads, tokens, size = keys.shape
-    count = len(qkv)
-    heads = qkv.shape[1] // size - 2 * kv_heads
-    q = qkv.new_empty(count, heads, 1, size)
-    q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
-    _placed[(count, heads + 2 * kv_heads)](
-        qkv, *turn, q_gain, k_gain, eps, index, q, keys, values, tokens,
-        H=heads, KV=kv_heads, D=size, BD=triton.next_power_of_2(size), NORM=norms is not None, num_warps=1,
-    )  # fmt: skip
-    return q

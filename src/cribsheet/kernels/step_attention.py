@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cribsheet.kernels.columns import over
+from cribsheet.kernels.columns import of_suffix, over
 
 _MOST_PARTS = 63
 
@@ -31,25 +31,6 @@ class Cut:
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
 CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
-
-
-@triton.jit
-def _newest(
-    q: tl.tensor, newer: tl.tensor, newer_values: tl.tensor, index: tl.tensor, out: tl.tensor, lse: tl.tensor,
-    scale: tl.tensor, pair: tl.tensor, tokens: tl.tensor, before: tl.tensor,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr,
-) -> None:  # fmt: skip
-    """The suffix of one sequence and head; `before` rows of other parts stand before its own."""
-    GROUP: tl.constexpr = H // KV
-    d, g = tl.arange(0, BD), tl.arange(0, BG)
-    line = pair * GROUP + g
-    real = (g[:, None] < GROUP) & (d[None, :] < D)
-    row = tl.load(q + line[:, None] * D + d[None, :], mask=real, other=0.0)
-    base = pair.to(tl.int64) * tokens * D
-    high = tl.load(index + pair // KV).to(tl.int32) + 1
-    found, seen = over(row, newer + base, newer_values + base, 0, high, scale, D, BD, BG, BN)
-    tl.store(out + (before + line)[:, None] * D + d[None, :], found, mask=real)
-    tl.store(lse + before + line, seen, mask=g < GROUP)
 
 
 @triton.jit
@@ -77,11 +58,11 @@ def _parted(
         tl.store(out + place[:, None] * D + d[None, :], found, mask=real[:, None] & (d[None, :] < D))
         tl.store(lse + place, seen, mask=real)
     else:
-        pair = program - parts * KV * blocks
-        _newest(
-            q, newer, newer_values, index, out, lse, scale, pair, tokens, parts * batch * H,
-            H, KV, D, BD, BG, BN,
-        )  # fmt: skip
+        pair, g = program - parts * KV * blocks, tl.arange(0, BG)
+        own, own_seen = of_suffix(q, newer, newer_values, index, scale, pair, KV, tokens, GROUP, BG, D, BD, BN)
+        there = parts * batch * H + pair * GROUP + g
+        tl.store(out + there[:, None] * D + d[None, :], own, mask=(g[:, None] < GROUP) & (d[None, :] < D))
+        tl.store(lse + there, own_seen, mask=g < GROUP)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class LlamaRead:
     @torch.no_grad()
     def __call__(self, ids: Tensor, positions: Tensor, layers: Sequence[ReadingLayer]) -> None:
         """Read tokens (1, T) at their positions (1, T) into the layers."""
-        from cribsheet.kernels.read import turned
+        from cribsheet.kernels.rotation import turned
         from cribsheet.kernels.step import normed, silu_times
 
         weights = self.weights

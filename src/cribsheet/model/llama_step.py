@@ -79,7 +79,7 @@ class LlamaStep:
     def _attend(self, qkv: Tensor, turn: tuple[Tensor, Tensor], layer: SlotLayer, mine: LlamaLayer) -> Tensor:
         """Append keys and values to the suffix, and attend: (B, H * D)."""
         from cribsheet.kernels import step_attention
-        from cribsheet.kernels.step import placed
+        from cribsheet.kernels.rotation import placed
 
         q = placed(qkv, turn, layer.rows.index, layer.keys, layer.values, mine.qk_norms)
         prefix, suffix = layer.prefix, (layer.keys, layer.values, layer.rows.index)
