@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cribsheet import build_sheet, load_sheet, save_sheet
 from cribsheet.errors import SheetError
 from cribsheet.sheet.file import read_manifest, verify
-from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.layers import FloatLayer
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.testing import tiny_backbone
 
@@ -267,7 +267,7 @@ def test_a_folder_that_is_missing_or_cannot_be_written_is_refused(sheet, tmp_pat
 
 def test_saving_over_an_open_sheet_leaves_the_open_one_as_it_was(sheet, file):
     opened = load_sheet(file)
-    halved = [StoredLayer(layer.keys / 2, layer.values / 2) for layer in sheet.layers]
+    halved = [FloatLayer(layer.keys / 2, layer.values / 2) for layer in sheet.layers]
     save_sheet(Sheet(halved, sheet.indices, sheet.origins, sheet.manifest, sheet.texts), file)
     assert torch.equal(opened.layers[0].keys, sheet.layers[0].keys)
     assert torch.equal(load_sheet(file).layers[0].keys, halved[0].keys)
@@ -281,7 +281,7 @@ def rss() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_large_sheet_opens_without_being_read_into_memory(sheet, tmp_path):
     tokens = (64 << 20) // (3 * 2 * 2 * 16 * 4)
-    layers = [StoredLayer(torch.zeros(2, tokens, 16), torch.zeros(2, tokens, 16)) for _ in range(3)]
+    layers = [FloatLayer(torch.zeros(2, tokens, 16), torch.zeros(2, tokens, 16)) for _ in range(3)]
     indices = torch.zeros(3, 2, tokens, dtype=torch.int32)
     path = save_sheet(Sheet(layers, indices, sheet.origins, sheet.manifest, sheet.texts), tmp_path / "a.sheet")
     del layers

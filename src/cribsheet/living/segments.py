@@ -26,7 +26,7 @@ from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
 from cribsheet.compress.loop import Tell, compress, nothing_kept, nothing_read
 from cribsheet.errors import BudgetError
 from cribsheet.model.backbone import Backbone
-from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.layers import FloatLayer, StoredLayer
 from cribsheet.sheet.manifest import DocumentEntry, Manifest, SegmentEntry
 from cribsheet.sheet.sheet import Sheet, mean_kept
 from cribsheet.vocabulary import ABSENT, StorageDtype
@@ -99,7 +99,7 @@ def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype, tell: Tell
     for layer, window in zip(kept, backbone.windows, strict=True):
         last = layer.keys.shape[1]
         own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
-        (part,) = StoredLayer(layer.keys, layer.values, window).parts([(last - count, last) for count in own])
+        (part,) = FloatLayer(layer.keys, layer.values, window).parts([(last - count, last) for count in own])
         layers.append(StoredLayer.of(LayerPrefix(part.keys, part.values, window, part.counts), dtype))
     origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
     origins[:, 0] -= head

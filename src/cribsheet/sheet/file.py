@@ -20,7 +20,7 @@ from torch import Tensor
 from cribsheet.corpus.task import Task
 from cribsheet.errors import SheetError
 from cribsheet.sheet.atomic import writing
-from cribsheet.sheet.layers import LayersOfFile, StoredLayer, parts_of
+from cribsheet.sheet.layers import LayersOfFile, StoredLayer, form_of
 from cribsheet.sheet.manifest import FORMATS, Manifest
 from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.sheet.tensors import LARGEST, TensorFile, digest_of, is_usable, unique
@@ -148,7 +148,8 @@ def _finite(text: str) -> float:
 
 def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     """The sheet of a file whose tensors are those that its manifest tells of."""
-    windows, parts = manifest.fingerprint.windows, parts_of(manifest.dtype)
+    windows, form = manifest.fingerprint.windows, form_of(manifest.dtype)
+    parts = form.names
     names = [[f"layers.{number}.{part}" for part in parts] for number in range(len(windows))]
     like = file.like()
     small = ["indices", "origins", *(own[-1] for own in names if parts[-1] == "key_blocks")]
@@ -160,7 +161,7 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     indices, origins = here["indices"], here["origins"]
     kept = _kept(indices)
     layers = [
-        StoredLayer(**{part: here[name] for part, name in zip(parts, own, strict=True)}, window=window, counts=counts)
+        form(**{part: here[name] for part, name in zip(parts, own, strict=True)}, window=window, counts=counts)
         for own, window, counts in zip(names, windows, _counts(kept, windows), strict=True)
     ]
     if not _is_sound(manifest, layers, indices, kept, origins):
@@ -187,13 +188,8 @@ def _layers_of(
                 "again."
             )
     file.close()  # not before: every look at unusable layers reads them again, and says the same
-    parts = [name.rpartition(".")[2] for name in names[0]]
     return [
-        StoredLayer(
-            **{part: held[name] for part, name in zip(parts, own, strict=True)},
-            window=layer.window,
-            counts=layer.counts,
-        )
+        layer.with_tensors({part: held[name] for part, name in zip(layer.names, own, strict=True)}, layer.counts)
         for layer, own in zip(like, names, strict=True)
     ]
 

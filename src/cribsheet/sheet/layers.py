@@ -8,10 +8,11 @@ sheet at hand. Numbers are restored when the sheet is put on a device, never dur
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Self, overload
+from typing import Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor
@@ -29,99 +30,71 @@ from cribsheet.sheet.int4 import (
 )
 from cribsheet.vocabulary import StorageDtype
 
-_FLOAT = ("keys", "values")
-_SCALED = (*_FLOAT, "key_scales", "value_scales")
-_PACKED = (*_SCALED, "key_offsets", "value_offsets", "key_blocks")
-_OF_BLOCKS = ("key_scales", "key_offsets", "key_blocks")
-
-
-def parts_of(dtype: StorageDtype) -> tuple[str, ...]:
-    """The tensors of a layer by name."""
-    return {"int8": _SCALED, "int4": _PACKED}.get(dtype, _FLOAT)
+Parts = Mapping[str, Tensor]  # tensors by name
 
 
 @dataclass(frozen=True, slots=True)
-class StoredLayer:
-    """Keys and values (K, P, D) of one layer on the CPU; int8 has scales (K, P) float32.
+class StoredLayer(ABC):
+    """Keys and values (K, P, ...) of one layer on the CPU, in the form of one storage type.
 
-    Where heads keep different numbers of tokens, `counts`, they are (N, D) and (N,), one head behind the other. int4
-    has (K, P, D / 2) bytes, ranges of values (K, P, groups), and ranges of keys (B, D) for blocks of `key_blocks` (B,)
-    tokens each, head after head.
+    Where heads keep different numbers of tokens, `counts`, they are (N, ...), one head behind the other. `window` is
+    how many tokens a token sees, where attention slides.
     """
 
     keys: Tensor
     values: Tensor
     window: int | None = None
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
     counts: tuple[int, ...] = ()
-    key_offsets: Tensor | None = None
-    value_offsets: Tensor | None = None
-    key_blocks: Tensor | None = None
 
-    @classmethod
-    def of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
+    names: ClassVar[tuple[str, ...]] = ("keys", "values")
+    """The tensors by name, as files have them."""
+
+    @staticmethod
+    def of(layer: LayerPrefix, dtype: StorageDtype) -> StoredLayer:
         """A layer as it is stored; for int4 with keys before rotation."""
-        if dtype == "int4":
-            return cls._in_four_bits(layer)
-        if dtype != "int8":
-            kept = getattr(torch, dtype)
-            return cls(layer.keys.to("cpu", kept), layer.values.to("cpu", kept), layer.window, counts=layer.counts)
-        (keys, key_scales), (values, value_scales) = quantize(layer.keys), quantize(layer.values)
-        return cls(keys, values, layer.window, key_scales, value_scales, layer.counts)
+        return form_of(dtype).made_of(layer, dtype)
 
     @classmethod
-    def _in_four_bits(cls, layer: LayerPrefix) -> Self:
-        keys, values = (half.detach().to("cpu", torch.float32) for half in (layer.keys, layer.values))
-        sizes = block_sizes(layer.counts or [keys.shape[1]] * len(keys))
-        own, packed = pack_blocks(keys.flatten(0, -2), sizes), pack_groups(values)
-        return cls(
-            own.codes.view(packed.codes.shape),
-            packed.codes,
-            layer.window,
-            own.scales,
-            packed.scales,
-            layer.counts,
-            own.offsets,
-            packed.offsets,
-            sizes,
-        )
+    @abstractmethod
+    def made_of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
+        """A layer in this form."""
 
+    @abstractmethod
     def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
         """The layer as attention reads it; of int4 its keys are not rotated yet."""
-        if self.key_blocks is None:
-            keys, values = (
-                _restore(*half, device, dtype)
-                for half in ((self.keys, self.key_scales), (self.values, self.value_scales))
-            )
-        else:
-            there = {name: half.to(device, non_blocking=half.is_pinned()) for name, half in self.tensors().items()}
-            own = Packed(there["keys"].flatten(0, -2), there["key_scales"], there["key_offsets"])
-            values = unpack_groups(Packed(there["values"], there["value_scales"], there["value_offsets"])).to(dtype)
-            keys = unpack_blocks(own, there["key_blocks"]).view(values.shape).to(dtype)
-        return LayerPrefix(keys, values, self.window, self.counts)
+
+    @abstractmethod
+    def is_sound(self, vectors: tuple[int, ...], head_size: int, dtype: StorageDtype) -> bool:
+        """Whether its tensors are those of so many `vectors`, (K, P) or (N,), in a storage type."""
 
     def parts(self, places: Sequence[Sequence[int]]) -> list[Self]:
         """Its stretches: `places` are of each head the rows between them, one more than there are stretches."""
-        heads, found = self._heads(), []
-        for bounds in zip(*(pairwise(own) for own in places), strict=True):
-            if not self.counts and self.key_blocks is None and len(set(bounds)) == 1:
-                first, last = bounds[0]
-                found.append(self._of({name: half[:, first:last] for name, half in self.tensors().items()}))
-            else:
-                found.append(self._packed([_stretch(h, a, b) for h, (a, b) in zip(heads, bounds, strict=True)]))
-        return found
+        heads = self.heads()
+        return [self._between(heads, bounds) for bounds in zip(*(pairwise(head) for head in places), strict=True)]
 
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
+    def _between(self, heads: Sequence[Parts], bounds: Sequence[tuple[int, int]]) -> Self:
+        """The tokens between two places of each head; not copied where all heads have the same."""
+        if not self.counts and len(set(bounds)) == 1:
+            first, last = bounds[0]
+            return self.with_tensors({name: tensor[:, first:last] for name, tensor in self.tensors().items()})
+        return self.with_heads([_cut(head, *bound) for head, bound in zip(heads, bounds, strict=True)])
+
+    @staticmethod
+    def joined(parts: Sequence[StoredLayer]) -> StoredLayer:
         """Stretches of tokens of one layer, one behind the other in each head."""
-        if any(part.counts or part.key_blocks is not None for part in parts):
-            heads = zip(*(part._heads() for part in parts), strict=True)
-            return parts[0]._packed(
-                [{name: torch.cat([own[name] for own in head]) for name in head[0]} for head in heads]
-            )
-        halves = [part.tensors() for part in parts]
-        return parts[0]._of({name: torch.cat([half[name] for half in halves], 1) for name in halves[0]})
+        return parts[0]._joined(parts)
+
+    def _joined(self, parts: Sequence[StoredLayer]) -> Self:
+        if any(part.counts for part in parts):
+            return self._joined_by_head(parts)
+        tensors = [part.tensors() for part in parts]
+        return self.with_tensors({name: torch.cat([part[name] for part in tensors], 1) for name in self.names})
+
+    def _joined_by_head(self, parts: Sequence[StoredLayer]) -> Self:
+        heads = zip(*(part.heads() for part in parts), strict=True)
+        return self.with_heads(
+            [{name: torch.cat([part[name] for part in head]) for name in self.names} for head in heads]
+        )
 
     @property
     def nbytes(self) -> int:
@@ -133,73 +106,198 @@ class StoredLayer:
         back = self.restored(torch.device("cpu"), torch.float32)
         return _error(back.keys, layer.keys), _error(back.values, layer.values)
 
-    def is_sound(self, vectors: tuple[int, ...], head_size: int, dtype: StorageDtype) -> bool:
-        """Whether its tensors are those of so many `vectors`, (K, P) or (N,), in a storage type."""
-        if dtype == "int4":
-            return self._is_sound_in_four_bits(vectors, head_size)
-        halves, scales = (self.keys, self.values), (self.key_scales, self.value_scales)
-        return all(
-            half.shape == (*vectors, head_size) and half.dtype == getattr(torch, dtype) for half in halves
-        ) and all(scale is None or (scale.shape == vectors and scale.dtype == torch.float32) for scale in scales)
-
-    def _is_sound_in_four_bits(self, vectors: tuple[int, ...], head_size: int) -> bool:
-        blocks = self.key_blocks
-        if blocks is None or blocks.dim() != 1 or blocks.dtype != torch.uint8 or not blocks.all():
-            return False
-        groups = head_size // group_size(head_size)
-        wanted = {
-            "keys": (torch.uint8, (*vectors, head_size // 2)),
-            "values": (torch.uint8, (*vectors, head_size // 2)),
-            "key_scales": (SCALE, (len(blocks), head_size)),
-            "key_offsets": (SCALE, (len(blocks), head_size)),
-            "value_scales": (SCALE, (*vectors, groups)),
-            "value_offsets": (SCALE, (*vectors, groups)),
-            "key_blocks": (torch.uint8, (len(blocks),)),
-        }
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors().items()}
-        # no block may cross two heads: each head's end is a block's end
-        counts = self.counts or (vectors[1],) * vectors[0]
-        ends = set(accumulate(blocks.tolist(), initial=0))
-        return found == wanted and max(ends) == sum(counts) and ends.issuperset(accumulate(counts))
-
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
-        found = {name: getattr(self, name) for name in _PACKED}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: getattr(self, name) for name in self.names}
 
     def with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same of changed tensors, of the shapes that they had."""
-        return self._of({name: change(tensor) for name, tensor in self.tensors().items()}, self.counts)
+        return self.with_tensors({name: change(tensor) for name, tensor in self.tensors().items()}, self.counts)
 
-    def _heads(self) -> list[dict[str, Tensor]]:
+    def with_tensors(self, tensors: Parts, counts: tuple[int, ...] = ()) -> Self:
+        """The same layer of other tensors, whose heads keep `counts` tokens if they differ."""
+        return type(self)(**tensors, window=self.window, counts=counts)
+
+    def heads(self) -> list[dict[str, Tensor]]:
         """The tensors of each head: (P, ...) of its own P, or (B, ...) of its own blocks."""
-        split = {}
+        split = [tensor.split(self.counts) if self.counts else tensor.unbind(0) for tensor in self.tensors().values()]
+        return [dict(zip(self.names, head, strict=True)) for head in zip(*split, strict=True)]
+
+    def with_heads(self, heads: Sequence[Parts]) -> Self:
+        """A layer of these heads, one behind the other unless all are of one length."""
+        counts = tuple(len(head["keys"]) for head in heads)
+        alike = len(set(counts)) == 1
+        join = torch.stack if alike else torch.cat
+        return self.with_tensors(
+            {name: join([head[name] for head in heads]) for name in self.names}, () if alike else counts
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FloatLayer(StoredLayer):
+    """Keys and values (K, P, D) in a float type."""
+
+    @classmethod
+    def made_of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
+        """Rounded to the type."""
+        kept = getattr(torch, dtype)
+        return cls(layer.keys.to("cpu", kept), layer.values.to("cpu", kept), layer.window, layer.counts)
+
+    def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
+        """In another float type."""
+        keys, values = (half.to(device, dtype, non_blocking=half.is_pinned()) for half in (self.keys, self.values))
+        return LayerPrefix(keys, values, self.window, self.counts)
+
+    def is_sound(self, vectors: tuple[int, ...], head_size: int, dtype: StorageDtype) -> bool:
+        """Whether keys and values are so many numbers of the type."""
+        return all(_has(half, getattr(torch, dtype), (*vectors, head_size)) for half in (self.keys, self.values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Layer(StoredLayer):
+    """Keys and values (K, P, D) in int8, with a float32 scale (K, P) for each token."""
+
+    key_scales: Tensor
+    value_scales: Tensor
+
+    names: ClassVar[tuple[str, ...]] = ("keys", "values", "key_scales", "value_scales")
+
+    @classmethod
+    def made_of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
+        """Each token rounded by its own scale."""
+        (keys, key_scales), (values, value_scales) = quantize(layer.keys), quantize(layer.values)
+        return cls(keys, values, layer.window, layer.counts, key_scales=key_scales, value_scales=value_scales)
+
+    def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
+        """Numbers times scales."""
+        halves = (self.keys, self.key_scales), (self.values, self.value_scales)
+        keys, values = (
+            (half.to(device, non_blocking=half.is_pinned()).float() * scales.to(device).unsqueeze(-1)).to(dtype)
+            for half, scales in halves
+        )
+        return LayerPrefix(keys, values, self.window, self.counts)
+
+    def is_sound(self, vectors: tuple[int, ...], head_size: int, dtype: StorageDtype) -> bool:
+        """Whether there are so many numbers, and a scale for each vector of them."""
+        halves, scales = (self.keys, self.values), (self.key_scales, self.value_scales)
+        return all(_has(half, torch.int8, (*vectors, head_size)) for half in halves) and all(
+            _has(scale, torch.float32, vectors) for scale in scales
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4Layer(StoredLayer):
+    """Keys and values (K, P, D / 2) as pairs of codes, keys before rotation.
+
+    Values have ranges (K, P, groups), keys ranges (B, D) for blocks of `key_blocks` (B,) tokens each, head after head.
+    """
+
+    key_scales: Tensor
+    value_scales: Tensor
+    key_offsets: Tensor
+    value_offsets: Tensor
+    key_blocks: Tensor
+
+    names: ClassVar[tuple[str, ...]] = (
+        "keys",
+        "values",
+        "key_scales",
+        "value_scales",
+        "key_offsets",
+        "value_offsets",
+        "key_blocks",
+    )
+    of_blocks: ClassVar[tuple[str, ...]] = ("key_scales", "key_offsets", "key_blocks")
+    """Those that have a row for each block."""
+
+    @classmethod
+    def made_of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
+        """Of keys before rotation. Raises `BudgetError` for numbers that its ranges do not hold."""
+        keys, values = (half.detach().to("cpu", torch.float32) for half in (layer.keys, layer.values))
+        sizes = block_sizes(layer.counts or [keys.shape[1]] * len(keys))
+        packed_keys, packed_values = pack_blocks(keys.flatten(0, -2), sizes), pack_groups(values)
+        return cls(
+            packed_keys.codes.view(packed_values.codes.shape),
+            packed_values.codes,
+            layer.window,
+            layer.counts,
+            key_scales=packed_keys.scales,
+            value_scales=packed_values.scales,
+            key_offsets=packed_keys.offsets,
+            value_offsets=packed_values.offsets,
+            key_blocks=sizes,
+        )
+
+    def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
+        """Codes times scales, and offsets; keys are not rotated yet."""
+        there = {name: half.to(device, non_blocking=half.is_pinned()) for name, half in self.tensors().items()}
+        packed_keys = Packed(there["keys"].flatten(0, -2), there["key_scales"], there["key_offsets"])
+        values = unpack_groups(Packed(there["values"], there["value_scales"], there["value_offsets"])).to(dtype)
+        keys = unpack_blocks(packed_keys, there["key_blocks"]).view(values.shape).to(dtype)
+        return LayerPrefix(keys, values, self.window, self.counts)
+
+    def is_sound(self, vectors: tuple[int, ...], head_size: int, dtype: StorageDtype) -> bool:
+        """Whether there are so many codes, with their ranges, and no block crosses two heads."""
+        blocks = self.key_blocks
+        if blocks.dim() != 1 or blocks.dtype != torch.uint8 or not blocks.all():
+            return False
+        groups = head_size // group_size(head_size)
+        fits = (
+            all(_has(codes, torch.uint8, (*vectors, head_size // 2)) for codes in (self.keys, self.values))
+            and all(_has(ranges, SCALE, (len(blocks), head_size)) for ranges in (self.key_scales, self.key_offsets))
+            and all(_has(ranges, SCALE, (*vectors, groups)) for ranges in (self.value_scales, self.value_offsets))
+        )
+        # each head's end must be a block's end
+        counts = self.counts or (vectors[1],) * vectors[0]
+        ends = set(accumulate(blocks.tolist(), initial=0))
+        return fits and max(ends) == sum(counts) and ends.issuperset(accumulate(counts))
+
+    def _between(self, heads: Sequence[Parts], bounds: Sequence[tuple[int, int]]) -> Self:
+        """As of any layer; a block that is cut keeps its ranges in both parts."""
+        return self.with_heads([self._cut(head, *bound) for head, bound in zip(heads, bounds, strict=True)])
+
+    def _cut(self, head: Parts, first: int, last: int) -> dict[str, Tensor]:
+        sizes = head["key_blocks"].long()
+        ends = sizes.cumsum(0)
+        inside = (ends.clamp(first, last) - (ends - sizes).clamp(first, last)).to(torch.uint8)
+        rows = {name: head[name][inside > 0] for name in self.of_blocks}
+        return {**_cut(head, first, last), **rows, "key_blocks": inside[inside > 0]}
+
+    def _joined(self, parts: Sequence[StoredLayer]) -> Self:
+        """As of any layer; always head by head, because blocks are."""
+        return self._joined_by_head(parts)
+
+    def heads(self) -> list[dict[str, Tensor]]:
+        """As of any layer; blocks are those of each head."""
+        blocks, split = self._blocks(), []
         for name, tensor in self.tensors().items():
-            if self.key_blocks is not None and name in _OF_BLOCKS:
-                split[name] = tensor.split(self._blocks())
+            if name in self.of_blocks:
+                split.append(tensor.split(blocks))
             else:
-                split[name] = tensor.split(self.counts) if self.counts else tensor.unbind(0)
-        return [dict(zip(split, head, strict=True)) for head in zip(*split.values(), strict=True)]
+                split.append(tensor.split(self.counts) if self.counts else tensor.unbind(0))
+        return [dict(zip(self.names, head, strict=True)) for head in zip(*split, strict=True)]
 
     def _blocks(self) -> list[int]:
         """How many blocks each head has."""
-        assert self.key_blocks is not None
         counts = self.counts or [self.keys.shape[1]] * len(self.keys)
         ends, heads = self.key_blocks.long().cumsum(0), torch.tensor([0, *accumulate(counts)])
         return torch.searchsorted(ends, heads, right=True).diff().tolist()
 
-    def _packed(self, heads: Sequence[dict[str, Tensor]]) -> Self:
-        """A layer of these heads, one behind the other unless all are of one length."""
+    def with_heads(self, heads: Sequence[Parts]) -> Self:
+        """As of any layer; blocks always stand one behind the other."""
         counts = tuple(len(head["keys"]) for head in heads)
         alike = len(set(counts)) == 1
-        made = {}
-        for name in heads[0]:
-            of_blocks = "key_blocks" in heads[0] and name in _OF_BLOCKS
-            made[name] = (torch.stack if alike and not of_blocks else torch.cat)([head[name] for head in heads])
-        return self._of(made, () if alike else counts)
+        tensors = {}
+        for name in self.names:
+            join = torch.stack if alike and name not in self.of_blocks else torch.cat
+            tensors[name] = join([head[name] for head in heads])
+        return self.with_tensors(tensors, () if alike else counts)
 
-    def _of(self, tensors: dict[str, Any], counts: tuple[int, ...] = ()) -> Self:
-        return type(self)(**tensors, window=self.window, counts=counts)
+
+def form_of(dtype: StorageDtype) -> type[StoredLayer]:
+    """The form in which a layer of a storage type lies."""
+    forms: dict[str, type[StoredLayer]] = {"int8": Int8Layer, "int4": Int4Layer}
+    return forms.get(dtype, FloatLayer)
 
 
 class LayersOfFile(Sequence[StoredLayer]):
@@ -248,20 +346,13 @@ def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scales.unsqueeze(-1)).round().to(torch.int8), scales
 
 
-def _stretch(head: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """Tokens `first` to `last` of a head; a block that is cut keeps its ranges in both parts."""
-    if "key_blocks" not in head:
-        return {name: tensor[first:last] for name, tensor in head.items()}
-    ends = head["key_blocks"].long().cumsum(0)
-    inside = (ends.clamp(first, last) - (ends - head["key_blocks"].long()).clamp(first, last)).to(torch.uint8)
-    found = {name: tensor[inside > 0] if name in _OF_BLOCKS else tensor[first:last] for name, tensor in head.items()}
-    return {**found, "key_blocks": inside[inside > 0]}
+def _cut(head: Parts, first: int, last: int) -> dict[str, Tensor]:
+    """Tokens `first` to `last` of a head."""
+    return {name: tensor[first:last] for name, tensor in head.items()}
 
 
-def _restore(tokens: Tensor, scales: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if scales is None:
-        return tokens.to(device, dtype, non_blocking=tokens.is_pinned())
-    return (tokens.to(device, non_blocking=tokens.is_pinned()).float() * scales.to(device).unsqueeze(-1)).to(dtype)
+def _has(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return tensor.dtype == dtype and tuple(tensor.shape) == shape
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:

@@ -7,7 +7,7 @@ import torch
 from cribsheet.build import build_sheet
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
-from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.layers import FloatLayer
 from cribsheet.sheet.sheet import Sheet
 from cribsheet_bench.speed.setting import Setting
 
@@ -18,7 +18,7 @@ def sheet_of(setting: Setting, tokens: int) -> Sheet:
     small = build_sheet(setting.backbone, [Document(text=text, id="a")], Task("Which?"), rate=1, scorer="task")
     shape = (setting.backbone.kv_heads, tokens, setting.backbone.head_size)
     keys = torch.randn(shape).to(torch.bfloat16)
-    layers = [StoredLayer(keys.clone(), keys.clone()) for _ in small.layers]
+    layers = [FloatLayer(keys.clone(), keys.clone()) for _ in small.layers]
     indices = torch.full((*small.indices.shape[:2], tokens), -1, dtype=torch.int32)
     made = small.manifest.model_copy(update={"dtype": "bfloat16"})
     return Sheet(layers, indices, small.origins, made, small.texts)
