@@ -3,8 +3,8 @@
     python -m cribsheet_bench.certainty --seed 1 --json certainty.json
     python -m cribsheet_bench.certainty --model MODEL --data FOLDER --rates 4 8 --questions 10
 
-Corpora of `bench.connectivity`, held-out worlds of the pocket model and the demo's paragraphs, at budgets as in
-`compare`: the full sheet, passages alone, and half a sheet with and without as many passages, which is what `auto`
+Corpora of `cribsheet_bench.connectivity`, held-out worlds of the pocket model and the demo's paragraphs, at budgets as
+in `compare`: the full sheet, passages alone, and half a sheet with and without as many passages, which is what `auto`
 chooses from. Everything is asked once; what `auto` makes of it at any threshold is then arithmetic. Reported: how good
 each way is, how often each signal ranks a question better retrieved for above another (0.5 is chance), and what
 thresholds do. About ten minutes on one core.
@@ -83,7 +83,7 @@ class Measured:
     cut: bool
 
     def chosen(self, near: float = NEAR, sure: float = SURE) -> str:
-        """What `auto` does at these thresholds, as `hybrid.begin` does."""
+        """What `auto` does at these thresholds, as `modes.begin` does."""
         judged = Judged(self.probability, self.nearness, near)
         if sure <= max(self.told, judged.certainty) and sure < 1:
             return _SHEET

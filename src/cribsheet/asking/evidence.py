@@ -2,7 +2,7 @@
 
 A document counts by its most attended token of each head, not by the sum over its tokens: sums favour long documents
 and those whose every comma attracts a little attention. It shows what the model looked at, not a proof that the
-answer follows. How it was chosen, and what it finds: `bench/evidence.py`.
+answer follows. How it was chosen, and what it finds: `cribsheet_bench/evidence.py`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def of_sheet(sheet: Sheet, looked: Tensor, places: Sequence[tuple[int, int]]) ->
 def _parted(sheet: Sheet, looked: Tensor, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """What was looked at (M, K, p + N) in the sheet (M, K, P), or (M, K, 0) without one, and in passages (M, K, N).
 
-    `p` is less than P where the guide was read with the question (`telling.beside_documents`); nothing of it counts.
+    `p` is less than P where the guide was read with the question (`placing.beside_documents`); nothing of it counts.
     """
     size = places[-1][1] - places[0][0] if places else 0
     kept, told = looked.split([looked.shape[2] - size, size], 2)

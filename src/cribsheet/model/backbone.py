@@ -95,9 +95,7 @@ class Backbone:
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._attachment = Attachment.of(model)
         self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `model/divided.py`
-        self.samples: Tensor | None = (
-            None  # of the weights, where one process cannot take them (`model/fingerprint.py`)
-        )
+        self.samples: Tensor | None = None  # of the weights, where no process holds all (`model/fingerprint.py`)
         self.lean: Any = None  # a step of few kernels, or false where there must be none (`model/llama_step.py`)
         self.lean_read: Any = None  # the same of a read (`model/llama_read.py`)
         self.profiles: dict[str, Any] = {}  # how many tokens each head looks up, by template (`compress/profile.py`)
