@@ -40,7 +40,7 @@ def ask(kb, question="Where does Bob live?", sink=None, prefix=None, **params):
     events = []
     request = Request(
         prefix or kb.prefix,
-        kb._question_ids(question),
+        kb.question_tokens(question),
         SamplingParams(**{"max_tokens": 8, **params}),
         sink or events.append,
     )
@@ -360,7 +360,7 @@ def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
     queue(engine, request)
     run(engine)
     said = [logprob for event in events if isinstance(event, Delta) for logprob in event.logprobs]
-    layout = full._layout
+    layout = full.session.layout
     left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
     whole = torch.cat([layout.encoder.left(left)[0], request.question])
     assert [logprob.token_id for logprob in said] == full_context_answer(kb.backbone, whole, 6)

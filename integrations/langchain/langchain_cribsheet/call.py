@@ -12,7 +12,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 from cribsheet import Answer, CompressedKnowledgeLLM
 from cribsheet.errors import RequestError
-from cribsheet.llm import Prepared
+from cribsheet.asking.prepared import Prepared
 from langchain_cribsheet.knowledge import Knowledge
 from langchain_cribsheet.messages import as_conversation, as_message, facts_of, last_chunk
 

@@ -25,7 +25,7 @@ from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from cribsheet import CompressedKnowledgeLLM, __version__
-from cribsheet.asking.modes import Retrieval
+from cribsheet.asking.settings import Retrieval
 from cribsheet.errors import RequestError
 from cribsheet.retrieval.retriever import as_retriever
 from cribsheet.structured.grammar import Grammar

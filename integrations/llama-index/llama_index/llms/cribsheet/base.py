@@ -43,7 +43,7 @@ from llama_index.llms.cribsheet.messages import (
 from llama_index.llms.cribsheet.structured import SchemaBoundLLM
 
 from cribsheet import Answer, CompressedKnowledgeLLM
-from cribsheet.asking.modes import Retrieval
+from cribsheet.asking.settings import Retrieval
 from cribsheet.asking.streams import AsyncAnswerStream
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.errors import MismatchError, RequestError, SheetError
