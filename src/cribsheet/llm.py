@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     )
     from cribsheet.compress.scoring import Scorer
 
+_LANGCHAIN = "langchain_cribsheet", "langchain-cribsheet"  # module and distribution
+_LLAMA_INDEX = "llama_index.llms.cribsheet", "llama-index-llms-cribsheet"
+
 
 class CompressedKnowledgeLLM:
     """A local model that answers from a sheet: no retrieval, no re-reading.
@@ -85,11 +88,10 @@ class CompressedKnowledgeLLM:
         `Backbone.load`; `progress=True` shows a bar. All other options are those of `build_sheet`: `rate=`, `budget=`
         or `retain=`, `check`, `scorer`, `guide`, `chunk_tokens`, `system`, `dtype`, `seed`, ...
         """
-        read = read_documents(documents)
-        purpose = Task.of(task)
+        corpus, purpose = read_documents(documents), Task.of(task)
         with shown(progress) as told:
             loaded = LoadedModel.get(model, **dict(model_options or {}))
-            return cls(loaded, build_sheet(loaded.backbone, read, purpose, progress=told, **options))
+            return cls(loaded, build_sheet(loaded.backbone, corpus, purpose, progress=told, **options))
 
     @classmethod
     def load(
@@ -241,10 +243,7 @@ class CompressedKnowledgeLLM:
         `passage_tokens=` and `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's
         `mode` and `passages` say what was used.
         """
-        with self.stream(question, **sampling) as stream:
-            for _ in stream:
-                pass
-            return stream.answer
+        return read([self.stream(question, **sampling)])[0]
 
     def stream(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> AnswerStream:
         """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.
@@ -275,17 +274,12 @@ class CompressedKnowledgeLLM:
 
     async def aask(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
-        stream = self.astream(await asyncio.to_thread(self.prepare, question, **sampling))
-        async for _ in stream:
-            pass
-        return stream.answer
+        return (await read_later([self.astream(await asyncio.to_thread(self.prepare, question, **sampling))]))[0]
 
     async def aask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
-        session = self.session
-        return await read_later(
-            begin_later(session, await asyncio.to_thread(session.prepare, question, sampling, n), None)
-        )
+        asked = await asyncio.to_thread(self.session.prepare, question, sampling, n)
+        return await read_later(begin_later(self.session, asked, None))
 
     def astream(
         self,
@@ -336,7 +330,7 @@ class CompressedKnowledgeLLM:
 
     def as_chat_model(self, **settings: Unpack[ChatModelOptions]) -> ChatCribsheet:
         """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
-        made: ChatCribsheet = _langchain().ChatCribsheet(knowledge=self, **settings)
+        made: ChatCribsheet = integration(*_LANGCHAIN).ChatCribsheet(knowledge=self, **settings)
         return made
 
     def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> ChainRetriever:
@@ -347,7 +341,7 @@ class CompressedKnowledgeLLM:
         would cost, and that look on top. So take markers where this sheet answers, and texts for what needs to see
         them: evaluators, rerankers, other models.
         """
-        made: ChainRetriever = _langchain().CribsheetRetriever(knowledge=self, **settings)
+        made: ChainRetriever = integration(*_LANGCHAIN).CribsheetRetriever(knowledge=self, **settings)
         return made
 
     def as_tool(self, name: str, description: str, **settings: Unpack[ToolOptions]) -> BaseTool:
@@ -356,17 +350,17 @@ class CompressedKnowledgeLLM:
 
     def as_llama_index_llm(self, **settings: Unpack[IndexLLMOptions]) -> CribsheetLLM:
         """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`)."""
-        made: CribsheetLLM = _llama_index().CribsheetLLM(knowledge=self, **settings)
+        made: CribsheetLLM = integration(*_LLAMA_INDEX).CribsheetLLM(knowledge=self, **settings)
         return made
 
     def as_query_engine(self, **settings: Unpack[QueryEngineOptions]) -> CompressedKnowledgeQueryEngine:
         """A LlamaIndex query engine over this sheet, where `index.as_query_engine()` was."""
-        engine: type[CompressedKnowledgeQueryEngine] = _llama_index().CompressedKnowledgeQueryEngine
+        engine: type[CompressedKnowledgeQueryEngine] = integration(*_LLAMA_INDEX).CompressedKnowledgeQueryEngine
         return engine.from_args(knowledge=self, **settings)
 
     def as_index_retriever(self, **settings: Unpack[IndexRetrieverOptions]) -> IndexRetriever:
         """A LlamaIndex retriever of the passages that the sheet looks at, where `index.as_retriever()` was."""
-        made: IndexRetriever = _llama_index().CribsheetRetriever(self, **settings)
+        made: IndexRetriever = integration(*_LLAMA_INDEX).CribsheetRetriever(self, **settings)
         return made
 
 
@@ -384,11 +378,3 @@ class Conversation:
         said: Message = {"role": "assistant", "content": answer.text}
         self.messages += [asked, {**said, "tool_calls": answer.tool_calls} if answer.tool_calls else said]
         return answer
-
-
-def _langchain() -> ModuleType:
-    return integration("langchain_cribsheet", "langchain-cribsheet")
-
-
-def _llama_index() -> ModuleType:
-    return integration("llama_index.llms.cribsheet", "llama-index-llms-cribsheet")
