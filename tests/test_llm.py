@@ -53,6 +53,39 @@ def test_a_prepared_question_is_asked_once_by_any_form(kb):
         kb.ask(prepared)
 
 
+def test_of_many_who_ask_one_prepared_question_at_once_one_is_answered(kb):
+    prepared, results = kb.prepare(QUESTION, max_tokens=4), []
+
+    def ask():
+        try:
+            results.append(kb.ask(prepared).text)
+        except RequestError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join(20) for thread in threads]
+    expected = kb.ask(QUESTION, max_tokens=4).text
+    assert results.count(expected) == 1
+    assert sum("asked already" in result for result in results) == 7
+
+
+def test_a_sheet_that_takes_another_s_place_leaves_running_answers_theirs_and_closing_ends_them_all():
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS[:2], ZERO_SHOT, model=tiny_backbone(), rate=2, mode="independent")
+    before, stream = kb.session, kb.stream(QUESTION, max_tokens=3000)
+    next(stream)
+    kb.extend(DOCUMENTS[2:])
+    assert kb.session is not before and kb.session.running is before.running
+    assert kb.prefix.tokens == kb.sheet.length > before.prefix.tokens
+    kb.close()
+    assert "".join(stream) and stream.answer.finish_reason == "cancelled"
+    assert stream.answer.usage.cached_tokens == before.sheet.length
+    for session in (before, kb.session):
+        with pytest.raises(EngineError, match="This sheet is closed"):
+            session.prefix_for(())
+    assert before.loaded.engine.closed
+
+
 def test_an_answer_says_how_it_came_about(kb):
     answer = kb.ask(QUESTION, max_tokens=7)
     assert isinstance(answer, Answer) and str(answer) == answer.text != ""
