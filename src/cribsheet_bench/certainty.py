@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cribsheet.asking.certainty import NEAR, Judged, gain, nearness, probability, told
-from cribsheet.asking.modes import PASSAGE_TOKENS, SURE, is_cut
+from cribsheet.asking.modes import is_cut
+from cribsheet.asking.settings import PASSAGE_TOKENS, SURE
 from cribsheet.compare.compare import Corpus
 from cribsheet.compare.questions import Asked
 from cribsheet.corpus.documents import Document
@@ -192,9 +193,9 @@ def _measured(
     names = {each.document_id for each in ways[_HYBRID].passages}
     return {
         **{mode: score(q, answer.text) for mode, answer in ways.items()},
-        "probability": probability(kb, asked, draft),
-        "gain": gain(kb, asked, draft),
-        "nearness": nearness(kb, asked, draft),
+        "probability": probability(kb.session, asked, draft),
+        "gain": gain(kb.session, asked, draft),
+        "nearness": nearness(kb.session, asked, draft),
         "margin": 1 - ahead[1] / ahead[0] if len(ahead) == 2 else 1.0,
         "found": sum(each.weight for each in whole if each.document_id in names),
         "told": told(q.text, draft, found),

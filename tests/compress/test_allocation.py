@@ -218,7 +218,7 @@ def test_an_interrupted_build_goes_on_bit_for_bit(tiny, tmp_path):
 def test_what_an_answer_looks_at_is_the_same_as_if_absent_tokens_were_there_and_unseen(tiny):
     """Masses of heads that keep fewer tokens stand at the end, over the tokens that they keep."""
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=3, **BUILD)
-    looked = looked_at(tiny, kb.prefix, kb._told(QUESTION), torch.tensor([5]))
+    looked = looked_at(tiny, kb.prefix, kb.session.render(QUESTION), torch.tensor([5]))
     assert looked.shape[1:] == kb.sheet.indices.shape[1:]
     absent = kb.sheet.indices[-len(looked) :] == ABSENT
     assert absent.any() and (looked[absent] == 0).all() and (looked[~absent] > 0).all()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
-    from cribsheet.asking.modes import Retrieval
+    from cribsheet.asking.settings import Retrieval
     from cribsheet.compress.scoring import Scorer
     from cribsheet.living.independent import Reader
     from cribsheet.structured.grammar import Grammar

@@ -99,7 +99,6 @@ class Backbone:
         self.lean: Any = None  # a step of few kernels, or false where there must be none (`model/llama_step.py`)
         self.lean_read: Any = None  # the same of a read (`model/llama_read.py`)
         self.profiles: dict[str, Any] = {}  # how many tokens each head looks up, by template (`compress/profile.py`)
-        self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
     @classmethod
     def load(
