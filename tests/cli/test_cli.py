@@ -177,7 +177,7 @@ MISUSES = {
     "no arrow": (["build", "{staff}", "-o", "{new}", "--example", "a -> b"], "=>"),
     "no such document": (["build", "{staff}/eve.txt", "-o", "{new}"], "eve.txt"),
     "no such model": (["build", "{staff}", "-o", "{new}", "--model", "./nowhere"], "nowhere"),
-    "no such scorer": (["build", "{staff}", "-o", "{new}", "--model", "{model}", "--scorer", "best"], "task-peak"),
+    "no such scorer": (["build", "{staff}", "-o", "{new}", "--model", "{model}", "--scorer", "best"], "reconstruction"),
     "no such guide": (["build", "{staff}", "-o", "{new}", "--guide", "best"], "dropped"),
     "rate below one": (["build", "{staff}", "-o", "{new}", "--model", "{model}", "--rate", "0.5"], "at least 1"),
     "budget above corpus": (["build", "{staff}", "-o", "{new}", "--model", "{model}", "--budget", "9999"], "9999"),
@@ -425,7 +425,7 @@ def test_a_killed_build_goes_on_with_resume_and_leaves_nothing_beside_the_sheet(
         "--rate",
         32,
         "--scorer",
-        "task-peak",
+        "task",
         "--json",
         "-o",
     )

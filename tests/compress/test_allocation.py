@@ -256,7 +256,6 @@ def test_where_heads_share_a_budget_it_may_be_less_than_the_template_s_head(tiny
         ({"allocation": "adaptive"}, ("recall", "adaptive")),
         ({"scorer": "finch"}, ("finch", "uniform")),
         ({"allocation": "uniform"}, ("recall", "uniform")),
-        ({"allocation": "uniform", "scorer": "notes"}, ("notes", "uniform")),
         ({"scorer": "task", "allocation": "adaptive"}, ("task", "adaptive")),
         ({"mode": "independent"}, ("recall", "adaptive")),
         ({"mode": "independent", "rate": 1.2, "allocation": "uniform"}, ("recall", "uniform")),
@@ -271,7 +270,7 @@ def test_the_forecast_of_a_uniform_sheet_is_of_the_scorer_that_makes_it(tiny):
     def peak(**options):
         return forecast(tiny, DOCUMENTS, FEW_SHOT, rate=2, allocation="uniform", **options).peak_bytes
 
-    assert peak() == peak(scorer="recall") > peak(scorer="notes")
+    assert peak() == peak(scorer="recall") > peak(scorer="task")
 
 
 def test_room_is_what_the_longest_head_leaves(tiny):

@@ -26,7 +26,7 @@ from cribsheet.testing import tiny_backbone
 
 @pytest.fixture(scope="module")
 def kb():
-    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="task-peak")
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="recall")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_batch_of_uneven_questions_equals_each_alone_whoever_joins_or_leaves(k
 
 
 def test_sheets_on_one_model_take_turns_token_by_token(kb, engine):
-    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="task-peak")
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="recall")
     order = []
     first_events, second_events = [], []
     first, _ = ask(kb, sink=lambda event: (order.append("first"), first_events.append(event)), max_tokens=12)
@@ -358,7 +358,7 @@ def test_penalties_count_what_the_answer_holds_so_far(kb, engine):
 
 def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
     """By their log-probabilities, over a sheet that keeps everything."""
-    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1, scorer="task-peak")
+    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1, scorer="recall")
     request, events = ask(full, prefix=full.prefix, max_tokens=6, logprobs=2)
     queue(engine, request)
     run(engine)
@@ -496,7 +496,7 @@ def test_a_short_question_is_answered_while_long_answers_hold_all_slots(kb, slot
 
 
 def test_long_answers_over_different_sheets_share_a_single_slot(kb):
-    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="task-peak")
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="recall")
     engine, order = Engine(kb.backbone, max_batch=1), []
     events = {"first": [], "second": []}
 
@@ -549,7 +549,7 @@ def test_nobody_is_parked_while_nobody_waits(kb):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "smollm3"])
 def test_a_long_question_read_in_pieces_is_read_as_in_one_go(family, monkeypatch):
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(family), rate=3, scorer="task-peak")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(family), rate=3, scorer="recall")
     question = "Where does Bob live? " * 20
     whole, whole_events = ask(kb, question, max_tokens=10, logprobs=1)
     pieces, piece_events = ask(kb, question, max_tokens=10, logprobs=1)
