@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from cribsheet.asking.router import Router
 from cribsheet.compare.metrics import exact_match, set_f1
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.living.combine import Router
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet_bench.quality.quality import Case, held_out_cases, setup
 

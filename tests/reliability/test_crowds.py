@@ -110,7 +110,7 @@ def test_a_crowd_leaves_nothing_behind_and_mixes_nothing_up(times):
         http = live.http(headers={"Authorization": f"Bearer {KEYS['a']}"})
 
         def at_rest():
-            engines = {id(served.kb._loaded): served.kb._loaded.engine for served in desk.shelf.values()}
+            engines = {id(served.kb.session.loaded): served.kb.session.loaded.engine for served in desk.shelf.values()}
             idle = all(not engine._started() and not engine._waiting for engine in engines.values())
             return idle and desk.gate.in_flight == 0
 

@@ -131,70 +131,51 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ReadingLayer(PrefixLayer):
-    """A layer that reads `[chunk; guide]` in one go, or the guide on a chunk read before, and remembers how it looked.
+    """A layer that reads `[chunk; guide]` in one go and remembers how it looked.
 
-    After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
+    After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_keys`, `guide_values` (K, T, D), `guide_queries`
+    (H, T, D), `guide_lse` (H, T).
     """
 
     def __init__(
-        self,
-        prefix: LayerPrefix,
-        start: int,
-        guide_tokens: int,
-        known: tuple[Tensor, Tensor] | None = None,
-        step: Callable[[], None] | None = None,
+        self, prefix: LayerPrefix, start: int, guide_tokens: int, step: Callable[[], None] | None = None
     ) -> None:
         super().__init__(prefix, start)
         self.guide_tokens = guide_tokens
         self._step = step  # called when the model has come to this layer
-        self._known = known  # keys and values (1, K, c, D) of the chunk
-        self._before = known[0].shape[2] if known else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep a reference to the chunk's keys and values; nothing is copied."""
-        chunk = key_states.shape[2] - self.guide_tokens
-        read = self._known or (key_states[:, :, :chunk], value_states[:, :, :chunk])
-        self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
-        self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
-        self.length = self._before + key_states.shape[2]
+        """Keep a reference to the new keys and values; nothing is copied."""
+        self.length = key_states.shape[2]
+        chunk = self.length - self.guide_tokens
+        self.chunk_keys, self.guide_keys = key_states[0, :, :chunk], key_states[0, :, chunk:]
+        self.chunk_values, self.guide_values = value_states[0, :, :chunk], value_states[0, :, chunk:]
         if self._step is not None:
             self._step()
         return self.tag(key_states), value_states
 
     def look(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        query, key, value, _, scale, softcap = inputs
-        if self._known is None:
-            out, lse = super().look(inputs)
-        elif self.is_cut(self.length):
-            keys, values = torch.cat([self._known[0], key], 2), torch.cat([self._known[1], value], 2)
-            out, lse = self.look_near(AttentionInputs(query, keys, values, None, scale, softcap))
-        else:
-            chunk = attend(query, *self._known, scale=scale, softcap=softcap)
-            out, lse = merge(super().look(inputs), chunk)
-        first = query.shape[2] - self.guide_tokens
-        self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
+        out, lse = super().look(inputs)
+        first = inputs.query.shape[2] - self.guide_tokens
+        self.guide_queries, self.guide_lse = inputs.query[0, :, first:], lse[0, :, first:]
         return out, lse
 
     def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
-        chunk = key.shape[2] - self.guide_tokens
-        if self._known is None:
-            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
-        query, key, value = (part[:, :, chunk:] for part in (query, key, value))
+        """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks.
+
+        Not for layers with a window.
+        """
         self.update(key, value)
+        chunk = self.length - self.guide_tokens
+        guide = AttentionInputs(query[:, :, chunk:], key[:, :, chunk:], value[:, :, chunk:], None, scale)
+        self.guide_queries = guide.query[0]
         if self.guide_tokens:
-            self.look(AttentionInputs(query, key, value, None, scale))
+            behind_chunk = attend_behind(self.prefix, guide, guide.attend())
+            _, lse = merge(behind_chunk, attend(guide.query, key[:, :, :chunk], value[:, :, :chunk], scale=scale))
+            self.guide_lse = lse[0]
         else:
-            self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
-
-    def get_seq_length(self) -> int:
-        """Tokens before the next one, prefix and known chunk included."""
-        return self.start + self._before
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The new tokens see all that is before them, so masks begin with them."""
-        return query_length, self.start + self._before
+            self.guide_lse = query.new_empty(query.shape[1], 0, dtype=torch.float32)
 
 
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:

@@ -141,24 +141,18 @@ class Backbone:
         start: int,
         chunk: Tensor,
         guide: Tensor,
-        known: Sequence[tuple[Tensor, Tensor]] | None = None,
         step: Callable[[], None] | None = None,
     ) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
 
-        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. If the chunk's keys and values (1, K, c, D) of each
-        layer are `known`, only the guide is read. Returns one layer each with the chunk's keys and values and the
-        guide's queries and log-sum-exps. By few kernels where that pays and agrees with the model's own pass. `step`
-        is called at each layer.
+        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. Returns one layer each with the chunk's keys and values
+        and the guide's queries and log-sum-exps. By few kernels where that pays and agrees with the model's own pass.
+        `step` is called at each layer.
         """
-        known = known if len(guide) else None  # a pass needs something to read
-        before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
-        pairs = zip(prefix, before, strict=True)
-        layers = [ReadingLayer(layer, start, len(guide), part, step) for layer, part in pairs]
-        ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
-        first = start + len(chunk) if known else start
-        positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
-        fast = self.fast_read if len(chunk) + len(guide) >= _LEAST else None
+        layers = [ReadingLayer(layer, start, len(guide), step) for layer in prefix]
+        ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
+        positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
+        fast = self.fast_read if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
         return layers
 

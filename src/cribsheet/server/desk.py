@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cribsheet.asking.answer import Answer, Source
-from cribsheet.asking.evidence import LIMIT
+from cribsheet.asking.sources import LIMIT
 from cribsheet.server.auth import Caller
 from cribsheet.server.limits import Gate
 from cribsheet.server.openai.asking import Ask, log_facts

@@ -31,7 +31,7 @@ from cribsheet_bench.quality.quality import METHODS, Method, measure, setup
 from cribsheet_bench.quality.quality_page import ALL, summary
 
 COMPARED = (
-    "default", "few-shot, recall with notes", "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot",
+    "default", "reconstruction, adaptive", "few-shot",
 )  # fmt: skip
 USUAL = tuple(name for name in FAMILIES if not name.endswith("words"))
 
