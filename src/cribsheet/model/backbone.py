@@ -194,6 +194,10 @@ class Backbone:
 
         As a tensor (n,), `keep` names the places of the tokens whose logits are wanted.
         """
+        return self.logits(ids, positions, cache, keep)
+
+    def logits(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
+        """As `step`, for a caller who may need gradients."""
         with self.announced(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),

@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from cribsheet.asking.answer import Answer
 from cribsheet.asking.prepared import Prepared
 from cribsheet.asking.session import Session
 from cribsheet.asking.streams import AnswerStream
@@ -122,20 +123,20 @@ class Exam:
 
     def over(self, prefix: Prefix, questions: Sequence[str]) -> list[str]:
         """Answers of a prefix, in which the guide stands already if it is resident."""
-        return self._written(prefix, [self._after(question) for question in questions])
+        return self.written(prefix, [self._after(question) for question in questions])
 
     def alone(self, asked: Sequence[tuple[str, str]]) -> list[str]:
         """Answers to questions, each with a text, or nothing, where the documents would stand."""
         guide = self.guide
-        return self._written(
+        return self.written(
             self._nothing,
-            [torch.cat([self._documents(text), guide, self._after(question)]) for text, question in asked],
+            [torch.cat([self.documents(text), guide, self._after(question)]) for text, question in asked],
         )
 
     def questions(self, asked: Sequence[tuple[str, str, Way]]) -> list[str]:
         """Questions about texts, each begun with an opening; empty where none came to its end."""
-        begun = [torch.cat([self._documents(text), self._begun(opening, way)]) for text, opening, way in asked]
-        written = self._written(self._nothing, begun, stop=("?", "？", "\n"), most=_QUESTION_TOKENS)
+        begun = [torch.cat([self.documents(text), self._begun(opening, way)]) for text, opening, way in asked]
+        written = self.written(self._nothing, begun, stop=("?", "？", "\n"), most=_QUESTION_TOKENS)
         pairs = zip(asked, written, strict=True)
         return [f"{opening} {text}?" if text else "" for (_, opening, _), text in pairs]
 
@@ -144,7 +145,8 @@ class Exam:
         turns = [{"role": "user", "content": text}]
         return self.layout.encoder.after(self.layout.question(turns, self._shown, self.resident))
 
-    def _documents(self, text: str) -> Tensor:
+    def documents(self, text: str) -> Tensor:
+        """Tokens (T,) of the preamble and of a text, or nothing, where the documents would stand."""
         encoder = self.layout.encoder
         return encoder.left(self.opening + (encoder.defuse(text) + GAP if text else ""))[0]
 
@@ -158,27 +160,48 @@ class Exam:
             text += f"{'' if text[-1:].isspace() else ' '}Question:"
         return layout.encoder.after(f"{text}{'' if text[-1:].isspace() else ' '}{opening}")
 
-    def _written(
-        self, prefix: Prefix, asked: Sequence[Tensor], *, stop: tuple[str, ...] = (), most: int = _ANSWER_TOKENS
+    def written(
+        self,
+        prefix: Prefix,
+        asked: Sequence[Tensor],
+        *,
+        stop: tuple[str, ...] = (),
+        most: int = _ANSWER_TOKENS,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
-        """What the model writes, greedily, after tokens (T,) over a prefix; nothing where it comes to no `stop`."""
-        found: list[str] = []
+        """What the model writes after tokens (T,) over a prefix; nothing where it comes to no `stop`.
+
+        The most probable tokens, or at a `temperature` such as the `seed` draws, each time others for each of `asked`.
+        """
+        settings = {"stop": stop, "temperature": temperature}
+        answers = self.answers(prefix, asked, [{**settings, "seed": seed + n} for n in range(len(asked))], most)
+        return [
+            "" if each is None or (stop and each.finish_reason != "stop") else each.text.strip() for each in answers
+        ]
+
+    def answers(
+        self, prefix: Prefix, asked: Sequence[Tensor], settings: Sequence[Mapping[str, Any]], most: int
+    ) -> list[Answer | None]:
+        """Answers to tokens (T,) over a prefix, each with its settings; none where the window has no room for one."""
+        found: list[Answer | None] = []
         self.loaded.enter(self)
         try:
             for first in range(0, len(asked), _AT_ONCE):
-                streams = [self._stream(prefix, ids, stop, most) for ids in asked[first : first + _AT_ONCE]]
+                pairs = zip(asked[first : first + _AT_ONCE], settings[first : first + _AT_ONCE], strict=True)
+                streams = [self._stream(prefix, ids, each, most) for ids, each in pairs]
                 self.loaded.engine.submit(*(stream.request(prefix) for stream in streams if stream))
-                found += [_read(stream, bool(stop)) if stream else "" for stream in streams]
+                found += [_read(stream) if stream else None for stream in streams]
         finally:
             self.loaded.leave(self)
         return found
 
-    def _stream(self, prefix: Prefix, ids: Tensor, stop: tuple[str, ...], most: int) -> AnswerStream | None:
+    def _stream(self, prefix: Prefix, ids: Tensor, settings: Mapping[str, Any], most: int) -> AnswerStream | None:
         """A question for the engine, or none where the window leaves no room for an answer."""
         left = min(most, self.backbone.window - prefix.tokens - len(ids))
         if left < 1:
             return None
-        params = SamplingParams(max_tokens=left, stop=stop)
+        params = SamplingParams(**settings, max_tokens=left)
         return AnswerStream(Prepared(Told(ids), prefix.tokens, params, ends=self.layout.stop))
 
 
@@ -212,7 +235,7 @@ def make_probes(
         asked = exam.questions([(stretch.text, opening, way) for stretch, opening, way in tries])
         kept: dict[str, tuple[Passage, Way]] = {}
         for (stretch, _, way), question in zip(tries, asked, strict=True):
-            if words(question) not in written and _is_apt(question, stretch, rare):
+            if words(question) not in written and is_apt(question, stretch, rare):
                 written.append(words(question))
                 kept[question] = stretch, way
         new = _judged(exam, _answered(exam, [(question, stretch) for question, (stretch, _) in kept.items()]))
@@ -274,7 +297,7 @@ def _answered(exam: Exam, asked: Sequence[tuple[str, Passage]]) -> list[Probe]:
     return [
         Probe(question, answer, stretch=stretch)
         for (question, stretch), answer in zip(asked, answers, strict=True)
-        if _is_told(question, answer, stretch)
+        if is_told(question, answer, stretch)
     ]
 
 
@@ -284,7 +307,7 @@ def _judged(exam: Exam, probes: Sequence[Probe]) -> list[Probe]:
     return [replace(probe, closed=answer) for probe, answer in zip(probes, closed, strict=True)]
 
 
-def _is_apt(question: str, stretch: Passage, rare: Set[str]) -> bool:
+def is_apt(question: str, stretch: Passage, rare: Set[str]) -> bool:
     """Whether a question can stand without its stretch: it has a word of it that is `rare` elsewhere.
 
     Nor may it ask about the text as such.
@@ -294,7 +317,7 @@ def _is_apt(question: str, stretch: Passage, rare: Set[str]) -> bool:
     return not rare.isdisjoint(set(words(question)) & set(words(stretch.text)))
 
 
-def _is_told(question: str, answer: str, stretch: Passage) -> bool:
+def is_told(question: str, answer: str, stretch: Passage) -> bool:
     """Whether an answer says something that the question does not, in words of the stretch."""
     new, told = new_in(answer, question), set(words(stretch.text))
     return bool(new) and sum(word in told for word in new) >= _COVERED * len(new)
@@ -336,10 +359,9 @@ def _even(probes: Sequence[Probe], count: int) -> list[Probe]:
     return (first + rest)[:count]
 
 
-def _read(stream: AnswerStream, must_stop: bool) -> str:
+def _read(stream: AnswerStream) -> Answer:
     """An answer, once it is there; an interrupt ends it."""
     with stream:
         for _ in stream:
             pass
-    answer = stream.answer
-    return "" if must_stop and answer.finish_reason != "stop" else answer.text.strip()
+    return stream.answer

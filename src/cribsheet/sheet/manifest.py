@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
@@ -186,14 +187,15 @@ class Manifest(BaseModel):
     @property
     def cuttable(self) -> bool:
         """Whether smaller sheets can be cut from the reading that it is of."""
-        return self.mode == "sequential" and self.correction == "none"
+        return self.mode == "sequential" and self.correction == "none" and "study" not in self.build
 
     @property
     def digest(self) -> str:
         """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made."""
-        return hashlib.sha256(
-            self.model_dump_json(exclude={"created", "build", "history", "retention"}).encode()
-        ).hexdigest()[:16]
+        told = self.model_dump_json(exclude={"created", "build", "history", "retention"})
+        if studied := self.build.get("study"):  # its figures are those of no other
+            told += json.dumps(studied, sort_keys=True, default=str)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def format_of(dtype: StorageDtype) -> Literal[1, 2]:

@@ -1,0 +1,280 @@
+"""What a sheet practises on: questions that the model makes of the documents, with its answers where it sees the text.
+
+Stretch by stretch, with nothing else before it, the model writes questions about each sentence, begun with words that
+it is given, so that they are not all of one kind; every other time it sees the task's own questions. The stretch
+answers them with the guide as the sheet has it, and a question stays if that answer comes to an end, says something
+new in words of the stretch, is not given closed book as well, and is not doubted by the model itself. Gaps in
+sentences (`retention/gaps.py`) join them. The documents' own text, to be gone on with, is the rest.
+
+For each token of an answer the teacher's best continuations are kept with their probabilities: what is learnt is the
+distribution, not the words (Cartridges, arXiv 2506.06266, learn so too, from conversations).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import Prefix
+from cribsheet.compress.loop import nothing_read
+from cribsheet.corpus.documents import Document
+from cribsheet.engine.pool import LoadedModel
+from cribsheet.errors import RequestError
+from cribsheet.prompt.template import ChatLayout
+from cribsheet.retention.gaps import gaps
+from cribsheet.retention.probes import Exam, agree, is_apt, is_told
+from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
+from cribsheet.sheet.sheet import Sheet
+
+logger = logging.getLogger(__name__)
+
+Turn = Callable[[str], Tensor]  # tokens (T,) of a user's turn, as they follow the sheet
+
+_STRETCH = 2000  # characters that are read at once
+_QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
+_PER_SENTENCE = 6  # questions that are tried
+_AT_ONCE = 2  # of them in a round, so that all stretches have some when time is up
+_SHORTEST = 6  # words of a sentence
+_LONGEST = 400  # characters of a sentence that are shown
+_GAPS = 8  # of a stretch at most
+_TEMPERATURE = 0.8
+_DOUBT = -0.7  # mean log-probability of an answer's tokens below which it is not believed
+_RARE = 0.1  # share of the stretches that a word which tells them apart is in at most
+_TOP = 32  # continuations of each token that are kept
+_ROWS = 16  # answers that are looked at together
+_CUE, _TEXT_TOKENS = (12, 20), 40  # tokens of a text that are shown, and that follow
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+
+_OPENINGS = (
+    *("Who", "When", "What", "Which", "Where", "How many", "What is the name of", "In which", "Why", "How", "What was"),
+    *("What did", "What kind of", "In what year", "What does", "Who was", "How much", "What is", "What are"),
+    *("Which of", "By whom", "What happened", "Whose", "How long"),
+)
+_ASKED = (
+    'Write one question that this sentence of the documents answers in a few words: "{}"\n\nWhoever gets the question '
+    "does not see the sentence, so name what it is about. {}Write the question only."
+)
+_ALIKE = "Questions look like these: {}\n\n"
+_GO_ON = "Continue the documents where they read: {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """A user's turn and what to write after it, in tokens.
+
+    `ids` (T,) are both, `asked` those of the turn; `tops` (n, k) and `weights` (n, k) are the teacher's best
+    continuations and their probabilities for each of the n tokens to write.
+    """
+
+    ids: Tensor
+    asked: int
+    tops: Tensor
+    weights: Tensor
+    question: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Practice:
+    """Questions with answers, and texts to go on with; `tried` and `left_out` say what became of the questions."""
+
+    questions: Sequence[Exercise]
+    texts: Sequence[Exercise]
+    tried: int
+    left_out: Counter[str]
+
+
+def turns_of(exam: Exam, sheet: Sheet) -> Turn:
+    """How a user's turn follows a sheet, in tokens."""
+
+    def turn(text: str) -> Tensor:
+        asked = [{"role": "user", "content": text}]
+        return exam.layout.encoder.after(exam.layout.question(asked, sheet.shown_task, sheet.resident))
+
+    return turn
+
+
+def make_practice(
+    model: LoadedModel,
+    layout: ChatLayout,
+    sheet: Sheet,
+    *,
+    seed: int = 0,
+    until: float | None = None,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Practice:
+    """Exercises about a sheet's documents; the same every time, unless it is `until` (of `time.monotonic`) first.
+
+    Raises `RequestError` if the sheet has no texts.
+    """
+    stretches = cut_into_passages(_told(sheet), _STRETCH)
+    exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
+    maker = _Maker(exam, turns_of(exam, sheet), stretches, seed)
+    rounds = [(stretch, turn) for turn in range(_PER_SENTENCE // _AT_ONCE) for stretch in stretches]
+    for number, (stretch, turn) in enumerate(rounds):
+        if until is not None and time.monotonic() > until:
+            logger.info("time is up for practice after %d of %d stretches", number, len(rounds))
+            break
+        maker.take(stretch, turn)
+        tell((number + 1) / len(rounds))
+    return Practice(maker.found, maker.texts(), maker.tried, maker.left_out)
+
+
+def read_prefix(exam: Exam, *parts: Tensor) -> Prefix:
+    """Tokens (T,) plainly read, one part behind the other."""
+    layers, ids = nothing_read(exam.backbone), torch.cat(parts)
+    if not len(ids):
+        return Prefix(layers, 0)
+    read = exam.backbone.read(layers, 0, ids, ids[:0])
+    found = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
+    return Prefix(found, len(ids))
+
+
+def _told(sheet: Sheet) -> list[Document]:
+    if not sheet.texts:
+        raise RequestError(
+            "The sheet was saved without its documents' texts, and there is nothing to study; build it again and save "
+            "it with them."
+        )
+    return sheet.documents
+
+
+class _Maker:
+    """Makes exercises of one stretch after the other."""
+
+    def __init__(self, exam: Exam, turn: Turn, stretches: Sequence[Passage], seed: int) -> None:
+        self._exam, self._turn, self._stretches, self._seed = exam, turn, stretches, seed
+        self._random = random.Random(seed)
+        self._guide, self._nothing = exam.guide, read_prefix(exam, exam.documents(""), exam.guide)
+        spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
+        self._rare = {word for word, places in spread.items() if places <= max(1, _RARE * len(stretches))}
+        shown = " / ".join(question for question, _ in exam.task.examples[:3])
+        self._alike = _ALIKE.format(shown) if shown else ""
+        self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
+        self.found: list[Exercise] = []
+        self.tried = 0
+        self.left_out: Counter[str] = Counter()
+
+    def take(self, stretch: Passage, turn: int) -> None:
+        """Ask some questions about each sentence of a stretch, and in the first round gaps too."""
+        documents = self._exam.documents(stretch.text)
+        asked = dict.fromkeys(self._asked(stretch, documents, turn), "")
+        if turn == 0:
+            left = list(gaps(stretch, self._rare))
+            self._random.shuffle(left)
+            asked |= {gap.question: gap.answer for gap in left[:_GAPS]}
+        fresh = {question: right for question, right in asked.items() if " ".join(words(question)) not in self._taken}
+        self._taken |= {" ".join(words(question)) for question in fresh}
+        if fresh:
+            self.found += self._answered(stretch, fresh, read_prefix(self._exam, documents, self._guide))
+
+    def _asked(self, stretch: Passage, documents: Tensor, turn: int) -> Iterator[str]:
+        """Questions about a stretch that may be asked without it."""
+        exam, sentences = self._exam, _SENTENCE.split(stretch.text)
+        about = [sentence for sentence in sentences if len(sentence.split()) >= _SHORTEST for _ in range(_AT_ONCE)]
+        openings = [self._random.choice(_OPENINGS) for _ in about]
+        begun = []
+        for number, (sentence, opening) in enumerate(zip(about, openings, strict=True)):
+            text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if number % 2 else "")
+            turns = exam.layout.question([{"role": "user", "content": text}], exam.task, False)
+            gap = "" if turns[-1:].isspace() else " "
+            begun.append(exam.layout.encoder.after(f"{turns}{gap}{opening}"))
+        seed = self._seed + self.tried
+        self.tried += len(begun)
+        written = exam.written(
+            read_prefix(exam, documents),
+            begun,
+            stop=("?", "？", "\n"),
+            most=_QUESTION_TOKENS,
+            temperature=_TEMPERATURE,
+            seed=seed,
+        )
+        for opening, text in zip(openings, written, strict=True):
+            question = f"{opening} {text}?" if text else ""
+            if is_apt(question, stretch, self._rare):
+                yield question
+            else:
+                self.left_out["not apt"] += 1
+
+    def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
+        """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""
+        turns = [self._turn(question) for question in asked]
+        settings = [{"logprobs": 0}] * len(turns)
+        answers = self._exam.answers(prefix, turns, settings, _ANSWER_TOKENS)
+        closed = self._exam.written(self._nothing, turns, most=_ANSWER_TOKENS)
+        rows = []
+        for (question, right), ids, answer, known in zip(asked.items(), turns, answers, closed, strict=True):
+            why = (
+                "unended"
+                if answer is None or answer.finish_reason != "stop"
+                else _why_not(question, answer.text.strip(), right, known, stretch)
+            )
+            if why or answer is None:
+                self.left_out[why] += 1
+                continue
+            said = [token.token_id for token in answer.logprobs or ()]
+            rows.append((question, answer.text.strip(), ids, torch.tensor(said)))
+        return self._taught(prefix, rows)
+
+    def _taught(self, prefix: Prefix, rows: Sequence[tuple[str, str, Tensor, Tensor]]) -> list[Exercise]:
+        """Exercises of questions, answers, and both in tokens, with what the teacher would write; doubted ones go."""
+        found, backbone = [], self._exam.backbone
+        ends = torch.tensor(sorted(backbone.eos_ids))
+        for first in range(0, len(rows), _ROWS):
+            batch = rows[first : first + _ROWS]
+            ids = padded([torch.cat([asked, said]) for *_, asked, said in batch])
+            positions = torch.arange(prefix.tokens, prefix.tokens + ids.shape[1]).expand_as(ids).to(backbone.device)
+            keep = torch.arange(min(len(asked) for *_, asked, _ in batch) - 1, ids.shape[1])
+            logits = backbone.step(ids, positions, prefix_cache(prefix.layers, prefix.tokens), keep.to(backbone.device))
+            for row, (question, answer, asked, said) in zip(logits, batch, strict=True):
+                begin = len(asked) - 1 - int(keep[0])
+                likely = row[begin : begin + len(said) + 1].float().log_softmax(-1).cpu()
+                if float(likely[:-1].gather(1, said[:, None]).mean()) < _DOUBT:
+                    self.left_out["doubted"] += 1
+                    continue
+                if len(ends) and int(likely[-1].argmax()) in backbone.eos_ids:  # a base model's answer ends otherwise
+                    said = torch.cat([said, likely[-1].argmax()[None]])
+                best = likely[: len(said)].topk(min(_TOP, likely.shape[1]))
+                whole = torch.cat([asked, said])
+                found.append(Exercise(whole, len(asked), best.indices, best.values.exp(), question, answer))
+        return found
+
+    def texts(self) -> list[Exercise]:
+        """As many texts to go on with as there are questions."""
+        encoder, found = self._exam.layout.encoder, list[Exercise]()
+        for number in range(len(self.found)):
+            ids, spans = encoder.left(self._stretches[number % len(self._stretches)].text)
+            shown = self._random.randint(*_CUE)
+            begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
+            target = ids[begin + shown : begin + shown + _TEXT_TOKENS]
+            if len(target) < _TEXT_TOKENS // 4:
+                continue
+            text = self._stretches[number % len(self._stretches)].text
+            cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
+            asked = self._turn(_GO_ON.format(cue))
+            one = torch.ones(len(target), 1)
+            found.append(Exercise(torch.cat([asked, target]), len(asked), target[:, None], one))
+        return found
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Token ids (B, T) of rows of different lengths, with anything behind the shorter ones, which nobody looks at."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _why_not(question: str, answer: str, right: str, closed: str, stretch: Passage) -> str:
+    """Why an answer is of no use, or nothing."""
+    if not is_told(question, answer, stretch):
+        return "not told"
+    if right and not agree(question, right, answer):
+        return "wrong"
+    return "known" if " ".join(words(answer)) == " ".join(words(closed)) else ""

@@ -1,0 +1,223 @@
+"""Study: an ordinary sheet becomes a better one of the same size, in the time that is given for it.
+
+    practice    the model makes questions of the documents and answers them stretch by stretch (`study/practice.py`)
+    training    keys and values are refined until the sheet answers as the stretches do (`study/trainer.py`)
+    the sheet   with what was learnt, in its own storage type, if that is better on exercises that were held out
+
+What it is worth, and where it is worth nothing: docs, "study".
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cribsheet.asking.session import Session
+from cribsheet.attention.prefix import LayerPrefix, end_positions, turned_back
+from cribsheet.attention.rope import rotate
+from cribsheet.errors import BudgetError, ModelError, RequestError
+from cribsheet.model.backbone import Backbone
+from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.study.notebook import Notebook
+from cribsheet.study.practice import Exercise, Practice, make_practice
+from cribsheet.study.trainer import Pace, State, Trainer
+from cribsheet.vocabulary import ABSENT
+
+logger = logging.getLogger(__name__)
+
+LEAST_QUESTIONS = 16  # of fewer, nothing can be learnt and held out
+_MOST_HELD, _HELD = 48, 0.1
+_SINKS = 4  # first tokens of a sheet, on which attention rests: they stay
+_PRACTICE = 0.35  # share of the time in which practice is made
+_STEPS = 1000  # more than that only repeats
+_BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
+_SAVED_EVERY = 30.0  # seconds
+
+Told = Callable[[str, float], None]  # is told what is done now, and how much of it, 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What came of a study; it stands in the sheet's manifest, under `build`, if the sheet was changed.
+
+    questions, texts
+        exercises that were practised on, and `held_out` those that were not.
+    tried
+        questions that the model wrote.
+    before, after
+        divergence on what was held out, in nats a token, of the sheet as it was and as it is now.
+    steps
+        of training, and `best_step` after which the sheet was at its best: 0 if it was not changed.
+    """
+
+    questions: int
+    texts: int
+    held_out: int
+    tried: int
+    before: float
+    after: float
+    steps: int
+    best_step: int
+    rate: float
+    seed: int
+    seconds: float
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the sheet is better than before."""
+        return self.best_step > 0
+
+    def __str__(self) -> str:
+        """In a line."""
+        came = f"{self.questions} questions, {self.steps} steps, {self.seconds:.0f} s"
+        if not self.learnt:
+            return f"nothing learnt ({came}): divergence on held-out questions stayed at {self.before:.3f}"
+        return f"divergence on {self.held_out} held-out questions {self.before:.3f} -> {self.after:.3f} ({came})"
+
+
+def study(
+    session: Session,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    rate: float = 0.02,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    tell: Told | None = None,
+) -> tuple[Sheet, Study]:
+    """A sheet that answers more of what its documents say, of the size of the one given, and what came of it.
+
+    `minutes` are those of all of it, `steps` those of training; at least one is needed. `rate` is that of learning, in
+    units of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
+    in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
+
+    If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
+    texts or with too few questions in them, `BudgetError` for settings out of range, `ModelError` for a divided model.
+    """
+    _check(minutes, steps, rate, session.backbone)
+    began, told = time.monotonic(), tell or (lambda what, share: None)
+    sheet, backbone = session.sheet, session.backbone
+    identity = {"sheet": sheet.manifest.digest, "seed": seed, "rate": rate, "steps": steps}
+    notebook = Notebook(resume, identity) if resume is not None else None
+    practice = notebook.practice() if notebook else None
+    if practice is None:
+        told("practice", 0.0)
+        until = None if minutes is None else began + 60 * minutes * _PRACTICE
+        practice = make_practice(
+            session.loaded, session.layout, sheet, seed=seed, until=until, tell=lambda share: told("practice", share)
+        )
+        _check_enough(practice)
+        if notebook:
+            notebook.write_practice(practice)
+    held, questions = _parted(practice.questions, seed)
+    layers = float_layers(backbone, sheet)
+    trainer = Trainer(backbone, layers, sheet.length, _free(backbone, sheet), questions, practice.texts, held, seed)
+    state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
+    seconds = math.inf if minutes is None else max(1.0, 60 * minutes - (time.monotonic() - began))
+    pace = Pace(_STEPS if steps is None else steps, seconds, rate)
+    trainer.run(state, pace, _teller(state, pace, told, notebook))
+    learnt = state.lowest < _BETTER * state.curve[0][1]
+    came = Study(
+        questions=len(questions),
+        texts=len(practice.texts),
+        held_out=len(held),
+        tried=practice.tried,
+        before=state.curve[0][1],
+        after=state.lowest if learnt else state.curve[0][1],
+        steps=state.step,
+        best_step=state.best_step if learnt else 0,
+        rate=rate,
+        seed=seed,
+        seconds=time.monotonic() - began,
+    )
+    logger.info("%s", came)
+    if notebook:
+        notebook.remove()
+    return (_with_layers(backbone, sheet, trainer.layers(state), came) if learnt else sheet), came
+
+
+def float_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
+    """A sheet's layers on the model's device in float32, keys rotated for where they stand."""
+    found = []
+    for stored, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
+        layer = stored.restored(backbone.device, torch.float32)
+        if not sheet.manifest.rotated:
+            places = end_positions(layer, sheet.length).to(backbone.device)
+            layer = replace(layer, keys=rotate(layer.keys, places, inv_freq))
+        found.append(layer)
+    return found
+
+
+def _free(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
+    """Of each layer that is learnt, which tokens (N,) may change: those of documents, and not the first few."""
+    first = max(_SINKS, sheet.manifest.head_tokens)
+    found: list[Tensor | None] = [None] * backbone.num_layers
+    for number, indices in zip(backbone.full, sheet.indices, strict=True):
+        found[number] = indices[indices != ABSENT] >= first
+    return found
+
+
+def _with_layers(backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix], came: Study) -> Sheet:
+    """The sheet with other keys and values in the layers that were learnt."""
+    stored = list(sheet.layers)
+    for number in backbone.full:
+        layer = layers[number]
+        if not sheet.manifest.rotated:
+            layer = turned_back(layer, sheet.length, backbone.inv_freqs[number])
+        stored[number] = StoredLayer.of(layer, sheet.manifest.dtype)
+    told: dict[str, Any] = {**sheet.manifest.build, "study": asdict(came)}
+    return replace(sheet, layers=stored, manifest=sheet.manifest.model_copy(update={"build": told}))
+
+
+def _parted(questions: Sequence[Exercise], seed: int) -> tuple[list[Exercise], list[Exercise]]:
+    """Questions that are held out, and those to practise on."""
+    mixed = list(questions)
+    random.Random(seed).shuffle(mixed)
+    held = max(4, min(_MOST_HELD, round(_HELD * len(mixed))))
+    return mixed[:held], mixed[held:]
+
+
+def _teller(state: State, pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[State], None]:
+    saved = time.monotonic()
+
+    def tell(state: State) -> None:
+        nonlocal saved
+        told("training", pace.progress(state))
+        if notebook and time.monotonic() - saved >= _SAVED_EVERY:
+            notebook.write_state(state)
+            saved = time.monotonic()
+
+    return tell
+
+
+def _check(minutes: float | None, steps: int | None, rate: float, backbone: Backbone) -> None:
+    if minutes is None and steps is None:
+        raise BudgetError("Nothing says how long to study; give minutes=, or steps= of training.")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise BudgetError(f"minutes is {minutes!r}; give a number above 0.")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise BudgetError(f"steps is {steps!r}; give a whole number of at least 1.")
+    if not 0 < rate <= 1:
+        raise BudgetError(f"rate is {rate!r}; give a number above 0 and at most 1, such as 0.02.")
+    if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):
+        raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
+
+
+def _check_enough(practice: Practice) -> None:
+    if len(practice.questions) < LEAST_QUESTIONS:
+        why = ", ".join(f"{count} {what}" for what, count in practice.left_out.most_common())
+        raise RequestError(
+            f"Of {practice.tried} questions that the model wrote about the documents {len(practice.questions)} may "
+            f"serve, and a study needs {LEAST_QUESTIONS} ({why or 'no more were written'}). Give more minutes, more "
+            "text, or a model that is better at it; the sheet stays as it is."
+        )
