@@ -24,14 +24,14 @@ from cribsheet.corpus.documents import read_documents
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError, SheetError, integration
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.living.combine import combine
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import Message
 from cribsheet.prompt.turns import Question
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.retriever import BM25Retriever
-from cribsheet.sheet import file as storage
+from cribsheet.sheet import file
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.structured.tools import Toolbox
@@ -109,7 +109,7 @@ class CompressedKnowledgeLLM:
         `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `sheet/registry.py`); or a sheet
         that is open already, such as one of a `SheetCache`. All other arguments are those of `Backbone.load`.
         """
-        sheet = path if isinstance(path, Sheet) else storage.load(resolve(path))
+        sheet = path if isinstance(path, Sheet) else file.load(resolve(path))
         made = sheet.manifest.fingerprint
         if model is None:
             model, revision = made.model, revision or made.revision
@@ -117,7 +117,7 @@ class CompressedKnowledgeLLM:
 
     def save(self, path: str | Path, *, texts: bool = True) -> Path:
         """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
-        return storage.save(self.sheet, path, texts=texts)
+        return file.save(self.sheet, path, texts=texts)
 
     def extend(
         self,
@@ -129,23 +129,23 @@ class CompressedKnowledgeLLM:
     ) -> Self:
         """Add documents to an independent sheet (`living/edits.py`); later questions are answered from them too."""
         how: dict[str, Any] = {"scorer": scorer, "progress": progress, "checkpoint": checkpoint}
-        return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **how))
+        return self._become(edits.extend(self.backbone, self.sheet, documents, check=False, **how))
 
     def replace(
         self, document_id: str, document: Any, *, scorer: str | Scorer | None = None, progress: Listener = None
     ) -> Self:
         """Put another text in the place of a document of an independent sheet."""
         how: dict[str, Any] = {"scorer": scorer, "progress": progress}
-        return self._become(living.replace(self.backbone, self.sheet, document_id, document, check=False, **how))
+        return self._become(edits.replace(self.backbone, self.sheet, document_id, document, check=False, **how))
 
     def remove(self, *document_ids: str) -> Self:
         """Take documents out of an independent sheet, without a trace."""
-        return self._become(living.remove(self.backbone, self.sheet, *document_ids, check=False))
+        return self._become(edits.remove(self.backbone, self.sheet, *document_ids, check=False))
 
     def merge(self, other: Sheet | CompressedKnowledgeLLM) -> Self:
         """Take over the documents of another independent sheet of the same model and task."""
         theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
-        return self._become(living.merge(self.backbone, self.sheet, theirs, check=False))
+        return self._become(edits.merge(self.backbone, self.sheet, theirs, check=False))
 
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None

@@ -27,7 +27,7 @@ from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import BudgetError
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.sheet import Sheet
@@ -79,9 +79,9 @@ def measure_cost(backbone: Backbone, documents: Sequence[Document], scorer: str)
 
     seconds, sheet = _timed(lambda: build(most))
     changes = {
-        "replace": lambda: living.replace(backbone, sheet, new.id, new),
-        "remove": lambda: living.remove(backbone, sheet, new.id),
-        "extend": lambda: living.extend(backbone, sheet, [last]),
+        "replace": lambda: edits.replace(backbone, sheet, new.id, new),
+        "remove": lambda: edits.remove(backbone, sheet, new.id),
+        "extend": lambda: edits.extend(backbone, sheet, [last]),
     }
     shares = {}
     for name, change in changes.items():

@@ -10,7 +10,7 @@ from cribsheet import CompressedKnowledgeLLM, build_sheet
 from cribsheet.asking import options
 from cribsheet.asking.router import Router
 from cribsheet.asking.settings import SETTINGS
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.llm import Conversation
 from cribsheet.model.backbone import Backbone
 
@@ -59,6 +59,6 @@ def test_what_is_handed_over_has_a_type_and_named_settings(name):
 def test_loading_and_changing_name_what_they_take():
     assert set(keyword_only(Backbone.load)) < set(keyword_only(CompressedKnowledgeLLM.load))
     for name in ("extend", "replace"):
-        assert set(keyword_only(getattr(CompressedKnowledgeLLM, name))) == set(keyword_only(getattr(living, name))) - {
+        assert set(keyword_only(getattr(CompressedKnowledgeLLM, name))) == set(keyword_only(getattr(edits, name))) - {
             "check"
         }

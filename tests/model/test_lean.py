@@ -11,7 +11,7 @@ from torch import nn
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import dispatch
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.engine.graphs import fixed_step
@@ -32,7 +32,7 @@ OWN = {"llama": {}, "mistral": {}, "qwen2": FULL, "qwen3": {}}
 
 @pytest.fixture
 def kernels_are_used(monkeypatch):
-    monkeypatch.setattr(fused, "usable", lambda q, kv_heads, softcap=None: softcap is None)
+    monkeypatch.setattr(dispatch, "usable", lambda q, kv_heads, softcap=None: softcap is None)
 
 
 def shaken(family, **settings):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def inspect(
     file: SheetFile,
-    verify: Annotated[
+    whole: Annotated[
         bool, typer.Option("--verify", help="Read all of it and compare with the digest it was saved with.")
     ] = False,
     as_json: AsJson = False,
@@ -31,13 +31,13 @@ def inspect(
     Corpus, task, sizes, kept tokens of each document, and fingerprints; no model is loaded.
     """
     quiet_libraries()
-    from cribsheet.sheet import file as storage
+    from cribsheet.sheet.file import load, verify
     from cribsheet.sheet.registry import resolve
 
     found = resolve(file)
-    if verify:
-        storage.verify(found)
-    sheet = storage.load(found)
+    if whole:
+        verify(found)
+    sheet = load(found)
     if as_json:
         say_json(sheet_data(sheet, found))
         return

@@ -35,7 +35,7 @@ from cribsheet.living.segments import Segment, assemble, check_fits, read_head, 
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.sheet import file as storage
+from cribsheet.sheet import file
 from cribsheet.sheet.manifest import Change, Manifest, Operation
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.vocabulary import Allocation, StorageDtype
@@ -275,7 +275,7 @@ def read_all(
             done, saved = done + length, saved + length
             enough = saved >= usual_chunk(backbone) or done == total
             if checkpoint is not None and enough:
-                storage.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
+                file.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
                 saved = 0
             tell(done)
     return finished
@@ -351,8 +351,8 @@ def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Pa
     """What a checkpoint holds, or nothing. Raises `SheetError` if it is damaged or of another build."""
     if not path.exists():
         return []
-    storage.verify(path)  # one changed bit would become another sheet
-    partial = storage.load(path)
+    file.verify(path)  # one changed bit would become another sheet
+    partial = file.load(path)
     found = partial.manifest.documents
     wanted = [entry for each in plans[: len(found)] for entry in list_documents(each.corpus)]
     if _terms_of(partial.manifest) != _terms_of(base) or found != wanted:
