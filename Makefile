@@ -48,7 +48,7 @@ oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that 
 	touch $@
 
 kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy
-	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels tests/model/test_lean.py
+	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels tests/model/test_llama.py
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
