@@ -45,7 +45,7 @@ def speed(
 ) -> int:
     """Building and answering against their limits and their peers: checked first, then timed in turns."""
     quiet_libraries()
-    from cribsheet_bench.speed.speed import run
+    from cribsheet_bench.speed.run import run
 
     return run(device=device.value, shape=shape, quick=quick, only=only or (), seconds=seconds, json=as_json, page=page)
 
@@ -85,7 +85,7 @@ def quality(
 ) -> int:
     """What survives compression: families of questions, by method and rate, with floors and ceilings."""
     quiet_libraries()
-    from cribsheet_bench.quality.quality import Options, run
+    from cribsheet_bench.quality.run import Options, run
 
     lists = {
         "families": families,
@@ -154,7 +154,7 @@ def real(
     part, of = _shard(shard)
     quiet_libraries()
     from cribsheet_bench.real.case import Means
-    from cribsheet_bench.real.real import Options, run
+    from cribsheet_bench.real.run import Options, run
 
     lists = {"methods": methods, "rates": rates, "only": only}
     given = {name: tuple(values) for name, values in lists.items() if values}
@@ -188,7 +188,7 @@ def real_page(
 ) -> int:
     """One table and page of several runs of `bench real`, such as its shards."""
     quiet_libraries()
-    from cribsheet_bench.real.real import merge
+    from cribsheet_bench.real.run import merge
 
     merge(files, file=as_json)
     return 0
