@@ -14,7 +14,7 @@ import typer
 
 from cribsheet import __version__
 from cribsheet.cli.ask import ask, chat
-from cribsheet.cli.bench import bench
+from cribsheet.cli.bench import add_bench
 from cribsheet.cli.build import build
 from cribsheet.cli.compare import compare
 from cribsheet.cli.console import Debug, Verbose, guarded
@@ -48,7 +48,7 @@ for _command in (
     demo,
 ):
     app.command()(_command)
-app.add_typer(bench, name="bench")
+add_bench(app)
 
 
 def _print_version(wanted: bool) -> None:
