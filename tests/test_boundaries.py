@@ -13,7 +13,23 @@ import cribsheet
 
 ROOT = Path(cribsheet.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
-UPPER = ("cli/", "bench/", "demo/", "server/", "ray/")
+UPPER = ("cli/", "compare/", "demo/", "server/", "ray/")
+LINE = """errors vocabulary kernels | corpus attention | structured | prompt | model | sheet engine | compress retrieval
+    | living | asking | retention | build | llm | compare demo server | ray | cli | testing"""
+FLOOR = {room: number for number, floor in enumerate(LINE.split("|")) for room in floor.split()}
+STILL_UPWARD = {  # file and what it imports from above; nothing may be added
+    ("asking/certainty.py", "llm"),
+    ("asking/modes.py", "llm"),
+    ("compress/forecast.py", "build"),
+    ("compress/forecast.py", "living"),
+    ("living/combine.py", "asking"),
+    ("living/combine.py", "llm"),
+    ("living/independent.py", "build"),
+    ("living/segments.py", "build"),
+    ("prompt/template.py", "compress"),
+    ("retention/probes.py", "llm"),
+    ("retention/retention.py", "build"),
+}
 CORE = sorted(
     "cribsheet." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     for name in FILES
@@ -21,8 +37,8 @@ CORE = sorted(
     and "__main__" not in name
     and not name.startswith(UPPER)
     and (
-        name not in {"kernels.py", "step_kernels.py", "read_kernels.py", "step_attention.py"} or find_spec("triton")
-    )  # torch brings Triton along for CUDA, and only `fused` and `lean` ask for it
+        not name.startswith("kernels/") or name == "kernels/__init__.py" or find_spec("triton")
+    )  # torch brings Triton along for CUDA, and only `dispatch` and `llama_step` ask for it
 )
 
 
@@ -44,9 +60,6 @@ def imports(path: Path, *, to_check_types: bool = True) -> set[str]:
 def test_no_file_of_the_package_names_a_framework(name):
     roots = {module.split(".")[0] for module in imports(FILES[name], to_check_types=name != "llm.py")}  # `as_*` give
     foreign = {"langchain", "langchain_core", "llama_index", "kvpress"}
-    if name == "bench/peers_runner.py":  # which runs in the peer's own environment, and imports nothing of ours
-        assert "cribsheet" not in roots
-        foreign.remove("kvpress")
     assert not roots & foreign
 
 
@@ -57,11 +70,44 @@ def test_only_one_file_reaches_into_the_insides_of_transformers():
         for module in imports(path)
         if not name.startswith(UPPER) and module.startswith("transformers.") and module != "transformers.cache_utils"
     }
-    assert inside == {"attached.py", "parallel.py"}  # the second hands over a plan, by a public name
+    assert inside == {"model/registration.py", "model/divided.py"}  # the second hands over a plan, by a public name
     whole = {name for name, path in FILES.items() if any(m.split(".")[0] == "transformers" for m in imports(path))}
-    assert {name for name in whole if "/" not in name} <= {
-        "attached.py", "backbone.py", "batch.py", "build.py", "parallel.py", "prefix.py", "testing.py"
-    }  # fmt: skip
+    about = {"build.py", "testing.py", "cli/console.py", "compare/versions.py"}  # its version, its logs, a tiny model
+    assert {name for name in whole - about if name.split("/")[0] not in ("model", "attention")} == set()
+
+
+def rooms(path: Path) -> set[str]:
+    """Folders and files at the root that a file imports from, also in functions and for types."""
+    taken = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "cribsheet":
+            taken.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cribsheet."):
+            taken.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            taken.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cribsheet."))
+    return taken & set(FLOOR)
+
+
+def test_a_lower_folder_imports_no_higher_one():
+    inside = {name: path for name, path in FILES.items() if name not in ("__init__.py", "__main__.py")}
+    assert {name.split("/")[0].removesuffix(".py") for name in inside} == set(FLOOR)
+    upward = {
+        (name, room)
+        for name, path in inside.items()
+        for room in rooms(path)
+        if FLOOR[room] > FLOOR[name.split("/")[0].removesuffix(".py")]
+    }
+    assert upward == STILL_UPWARD
+
+
+def test_folders_are_small_enough_to_be_read():
+    counts: dict[str, int] = {}
+    for name in FILES:
+        folder = name.rpartition("/")[0]
+        counts[folder] = counts.get(folder, 0) + 1
+    assert counts[""] <= 8
+    assert {folder: count for folder, count in counts.items() if count > 12 + (folder == "cli")} == {}
 
 
 def test_the_core_does_not_import_what_stands_on_it():

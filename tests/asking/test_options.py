@@ -37,7 +37,7 @@ def test_a_build_takes_what_build_sheet_takes():
     taken = keyword_only(build_sheet)
     assert taken.pop("progress") == OF(CompressedKnowledgeLLM.build).parameters["progress"].annotation
     named = {name: kind.__forward_arg__ for name, kind in options.BuildOptions.__annotations__.items()}
-    assert {name: kind.replace("SheetMode", "Mode") for name, kind in named.items()} == taken
+    assert {name: kind.replace("SheetMode", "BuildMode") for name, kind in named.items()} == taken
     assert OF(CompressedKnowledgeLLM.build).parameters["options"].annotation == "Unpack[BuildOptions]"
 
 

@@ -189,8 +189,8 @@ def test_a_changed_sheet_answers_at_once_and_running_answers_end_on_the_old_one(
 
 def test_history_tells_what_was_done_and_nothing_of_what_is_gone(tiny):
     sheet = build(tiny, [ALICE, SECRET])
-    sheet = sheet.extend([HUGO], model=tiny).remove("zelda-file", model=tiny).replace("hugo", BOB.text, model=tiny)
-    sheet = sheet.merge(build(tiny, [CLARA]), model=tiny)
+    sheet = living.remove(tiny, living.extend(tiny, sheet, [HUGO]), "zelda-file")
+    sheet = living.merge(tiny, living.replace(tiny, sheet, "hugo", BOB.text), build(tiny, [CLARA]))
     entries = [(entry.operation, entry.documents) for entry in sheet.manifest.history]
     assert entries == [("built", 2), ("extended", 1), ("removed", 1), ("replaced", 1), ("built", 1), ("merged", 1)]
     assert [entry.id for entry in sheet.manifest.documents] == ["alice", "hugo", "clara"]

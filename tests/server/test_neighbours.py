@@ -408,7 +408,7 @@ GREEDY = """
 import contextlib, importlib, pkgutil, sys
 import torch, cribsheet
 from cribsheet import Document
-from cribsheet.retrieval import BM25Retriever
+from cribsheet.retrieval.retriever import BM25Retriever
 left = {"ray", "bench", "__main__", "langchain", "llama_index"}
 for found in pkgutil.walk_packages(cribsheet.__path__, "cribsheet."):
     if not left & set(found.name.split(".")):
