@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cribsheet.cli.build import check_output, make_task
-from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say
+from cribsheet.cli.console import Device, Revision, misuse, note, quiet_libraries, say
+from cribsheet.cli.options import flat
 from cribsheet.corpus.printable import in_line
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _REPORTED = (
 )  # fmt: skip
 
 
+@flat
 def compare(
     corpus: Annotated[list[str], typer.Argument(metavar="CORPUS", help="Files, folders or glob patterns.")],
     questions: Annotated[
@@ -69,8 +71,6 @@ def compare(
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Compare ways to answer at equal budgets: accuracy, tokens, bytes and seconds.
 

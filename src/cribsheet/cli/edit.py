@@ -8,24 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cribsheet.cli.ask import Dtype, Model, SheetFile
 from cribsheet.cli.build import check_output
-from cribsheet.cli.console import (
-    AsJson,
-    Debug,
-    Device,
-    Revision,
-    Verbose,
-    build_progress,
-    misuse,
-    quiet_libraries,
-    say,
-    say_json,
-)
+from cribsheet.cli.console import AsJson, build_progress, misuse, quiet_libraries, say, say_json
+from cribsheet.cli.options import ModelOptions, SheetFile, flat, given
 from cribsheet.corpus.printable import in_line
 
 if TYPE_CHECKING:
@@ -37,78 +26,60 @@ Output = Annotated[
 ]
 
 
+@flat
 def extend(
     file: SheetFile,
     paths: Annotated[list[str], typer.Argument(metavar="PATHS...", help="Files, folders or glob patterns.")],
+    *,
     output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    model: ModelOptions,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Add documents to an independent sheet; only these are read."""
     from cribsheet.corpus.documents import read_documents
 
     documents = read_documents([Path(path) for path in paths])
-    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.extend(documents, progress=p))
+    _change(file, output, model, as_json, lambda kb, p: kb.extend(documents, progress=p))
 
 
+@flat
 def replace(
     file: SheetFile,
     document_id: Annotated[str, typer.Argument(metavar="ID", help="The document, as `inspect` lists it.")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A file with its new text.")],
+    *,
     output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    model: ModelOptions,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Put a new text in the place of one document of an independent sheet; only that is read."""
     from cribsheet.corpus.documents import read_documents
 
     document = read_documents(path)
-    _change(
-        file,
-        output,
-        (model, device, dtype, revision),
-        as_json,
-        lambda kb, p: kb.replace(document_id, document, progress=p),
-    )
+    _change(file, output, model, as_json, lambda kb, p: kb.replace(document_id, document, progress=p))
 
 
+@flat
 def remove(
     file: SheetFile,
     document_ids: Annotated[list[str], typer.Argument(metavar="IDS...", help="Documents, as `inspect` lists them.")],
+    *,
     output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    model: ModelOptions,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Take documents out of an independent sheet; nothing of them is left in the file."""
-    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.remove(*document_ids))
+    _change(file, output, model, as_json, lambda kb, p: kb.remove(*document_ids))
 
 
+@flat
 def merge(
     file: SheetFile,
     others: Annotated[list[str], typer.Argument(metavar="FILES...", help="Sheets of the same model and task.")],
+    *,
     output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    model: ModelOptions,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Add the documents of other independent sheets; none is read again."""
 
@@ -118,13 +89,13 @@ def merge(
         for other in others:
             kb.merge(load_sheet(other))
 
-    _change(file, output, (model, device, dtype, revision), as_json, take_over)
+    _change(file, output, model, as_json, take_over)
 
 
 def _change(
     file: str,
     output: Path | None,
-    model: tuple[str | None, str | None, str | None, str | None],
+    model: ModelOptions,
     as_json: bool,
     change: Callable[[CompressedKnowledgeLLM, Progress | None], object],
 ) -> None:
@@ -136,9 +107,8 @@ def _change(
     from cribsheet.llm import CompressedKnowledgeLLM
 
     began = time.perf_counter()
-    options: dict[str, Any] = dict(zip(("model", "device", "dtype", "revision"), model, strict=True))
     with build_progress(hidden=as_json) as progress:
-        kb = CompressedKnowledgeLLM.load(file, **{name: value for name, value in options.items() if value is not None})
+        kb = CompressedKnowledgeLLM.load(file, **given(model))
         change(kb, progress)
     kb.save(target)
     done = {

@@ -10,8 +10,8 @@ from fastapi.responses import Response
 
 from cribsheet.asking.answer import Answer
 from cribsheet.server.auth import Caller
-from cribsheet.server.desk import Answers, Desk, left
-from cribsheet.server.openai.asking import chat_ask
+from cribsheet.server.openai.generation import Piece
+from cribsheet.server.openai.parameters import chat_ask
 from cribsheet.server.openai.protocol import ChatRequest
 from cribsheet.server.openai.replies import (
     ChatChoice,
@@ -27,16 +27,16 @@ from cribsheet.server.openai.replies import (
     usage,
 )
 from cribsheet.server.openai.streaming import DONE, EventStream
-from cribsheet.server.openai.writing import Piece
+from cribsheet.server.service import Answers, Service, left
 from cribsheet.server.telemetry.record import record_of
 from cribsheet.structured.tools import ToolCall
 
 
-async def chat(desk: Desk, request: Request, body: ChatRequest, caller: Caller) -> Response:
+async def chat(service: Service, request: Request, body: ChatRequest, caller: Caller) -> Response:
     """Answer a conversation."""
-    served = await desk.find(body.model, caller, record_of(request))
-    answers = await desk.begin(
-        request, caller, served, body, lambda: [chat_ask(body, served.kb, desk.settings)], body.choices
+    served = await service.find(body.model, caller, record_of(request))
+    answers = await service.begin(
+        request, caller, served, body, lambda: [chat_ask(body, served.kb, service.settings)], body.choices
     )
     if body.stream:
         pieces = await answers.stream()

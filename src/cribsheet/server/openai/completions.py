@@ -11,8 +11,8 @@ from fastapi.responses import Response
 
 from cribsheet.asking.answer import Answer
 from cribsheet.server.auth import Caller
-from cribsheet.server.desk import Answers, Desk, left
-from cribsheet.server.openai.asking import completion_asks
+from cribsheet.server.openai.generation import Piece
+from cribsheet.server.openai.parameters import completion_asks
 from cribsheet.server.openai.protocol import CompletionRequest
 from cribsheet.server.openai.replies import (
     CompletionChoice,
@@ -24,16 +24,16 @@ from cribsheet.server.openai.replies import (
     usage,
 )
 from cribsheet.server.openai.streaming import DONE, EventStream
-from cribsheet.server.openai.writing import Piece
+from cribsheet.server.service import Answers, Service, left
 from cribsheet.server.telemetry.record import record_of
 
 
-async def complete(desk: Desk, request: Request, body: CompletionRequest, caller: Caller) -> Response:
+async def complete(service: Service, request: Request, body: CompletionRequest, caller: Caller) -> Response:
     """Answer prompts."""
-    served = await desk.find(body.model, caller, record_of(request))
+    served = await service.find(body.model, caller, record_of(request))
     wanted = len(body.prompts) * body.choices
-    answers = await desk.begin(
-        request, caller, served, body, lambda: completion_asks(body, served.kb, desk.settings), wanted
+    answers = await service.begin(
+        request, caller, served, body, lambda: completion_asks(body, served.kb, service.settings), wanted
     )
     if body.stream:
         pieces = await answers.stream()

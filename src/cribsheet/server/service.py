@@ -14,15 +14,15 @@ from fastapi.responses import Response
 from cribsheet.asking.answer import Answer, Source
 from cribsheet.asking.evidence import LIMIT
 from cribsheet.server.auth import Caller
+from cribsheet.server.errors import Refusal
 from cribsheet.server.limits import Gate
-from cribsheet.server.openai.asking import Ask, log_facts
+from cribsheet.server.openai.generation import Piece, Writing
+from cribsheet.server.openai.parameters import Ask, log_facts
 from cribsheet.server.openai.protocol import Asked, Extension
 from cribsheet.server.openai.replies import Extended, extension_of
 from cribsheet.server.openai.streaming import ReaderLeft, while_connected
-from cribsheet.server.openai.writing import Piece, Writing
-from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Served, Sheets
+from cribsheet.server.sheets import Served, Sheets
 from cribsheet.server.telemetry.record import Record, record_of
 from cribsheet.sheet.manifest import Manifest
 
@@ -33,7 +33,7 @@ _LANES: dict[Lane, int] = {"plain": 4, "form": 1, "long": 1}
 _LONG = 64 * 1024  # bytes of a request
 
 
-class Desk:
+class Service:
     """The sheets of a server with its limits."""
 
     def __init__(self, shelf: Sheets, settings: ServerSettings) -> None:
@@ -41,7 +41,7 @@ class Desk:
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
         self._threads: dict[Lane, ThreadPoolExecutor] = {
-            lane: ThreadPoolExecutor(count, thread_name_prefix=f"cribsheet-desk-{lane}")
+            lane: ThreadPoolExecutor(count, thread_name_prefix=f"cribsheet-service-{lane}")
             for lane, count in _LANES.items()
         }
 
@@ -116,9 +116,9 @@ class Answers:
     """The answers to one request."""
 
     def __init__(
-        self, desk: Desk, request: Request, served: Served, body: Asked, asks: Sequence[Ask], lane: Lane
+        self, service: Service, request: Request, served: Served, body: Asked, asks: Sequence[Ask], lane: Lane
     ) -> None:
-        self._desk, self._request, self._body, self._lane = desk, request, body, lane
+        self._service, self._request, self._body, self._lane = service, request, body, lane
         self.served, self._asks = served, asks
         self._record = record_of(request)
 
@@ -148,14 +148,14 @@ class Answers:
         writing = Writing()
         record.cleanup.callback(writing.stop)
         loop = asyncio.get_running_loop()
-        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), self._lane)
+        await self._service.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), self._lane)
         async for piece in writing.pieces():
             record.begin_text()
             extended = None
             if piece.answer is not None:
                 self._note(piece.choice, piece.answer)
                 ask = self._asks[piece.choice // self._body.choices]
-                extended = await self._desk.extended(self.served, ask, piece.answer, self._body.extension)
+                extended = await self._service.extended(self.served, ask, piece.answer, self._body.extension)
             yield piece, extended
 
     def _note(self, choice: int, answer: Answer) -> None:
@@ -165,7 +165,7 @@ class Answers:
             record.cached_tokens += answer.usage.cached_tokens
         record.completion_tokens += answer.usage.completion_tokens
         record.facts.setdefault("finish", []).append(answer.finish_reason)
-        if self._desk.settings.log_text:
+        if self._service.settings.log_text:
             record.facts.setdefault("answers", []).append(answer.text)
 
 
