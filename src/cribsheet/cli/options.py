@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -18,34 +19,41 @@ SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file,
 def flat(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer takes it: groups become the options in them, and --verbose and --debug come last."""
     signature = inspect.signature(command, eval_str=True)
-    groups: dict[str, Any] = {
-        name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)
-    }
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in signature.parameters.items():
-        parameters += (
-            _options(groups[name]) if name in groups else [_named(name, parameter.annotation, parameter.default)]
-        )
-    parameters += [_named("verbose", Verbose, False), _named("debug", Debug, False)]
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    parameters = [
+        option
+        for parameter in signature.parameters.values()
+        for option in _options(parameter.name, parameter.annotation, parameter.default)
+    ]
+    parameters += [*_options("verbose", Verbose, False), *_options("debug", Debug, False)]
 
     @functools.wraps(command)
     def called(*, verbose: bool, debug: bool, **values: Any) -> None:  # both are heard before the command is called
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        command(**values)
+        command(**{name: _value(name, kind, values) for name, kind in kinds.items()})
 
     called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called
 
 
-def _options(group: Any) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [_named(field.name, hints[field.name], field.default) for field in fields(group)]
+def _options(name: str, kind: Any, default: Any) -> list[inspect.Parameter]:
+    """A parameter as it is, or the options of its group and of the groups in that."""
+    if not is_dataclass(kind):
+        return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)]
+    hints = _hints(kind)
+    return [option for part in fields(kind) for option in _options(part.name, hints[part.name], part.default)]
 
 
-def _named(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+def _value(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
+    """What was given for a parameter; for a group, the group."""
+    if not is_dataclass(kind):
+        return values[name]
+    group: Any = kind
+    return group(**{part: _value(part, hint, values) for part, hint in _hints(kind).items()})
+
+
+def _hints(group: Any) -> dict[str, Any]:
+    return get_type_hints(group, include_extras=True)
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -119,3 +127,16 @@ class PassageOptions:
         """Refuse a model that nothing would use."""
         if self.dense_model is not None and self.retriever != "dense":
             misuse("--dense-model is the model of --retriever dense; give both")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What a sheet is for, in words and examples or in a file."""
+
+    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None
+    example: Annotated[
+        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
+    ] = None
+    task_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
+    ] = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -26,31 +27,27 @@ from cribsheet.server.openai.replies import (
     tool_calls,
     usage,
 )
-from cribsheet.server.openai.streaming import DONE, EventStream
-from cribsheet.server.service import Answers, Service, left
-from cribsheet.server.telemetry.record import record_of
+from cribsheet.server.openai.streaming import DONE
+from cribsheet.server.service import Coming, Finished, Form, Service
+from cribsheet.server.sheets import Served
 from cribsheet.structured.tools import ToolCall
 
 
 async def chat(service: Service, request: Request, body: ChatRequest, caller: Caller) -> Response:
     """Answer a conversation."""
-    served = await service.find(body.model, caller, record_of(request))
-    answers = await service.begin(
-        request, caller, served, body, lambda: [chat_ask(body, served.kb, service.settings)], body.choices
+    form = Form(
+        body.choices,
+        lambda served: [chat_ask(body, served.kb, service.settings)],
+        partial(_reply, body),
+        partial(_events, body),
     )
-    if body.stream:
-        pieces = await answers.stream()
-        return left() if pieces is None else EventStream(_events(answers, body, pieces))
-    whole = await answers.whole()
-    if whole is None:
-        return left()
-    reply = ChatReply(
-        **head(served, "chatcmpl"),
-        object="chat.completion",
-        choices=[_choice(number, *each, body) for number, each in enumerate(whole)],
-        usage=usage([answer for answer, _ in whole], body.choices),
-    )
-    return Response(reply.json_text(), media_type="application/json")
+    return await service.respond(request, caller, body, form)
+
+
+def _reply(body: ChatRequest, served: Served, answers: Sequence[Finished]) -> ChatReply:
+    choices = [_choice(number, answer, extended, body) for number, (answer, extended) in enumerate(answers)]
+    counted = usage([answer for answer, _ in answers], body.choices)
+    return ChatReply(**head(served, "chatcmpl"), object="chat.completion", choices=choices, usage=counted)
 
 
 def _choice(number: int, answer: Answer, extended: Extended | None, body: ChatRequest) -> ChatChoice:
@@ -67,10 +64,8 @@ def _choice(number: int, answer: Answer, extended: Extended | None, body: ChatRe
     )
 
 
-async def _events(
-    answers: Answers, body: ChatRequest, pieces: AsyncIterator[tuple[Piece, Extended | None]]
-) -> AsyncIterator[str]:
-    common: dict[str, Any] = {**head(answers.served, "chatcmpl"), "object": "chat.completion.chunk"}
+async def _events(body: ChatRequest, served: Served, pieces: AsyncIterator[Coming]) -> AsyncIterator[str]:
+    common: dict[str, Any] = {**head(served, "chatcmpl"), "object": "chat.completion.chunk"}
     none_yet: dict[str, Any] = {"usage": None} if body.wants_usage else {}
     finished: dict[int, Answer] = {}
 
