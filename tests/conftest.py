@@ -17,7 +17,6 @@ from no_network import no_network  # noqa: F401
 from support import SupportTable
 
 from cribsheet.cli import run
-from cribsheet.compress import loop as compress
 from cribsheet.compress import progress
 from cribsheet.model.backbone import FAMILIES, Backbone
 from cribsheet.testing import tiny_backbone
@@ -44,13 +43,6 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = os.environ.get("CRIBSHEET_SUPPORT")
     if folder:
         config.pluginmanager.register(SupportTable(Path(folder)))
-
-
-@pytest.fixture(autouse=True)
-def _short_notes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights never come to the end of their notes, and nobody reads them; the docs use the pocket model."""
-    if "docs" not in request.path.parts:
-        monkeypatch.setattr(compress, "NOTES_TOKENS", 8)
 
 
 @pytest.fixture(autouse=True)

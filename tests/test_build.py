@@ -26,7 +26,7 @@ def family(request):
 
 
 def build(backbone, task=FEW_SHOT, documents=DOCUMENTS, **options):
-    return build_sheet(backbone, documents, task, **{"rate": 3, "scorer": "task-peak", **options})
+    return build_sheet(backbone, documents, task, **{"rate": 3, "scorer": "task", **options})
 
 
 def test_a_rate_says_how_many_times_shorter_the_sheet_is_the_guide_included(tiny):
@@ -365,7 +365,7 @@ def test_a_killed_build_goes_on_from_its_checkpoint_to_the_same_bits(tiny, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change", [{"rate": 2}, {"scorer": "task"}, {"seed": 1}, {"chunk_tokens": 41}, {"system": "x"}]
+    "change", [{"rate": 2}, {"scorer": "finch"}, {"seed": 1}, {"chunk_tokens": 41}, {"system": "x"}]
 )
 def test_a_checkpoint_of_another_build_is_refused(tiny, tmp_path, change):
     checkpoint = tmp_path / "a.part"

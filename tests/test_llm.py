@@ -29,7 +29,7 @@ def kb():
 
 
 def running(kb):
-    engine = kb._loaded.engine
+    engine = kb.session.loaded.engine
     return sum(len(group.running) for group in engine._groups) + len(engine._waiting)
 
 
@@ -53,11 +53,44 @@ def test_a_prepared_question_is_asked_once_by_any_form(kb):
         kb.ask(prepared)
 
 
+def test_of_many_who_ask_one_prepared_question_at_once_one_is_answered(kb):
+    prepared, results = kb.prepare(QUESTION, max_tokens=4), []
+
+    def ask():
+        try:
+            results.append(kb.ask(prepared).text)
+        except RequestError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join(20) for thread in threads]
+    expected = kb.ask(QUESTION, max_tokens=4).text
+    assert results.count(expected) == 1
+    assert sum("asked already" in result for result in results) == 7
+
+
+def test_a_sheet_that_takes_another_s_place_leaves_running_answers_theirs_and_closing_ends_them_all():
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS[:2], ZERO_SHOT, model=tiny_backbone(), rate=2, mode="independent")
+    before, stream = kb.session, kb.stream(QUESTION, max_tokens=3000)
+    next(stream)
+    kb.extend(DOCUMENTS[2:])
+    assert kb.session is not before and kb.session.running is before.running
+    assert kb.prefix.tokens == kb.sheet.length > before.prefix.tokens
+    kb.close()
+    assert "".join(stream) and stream.answer.finish_reason == "cancelled"
+    assert stream.answer.usage.cached_tokens == before.sheet.length
+    for session in (before, kb.session):
+        with pytest.raises(EngineError, match="This sheet is closed"):
+            session.prefix_for(())
+    assert before.loaded.engine.closed
+
+
 def test_an_answer_says_how_it_came_about(kb):
     answer = kb.ask(QUESTION, max_tokens=7)
     assert isinstance(answer, Answer) and str(answer) == answer.text != ""
     assert answer.finish_reason == "length"
-    asked = len(kb._question_ids(QUESTION))
+    asked = len(kb.question_tokens(QUESTION))
     usage = answer.usage
     assert (usage.cached_tokens, usage.prompt_tokens) == (kb.sheet.length, kb.sheet.length + asked)
     assert usage.completion_tokens == 7 and usage.total_tokens == kb.sheet.length + asked + 7
@@ -68,7 +101,7 @@ def test_an_answer_says_how_it_came_about(kb):
 def test_the_longest_answer_is_what_was_asked_or_what_the_window_leaves():
     small = tiny_backbone(max_position_embeddings=220)
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=small, rate=3, guide="dropped", scorer="task")
-    left = kb.room - len(kb._question_ids(QUESTION))
+    left = kb.room - len(kb.question_tokens(QUESTION))
     assert kb.room == 220 - kb.sheet.length
     answer = kb.ask(QUESTION, max_tokens=10_000)
     assert answer.finish_reason == "length" and answer.usage.completion_tokens == left
@@ -78,7 +111,7 @@ def test_the_longest_answer_is_what_was_asked_or_what_the_window_leaves():
 def test_a_question_longer_than_the_window_left_is_refused_with_all_its_numbers(kb):
     with pytest.raises(RequestError) as refused:
         kb.ask("Where? " * 4000)
-    asked = len(kb._question_ids("Where? " * 4000))
+    asked = len(kb.question_tokens("Where? " * 4000))
     assert str(refused.value) == (
         f"The question takes {asked} tokens, but the model's window of 4096 leaves {kb.room} for question and answer "
         f"beside the sheet of {kb.sheet.length}; ask a shorter question or raise the rate."
@@ -216,9 +249,9 @@ def test_leaving_a_stream_stops_its_work(kb):
 
 
 def test_a_stream_that_nobody_holds_any_more_stops_its_work(kb):
-    request = kb.stream(QUESTION, max_tokens=3000).request
+    question = kb.stream(QUESTION, max_tokens=3000).question
     gc.collect()
-    assert request.cancelled.is_set()
+    assert question.cancelled.is_set()
     settle(kb)
 
 
@@ -263,7 +296,7 @@ def test_a_conversation_remembers_its_turns(kb):
         {"role": "user", "content": "And Clara?"},
     ]
     assert conversation.messages == [*turns, {"role": "assistant", "content": second.text}]
-    assert kb.chat(turns, max_tokens=8).text == second.text == kb.ask(turns, max_tokens=8).text
+    assert second.text == kb.ask(turns, max_tokens=8).text
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
@@ -294,9 +327,9 @@ def test_answers_side_by_side_are_the_same_in_both_forms_and_end_together(kb):
     settle(kb)
 
 
-def test_chatting_in_a_task_is_chatting(kb):
+def test_a_conversation_in_a_task_is_the_same_conversation(kb):
     turns = [{"role": "user", "content": QUESTION}]
-    assert asyncio.run(kb.achat(turns, max_tokens=5)).text == kb.chat(turns, max_tokens=5).text
+    assert asyncio.run(kb.aask(turns, max_tokens=5)).text == kb.ask(turns, max_tokens=5).text
 
 
 def test_a_question_of_all_but_one_token_of_the_room_is_answered_and_one_more_is_refused():
@@ -318,7 +351,7 @@ def test_a_conversation_forgets_a_question_that_failed(kb):
 
 def test_sheets_on_one_model_share_it_and_answer_side_by_side(kb):
     other = CompressedKnowledgeLLM.build(DOCUMENTS[:2], ZERO_SHOT, model=kb.backbone, rate=2)
-    assert other._loaded is kb._loaded
+    assert other.session.loaded is kb.session.loaded
     alone = kb.ask(QUESTION, max_tokens=30).text, other.ask(QUESTION, max_tokens=30).text
     answers = {}
     threads = [
@@ -421,10 +454,10 @@ def test_an_async_stream_that_is_closed_or_dropped_stops_its_work(kb):
         dropped = kb.astream(QUESTION, max_tokens=3000)
         async for _ in dropped:
             break
-        request = dropped.request
+        question = dropped.question
         del dropped
         gc.collect()
-        assert request.cancelled.is_set()
+        assert question.cancelled.is_set()
 
     asyncio.run(leave())
     settle(kb)
@@ -527,11 +560,11 @@ def test_options_for_a_model_that_is_loaded_already_are_refused(kb):
             DOCUMENTS, ZERO_SHOT, model=kb.backbone, model_options={"dtype": "bfloat16", "device": "cpu"}
         )
     with pytest.raises(ModelError, match="so dtype can no longer be set"):
-        LoadedModel.get(kb._loaded, dtype="float32")
+        LoadedModel.get(kb.session.loaded, dtype="float32")
 
 
 def test_a_thousand_stop_strings_are_taken_whatever_the_template_adds(kb):
-    assert kb._layout.stop is not None
+    assert kb.session.layout.stop is not None
     stops = [f"never {n}" for n in range(1000)]
     assert kb.ask(QUESTION, max_tokens=5, stop=stops).text == kb.ask(QUESTION, max_tokens=5).text
     with pytest.raises(RequestError, match="the number of stop strings is 1001"):
@@ -551,7 +584,7 @@ def test_closing_a_sheet_cancels_its_answers_and_leaves_the_model_to_others():
     assert kept.ask(QUESTION, max_tokens=3).usage.completion_tokens == 3
     gone.close()
     kept.close()
-    assert kept._loaded.engine.closed
+    assert kept.session.loaded.engine.closed
     again = CompressedKnowledgeLLM(backbone, kept.sheet)
     assert again.ask(QUESTION, max_tokens=3).usage.completion_tokens == 3
 

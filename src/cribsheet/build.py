@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from cribsheet import __version__
 from cribsheet.attention.prefix import LayerPrefix, turned_back
 from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.compress.loop import Kept, Reading, State, as_prefix, compress, kept_tokens, nothing_kept
-from cribsheet.compress.notes import NOTES_TOKENS
 from cribsheet.compress.profile import profile_of
 from cribsheet.compress.progress import Listener, shown
 from cribsheet.compress.scoring import Scorer, make_scorer
@@ -48,8 +47,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_RATE, DEFAULT_DTYPE = 4.0, "int4"  # where nothing was said of either (decisions/0024)
 DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
 _CHUNK_CPU, _CHUNK_ACCELERATOR = 2048, 8192  # tokens at which matrix products run near their best
-_CHUNK_NOTES = 1024  # notes have room for so many facts only
-_BEFORE_REPEAT: dict[Guide, Literal["guide", "notes"]] = {"task and repeat": "guide", "notes and repeat": "notes"}
 QUESTION_SHARE = 0.25  # of the window that no head fills
 _SPREAD_TO = 48  # rate beyond which there is no place for a little of everything (decision 20)
 _RESIDENT_SHARE = 0.25  # a guide that takes more of the budget than this does not stay in "auto"
@@ -398,7 +395,7 @@ def plan(
     scored, opening = encode(guide.scored), encode(guide.resident, continues=True)
     form = task.form
     in_form = encode(layout.guide(task.shown(form)).resident, continues=True) if form else opening
-    repeat = encode(layout.repeat(task, _BEFORE_REPEAT.get(chosen.guide, "documents")))
+    repeat = encode(layout.repeat(task, "guide" if chosen.guide == "task and repeat" else "documents"))
     if chosen.guide == "task and repeat":
         scored = opening  # the conversation goes on
     resident = budgets.kept_guide(opening, in_form, budget, len(corpus))
@@ -411,14 +408,10 @@ def plan(
     fixed = corpus.head_tokens if budgets.allocation == "uniform" else _pinned(chosen, "adaptive", corpus.head_tokens)
     if keep <= fixed and keep < len(corpus):
         raise _too_small(budget, fixed, len(resident), len(corpus))
-    request = encode(layout.request(task))
-    noted = len(request) + len(scored) + NOTES_TOKENS
     after_chunk = {
         "task": len(scored),
-        "notes": noted,
         "repeat": len(repeat),
         "task and repeat": len(scored) + len(repeat),
-        "notes and repeat": noted + len(repeat),
         "nothing": 0,
     }[chosen.guide]
     if keep >= len(corpus):
@@ -429,9 +422,7 @@ def plan(
     reading = Reading(
         scorer=chosen,
         guide=scored,
-        request=request,
         repeat=repeat,
-        noted=lambda notes: encode(layout.noted(task, notes), continues=True),
         budget=keep,
         chunk_tokens=chunk,
         head=corpus.head_tokens,
@@ -515,7 +506,7 @@ def _chunk_tokens(
             f"higher rate does{' too, or shorten the task' if guide_tokens else ''}."
         )
     if wanted is None:
-        return min(usual_chunk(backbone, guide), room, corpus_tokens)
+        return min(usual_chunk(backbone), room, corpus_tokens)
     chunk = corpus_tokens if wanted == 0 else min(wanted, corpus_tokens)
     if not 0 < chunk <= room:
         raise BudgetError(
@@ -535,10 +526,8 @@ def _times_read(guide: Guide) -> int:
     return 2 if guide.endswith("repeat") else 1
 
 
-def usual_chunk(backbone: Backbone, guide: Guide) -> int:
+def usual_chunk(backbone: Backbone) -> int:
     """How many tokens are read at once where they fit."""
-    if guide.startswith("notes"):
-        return _CHUNK_NOTES
     return _CHUNK_CPU if backbone.device.type == "cpu" else _CHUNK_ACCELERATOR
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 Allocation = Literal["uniform", "profiled", "adaptive"]
-"""How heads share a budget."""
+"""How heads share a budget: all keep equally many tokens; half of it goes where the model's profile says
+(`compress/profile.py`) and half where scores are higher; or all of it where scores are higher."""
 
 BuildMode = Literal["sequential", "independent"]
 """How documents are read: each on top of those before, or each alone."""

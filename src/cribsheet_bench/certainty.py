@@ -3,8 +3,8 @@
     python -m cribsheet_bench.certainty --seed 1 --json certainty.json
     python -m cribsheet_bench.certainty --model MODEL --data FOLDER --rates 4 8 --questions 10
 
-Corpora of `bench.connectivity`, held-out worlds of the pocket model and the demo's paragraphs, at budgets as in
-`compare`: the full sheet, passages alone, and half a sheet with and without as many passages, which is what `auto`
+Corpora of `cribsheet_bench.connectivity`, held-out worlds of the pocket model and the demo's paragraphs, at budgets as
+in `compare`: the full sheet, passages alone, and half a sheet with and without as many passages, which is what `auto`
 chooses from. Everything is asked once; what `auto` makes of it at any threshold is then arithmetic. Reported: how good
 each way is, how often each signal ranks a question better retrieved for above another (0.5 is chance), and what
 thresholds do. About ten minutes on one core.
@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cribsheet.asking.certainty import NEAR, Judged, gain, nearness, probability, told
-from cribsheet.asking.modes import PASSAGE_TOKENS, SURE, is_cut
+from cribsheet.asking.modes import is_cut
+from cribsheet.asking.settings import PASSAGE_TOKENS, SURE
 from cribsheet.compare.compare import Corpus
 from cribsheet.compare.journal import write_rows
 from cribsheet.compare.questions import Asked
@@ -84,7 +85,7 @@ class Measured:
     cut: bool
 
     def chosen(self, near: float = NEAR, sure: float = SURE) -> str:
-        """What `auto` does at these thresholds, as `hybrid.begin` does."""
+        """What `auto` does at these thresholds, as `modes.begin` does."""
         judged = Judged(self.probability, self.nearness, near)
         if sure <= max(self.told, judged.certainty) and sure < 1:
             return _SHEET
@@ -193,9 +194,9 @@ def _measured(
     names = {each.document_id for each in ways[_HYBRID].passages}
     return {
         **{mode: score(q, answer.text) for mode, answer in ways.items()},
-        "probability": probability(kb, asked, draft),
-        "gain": gain(kb, asked, draft),
-        "nearness": nearness(kb, asked, draft),
+        "probability": probability(kb.session, asked, draft),
+        "gain": gain(kb.session, asked, draft),
+        "nearness": nearness(kb.session, asked, draft),
         "margin": 1 - ahead[1] / ahead[0] if len(ahead) == 2 else 1.0,
         "found": sum(each.weight for each in whole if each.document_id in names),
         "told": told(q.text, draft, found),

@@ -13,11 +13,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from cribsheet.asking.router import Router
 from cribsheet.compare.journal import write_rows
 from cribsheet.compare.metrics import exact_match, set_f1
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.living.combine import Router
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet_bench.command import begin, options
 from cribsheet_bench.quality.run import Case, held_out_cases, setup

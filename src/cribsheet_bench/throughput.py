@@ -96,7 +96,7 @@ def compare(prefix: int, count: int, new_tokens: int, rounds: int, dtype: str) -
     document = Document(text=backbone.tokenizer.decode(ids), id="street")
     kb = CompressedKnowledgeLLM.build([document], "Who keeps what?", model=backbone, rate=1, guide="dropped")
     asked = [_QUESTION.format(n=n, m=n * n * n) for n in range(count)]
-    tokens = [kb._question_ids(question) for question in asked]
+    tokens = [kb.question_tokens(question) for question in asked]
     runs: dict[str, Callable[[], list[str]]] = {
         "batch": lambda: stock_generate(kb, tokens, new_tokens),
         "one_by_one": lambda: stock_one_by_one(kb, tokens, new_tokens),

@@ -10,7 +10,8 @@ import torch
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
 from cribsheet.asking.certainty import Judged, judge, nearness
-from cribsheet.asking.evidence import _per_document, looked_at, per_stretch
+from cribsheet.asking.evidence import looked_at
+from cribsheet.asking.sources import _per_document, per_stretch
 from cribsheet.compare.compare import Corpus
 from cribsheet.compare.questions import Asked
 from cribsheet.retrieval.content_words import told_by
@@ -45,7 +46,7 @@ def kb():
 
 def judged(kb, question):
     draft = kb.ask(question, max_tokens=12, logprobs=0)
-    return draft.text, judge(kb, kb.question_tokens(question), draft)
+    return draft.text, judge(kb.session, kb.question_tokens(question), draft)
 
 
 def test_a_draft_is_near_if_the_document_that_the_question_names_tells_it(kb):
@@ -119,10 +120,10 @@ def test_passages_stand_alone_where_the_sheet_lost_what_they_tell_and_leaves_the
 def test_nearness_is_a_share_and_whole_where_all_is_one_stretch(kb):
     for question in (DIRECT, JOIN, "Who?"):
         draft = kb.ask(question, max_tokens=4, logprobs=0)
-        assert 0 < nearness(kb, kb.question_tokens(question), draft) < 1
+        assert 0 < nearness(kb.session, kb.question_tokens(question), draft) < 1
     one = CompressedKnowledgeLLM.build([Document(TEXTS[0], "all")], TASK, rate=1.5)
     draft = one.ask(JOIN, max_tokens=4, logprobs=0)
-    assert nearness(one, one.question_tokens(JOIN), draft) == pytest.approx(1)
+    assert nearness(one.session, one.question_tokens(JOIN), draft) == pytest.approx(1)
 
 
 def test_stretches_are_documents_where_these_are_short_and_parts_of_long_ones(kb):

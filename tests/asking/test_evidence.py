@@ -12,7 +12,8 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 from reference import attention_weights
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.asking.evidence import find_sources, looked_at, of_sheet
+from cribsheet.asking.evidence import looked_at
+from cribsheet.asking.sources import find_sources, of_sheet
 from cribsheet.engine import prefill
 from cribsheet.engine.request import Finished, Request
 from cribsheet.engine.sampling import SamplingParams
@@ -33,7 +34,7 @@ ANSWER = "in Quito"
 
 
 def ids(kb):
-    return kb._told(QUESTION), kb._layout.encoder.plain(ANSWER)
+    return kb.session.render(QUESTION), kb.session.layout.encoder.plain(ANSWER)
 
 
 def by_the_formula(kb, prefix, asked, answered):
@@ -61,8 +62,8 @@ def test_what_is_looked_at_is_the_attention_of_question_and_answer_in_the_upper_
 
 def test_what_is_looked_at_in_passages_is_the_attention_of_what_is_asked_after_them(kb):
     passages = [Passage("Hugo moved to Lima."), Passage("Bob stayed.")]
-    asked, (_, prefix) = kb._told(QUESTION, passages=passages), kb._placed(passages)
-    answered = kb._layout.encoder.plain(ANSWER)
+    asked, prefix = kb.session.render(QUESTION, passages=passages), kb.session.prefix_for(passages)
+    answered = kb.session.layout.encoder.plain(ANSWER)
     texts = [kb.backbone.tokenizer.decode(asked.ids[first:last]).strip() for first, last in asked.places]
     assert texts == ["Hugo moved to Lima.", "Bob stayed."]
     assert len(asked.ids) - asked.lead == kb.count_tokens(QUESTION)
@@ -79,8 +80,8 @@ def test_the_engine_notes_while_it_writes_what_reading_again_would_find(name, to
     kb = CompressedKnowledgeLLM.build(
         DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), rate=1.3, scorer=scorer, guide="resident"
     )
-    asked = kb._told(QUESTION, passages=told)
-    _, prefix = kb._placed(told)
+    asked = kb.session.render(QUESTION, passages=told)
+    prefix = kb.session.prefix_for(told)
     tokens, looked = answered(kb, prefix, asked)
     torch.testing.assert_close(looked, looked_at(kb.backbone, prefix, asked, tokens), atol=2e-3, rtol=2e-3)
 
@@ -93,7 +94,7 @@ def answered(kb, prefix, asked):
     events = queue.SimpleQueue()
     params = SamplingParams(max_tokens=6, logprobs=0)
     request = Request(prefix, asked.ids, params, events.put, evidence=True, told=asked.places, lead=asked.lead)
-    kb._loaded.engine.submit(request)
+    kb.session.loaded.engine.submit(request)
     tokens = []
     while not isinstance(event := events.get(timeout=60), Finished):
         tokens += [each.token_id for each in event.logprobs]
@@ -129,7 +130,7 @@ def test_a_document_counts_by_its_most_attended_token_of_each_head_not_by_its_le
 
 def test_what_is_looked_at_in_passages_is_not_taken_for_the_sheet_s_where_its_guide_is_read_behind_them(kb):
     told, sheet = [Passage("Hugo moved to Lima."), Passage("Bob stayed.")], kb.sheet
-    places, prefix = kb._told(QUESTION, passages=told).places, kb._placed(told)[1]
+    places, prefix = kb.session.render(QUESTION, passages=told).places, kb.session.prefix_for(told)
     assert prefix.tokens == sheet.length - sheet.manifest.guide_tokens
     looked = torch.zeros(2, sheet.indices.shape[1], prefix.tokens + places[-1][1] - places[0][0])
     looked[1, 0, (sheet.origins[:, 1][sheet.places[-1, 0]] == 2).nonzero()[-1]] = 2.0

@@ -15,7 +15,7 @@ import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
-from cribsheet.asking import modes as hybrid
+from cribsheet.asking import modes
 from cribsheet.asking.certainty import judge
 from cribsheet.cli import run
 from cribsheet.engine import prefill
@@ -60,7 +60,7 @@ def whole(documents, backbone):
 
 def with_guide(kb):
     """The same with its guide, for which no budget would have room."""
-    guide = kb._layout.encoder.after(kb._layout.guide(FEW_SHOT).resident, continues=True)
+    guide = kb.session.layout.encoder.after(kb.session.layout.guide(FEW_SHOT).resident, continues=True)
     return CompressedKnowledgeLLM(
         kb.backbone, assemble(kb.backbone, kb.sheet.manifest, *cut(kb.backbone, kb.sheet), guide)
     )
@@ -89,21 +89,20 @@ def test_questions_with_passages_share_one_prefix_without_the_guide(kb, scorer):
         DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1.5, guide="resident", scorer=scorer, mode="independent"
     )
     resident.sources(QUESTION, resident.ask(QUESTION, max_tokens=2, mode="retrieval", retriever=Retriever()))
-    assert resident._unguided is None  # passages alone need none of it
-    sheet, prefix = resident._placed(NEWS)
-    guide = sheet.manifest.guide_tokens
-    assert resident._placed(NEWS[:1])[1] is prefix is not resident.prefix and guide > 0
+    assert resident.session._unguided is None  # passages alone need none of it
+    prefix, guide = resident.session.prefix_for(NEWS), resident.sheet.manifest.guide_tokens
+    assert resident.session.prefix_for(NEWS[:1]) is prefix is not resident.prefix and guide > 0
     for shorter, layer in zip(prefix.layers, resident.prefix.layers, strict=True):
         for own, kept in zip(shorter.each, layer.each, strict=True):
             assert all(torch.equal(one, other[:-guide]) for one, other in zip(own, kept, strict=True))
         assert bool(shorter.counts) or shorter.keys.data_ptr() == layer.keys.data_ptr()
-    assert resident._placed()[1] is resident.prefix
+    assert resident.session.prefix_for(()) is resident.prefix
     resident.extend([Document("Eve Lund lives in Turin, where she was born and where she works.", "eve")])
-    longer = resident._placed(NEWS)[1]
+    longer = resident.session.prefix_for(NEWS)
     assert longer.tokens == resident.sheet.length - resident.sheet.manifest.guide_tokens > prefix.tokens
     resident.close()
-    assert resident._unguided is None
-    assert kb._placed(NEWS)[1] is kb.prefix  # nothing is to be taken off
+    assert resident.session._unguided is None
+    assert kb.session.prefix_for(NEWS) is kb.prefix  # nothing is to be taken off
 
 
 def test_where_layers_have_windows_passages_stand_behind_the_guide_in_the_question_s_turn():
@@ -114,7 +113,7 @@ def test_where_layers_have_windows_passages_stand_behind_the_guide_in_the_questi
     assert (answer.mode, answer.passages, told.mode, told.passages) == ("hybrid", tuple(NEWS), "sheet", ())
     assert answer.usage == told.usage and answer.usage.cached_tokens == gemma.sheet.length
     dropped = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=gemma.backbone, rate=3, guide="dropped")
-    assert not dropped._tells_in_turn and dropped._told(QUESTION, passages=NEWS).lead > 0
+    assert not dropped.session.tells_in_turn and dropped.session.render(QUESTION, passages=NEWS).lead > 0
 
 
 @pytest.mark.parametrize("guide", ["resident", "dropped"])
@@ -234,7 +233,7 @@ def test_auto_takes_a_certain_draft_and_retrieves_for_any_other(kb):
     assert (answer.mode, len(retriever.queries)) == ("hybrid", 1)
     assert answer.text == kb.ask(QUESTION, max_tokens=6, retriever=Retriever()).text
     plain = kb.ask(QUESTION, max_tokens=6, logprobs=1)
-    seen = judge(kb, kb.question_tokens(QUESTION), plain)
+    seen = judge(kb.session, kb.question_tokens(QUESTION), plain)
     assert answer.certainty == seen.certainty == 0 < seen.probability  # noise looks everywhere alike
     for logprobs in (None, 1):
         answer = kb.ask(QUESTION, max_tokens=6, mode="auto", retriever=retriever, sure=0.0, logprobs=logprobs)
@@ -272,14 +271,14 @@ def test_what_a_chain_s_own_retriever_found_elsewhere_is_not_told_twice_and_the_
 
 
 def test_what_was_told_is_looked_for_in_the_caller_s_thread_and_in_texts_prepared_once(kb, monkeypatch):
-    threads, look, prepared = [], hybrid.is_told_already, []
+    threads, look, prepared = [], modes.is_told_already, []
 
     def looking(turns, known):
         threads.append(threading.current_thread().name)
         prepared.append(known)
         return look(turns, known)
 
-    monkeypatch.setattr(hybrid, "is_told_already", looking)
+    monkeypatch.setattr(modes, "is_told_already", looking)
 
     async def ask():
         loop = asyncio.get_running_loop()
@@ -292,7 +291,7 @@ def test_what_was_told_is_looked_for_in_the_caller_s_thread_and_in_texts_prepare
     asyncio.run(ask())
     assert threads == ["desk_0"]
     kb.ask(QUESTION, mode="auto", max_tokens=2)
-    assert prepared[0] is prepared[1] is kb.known
+    assert prepared[0] is prepared[1] is kb.session.known
 
 
 def test_streamed_equals_whole_and_async_equals_sync(kb):

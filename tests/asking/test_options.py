@@ -8,13 +8,14 @@ import pytest
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet
 from cribsheet.asking import options
+from cribsheet.asking.router import Router
+from cribsheet.asking.settings import SETTINGS
 from cribsheet.living import edits as living
-from cribsheet.living.combine import Router
-from cribsheet.llm import _SETTINGS, Conversation
+from cribsheet.llm import Conversation
 from cribsheet.model.backbone import Backbone
 
 OF = inspect.signature
-ASKING = ("ask", "stream", "prepare", "ask_many", "chat", "achat", "aask", "aask_many", "astream", "astream_many")
+ASKING = ("ask", "stream", "prepare", "ask_many", "aask", "aask_many", "astream", "astream_many")
 HANDED_OVER = {
     "as_chat_model": ("ChatModelOptions", "ChatCribsheet"),
     "as_retriever": ("RetrieverOptions", "ChainRetriever"),
@@ -37,12 +38,12 @@ def test_a_build_takes_what_build_sheet_takes():
     taken = keyword_only(build_sheet)
     assert taken.pop("progress") == OF(CompressedKnowledgeLLM.build).parameters["progress"].annotation
     named = {name: kind.__forward_arg__ for name, kind in options.BuildOptions.__annotations__.items()}
-    assert {name: kind.replace("SheetMode", "BuildMode") for name, kind in named.items()} == taken
+    assert named == taken
     assert OF(CompressedKnowledgeLLM.build).parameters["options"].annotation == "Unpack[BuildOptions]"
 
 
 def test_a_question_takes_every_setting_and_no_other():
-    assert set(options.AskOptions.__annotations__) == _SETTINGS
+    assert set(options.AskOptions.__annotations__) == SETTINGS
     for owner, name in [*((CompressedKnowledgeLLM, each) for each in ASKING), (Conversation, "ask"), (Router, "ask")]:
         assert OF(getattr(owner, name)).parameters["sampling"].annotation == "Unpack[AskOptions]", name
 

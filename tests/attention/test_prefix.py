@@ -153,19 +153,3 @@ def test_sequences_share_a_window_s_prefix_and_see_what_each_would_see_alone(win
         alone = here._read_window(query[one], key[one], value[one], mask[one], 0.3, softcap, window)
         for got, wanted in zip(found, alone, strict=True):
             torch.testing.assert_close(got[one], wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_a_guide_read_on_a_chunk_that_was_read_before_looks_as_if_both_were_read_at_once(family):
-    ids = torch.arange(20, 90)
-    nothing = torch.empty(family.kv_heads, 0, family.head_size)
-    empty = [LayerPrefix(nothing, nothing, window) for window in family.windows]
-    first = family.read(empty, 0, ids[:30], ids[:0])
-    keys, values = [layer.chunk_keys for layer in first], [layer.chunk_values for layer in first]
-    prefix = [LayerPrefix(k, v, w) for k, v, w in zip(keys, values, family.windows, strict=True)]
-    prefix = [p if p.window is None else LayerPrefix(p.keys[:, -23:], p.values[:, -23:], p.window) for p in prefix]
-    at_once = family.read(prefix, 30, ids[30:50], ids[50:])
-    known = [(layer.chunk_keys.unsqueeze(0), layer.chunk_values.unsqueeze(0)) for layer in at_once]
-    for one, two in zip(at_once, family.read(prefix, 30, ids[30:50], ids[50:], known), strict=True):
-        torch.testing.assert_close(two.guide_queries, one.guide_queries, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(two.guide_lse, one.guide_lse, atol=1e-3, rtol=1e-3)
-        assert torch.equal(two.chunk_keys, one.chunk_keys)

@@ -104,7 +104,7 @@ def test_entities_of_examples_are_not_asked_about():
     assert shown == asked[:2] and left == asked[3:]
 
 
-@pytest.mark.parametrize("scorer", [None, "notes", "finch"])
+@pytest.mark.parametrize("scorer", [None, "task", "finch"])
 def test_sheets_that_share_what_was_read_are_those_of_a_build_each(tiny, scorer):
     sheets = Sheets(tiny, DOCUMENTS)
     for rate in (2.0, 3.0):

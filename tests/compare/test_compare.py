@@ -67,7 +67,7 @@ def test_every_method_answers_every_question_and_none_exceeds_its_budget(records
 def test_what_stands_before_a_question_counts_once_also_where_the_guide_is_read_again(model, guide):
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, rate=1.5, guide=guide)
     asked, told = "Where does Bob live?", "Bob moved to Bergen."
-    passage = len(kb._layout.encoder.after(told + "\n\n", continues=True))
+    passage = len(kb.session.layout.encoder.after(told + "\n\n", continues=True))
     hybrid = kb.ask(asked, max_tokens=1, retriever=lambda query: [told])
     assert hybrid.passages and size_before(kb, asked, hybrid)[0] == kb.sheet.tokens + passage
     assert size_before(kb, asked, kb.ask(asked, max_tokens=1)) == (kb.sheet.tokens, kb.sheet.nbytes)

@@ -28,9 +28,7 @@ class Killed(Exception):
 
 
 def build(backbone, task=FEW_SHOT, **options):
-    return build_sheet(
-        backbone, DOCUMENTS, task, **{"rate": 3, "chunk_tokens": CHUNK, "scorer": "task-peak", **options}
-    )
+    return build_sheet(backbone, DOCUMENTS, task, **{"rate": 3, "chunk_tokens": CHUNK, "scorer": "task", **options})
 
 
 def killer(after):

@@ -23,7 +23,7 @@ def family(request):
 
 
 def planned(backbone, documents=DOCUMENTS, **options):
-    scorer = options.pop("scorer", "task-peak")
+    scorer = options.pop("scorer", "task")
     budgets = Budgets(**{"rate": 3, "guide": "dropped", **options})
     return plan(backbone, ChatLayout(backbone.tokenizer), documents, FEW_SHOT, budgets, scorer=scorer)
 
@@ -32,7 +32,7 @@ def states(backbone, made) -> list[State]:
     return list(compress(backbone, made.corpus, made.reading))
 
 
-@pytest.mark.parametrize("scorer", ["task-peak", "finch", "reconstruction", "key-norm"])
+@pytest.mark.parametrize("scorer", ["task", "finch", "reconstruction", "recent"])
 @pytest.mark.parametrize("chunk_tokens", [1, 37, 10_000])
 def test_any_chunk_size_ends_with_the_budget_in_reading_order(tiny, scorer, chunk_tokens):
     documents = DOCUMENTS[:2] if chunk_tokens == 1 else DOCUMENTS
@@ -77,7 +77,7 @@ def test_each_head_keeps_tokens_of_its_own(tiny):
 
 def test_old_tokens_compete_again_with_new_ones(tiny):
     """Some token of the first chunk is kept at first and gives way later."""
-    all_states = states(tiny, planned(tiny, chunk_tokens=40))
+    all_states = states(tiny, planned(tiny, chunk_tokens=40, scorer="finch"))
     early, late = (set(state.kept[0].indices[0].tolist()) for state in (all_states[0], all_states[-1]))
     assert early - late and {token for token in late if token < 40} < early
 
@@ -184,7 +184,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("scorer", ["task-peak", "task", "reconstruction"])
+@pytest.mark.parametrize("scorer", ["task", "reconstruction"])
 def test_memory_is_bounded_by_chunk_and_budget_and_not_by_the_corpus(tiny, scorer):
     largest = []
     for copies in (3, 12):

@@ -32,7 +32,6 @@ def at_once(monkeypatch):
     [
         {},
         {"correction": "refit"},
-        {"scorer": "recall-notes"},
         {"mode": "independent"},
         {"rate": 1},
         {"chunk_tokens": 60, "allocation": "uniform"},

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import threading
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from cribsheet.testing import tiny_backbone
 
 @pytest.fixture(scope="module")
 def kb():
-    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="task-peak")
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="recall")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def ask(kb, question="Where does Bob live?", sink=None, prefix=None, **params):
     events = []
     request = Request(
         prefix or kb.prefix,
-        kb._question_ids(question),
+        kb.question_tokens(question),
         SamplingParams(**{"max_tokens": 8, **params}),
         sink or events.append,
     )
@@ -85,12 +87,11 @@ def test_a_batch_of_uneven_questions_equals_each_alone_whoever_joins_or_leaves(k
 
 
 def test_sheets_on_one_model_take_turns_token_by_token(kb, engine):
-    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="task-peak")
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="recall")
     order = []
-    first, first_events = ask(kb, max_tokens=12)
-    second, second_events = ask(other, max_tokens=12)
-    first.sink = lambda event: (order.append("first"), first_events.append(event))
-    second.sink = lambda event: (order.append("second"), second_events.append(event))
+    first_events, second_events = [], []
+    first, _ = ask(kb, sink=lambda event: (order.append("first"), first_events.append(event)), max_tokens=12)
+    second, _ = ask(other, sink=lambda event: (order.append("second"), second_events.append(event)), max_tokens=12)
     queue(engine, first, second)
     run(engine)
     assert text(first_events) == kb.ask("Where does Bob live?", max_tokens=12).text
@@ -170,16 +171,16 @@ def test_of_two_that_ask_the_same_the_one_that_is_cancelled_leaves_the_queue(kb)
     run(engine)
 
 
-def test_a_question_whose_time_is_up_is_told_so_whether_it_waits_is_read_or_runs(kb):
+def test_a_question_whose_time_is_up_is_told_so_whether_it_waits_is_read_or_runs(kb, monkeypatch):
     engine = Engine(kb.backbone, max_batch=2)
     running, running_events = ask(kb, max_tokens=500)
     long, long_events = ask(kb, "Where does Bob live? " * 400, max_tokens=4)
     waiting, waiting_events = ask(kb)
-    queue(engine, running, long, waiting)
+    queue(engine, *(replace(request, timeout=5.0) for request in (running, long, waiting)))
     engine.step()
     assert len(engine._started()) == 2 and any(isinstance(event, Delta) for event in running_events)
-    for request in (running, long, waiting):
-        request.timeout, request.asked = 5.0, request.asked - 10
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 10)
+    monkeypatch.setattr("cribsheet.engine.request.time", later)
     run(engine)
     for events in (running_events, long_events, waiting_events):
         assert isinstance(events[-1], EngineError) and "timeout=5.0" in str(events[-1])
@@ -189,9 +190,11 @@ def test_a_question_whose_time_is_up_is_told_so_whether_it_waits_is_read_or_runs
 def test_no_more_than_max_batch_run_at_once_and_the_rest_follow_in_order(kb):
     engine = Engine(kb.backbone, max_batch=2)
     ended = []
-    requests = [ask(kb, max_tokens=3 + n % 2)[0] for n in range(7)]
-    for number, request in enumerate(requests):
-        request.sink = lambda event, n=number: ended.append(n) if isinstance(event, Finished) else None
+
+    def noting(number):
+        return lambda event: ended.append(number) if isinstance(event, Finished) else None
+
+    requests = [ask(kb, sink=noting(n), max_tokens=3 + n % 2)[0] for n in range(7)]
     queue(engine, *requests)
     while engine.step():
         assert sum(len(group.running) for group in engine._groups) <= 2
@@ -355,12 +358,12 @@ def test_penalties_count_what_the_answer_holds_so_far(kb, engine):
 
 def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
     """By their log-probabilities, over a sheet that keeps everything."""
-    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1, scorer="task-peak")
+    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.backbone, rate=1, scorer="recall")
     request, events = ask(full, prefix=full.prefix, max_tokens=6, logprobs=2)
     queue(engine, request)
     run(engine)
     said = [logprob for event in events if isinstance(event, Delta) for logprob in event.logprobs]
-    layout = full._layout
+    layout = full.session.layout
     left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
     whole = torch.cat([layout.encoder.left(left)[0], request.question])
     assert [logprob.token_id for logprob in said] == full_context_answer(kb.backbone, whole, 6)
@@ -493,17 +496,21 @@ def test_a_short_question_is_answered_while_long_answers_hold_all_slots(kb, slot
 
 
 def test_long_answers_over_different_sheets_share_a_single_slot(kb):
-    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="task-peak")
+    other = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=kb.backbone, rate=2, scorer="recall")
     engine, order = Engine(kb.backbone, max_batch=1), []
-    asked = {"first": ask(kb, max_tokens=200), "second": ask(other, max_tokens=200)}
-    for name, (request, events) in asked.items():
-        request.sink = lambda event, name=name, events=events: (order.append(name), events.append(event))
-    queue(engine, *(request for request, _ in asked.values()))
+    events = {"first": [], "second": []}
+
+    def noting(name):
+        return lambda event: (order.append(name), events[name].append(event))
+
+    queue(
+        engine, *(ask(llm, sink=noting(name), max_tokens=200)[0] for name, llm in zip(events, (kb, other), strict=True))
+    )
     run(engine)
     turns = [name for at, name in enumerate(order) if at == 0 or order[at - 1] != name]
     assert turns[:4] == ["first", "second"] * 2
-    assert text(asked["first"][1]) == kb.ask("Where does Bob live?", max_tokens=200).text
-    assert text(asked["second"][1]) == other.ask("Where does Bob live?", max_tokens=200).text
+    assert text(events["first"]) == kb.ask("Where does Bob live?", max_tokens=200).text
+    assert text(events["second"]) == other.ask("Where does Bob live?", max_tokens=200).text
 
 
 def test_a_parked_answer_keeps_its_seed_and_its_half_written_text(kb):
@@ -542,7 +549,7 @@ def test_nobody_is_parked_while_nobody_waits(kb):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "smollm3"])
 def test_a_long_question_read_in_pieces_is_read_as_in_one_go(family, monkeypatch):
-    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(family), rate=3, scorer="task-peak")
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(family), rate=3, scorer="recall")
     question = "Where does Bob live? " * 20
     whole, whole_events = ask(kb, question, max_tokens=10, logprobs=1)
     pieces, piece_events = ask(kb, question, max_tokens=10, logprobs=1)

@@ -8,11 +8,12 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 from reference import full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task, load_sheet, save_sheet
+from cribsheet.asking.router import Router, likelihood
 from cribsheet.attention.rope import move
 from cribsheet.build import build_sheet
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.living import edits as living
-from cribsheet.living.combine import Router, combine, likelihood
+from cribsheet.living.combine import combine
 from cribsheet.living.cutting import cut
 from cribsheet.living.segments import sheet_layers
 from cribsheet.prompt.chunks import TokenizedCorpus
@@ -187,13 +188,13 @@ def test_sheets_that_do_not_belong_together_are_refused_by_name(tiny):
 
 def test_a_likelihood_is_that_of_the_question_s_own_tokens_after_everything_before_them(tiny):
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, ZERO_SHOT, model=tiny, rate=1, guide="dropped")
-    corpus = TokenizedCorpus.build(DOCUMENTS, kb.sheet.manifest.head, kb._layout.encoder).ids
-    ids, question = kb.question_tokens(QUESTION), kb._layout.encoder.plain(QUESTION)
+    corpus = TokenizedCorpus.build(DOCUMENTS, kb.sheet.manifest.head, kb.session.layout.encoder).ids
+    ids, question = kb.question_tokens(QUESTION), kb.session.layout.encoder.plain(QUESTION)
     logprobs = full_context_logits(tiny, torch.cat([corpus, ids])).log_softmax(-1)
     at = next(n for n in range(len(ids)) if ids[n : n + len(question) - 1].tolist() == question[:-1].tolist())
     own = range(max(1, at), at + len(question) - 1)  # the question mark is shared with every question
     expected = sum(float(logprobs[len(corpus) + n - 1, ids[n]]) for n in own) / len(own)
-    assert likelihood(kb, QUESTION) == pytest.approx(expected, abs=2e-3)
+    assert likelihood(kb.session, QUESTION) == pytest.approx(expected, abs=2e-3)
 
 
 def test_a_router_asks_the_sheet_after_which_the_question_is_likeliest(tiny):

@@ -307,7 +307,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_sheet(tiny, tmp_pat
 
         return progress
 
-    monkeypatch.setattr("cribsheet.living.independent.usual_chunk", lambda backbone, guide: 1)
+    monkeypatch.setattr("cribsheet.living.independent.usual_chunk", lambda backbone: 1)
     file, whole = tmp_path / "half.partial", build(tiny, allocation=allocation)
     reading = whole.manifest.segments
     with pytest.raises(Stop):

@@ -13,7 +13,6 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
 
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.build import build_sheet
-from cribsheet.compress.notes import notes_request
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import MismatchError, TemplateError
@@ -124,12 +123,6 @@ def test_a_repetition_is_an_answer_in_the_conversation_after_the_documents(name,
     assert left + layout.repeat(task, "documents") == by_hand(tokenizer, turns, task, resident=False)
     opening = layout.guide(task).resident
     assert left + opening + layout.repeat(task, "guide") == by_hand(tokenizer, turns, task, resident=True)
-    noted = [{"role": "user", "content": f"Task: {task.description}\n\n{notes_request(tokenizer)}"},
-             {"role": "assistant", "content": "Bob: Oslo"}]  # fmt: skip
-    for question, answer in task.examples:
-        noted += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    expected = by_hand(tokenizer, [*noted, *turns], task, resident=False)
-    assert left + layout.noted(task, "Bob: Oslo") + layout.repeat(task, "notes") == expected
 
 
 @pytest.mark.parametrize("system", ["", "You are brief."])
@@ -354,7 +347,6 @@ def test_words_that_could_be_our_own_markers_are_words(name):
     layout.verify(head, corpus, guide, task)
     whole = by_hand(tokenizer, turns, task, True, f"Brief {MARKERS}.", corpus)
     assert head + corpus + "\n\n" + guide + layout.question(turns, task, True) == whole
-    assert layout.noted(task, MARKERS).count(MARKERS) == layout.guide(task).resident.count(MARKERS) + 1
 
 
 def test_a_sheet_of_such_words_is_built_and_asked():

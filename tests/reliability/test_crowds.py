@@ -110,7 +110,8 @@ def test_a_crowd_leaves_nothing_behind_and_mixes_nothing_up(times):
         http = live.http(headers={"Authorization": f"Bearer {KEYS['a']}"})
 
         def at_rest():
-            engines = {id(served.kb._loaded): served.kb._loaded.engine for served in service.shelf.values()}
+            sessions = [served.kb.session for served in service.shelf.values()]
+            engines = {id(session.loaded): session.loaded.engine for session in sessions}
             idle = all(not engine._started() and not engine._waiting for engine in engines.values())
             return idle and service.gate.in_flight == 0
 

@@ -36,14 +36,12 @@ def retaining(pocket):
     return build_sheet(pocket.backbone, STAFF, TASK, retain=0.9)
 
 
-def planned(backbone, rate, scorer="task-peak", allocation="uniform", **options):
+def planned(backbone, rate, scorer="task", allocation="uniform", **options):
     budgets = Budgets(rate, None, "dropped", options.pop("chunk_tokens", 0), allocation)
     return plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, budgets, scorer=scorer, **options)
 
 
-@pytest.mark.parametrize(
-    ("scorer", "allocation"), [("task-peak", "uniform"), ("random", "uniform"), ("recall", "adaptive")]
-)
+@pytest.mark.parametrize(("scorer", "allocation"), [("task", "uniform"), ("random", "uniform"), ("recall", "adaptive")])
 def test_a_sheet_cut_from_a_reading_in_one_chunk_is_that_of_a_reading_of_its_own(family, scorer, allocation):
     wide, narrow = (planned(family, rate, scorer, allocation) for rate in (1.5, 4))
     whole, alone = read_through(family, wide), read_through(family, narrow)

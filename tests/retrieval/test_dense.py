@@ -14,7 +14,7 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 from transformers import BertConfig, BertModel
 
 from cribsheet import CompressedKnowledgeLLM, Document
-from cribsheet.asking.modes import Retrieval
+from cribsheet.asking.settings import Retrieval
 from cribsheet.cli import run
 from cribsheet.errors import RequestError
 from cribsheet.retrieval.dense import DenseRetriever

@@ -237,7 +237,7 @@ def test_many_answers_to_one_question_are_prepared_once(settings):
 
     def work(n):
         with Work() as counted:
-            kb._ask_requests(question, n, {"max_tokens": 20, **settings})
+            kb.session.prepare(question, {"max_tokens": 20, **settings}, n)
         return counted.done
 
     work(1)
@@ -390,7 +390,8 @@ def test_a_number_beyond_all_floats_takes_the_metrics_from_nobody():
     sheets = {"oslo": says("Bob lives in Oslo."), "huge": random_sheet()}
     sheet = sheets["huge"].sheet
     manifest = sheet.manifest.model_copy(update={"budget": 10**400, "created": "0001-01-01T00:00:00"})
-    sheets["huge"].sheet = replace(sheet, manifest=manifest)
+    huge = sheets["huge"]
+    huge.session = huge.session.over(replace(sheet, manifest=manifest))
     with serving(sheets) as live:
         http = live.http()
         assert 'sheet="oslo"' in http.get("/metrics").text and "+Inf" in http.get("/metrics").text

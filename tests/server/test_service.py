@@ -214,7 +214,7 @@ def test_a_full_server_says_when_to_come_again(sheets):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_caller_who_leaves_frees_the_engine(live, stream):
     service = live.app.state.service
-    engine = service.shelf["noise"].kb._loaded.engine
+    engine = service.shelf["noise"].kb.session.loaded.engine
     host, port = live.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "stream": stream}).encode()
     with socket.create_connection((host, int(port))) as raw:

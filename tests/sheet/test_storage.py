@@ -9,14 +9,15 @@ import pickle
 import struct
 import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
-from corpus import DOCUMENTS, FEW_SHOT
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cribsheet import build_sheet, load_sheet, save_sheet
+from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_sheet
 from cribsheet.errors import SheetError
 from cribsheet.sheet.file import read_manifest, verify
 from cribsheet.sheet.layers import StoredLayer
@@ -380,3 +381,14 @@ def test_segments_that_do_not_add_up_are_refused(tiny, tmp_path, change):
     save_file(tensors, tmp_path / "b.sheet", metadata={**metadata, "cribsheet": json.dumps(manifest)})
     with pytest.raises(SheetError, match=r"do not fit its manifest|damaged manifest"):
         load_sheet(tmp_path / "b.sheet")
+
+
+@pytest.mark.parametrize("scorer", ["notes", "recall-notes", "key-norm", "task-peak"])
+def test_a_sheet_of_a_scorer_that_is_no_more_opens_and_answers(tmp_path, scorer):
+    backbone = tiny_backbone()
+    sheet = build_sheet(backbone, DOCUMENTS, FEW_SHOT, rate=3)
+    old = replace(sheet, manifest=sheet.manifest.model_copy(update={"scorer": scorer, "chunk_tokens": 1024}))
+    kept = load_sheet(save_sheet(old, tmp_path / "old.sheet"))
+    with CompressedKnowledgeLLM(backbone, sheet) as new, CompressedKnowledgeLLM(backbone, kept) as kb:
+        assert kb.ask(QUESTION, max_tokens=6).text == new.ask(QUESTION, max_tokens=6).text
+    assert kept.manifest.scorer == scorer

@@ -276,7 +276,7 @@ def test_tools_that_make_no_sense_are_refused(tools, choice, message):
 
 @pytest.fixture(scope="module")
 def kb():
-    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="task-peak")
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=3, scorer="task")
 
 
 @pytest.mark.parametrize("choice", ["any", "add", "clock", "note"])

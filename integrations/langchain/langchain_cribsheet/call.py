@@ -10,9 +10,8 @@ from typing import Any
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from cribsheet import Answer, CompressedKnowledgeLLM
-from cribsheet.errors import RequestError
-from cribsheet.llm import Prepared
+from cribsheet import Answer, CompressedKnowledgeLLM, RequestError
+from cribsheet.asking.prepared import Prepared
 from langchain_cribsheet.knowledge import Knowledge
 from langchain_cribsheet.messages import as_conversation, as_message, facts_of, last_chunk
 

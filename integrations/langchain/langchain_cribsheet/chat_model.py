@@ -24,12 +24,9 @@ from langchain_core.runnables.config import get_config_list
 from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
-from cribsheet import CompressedKnowledgeLLM, __version__
-from cribsheet.asking.modes import Retrieval
-from cribsheet.errors import RequestError
-from cribsheet.retrieval.retriever import as_retriever
+from cribsheet import CompressedKnowledgeLLM, RequestError, Retrieval, Tool, __version__, as_retriever
 from cribsheet.structured.grammar import Grammar
-from cribsheet.structured.tools import Tool, Toolbox
+from cribsheet.structured.tools import Toolbox
 from cribsheet.vocabulary import Mode
 from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cribsheet import CompressedKnowledgeLLM
-from cribsheet.errors import SheetError
+from cribsheet import CompressedKnowledgeLLM, SheetError
 from cribsheet.sheet.file import read_manifest
 from cribsheet.sheet.manifest import Manifest
 

@@ -21,11 +21,8 @@ from langchain_core.messages import (
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call, tool_call_chunk
 
-from cribsheet import Answer
-from cribsheet.asking.answer import Usage
+from cribsheet import Answer, RequestError, Sheet, Usage
 from cribsheet.engine.sampling import TokenLogprob
-from cribsheet.errors import RequestError
-from cribsheet.sheet.sheet import Sheet
 
 _ROLES = {
     HumanMessage: "user",

@@ -15,9 +15,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field, model_validator
 
-from cribsheet import CompressedKnowledgeLLM
-from cribsheet.asking.answer import Source
-from cribsheet.errors import SheetError
+from cribsheet import CompressedKnowledgeLLM, SheetError, Source
 from cribsheet.sheet.manifest import DocumentEntry
 from langchain_cribsheet.knowledge import Knowledge
 

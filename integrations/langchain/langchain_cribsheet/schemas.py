@@ -12,7 +12,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import PydanticUserError, TypeAdapter
 from typing_extensions import is_typeddict
 
-from cribsheet.errors import RequestError
+from cribsheet import RequestError
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 

@@ -11,7 +11,7 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from typing_extensions import is_typeddict
 
-from cribsheet.errors import RequestError
+from cribsheet import RequestError
 from cribsheet.structured.grammar import Grammar
 from cribsheet.structured.tools import Toolbox, closed
 from langchain_cribsheet.schemas import as_json_schema, as_openai_tool

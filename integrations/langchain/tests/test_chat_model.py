@@ -47,14 +47,14 @@ def llm(kb: CompressedKnowledgeLLM) -> ChatCribsheet:
 
 
 def busy(kb):
-    return len(kb._loaded.engine._started())
+    return len(kb.session.loaded.engine._started())
 
 
 def settle(kb):
     deadline = time.monotonic() + 30
-    while (busy(kb) or kb._loaded.engine._groups) and time.monotonic() < deadline:
+    while (busy(kb) or kb.session.loaded.engine._groups) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert busy(kb) == 0 and kb._loaded.engine._groups == []
+    assert busy(kb) == 0 and kb.session.loaded.engine._groups == []
 
 
 def test_an_answer_comes_with_usage_and_metadata(llm, kb):

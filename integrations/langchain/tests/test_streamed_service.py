@@ -15,7 +15,7 @@ NEVER_ENDING = {"max_tokens": 4000}
 
 @pytest.fixture
 def engine(writer: CompressedKnowledgeLLM):
-    return writer._loaded.engine
+    return writer.session.loaded.engine
 
 
 async def served(llm, host="127.0.0.1"):

@@ -17,8 +17,8 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
 from typing_extensions import TypedDict
 
-from cribsheet import CompressedKnowledgeLLM
-from cribsheet.errors import RequestError
+from cribsheet import CompressedKnowledgeLLM, RequestError
+from cribsheet.asking.prepared import Prepared
 
 ASK = "Who?"
 
@@ -337,7 +337,7 @@ async def test_grammars_are_made_off_the_event_loop(llm, writer, monkeypatch):
     prepare, threads = CompressedKnowledgeLLM.prepare, set()
 
     def noted(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(args[0], "request"):
+        if not isinstance(args[0], Prepared):
             threads.add(threading.current_thread())
         return prepare(self, *args, **kwargs)
 

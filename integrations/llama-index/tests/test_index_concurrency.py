@@ -24,7 +24,7 @@ def endless(kb):
 
 def free(kb, wanted: int = 0) -> bool:
     """Whether the engine comes to rest, or to so many running answers."""
-    engine = kb._loaded.engine
+    engine = kb.session.loaded.engine
     until = time.monotonic() + 10
     while len(engine._started()) != wanted and time.monotonic() < until:
         time.sleep(0.01)

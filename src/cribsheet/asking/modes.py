@@ -16,251 +16,279 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from cribsheet.asking.answer import Answer
 from cribsheet.asking.certainty import Judged, judge, told
+from cribsheet.asking.prepared import Lookup, Prepared
+from cribsheet.asking.session import Session
 from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream
-from cribsheet.engine.request import Delta, Finished, Request, tell
-from cribsheet.errors import RequestError
+from cribsheet.engine.request import tell
 from cribsheet.prompt.template import Message
-from cribsheet.prompt.turns import Question, as_turns
-from cribsheet.retrieval.dense import require_dense
+from cribsheet.prompt.turns import as_turns
 from cribsheet.retrieval.passages import choose, is_told_already, query_of, says
-from cribsheet.retrieval.retriever import Passage, Search, as_retriever
-from cribsheet.vocabulary import Mode
-
-if TYPE_CHECKING:
-    from cribsheet.llm import CompressedKnowledgeLLM
+from cribsheet.retrieval.retriever import Passage, Search
 
 logger = logging.getLogger(__name__)
 
-
-BUILT_IN = ("bm25", "dense")  # each a property of the LLM; the first is the default
-PASSAGE_TOKENS = 512
-SURE = 0.7  # decisions/0018 and 0026 have the measurements behind this
-SETTINGS = ("retriever", "mode", "passage_tokens", "sure")
 _BOTH = "the chain and the sheet both have a retriever; leave out one of them"
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
 
 
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """How passages help with a question: settings that were checked.
+class Draft(NamedTuple):
+    """A step that waits for the sheet's own answer."""
 
-    `top_k` bounds how many passages are told, `passage_tokens` how many tokens they take, gaps included.
-    `sure` is how certain `auto` must be, 0 to 1, that passages add nothing to a draft: 0 takes every draft, 1 none.
-    """
+    session: Session
+    question: Prepared
 
-    mode: Mode
-    retriever: Any = BUILT_IN[0]
-    top_k: int | None = None
-    passage_tokens: int = PASSAGE_TOKENS
-    sure: float = SURE
-
-    def __post_init__(self) -> None:
-        """Refuse settings that make no sense, with `RequestError`."""
-        if self.mode not in get_args(Mode):
-            raise RequestError(f"The mode is {self.mode!r}; use one of {', '.join(get_args(Mode))}.")
-        for name, value in (("top_k", self.top_k), ("passage_tokens", self.passage_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise RequestError(f"{name} is {value!r}; use a whole number of at least 1.")
-        if isinstance(self.sure, bool) or not isinstance(self.sure, int | float) or not 0 <= self.sure <= 1:
-            raise RequestError(f"sure is {self.sure!r}; give a probability from 0 to 1.")
-        if isinstance(self.retriever, str) and self.retriever not in BUILT_IN:
-            names = ", ".join(map(repr, BUILT_IN))
-            raise RequestError(f"There is no built-in retriever {self.retriever!r}; use {names}, or pass your own.")
-        if self.retriever == "dense":
-            require_dense()
-
-    @classmethod
-    def taken_from(cls, settings: Mapping[str, Any]) -> tuple[Retrieval | None, dict[str, Any]]:
-        """The retrieval that settings ask for, or none, and the settings that remain.
-
-        A retriever alone means `hybrid`; a mode alone means the built-in BM25. Where something is retrieved, `top_k`
-        counts passages; with a `Retrieval` as the mode, which has its own, it is that of `SamplingParams`.
-        """
-        rest = dict(settings)
-        if isinstance(made := rest.get("mode"), cls):
-            del rest["mode"]
-            return (None if made.mode == "sheet" else made), rest
-        given = {name: value for name in SETTINGS if (value := rest.pop(name, None)) is not None}
-        if not given.keys() & {"retriever", "mode"}:
-            if given:
-                raise RequestError(f"{', '.join(given)} is about passages; pass a retriever or a mode with it.")
-            return None, rest
-        given.setdefault("mode", "hybrid")
-        if given["mode"] != "sheet":
-            given["top_k"] = rest.pop("top_k", None)
-        found = cls(**given)
-        return (None if found.mode == "sheet" else found), rest
-
-    def search(self, llm: CompressedKnowledgeLLM) -> Search:
-        """The retriever in our form."""
-        return as_retriever(getattr(llm, self.retriever) if isinstance(self.retriever, str) else self.retriever)
-
-    @property
-    def takes_all(self) -> bool:
-        """Whether `auto` takes every draft, so that nothing need be searched."""
-        return self.mode == "auto" and self.sure == 0
-
-    def takes(self, certainty: float) -> bool:
-        """Whether `auto` takes a draft that is so certain."""
-        return self.sure <= certainty and self.sure < 1
-
-
-class Asking(NamedTuple):
-    """A question that passages help with: what is asked, how, and the settings of its answer.
-
-    `is_told` says whether it holds passages already, once somebody has looked.
-    """
-
-    question: Question
-    retrieval: Retrieval
-    sampling: Mapping[str, Any]
-    is_told: bool | None = None
-
-    def looked_at(self, llm: CompressedKnowledgeLLM) -> Asking:
-        """The same with `is_told`, as looked for in this thread; warns if it is."""
-        if self.is_told is not None:
-            return self
-        is_told = is_told_already(as_turns(self.question), llm.known)
-        if is_told:
-            logger.warning("the question holds passages already, so nothing is retrieved again: %s", _BOTH)
-        return self._replace(is_told=is_told)
-
-
-def begin(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
-    """Have streams answered with passages; blocks while it searches and, in `auto`, while the draft is written."""
-    turns, retrieval = as_turns(asking.question), asking.retrieval
-    draft: AnswerStream | None = None
-    judged: Judged | None = None
-    if asking.looked_at(llm).is_told:  # the caller's chain has a retriever of its own; nothing is fetched twice
-        return llm._submit(*streams)
-    if retrieval.mode == "auto":
-        draft = AnswerStream(_draft(llm, streams[0], asking))
-        llm._submit(draft)
-        for _ in draft:
+    def now(self) -> Answer:
+        """The answer, blocking."""
+        stream = AnswerStream(self.question)
+        self.session.submit(stream)
+        for _ in stream:
             pass
-    found = [] if retrieval.takes_all else retrieval.search(llm).fetch(query_of(turns))
-    if draft is not None and (judged := _judge(llm, streams, draft, asking, found)) is None:
-        return _take(llm, streams, draft.answer)
-    _tell(llm, streams, asking, turns, found, judged)
+        return stream.answer
+
+    async def later(self) -> Answer:
+        """The answer, without blocking the event loop."""
+        stream = AsyncAnswerStream(self.question, asyncio.get_running_loop())
+        await asyncio.to_thread(self.session.submit, stream)
+        async for _ in stream:
+            pass
+        return stream.answer
 
 
-async def begin_later(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], asking: Asking) -> None:
-    """`begin` without blocking the event loop; what goes wrong is raised by the streams."""
-    retrieval = asking.retrieval
-    draft: AsyncAnswerStream | None = None
-    judged: Judged | None = None
-    try:
-        turns = as_turns(asking.question)
-        if asking.is_told is None:
-            asking = await asyncio.to_thread(asking.looked_at, llm)
-        if asking.is_told:
-            return await asyncio.to_thread(llm._submit, *streams)
-        if retrieval.mode == "auto":
-            made = await asyncio.to_thread(_draft, llm, streams[0], asking)
-            draft = AsyncAnswerStream(made, None, asyncio.get_running_loop())
-            await asyncio.to_thread(llm._submit, draft)
-            async for _ in draft:
-                pass
-        found = []
-        if not retrieval.takes_all:
-            found = await (await asyncio.to_thread(retrieval.search, llm)).afetch(query_of(turns))
-        if draft is not None:
-            judged = await asyncio.to_thread(_judge, llm, streams, draft, asking, found)
-            if judged is None:
-                return await asyncio.to_thread(_take, llm, streams, draft.answer)
-        await asyncio.to_thread(_tell, llm, streams, asking, turns, found, judged)
-    except Exception as error:
+class Fetch(NamedTuple):
+    """A step that waits for a retriever."""
+
+    search: Search
+    query: str
+
+    def now(self) -> list[Passage]:
+        """Passages, blocking."""
+        return self.search.fetch(self.query)
+
+    async def later(self) -> list[Passage]:
+        """Passages, without blocking the event loop."""
+        return await self.search.afetch(self.query)
+
+
+Steps = Generator[Draft | Fetch, Any, None]  # is sent what it waits for
+
+
+def begin(session: Session, asked: Sequence[Prepared]) -> list[AnswerStream]:
+    """One question's answers, from now on being written.
+
+    Blocks while passages are searched and, in `auto`, while the draft is written; raises whatever goes wrong.
+    """
+    for question in asked:
+        question.claim()
+    streams = [AnswerStream(question) for question in asked]
+    if asked[0].lookup is None:
+        session.submit(*streams)
+        return streams
+    steps = _steps(session, streams, asked[0].lookup)
+    wait = _go_on(steps)
+    while wait is not None:
+        wait = _go_on(steps, wait.now())
+    return streams
+
+
+def begin_later(
+    session: Session, asked: Sequence[Prepared], loop: asyncio.AbstractEventLoop | None
+) -> list[AsyncAnswerStream]:
+    """`begin` without blocking the event loop, the running one or `loop` for callers from other threads.
+
+    What goes wrong later is raised by the streams.
+    """
+    for question in asked:
+        question.claim()
+    reading, lookup = loop or asyncio.get_running_loop(), asked[0].lookup
+    streams = [AsyncAnswerStream(question, reading) for question in asked]
+    if lookup is not None:
+        # a caller in another thread may be busy for a while; the event loop has few threads
+        is_told = _is_told(session, lookup) if loop else None
+        beginning = _begun(streams, _steps(session, streams, lookup, is_told))
+        work = asyncio.run_coroutine_threadsafe(beginning, loop) if loop else asyncio.create_task(beginning)
         for stream in streams:
-            tell(stream.request, error)
+            stream.work = work
+    elif loop is not None or session.is_placed:
+        session.submit(*streams)
+    else:
+        reading.run_in_executor(None, _submit_later, session, streams)
+    return streams
+
+
+def read(streams: Sequence[AnswerStream]) -> list[Answer]:
+    """The answers of streams, once they are there; one that fails, or an interrupt, ends the others too."""
+    try:
+        for stream in streams:
+            for _ in stream:
+                pass
+    finally:
+        for stream in streams:
+            stream.close()
+    return [stream.answer for stream in streams]
+
+
+async def read_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
+    """`read` without blocking the event loop."""
+    try:
+        for stream in streams:
+            async for _ in stream:
+                pass
+    finally:
+        for stream in streams:
+            await stream.aclose()
+    return [stream.answer for stream in streams]
+
+
+def _submit_later(session: Session, streams: Sequence[Stream]) -> None:
+    try:
+        session.submit(*streams)
+    except Exception as error:
+        _fail(streams, error)
+
+
+async def _begun(streams: Sequence[Stream], steps: Steps) -> None:
+    """Go through the steps, each in a thread; what goes wrong is raised by the streams."""
+    try:
+        wait = await asyncio.to_thread(_go_on, steps)
+        while wait is not None:
+            wait = await asyncio.to_thread(_go_on, steps, await wait.later())
+    except Exception as error:
+        _fail(streams, error)
+
+
+def _fail(streams: Sequence[Stream], error: Exception) -> None:
+    for stream in streams:
+        tell(stream, error)
+
+
+def _go_on(steps: Steps, value: Any = None) -> Draft | Fetch | None:
+    """What the next step waits for, given what the last one did; none after the last."""
+    try:
+        return steps.send(value)
+    except StopIteration:
+        return None
+
+
+def _steps(session: Session, streams: Sequence[Stream], lookup: Lookup, is_told: bool | None = None) -> Steps:
+    """Have one question's streams answered with passages, whether its caller can wait or not.
+
+    `is_told` says whether the question holds passages already, once somebody has looked.
+    """
+    turns, retrieval = as_turns(lookup.question), lookup.retrieval
+    if _is_told(session, lookup) if is_told is None else is_told:
+        return session.submit(*streams)  # the caller's chain has a retriever of its own; nothing is fetched twice
+    draft: Answer | None = None
+    judged: Judged | None = None
+    if retrieval.mode == "auto":
+        question = _draft(session, streams[0], lookup)
+        draft = yield Draft(session, question)
+    passages: list[Passage] = []
+    if not retrieval.takes_all:
+        passages = yield Fetch(session.search(retrieval.retriever), query_of(turns))
+    if draft is not None:
+        judged = _judge(session, streams, draft, lookup, passages)
+        if judged is None:
+            return _take(session, streams, draft)
+    _tell(session, streams, lookup, turns, passages, judged)
+
+
+def _is_told(session: Session, lookup: Lookup) -> bool:
+    """Whether a question holds passages already; warns if it does."""
+    is_told = is_told_already(as_turns(lookup.question), session.known)
+    if is_told:
+        logger.warning("the question holds passages already, so nothing is retrieved again: %s", _BOTH)
+    return is_told
+
+
+def _draft(session: Session, stream: Stream, lookup: Lookup) -> Prepared:
+    """The stream's question with log-probabilities, calls as text; cancelling the stream cancels it too."""
+    question = session.prepare_told(lookup.question, lookup.sampling)
+    params = replace(question.params, logprobs=question.params.logprobs or 0)
+    return replace(
+        question, params=params, toolbox=None, cancelled=stream.question.cancelled, asked=stream.question.asked
+    )
 
 
 def _judge(
-    llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Stream, asking: Asking, found: Sequence[Passage]
+    session: Session, streams: Sequence[Stream], draft: Answer, lookup: Lookup, passages: Sequence[Passage]
 ) -> Judged | None:
     """What a draft looks like that does not stand; none if it does. Its streams report how certain it is.
 
     One that the passages tell is not measured any further, as that reads it twice more.
     """
-    retrieval, judged = asking.retrieval, None
-    certainty = told(query_of(as_turns(asking.question)), draft.answer, found[: retrieval.top_k])
+    retrieval, judged = lookup.retrieval, None
+    certainty = told(query_of(as_turns(lookup.question)), draft, passages[: retrieval.top_k])
     if retrieval.takes_all or not retrieval.takes(certainty):
-        judged = judge(llm, draft.request.question, draft.answer)
+        judged = judge(session, streams[0].question.told.ids, draft)
         certainty = max(certainty, judged.certainty)
     for stream in streams:
         stream.certainty = certainty
     return None if retrieval.takes(certainty) else judged
 
 
-def _draft(llm: CompressedKnowledgeLLM, stream: Stream, asking: Asking) -> Request:
-    """The stream's question with log-probabilities; cancelling the stream cancels it too."""
-    request = llm._ask_request(asking.question, asking.sampling).request
-    params = replace(request.params, logprobs=request.params.logprobs or 0)
-    return replace(request, params=params, cancelled=stream.request.cancelled, asked=stream.request.asked)
-
-
-def _take(llm: CompressedKnowledgeLLM, streams: Sequence[Stream], draft: Answer) -> None:
+def _take(session: Session, streams: Sequence[Stream], draft: Answer) -> None:
     """Let the draft be the answer; of several answers each is written anew."""
     if len(streams) > 1:
-        return llm._submit(*streams)
-    request = streams[0].request
-    request.sink(Delta(draft.text, draft.logprobs or ()))
-    assert draft.finish_reason != "tool_calls"  # a draft has no toolbox that would read it
-    streams[0].sources = draft.sources
-    request.sink(Finished(draft.finish_reason, draft.usage.completion_tokens))
+        return session.submit(*streams)
+    streams[0].take_over(draft)
 
 
 def _tell(
-    llm: CompressedKnowledgeLLM,
+    session: Session,
     streams: Sequence[Stream],
-    asking: Asking,
+    lookup: Lookup,
     turns: Sequence[Message],
     found: Sequence[Passage],
-    judged: Judged | None = None,
+    judged: Judged | None,
 ) -> None:
-    """Put passages into the question and hand it to the engine.
+    """Put passages that were found into the question and hand it to the engine.
 
     Passages stand alone too where the sheet's draft was `judged` to be of something that it has lost, if their share of
     a hybrid holds not even the first of them whole: then the sheet only takes the room.
     """
-    retrieval, sampling = asking.retrieval, asking.sampling
-    asked, longest = len(streams[0].request.question), min(streams[0].request.params.max_tokens, _ANSWER_TOKENS)
-    made = llm.sheet.manifest
-
-    def choice(alone: bool) -> tuple[int, list[Passage]]:
-        tokens, fixed = retrieval.passage_tokens, made.head_tokens + made.guide_tokens
-        if alone:
-            tokens = min(tokens + llm.sheet.tokens - fixed, llm.backbone.window - fixed - asked - longest)
-        else:
-            tokens = min(tokens, llm.room - asked - longest)
-        order, encoder = [document.id for document in made.documents], llm._layout.encoder
-        heading = llm._tells_in_turn and not alone
-        return tokens, choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=heading)
-
-    alone = retrieval.mode == "retrieval"
-    tokens, chosen = choice(alone)
-    if judged and judged.is_lost(retrieval.sure) and is_cut(found, chosen):
-        without = choice(True)
+    alone = lookup.retrieval.mode == "retrieval"
+    tokens, chosen = _chosen(session, streams[0].question, lookup, turns, found, alone=alone)
+    if judged and judged.is_lost(lookup.retrieval.sure) and is_cut(found, chosen):
+        without = _chosen(session, streams[0].question, lookup, turns, found, alone=True)
         if without[1]:  # nothing if the question says it all
             alone, (tokens, chosen) = True, without
-    if any(says(turns, each) for each in found):
+    if any(says(turns, passage) for passage in found):
         logger.warning("the question holds what was retrieved, which is not told again: %s", _BOTH)
     elif found and not chosen:
         logger.warning("of %d retrieved passages none is told: all are said already, or %d tokens hold none of them",
                        len(found), tokens)  # fmt: skip
-    mode: Literal["sheet", "retrieval", "hybrid"] = "retrieval" if alone else "hybrid" if chosen else "sheet"
-    told = llm._ask_request(turns, sampling, chosen, alone=alone).request  # once for all answers
+    question = session.prepare_told(turns, lookup.sampling, chosen, alone=alone)  # once for all answers
     for stream in streams:
-        before = stream.request
-        request = told.again(before.choice)
-        stream.request = replace(request, sink=before.sink, cancelled=before.cancelled, asked=before.asked)
-        stream.mode, stream.passages = mode, tuple(chosen)
-    llm._submit(*streams)
+        stream.ask_instead(question)
+    session.submit(*streams)
+
+
+def _chosen(
+    session: Session,
+    question: Prepared,
+    lookup: Lookup,
+    turns: Sequence[Message],
+    found: Sequence[Passage],
+    *,
+    alone: bool,
+) -> tuple[int, list[Passage]]:
+    """How many tokens there are for passages beside the sheet, or `alone`, and those that fill them."""
+    made, retrieval = session.sheet.manifest, lookup.retrieval
+    asked, longest = len(question.told.ids), min(question.params.max_tokens, _ANSWER_TOKENS)
+    tokens, fixed = retrieval.passage_tokens, made.head_tokens + made.guide_tokens
+    if alone:
+        tokens = min(tokens + session.sheet.tokens - fixed, session.backbone.window - fixed - asked - longest)
+    else:
+        tokens = min(tokens, session.room - asked - longest)
+    order, encoder = [document.id for document in made.documents], session.layout.encoder
+    heading = session.tells_in_turn and not alone
+    return tokens, choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=heading)
 
 
 def is_cut(found: Sequence[Passage], chosen: Sequence[Passage]) -> bool:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
-    from cribsheet.asking.modes import Retrieval
+    from cribsheet.asking.settings import Retrieval
     from cribsheet.compress.scoring import Scorer
     from cribsheet.living.independent import Reader
     from cribsheet.structured.grammar import Grammar
-    from cribsheet.vocabulary import Allocation, Correction, GuideMode
-    from cribsheet.vocabulary import BuildMode as SheetMode
-    from cribsheet.vocabulary import Mode as AnswerMode
+    from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, Mode
 
 
 class BuildOptions(TypedDict, total=False):
@@ -32,7 +30,7 @@ class BuildOptions(TypedDict, total=False):
     dtype: str | None
     seed: int
     checkpoint: str | Path | None
-    mode: SheetMode
+    mode: BuildMode
     allocation: Allocation | None
     correction: Correction
     read: Reader | None
@@ -67,11 +65,11 @@ class AskOptions(_Sampling, total=False):
     choices: Sequence[str] | None
     tools: Sequence[Any] | None
     tool_choice: Any
-    mode: AnswerMode | Retrieval | None
+    mode: Mode | Retrieval | None
 
 
 class _Fields(_Sampling, total=False):
-    mode: AnswerMode | None
+    mode: Mode | None
     sheet: str | None
     model: str | None
     model_options: dict[str, Any]

@@ -1,41 +1,62 @@
-"""What a caller holds while an answer is written: pieces of text, then the whole answer."""
+"""What a caller holds while an answer is written, pieces of text, then the whole answer; and all that are written."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from torch import Tensor
 
 from cribsheet.asking.answer import Answer, Source, Usage
-from cribsheet.engine.request import Delta, Event, Finished, Request, own_copy
+from cribsheet.asking.prepared import Prepared
+from cribsheet.attention.prefix import Prefix
+from cribsheet.engine.pool import LoadedModel
+from cribsheet.engine.request import Delta, Event, Finished, Request, Sink, own_copy
 from cribsheet.engine.sampling import TokenLogprob
-from cribsheet.errors import RequestError
-from cribsheet.retrieval.retriever import Passage
-from cribsheet.structured.tools import CallReader, Toolbox
+from cribsheet.errors import EngineError, RequestError
+from cribsheet.structured.tools import CallReader
+
+Trace = Callable[[Tensor], tuple[Source, ...]]
 
 
 class Stream:
     """What a caller holds while an answer is written; shared by the sync and async forms."""
 
-    def __init__(self, request: Request, toolbox: Toolbox | None) -> None:
-        self.request = request
-        self.mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
-        self.passages: tuple[Passage, ...] = ()
+    def __init__(self, question: Prepared, sink: Sink) -> None:
+        self.question, self.sink = question, sink
         self.certainty: float | None = None
-        self._reader = CallReader(toolbox) if toolbox else None
+        self._reader = CallReader(question.toolbox) if question.toolbox else None
         self._began = time.perf_counter()
         self._first = 0.0
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._answer: Answer | None = None
-        self.sources: tuple[Source, ...] = ()  # of an answer that is taken over
-        self.trace: Callable[[Tensor], tuple[Source, ...]] | None = None
+        self._cached = question.before
+        self._sources: tuple[Source, ...] = ()  # of an answer that is taken over
+        self._trace: Trace | None = None
+
+    def request(self, prefix: Prefix, trace: Trace | None = None) -> Request:
+        """What the engine is to answer, over a prefix; `trace` finds the sources in what was looked at."""
+        self._cached, self._trace = prefix.tokens, trace
+        return self.question.over(prefix, self.sink)
+
+    def ask_instead(self, question: Prepared) -> None:
+        """Listen to the answer of a question that says the same and more."""
+        self.question = question.instead_of(self.question)
+
+    def take_over(self, answer: Answer) -> None:
+        """Tell an answer that was written already as this one's own."""
+        assert answer.finish_reason != "tool_calls"  # a draft has no toolbox that would read it
+        self.sink(Delta(answer.text, answer.logprobs or ()))
+        self._sources = answer.sources
+        self.sink(Finished(answer.finish_reason, answer.usage.completion_tokens))
 
     @property
     def answer(self) -> Answer:
@@ -53,9 +74,14 @@ class Stream:
         """Those of the tokens from a number on, without a copy of all."""
         return tuple(self._logprobs[number:])
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the time that the caller allowed is up."""
+        return self.question.is_late
+
     def cancel(self) -> None:
         """Stop within one token; the stream then ends with finish reason "cancelled"."""
-        self.request.cancel()
+        self.question.cancelled.set()
 
     def __del__(self) -> None:
         """A stream that nobody holds any more stops the work too."""
@@ -79,31 +105,30 @@ class Stream:
         return text
 
     def _finish(self, end: Finished) -> Answer:
-        cached, asked = self.request.prefix.tokens, len(self.request.question)
+        question, cached, asked = self.question, self._cached, len(self.question.told.ids)
         seconds = time.perf_counter() - self._began
         calls = self._reader.calls if self._reader else ()
         return Answer(
             text="".join(self._texts),
             finish_reason="tool_calls" if calls and end.reason == "stop" else end.reason,
             tool_calls=calls,
-            sources=self.sources if end.looked is None or self.trace is None else self.trace(end.looked),
+            sources=self._sources if end.looked is None or self._trace is None else self._trace(end.looked),
             usage=Usage(cached + asked, cached, end.completion_tokens),
             seconds=seconds,
             first_token_seconds=self._first or seconds,
-            mode=self.mode,
-            passages=self.passages,
+            mode=question.mode,
+            passages=question.passages,
             certainty=self.certainty,
-            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
+            logprobs=None if question.params.logprobs is None else tuple(self._logprobs),
         )
 
 
 class AnswerStream(Stream):
     """Iterate for pieces of text as they are written; `.answer` is complete afterwards."""
 
-    def __init__(self, request: Request, toolbox: Toolbox | None = None) -> None:
-        super().__init__(request, toolbox)
+    def __init__(self, question: Prepared) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        request.sink = self._events.put
+        super().__init__(question, self._events.put)
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text; never empty ones."""
@@ -139,11 +164,10 @@ class AnswerStream(Stream):
 class AsyncAnswerStream(Stream):
     """`AnswerStream` for `async for`."""
 
-    def __init__(self, request: Request, toolbox: Toolbox | None, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(request, toolbox)
-        self.work: asyncio.Task[None] | Future[None] | None = None  # what is done before the question can be asked
+    def __init__(self, question: Prepared, loop: asyncio.AbstractEventLoop) -> None:
         self._events = events = asyncio.Queue[Event]()
-        request.sink = lambda event: _hand_over(loop, events, event)
+        super().__init__(question, lambda event: _hand_over(loop, events, event))
+        self.work: asyncio.Task[None] | Future[None] | None = None  # what is done before the question can be asked
 
     def __aiter__(self) -> AsyncIterator[str]:
         """Pieces of text; never empty ones."""
@@ -178,6 +202,45 @@ class AsyncAnswerStream(Stream):
     ) -> None:
         """Stop the work if it still runs."""
         await self.aclose()
+
+
+class Running:
+    """The answers that are being written from a sheet, and from those that took its place, until it is closed.
+
+    The model's engine ends with the last of those who use it.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self._lock, self._closed = threading.Lock(), False
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        loaded.enter(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return self._closed
+
+    def check_open(self) -> None:
+        """Raise `EngineError` once it is closed."""
+        if self._closed:
+            raise EngineError("This sheet is closed; load it again to ask more questions.")
+
+    def submit(self, streams: Sequence[Stream], requests: Sequence[Request]) -> None:
+        """Hand requests to the engine, and remember who listens. Raises `EngineError` if it takes no more."""
+        with self._lock:
+            self.check_open()
+            self._streams.update(streams)
+        self.loaded.engine.submit(*requests)
+
+    def close(self) -> None:
+        """Cancel whatever runs; safe to call twice."""
+        with self._lock:
+            self._closed = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+        self.loaded.leave(self)
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:

@@ -318,7 +318,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ReadingLayer(PrefixLayer):
-    """A layer that reads `[chunk; guide]` in one go, or the guide on a chunk read before, and remembers how it looked.
+    """A layer that reads `[chunk; guide]` in one go and remembers how it looked.
 
     After the read: `chunk_keys`, `chunk_values` (K, c, D), `guide_queries` (H, T, D), `guide_lse` (H, T).
     """
@@ -328,14 +328,12 @@ class ReadingLayer(PrefixLayer):
         prefix: LayerPrefix,
         start: int,
         guide_tokens: int,
-        known: tuple[Tensor, Tensor] | None = None,
         step: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(prefix, start)
         self.guide_tokens = guide_tokens
         self._step = step  # called when the model has come to this layer
-        self._known = known  # keys and values (1, K, c, D) of the chunk
-        self._before = known[0].shape[2] if known else 0
+        self._known: tuple[Tensor, Tensor] | None = None  # keys and values (1, K, c, D) of the chunk, once concluded
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep a reference to the chunk's keys and values; nothing is copied."""
@@ -343,7 +341,7 @@ class ReadingLayer(PrefixLayer):
         read = self._known or (key_states[:, :, :chunk], value_states[:, :, :chunk])
         self.chunk_keys, self.chunk_values = read[0][0], read[1][0]
         self.guide_keys, self.guide_values = key_states[0, :, chunk:], value_states[0, :, chunk:]
-        self.length = self._before + key_states.shape[2]
+        self.length = key_states.shape[2]
         if self._step is not None:
             self._step()
         return self.tag(key_states), value_states
@@ -352,14 +350,9 @@ class ReadingLayer(PrefixLayer):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """As in `PrefixLayer`, keeping the guide's queries and log-sum-exps."""
-        if self._known is None:
-            out, lse = super()._attend(query, key, value, mask, scale, softcap)
-        elif self.window is not None and self.prefix.longest + self.length > self.window:
-            keys, values = torch.cat([self._known[0], key], 2), torch.cat([self._known[1], value], 2)
-            out, lse = self._attend_window(query, keys, values, None, scale, softcap, self.window)
-        else:
-            chunk = attend(query, *self._known, scale=scale, softcap=softcap)
-            out, lse = merge(super()._attend(query, key, value, mask, scale, softcap), chunk)
+        out, lse = super()._attend(query, key, value, mask, scale, softcap)
+        if self._known is not None:
+            out, lse = merge((out, lse), attend(query, *self._known, scale=scale, softcap=softcap))
         first = query.shape[2] - self.guide_tokens
         self.guide_queries, self.guide_lse = query[0, :, first:], lse[0, :, first:]
         return out, lse
@@ -367,22 +360,13 @@ class ReadingLayer(PrefixLayer):
     def conclude(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """`update` and `attend` of the model's last layer, where nobody asks for the output: only the guide looks."""
         chunk = key.shape[2] - self.guide_tokens
-        if self._known is None:
-            self._known, self._before = (key[:, :, :chunk], value[:, :, :chunk]), chunk
+        self._known = key[:, :, :chunk], value[:, :, :chunk]
         query, key, value = (part[:, :, chunk:] for part in (query, key, value))
         self.update(key, value)
         if self.guide_tokens:
             self._attend(query, key, value, None, scale, None)
         else:
             self.guide_queries, self.guide_lse = query[0], query.new_empty(query.shape[1:3], dtype=torch.float32)
-
-    def get_seq_length(self) -> int:
-        """Tokens before the next one, prefix and known chunk included."""
-        return self.start + self._before
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The new tokens see all that is before them, so masks begin with them."""
-        return query_length, self.start + self._before
 
 
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:

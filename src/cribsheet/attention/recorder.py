@@ -3,7 +3,7 @@
 Every forward pass has the queries of its new tokens and their log-sum-exps; that is all it takes to know what weight
 each prefix token got, and each token of passages that were told with the question. Only the upper half of the layers
 that see everything is asked: in the lower half heads look at words and neighbours, in the upper half at where the
-answer stands (measured: `bench/evidence.py`).
+answer stands (measured: `cribsheet_bench/evidence.py`).
 
 Letters as in `attention/attend.py`: `B` sequences, `H` query heads, `K` key/value heads, `T` rows, `P` prefix tokens,
 `D` head size; and `M` layers that are watched, `N` tokens of passages.

@@ -65,7 +65,7 @@ def chat(
     for question in _questions(by_hand):
         asked = [*messages, {"role": "user", "content": question}]
         try:
-            answer = kb.chat(asked, **settings) if as_json else _streamed(kb, asked, settings)
+            answer = kb.ask(asked, **settings) if as_json else _streamed(kb, asked, settings)
         except RequestError as error:
             if not by_hand:
                 raise

@@ -63,8 +63,7 @@ def build(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="recall (default), recall-notes, notes, notes-peak, task, task-peak, finch, reconstruction, key-norm, "
-            "recent or random.",
+            help="recall (default), reconstruction, task, finch, recent or random.",
         ),
     ] = None,
     guide: Annotated[

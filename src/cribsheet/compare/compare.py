@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cribsheet.asking.answer import Answer
-from cribsheet.asking.modes import SURE
+from cribsheet.asking.settings import SURE
 from cribsheet.compare.metrics import clustered_interval
 from cribsheet.compare.questions import Asked
 from cribsheet.corpus.documents import Document

@@ -1,6 +1,6 @@
 """What a build will take, before it starts: its sizes by arithmetic, its time from reading a first piece here.
 
-The piece is read as the build would read it, scorer and notes included. Later chunks cost more, because they stand on
+The piece is read as the build would read it, scorer included. Later chunks cost more, because they stand on
 more kept tokens; how much more is counted in operations of matrix products and attention, so the figure is an estimate.
 A correction is timed apart: its cost grows with what the heads keep and not with what is read.
 """
@@ -194,7 +194,7 @@ def _rows(reading: Reading, chunk: Chunk) -> int:
             guide = 0
         case "repeat":
             guide = len(reading.repeat)
-        case "task and repeat" | "notes and repeat":
+        case "task and repeat":
             guide = len(reading.guide) + len(reading.repeat)
         case _:
             guide = len(reading.guide)

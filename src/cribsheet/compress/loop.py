@@ -18,7 +18,6 @@ from torch import Tensor
 from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
 from cribsheet.attention.rope import rotate
 from cribsheet.compress.correction import refitted
-from cribsheet.compress.notes import NOTES_TOKENS, write_notes
 from cribsheet.compress.progress import Steps
 from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
 from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
@@ -29,7 +28,6 @@ from cribsheet.vocabulary import ABSENT, Allocation, Correction
 
 Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
 Step = Callable[[], None]  # is called after each part of a chunk's work
-Known = Sequence[tuple[Tensor, Tensor]] | None  # a chunk's keys and values (1, K, c, D) by layer, if it was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +53,8 @@ class Kept:
 class Reading:
     """What a build does with each chunk; all counts are in tokens.
 
-    After a chunk, scorers that ask for the task read `guide` (T,); those that ask for notes let the model answer
-    `request` (Q,) and read `noted(notes)`; those that ask for a repetition read `repeat` (R,), the turn that asks for
-    it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
+    After a chunk, scorers that ask for the task read `guide` (T,); those that ask for a repetition read `repeat` (R,),
+    the turn that asks for it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
     If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
@@ -68,9 +65,7 @@ class Reading:
 
     scorer: Scorer
     guide: Tensor
-    request: Tensor
     repeat: Tensor
-    noted: Callable[[str], Tensor]
     budget: int
     chunk_tokens: int
     head: int
@@ -98,42 +93,22 @@ class Reading:
         step: Step | None = None,
     ) -> list[ReadingLayer]:
         """Read a chunk, and what scores it, on a prefix of `start` tokens; `step` is called at each layer."""
-        known: Known = None
-        room = backbone.window - start - len(chunk.ids)
         repetition = torch.cat([self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
         match self.scorer.guide:
             case "task":
                 guide = self.guide
-            case "notes":
-                guide, known = self._notes(backbone, prefix, start, chunk, step)
-                guide = guide[:room]
             case "repeat":
                 guide = repetition
             case "task and repeat":
                 guide = torch.cat([self.guide, repetition])
-            case "notes and repeat":
-                guide, known = self._notes(backbone, prefix, start, chunk, step)
-                guide = torch.cat([guide[: room - len(repetition)], repetition])
             case "nothing":
                 guide = self.guide[:0]
-        return read_lean(backbone, prefix, start, chunk.ids, guide, known, step)
+        return read_lean(backbone, prefix, start, chunk.ids, guide, step)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
         again = self.scorer.guide.endswith("repeat")
         return min(len(chunk.ids), max(0, chunk.stop - self.head)) if again else 0
-
-    def noted_tokens(self, chunk: Chunk) -> int:
-        """The longest notes that are written about a chunk."""
-        return min(NOTES_TOKENS, max(1, len(chunk.ids) // 2)) if self.scorer.guide.startswith("notes") else 0
-
-    def _notes(
-        self, backbone: Backbone, prefix: Sequence[LayerPrefix], start: int, chunk: Chunk, step: Step | None
-    ) -> tuple[Tensor, Known]:
-        """Task, notes that the model writes about the chunk, and examples, as tokens (T,); and the chunk as read."""
-        limit = self.noted_tokens(chunk)
-        notes, known = write_notes(backbone, prefix, start, chunk.ids, self.request, limit, step)
-        return self.noted(notes), known
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +148,11 @@ def compress(
 
 
 def steps(backbone: Backbone, chunk: Chunk, how: Reading, tell: Tell | None) -> Step | None:
-    """What is called after each part of a chunk's work: a token of notes, and reading, scoring, correcting a layer."""
+    """What is called after each part of a chunk's work: reading, scoring, correcting a layer."""
     if tell is None:
         return None
     parts = backbone.num_layers * (2 if how.correction == "none" else 3)
-    return Steps(tell, chunk.start, len(chunk.ids), parts + how.noted_tokens(chunk), backbone.wait)
+    return Steps(tell, chunk.start, len(chunk.ids), parts, backbone.wait)
 
 
 def cut(backbone: Backbone, state: State, how: Reading) -> State:

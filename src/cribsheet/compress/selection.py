@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cribsheet.errors import BudgetError
 
-# Whether all heads keep equally many tokens; or half of the budget goes where the model's profile says
-# (`compress/profile.py`) and half where scores are higher; or all of it where scores are higher.
 _HALVINGS = 60  # until two factors differ by less than a float can say
 _SPREAD = 2  # power of a head's rank by which a token counts less in it
 

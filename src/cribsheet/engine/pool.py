@@ -17,13 +17,14 @@ class LoadedModel:
     """A backbone with its engine; one per model, revision, device and dtype, shared by every sheet on it."""
 
     _alive: ClassVar[weakref.WeakValueDictionary[tuple[str, ...], LoadedModel]] = weakref.WeakValueDictionary()
+    _of_backbone: ClassVar[weakref.WeakKeyDictionary[Backbone, weakref.ref[LoadedModel]]] = weakref.WeakKeyDictionary()
     _lock: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.engine = Engine(backbone)
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
-        backbone.loaded = weakref.ref(self)
+        self._of_backbone[backbone] = weakref.ref(self)
 
     @classmethod
     def get(cls, model: str | Path | Backbone | LoadedModel, **options: Any) -> LoadedModel:
@@ -50,7 +51,8 @@ class LoadedModel:
     @classmethod
     def _of(cls, backbone: Backbone) -> LoadedModel:
         with cls._lock:
-            return (backbone.loaded and backbone.loaded()) or cls(backbone)
+            known = cls._of_backbone.get(backbone)
+            return (known and known()) or cls(backbone)
 
     def enter(self, user: object) -> None:
         """Somebody uses the model; an engine that was closed for want of users is made anew."""

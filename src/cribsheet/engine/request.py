@@ -7,8 +7,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -49,7 +49,7 @@ Event = Delta | Finished | BaseException
 Sink = Callable[[Event], None]
 
 
-@dataclass(slots=True, weakref_slot=True, eq=False)  # two questions are never the same one, whatever they ask
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)  # no two are the same, whatever they ask
 class Request:
     """A question in tokens (T,), over a prefix; events go to `sink` from the engine's thread, which must not block."""
 
@@ -80,7 +80,7 @@ class Request:
     @property
     def is_late(self) -> bool:
         """Whether its time is up."""
-        return self.timeout is not None and time.monotonic() - self.asked > self.timeout
+        return is_late(self.asked, self.timeout)
 
     def end(self) -> Event:
         """The last event of a question that is over before anything was written."""
@@ -89,11 +89,6 @@ class Request:
         return EngineError(
             f"The answer was not complete after timeout={self.timeout} seconds; allow more, or ask less."
         )
-
-    def again(self, choice: int) -> Request:
-        """The same question for another answer, which is written and cancelled by itself."""
-        form = self.constraint
-        return replace(self, choice=choice, cancelled=threading.Event(), constraint=form and form.copy())
 
     def cancel(self) -> None:
         """Stop within one token; the sink gets a last `Finished("cancelled", n)`."""
@@ -187,10 +182,23 @@ def _special_tokens(tokenizer: Any, stops: tuple[str, ...]) -> set[int]:
     return {number for number, token in known if token.special and str(token) in wanted}
 
 
-def tell(request: Request, event: Event) -> None:
+def is_late(asked: float, timeout: float | None) -> bool:
+    """Whether the seconds that a caller allows are up, if any are given, since it asked by the monotonic clock."""
+    return timeout is not None and time.monotonic() - asked > timeout
+
+
+class Listening(Protocol):
+    """A request, or whoever will make one."""
+
+    @property
+    def sink(self) -> Sink:
+        """Where events go."""
+
+
+def tell(caller: Listening, event: Event) -> None:
     """Hand over a last event; a sink that fails on it loses it, and nobody else is harmed."""
     try:
-        request.sink(own_copy(event) if isinstance(event, BaseException) else event)
+        caller.sink(own_copy(event) if isinstance(event, BaseException) else event)
     except Exception:
         logger.exception("nobody could be told of %r", event)
 

@@ -116,7 +116,7 @@ class Terms:
 
     def plan(self, backbone: Backbone, document: Document) -> Plan:
         """How to read one document; whatever can be refused is refused here."""
-        usual = usual_chunk(backbone, make_scorer(self.scorer)[1].guide)
+        usual = usual_chunk(backbone)
         chunk = None if self.chunk_tokens == usual else self.chunk_tokens
         budgets = _Share(self.rate, None, "dropped", chunk, self.allocation, head=len(self.head))
         made = plan(backbone, self.layout, [document], self.task, budgets, scorer=self.scorer, seed=self.seed)
@@ -182,7 +182,7 @@ def build_independent(
     """
     began = time.perf_counter()
     terms, plans = plan_each(backbone, layout, documents, task, budgets, scorer=scorer, dtype=dtype, seed=seed)
-    usual = usual_chunk(backbone, plans[0].reading.scorer.guide)
+    usual = usual_chunk(backbone)
     base = (
         plans[0]
         .manifest(backbone, dtype, 0.0)
@@ -270,10 +270,10 @@ def read_all(
         left = plans[len(finished) :]
         alone = (read_segment(backbone, each, terms.dtype, within if told else None) for each in left)
         segments = read(terms, base, left) if read else alone
-        for each, length, segment in zip(left, lengths[len(finished) :], segments, strict=True):
+        for length, segment in zip(lengths[len(finished) :], segments, strict=True):
             finished.append(segment)
             done, saved = done + length, saved + length
-            enough = saved >= usual_chunk(backbone, each.reading.scorer.guide) or done == total
+            enough = saved >= usual_chunk(backbone) or done == total
             if checkpoint is not None and enough:
                 storage.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
                 saved = 0

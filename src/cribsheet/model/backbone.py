@@ -95,13 +95,10 @@ class Backbone:
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._attachment = Attachment.of(model)
         self.announce: Callable[[Tensor, Tensor, Keep], AbstractContextManager[None]] = _alone  # `model/divided.py`
-        self.samples: Tensor | None = (
-            None  # of the weights, where one process cannot take them (`model/fingerprint.py`)
-        )
+        self.samples: Tensor | None = None  # of the weights, where no process holds all (`model/fingerprint.py`)
         self.lean: Any = None  # a step of few kernels, or false where there must be none (`model/llama_step.py`)
         self.lean_read: Any = None  # the same of a read (`model/llama_read.py`)
         self.profiles: dict[str, Any] = {}  # how many tokens each head looks up, by template (`compress/profile.py`)
-        self.loaded: Any = None  # a weak reference to the `LoadedModel` around it: one engine per backbone
 
     @classmethod
     def load(
@@ -176,24 +173,18 @@ class Backbone:
         start: int,
         chunk: Tensor,
         guide: Tensor,
-        known: Sequence[tuple[Tensor, Tensor]] | None = None,
         run: Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None] | None = None,
         step: Callable[[], None] | None = None,
     ) -> list[ReadingLayer]:
         """Read `[chunk; guide]` on top of a prefix of `start` tokens; the language-model head is not run.
 
-        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. If the chunk's keys and values (1, K, c, D) of each
-        layer are `known`, only the guide is read. Returns one layer each with the chunk's keys and values and the
-        guide's queries and log-sum-exps. `run` reads tokens (1, n) at their positions into the layers; the model's own
-        forward pass if there is none. `step` is called at each layer.
+        `chunk` (c,) and `guide` (T,) are token ids; T may be 0. Returns one layer each with the chunk's keys and values
+        and the guide's queries and log-sum-exps. `run` reads tokens (1, n) at their positions into the layers; the
+        model's own forward pass if there is none. `step` is called at each layer.
         """
-        known = known if len(guide) else None  # a pass needs something to read
-        before: Sequence[tuple[Tensor, Tensor] | None] = known or [None] * len(prefix)
-        pairs = zip(prefix, before, strict=True)
-        layers = [ReadingLayer(layer, start, len(guide), part, step) for layer, part in pairs]
-        ids = (guide if known else torch.cat([chunk, guide])).to(self.device).unsqueeze(0)
-        first = start + len(chunk) if known else start
-        positions = torch.arange(first, first + ids.shape[1], device=self.device).unsqueeze(0)
+        layers = [ReadingLayer(layer, start, len(guide), step) for layer in prefix]
+        ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
+        positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
         if run is not None:
             run(ids, positions, layers)
             return layers

@@ -56,12 +56,11 @@ def read(
     start: int,
     chunk: Tensor,
     guide: Tensor,
-    known: Sequence[tuple[Tensor, Tensor]] | None = None,
     step: Callable[[], None] | None = None,
 ) -> list[ReadingLayer]:
     """`Backbone.read` with few kernels where that pays and agrees."""
     long = len(chunk) + len(guide) >= _LEAST
-    return backbone.read(prefix, start, chunk, guide, known, run=find(backbone) if long else None, step=step)
+    return backbone.read(prefix, start, chunk, guide, run=find(backbone) if long else None, step=step)
 
 
 def find(backbone: Backbone) -> LeanRead | None:

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 
-from cribsheet.compress.notes import notes_request, self_asked
 from cribsheet.corpus.formats.record import mending_of, surrogate_in
 from cribsheet.corpus.task import Task
 from cribsheet.errors import TemplateError
@@ -104,33 +103,14 @@ class ChatLayout:
         # A bare task line ends where the model would start to plan its answer: the end of the user's turn.
         return Guide(scored=self._cut([_user(_task_line(task))], task.instruction)[1], resident=resident)
 
-    def request(self, task: Task) -> str:
-        """The turn that asks for notes, ready for the answer."""
-        return self._cut([_user(self._request_line(task))], task.instruction)[1]
-
-    def repeat(self, task: Task, after: Literal["documents", "guide", "notes"]) -> str:
+    def repeat(self, task: Task, after: Literal["documents", "guide"]) -> str:
         """The turn that asks to repeat the documents, ready for the answer: they are then read as the assistant's.
 
         In the user's turn a model has no reason to repeat anything, and looks elsewhere.
         """
-        turns: list[Message] = []
-        if after != "documents":
-            turns = self._guide_turns(task) if after == "guide" else self._noted_turns(task, "")
+        turns = self._guide_turns(task) if after == "guide" else []
         left = self._before_next(turns, task.instruction)
         return self._cut([*turns, _user(_REPEAT)], task.instruction)[1][len(left) :]
-
-    def noted(self, task: Task, notes: str) -> str:
-        """Task line, the notes as the model's answer to it, then the examples: the guide of scorers that use notes.
-
-        It ends where the user's next turn begins.
-        """
-        return self._before_next(self._noted_turns(task, notes), task.instruction)
-
-    def _noted_turns(self, task: Task, notes: str) -> list[Message]:
-        turns = [_user(self._request_line(task)), {"role": "assistant", "content": notes or "None."}]
-        for question, answer in (*task.examples, *self_asked(notes, task.examples)):
-            turns += [_user(question), {"role": "assistant", "content": answer}]
-        return turns
 
     def _before_next(self, turns: Sequence[Message], instruction: str) -> str:
         """What turns render to after the documents, up to the text of the user's next turn.
@@ -139,10 +119,6 @@ class ChatLayout:
         """
         question = self._marker(turns, instruction)
         return self._cut([*turns, _user(question)], instruction)[1].split(question)[0].rstrip(" ")
-
-    def _request_line(self, task: Task) -> str:
-        asking = notes_request(self._tokenizer)
-        return _task_line(task) + (_GAP + asking if asking else "")
 
     def question(self, turns: Sequence[Message], task: Task, resident: bool) -> str:
         """The rendered text after the sheet for a conversation of `turns` (role and content), ready for the answer.

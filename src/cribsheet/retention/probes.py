@@ -17,28 +17,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cribsheet.asking.prepared import Prepared
+from cribsheet.asking.session import Session
 from cribsheet.asking.streams import AnswerStream
 from cribsheet.attention.prefix import Prefix
 from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.engine.request import Request
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.gaps import gaps
 from cribsheet.retrieval.content_words import new_in
 from cribsheet.retrieval.passages import GAP
+from cribsheet.retrieval.placing import Told
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
-
-if TYPE_CHECKING:
-    from cribsheet.llm import CompressedKnowledgeLLM
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +99,10 @@ class Exam:
         self._nothing = Prefix(nothing_read(self.backbone), 0)
 
     @classmethod
-    def of(cls, knowledge: CompressedKnowledgeLLM) -> Exam:
-        """That of an open sheet."""
-        sheet, layout = knowledge.sheet, knowledge._layout
-        return cls(knowledge.backbone, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
+    def of(cls, session: Session) -> Exam:
+        """That of an open sheet: `Exam.of(kb.session)`."""
+        sheet = session.sheet
+        return cls(session.loaded, session.layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
 
     @property
     def backbone(self) -> Backbone:
@@ -168,7 +167,7 @@ class Exam:
         try:
             for first in range(0, len(asked), _AT_ONCE):
                 streams = [self._stream(prefix, ids, stop, most) for ids in asked[first : first + _AT_ONCE]]
-                self.loaded.engine.submit(*(stream.request for stream in streams if stream))
+                self.loaded.engine.submit(*(stream.request(prefix) for stream in streams if stream))
                 found += [_read(stream, bool(stop)) if stream else "" for stream in streams]
         finally:
             self.loaded.leave(self)
@@ -180,7 +179,7 @@ class Exam:
         if left < 1:
             return None
         params = SamplingParams(max_tokens=left, stop=stop)
-        return AnswerStream(Request(prefix, ids, params, sink=_unheard, ends=self.layout.stop))
+        return AnswerStream(Prepared(Told(ids), prefix.tokens, params, ends=self.layout.stop))
 
 
 def make_probes(
@@ -344,7 +343,3 @@ def _read(stream: AnswerStream, must_stop: bool) -> str:
             pass
     answer = stream.answer
     return "" if must_stop and answer.finish_reason != "stop" else answer.text.strip()
-
-
-def _unheard(event: object) -> None:
-    """A request has a sink before its stream gives it one."""

@@ -95,7 +95,7 @@ def full_context(exam: Exam, documents: Sequence[Document]) -> Prefix | None:
         return None
     layers, done = nothing_read(backbone), 0
     try:
-        for piece in (*ids.split(usual_chunk(backbone, "nothing")), guide):
+        for piece in (*ids.split(usual_chunk(backbone)), guide):
             if not len(piece):
                 continue
             read = read_lean(backbone, layers, done, piece, piece[:0])

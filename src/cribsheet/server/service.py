@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from cribsheet.asking.answer import Answer, Source
-from cribsheet.asking.evidence import LIMIT
+from cribsheet.asking.sources import LIMIT
 from cribsheet.server.auth import Caller
 from cribsheet.server.errors import Refusal
 from cribsheet.server.limits import Gate

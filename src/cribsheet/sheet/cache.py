@@ -73,7 +73,7 @@ class SheetCache:
 
     def _kept(self, path: Path) -> Sheet | None:
         if not path.is_file():
-            return None  # `storage.load` says what is wrong
+            return None  # `file.load` says what is wrong
         key = _key(path)
         with self._lock:
             if key in self._sheets:

@@ -30,7 +30,7 @@ from cribsheet_bench.quality.page import ALL, summary
 from cribsheet_bench.quality.run import METHODS, Method, measure, setup
 
 COMPARED = (
-    "default", "few-shot, recall with notes", "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot",
+    "default", "reconstruction, adaptive", "few-shot",
 )  # fmt: skip
 USUAL = tuple(name for name in FAMILIES if not name.endswith("words"))
 

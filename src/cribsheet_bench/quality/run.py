@@ -25,6 +25,7 @@ from rich.console import Console
 
 from cribsheet.compare.journal import write_rows
 from cribsheet.compare.versions import versions
+from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
@@ -40,6 +41,7 @@ from cribsheet_bench.quality.families import FAMILIES, Wanted, held_out_cases, m
 from cribsheet_bench.quality.page import page, print_table, summary
 from cribsheet_bench.quality.peers_runner import WAYS
 from cribsheet_bench.quality.several import Sheets
+from cribsheet_bench.quality.task_peak import TaskPeak
 
 __all__ = ["METHODS", "Case", "Method", "Options", "Row", "held_out_cases", "measure", "run", "setup"]
 
@@ -65,7 +67,7 @@ class Method:
     """
 
     name: str
-    scorer: str | None = None
+    scorer: str | Scorer | None = None
     examples: bool = True
     guide: GuideMode = "dropped"
     allocation: Allocation | None = None
@@ -91,22 +93,17 @@ METHODS = (
     Method("default, int4", guide="auto", dtype="int4"),
     Method("zero-effort", examples=False, guide="auto"),
     Method("zero-effort, int4", examples=False, guide="auto", dtype="int4"),
-    Method("query-aware", "task-peak", allocation="adaptive", query_aware=True),
+    Method("query-aware", TaskPeak(), allocation="adaptive", query_aware=True),
     Method("few-shot, recall", "recall", allocation="adaptive"),
-    Method("few-shot, recall with notes", "recall-notes", allocation="adaptive"),
+    Method("few-shot, recall, uniform", "recall", allocation="uniform"),
     Method("few-shot, recall, refit", "recall", allocation="adaptive", correction="refit"),
-    Method("few-shot, recall with notes, int4", "recall-notes", allocation="adaptive", dtype="int4"),
     Method("zero-shot, recall", "recall", examples=False, allocation="adaptive"),
-    Method("few-shot, notes, adaptive", "notes-peak", allocation="adaptive"),
     Method("reconstruction, adaptive", "reconstruction", allocation="adaptive"),
-    Method("few-shot, notes", "notes"),
-    Method("zero-shot, notes", "notes", examples=False),
     Method("few-shot", "task"),
-    Method("few-shot, peak", "task-peak"),
+    Method("few-shot, peak", TaskPeak()),
     Method("zero-shot", "task", examples=False),
     Method("finch", "finch"),
     Method("reconstruction", "reconstruction"),
-    Method("key norm", "key-norm"),
     Method("start + recent", "recent"),
     Method("random", "random"),
 )
@@ -115,7 +112,7 @@ METHODS = (
 NAMES = tuple(method.name for method in METHODS)
 USUAL = (
     "default", "default, 16-bit", "default, int8", "default, int4", "zero-effort", "zero-effort, int4", "query-aware",
-    "few-shot, notes, adaptive", "reconstruction, adaptive", "few-shot", "finch", "start + recent", "random",
+    "reconstruction, adaptive", "few-shot", "finch", "start + recent", "random",
 )  # fmt: skip
 
 

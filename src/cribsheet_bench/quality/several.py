@@ -1,7 +1,7 @@
 """Sheets of one corpus at several rates, with what they have in common read once.
 
-What is read of the first chunk, the notes that the model writes about it included, depends on the guide and not on the
-budget. The sheets are those of `build_sheet`, bit for bit.
+What is read of the first chunk depends on the guide and not on the budget. The sheets are those of `build_sheet`, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cribsheet.attention.prefix import LayerPrefix, ReadingLayer
 from cribsheet.build import Budgets, Plan, carry_out, plan, resolve_defaults
 from cribsheet.compress.forecast import kept_bytes
 from cribsheet.compress.loop import Reading, Step
+from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
@@ -43,7 +44,7 @@ class _Once(Reading):
     ) -> list[ReadingLayer]:
         if start:
             return Reading.read(self, backbone, prefix, start, chunk, step)
-        read = (self.guide, self.request, self.repeat, chunk.ids)
+        read = (self.guide, self.repeat, chunk.ids)
         key = (self.scorer.guide, *(tuple(ids.tolist()) for ids in read))
         if key not in self.found:
             self.found[key] = Reading.read(self, backbone, prefix, start, chunk, step)
@@ -89,7 +90,7 @@ class Sheets:
         rate: float | None = None,
         *,
         budget: int | None = None,
-        scorer: str | None = None,
+        scorer: str | Scorer | None = None,
         guide: GuideMode = "auto",
         allocation: Allocation | None = None,
         correction: Correction = "none",

@@ -95,7 +95,7 @@ def model_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 def _logits(kb: CompressedKnowledgeLLM) -> Tensor:
     """Logits (T, V) in float32 of a question of several dozen tokens."""
-    ids, prefix = kb._question_ids(_QUESTION), kb.prefix
+    ids, prefix = kb.question_tokens(_QUESTION), kb.prefix
     positions = torch.arange(prefix.tokens, prefix.tokens + len(ids)).unsqueeze(0)
     cache = prefix_cache(prefix.layers, prefix.tokens)
     return kb.backbone.step(ids.unsqueeze(0), positions, cache, len(ids))[0].float()

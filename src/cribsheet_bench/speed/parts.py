@@ -100,9 +100,7 @@ def default_build(setting: Setting, report: Report, length: int, rate: float) ->
     named = {
         "recall, adaptive (default)": ("recall", "adaptive"),
         "recall, uniform": ("recall", "uniform"),
-        "recall-notes, adaptive": ("recall-notes", "adaptive"),
         "reconstruction, adaptive": ("reconstruction", "adaptive"),
-        "notes, uniform": ("notes", "uniform"),
         "task, uniform": ("task", "uniform"),
     }
     runs: dict[str, Callable[[], Any]] = {

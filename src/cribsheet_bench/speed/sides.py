@@ -22,7 +22,7 @@ from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.vocabulary import Allocation
 from cribsheet_bench.speed.setting import Setting
 
-GUIDE, REQUEST, REPEAT = 64, 32, 8  # tokens of the guide, of the turn that asks for notes, and before a repetition
+GUIDE, REPEAT = 64, 8  # tokens of the guide, and before a repetition
 
 
 def build(
@@ -40,11 +40,9 @@ def build(
     how = Reading(
         scorer=found,
         guide=setting.ids(GUIDE),
-        request=setting.ids(REQUEST),
         repeat=setting.ids(REPEAT),
-        noted=lambda notes: torch.arange(20, 276),
         budget=budget,
-        chunk_tokens=min(len(corpus), chunk_tokens or usual_chunk(setting.backbone, found.guide)),
+        chunk_tokens=min(len(corpus), chunk_tokens or usual_chunk(setting.backbone)),
         head=0,
         pinned=1,
         allocation=allocation,

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cribsheet.compress.scoring.finch import Finch
-from cribsheet.compress.scoring.floors import KeyNorm, Random, Recent
-from cribsheet.compress.scoring.notes_attention import NotesAttention, NotesPeak
-from cribsheet.compress.scoring.recall import Recall, RecallNotes
+from cribsheet.compress.scoring.floors import Random, Recent
+from cribsheet.compress.scoring.recall import Recall
 from cribsheet.compress.scoring.reconstruction import Reconstruction
-from cribsheet.compress.scoring.task_attention import TaskAttention, TaskPeak
+from cribsheet.compress.scoring.task_attention import TaskAttention
 from cribsheet.compress.scoring.view import LayerView, Scorer
 from cribsheet.errors import CribsheetError
 
@@ -20,14 +19,9 @@ __all__ = ["SCORERS", "LayerView", "Scorer", "make_scorer"]
 
 SCORERS: dict[str, Callable[[], Scorer]] = {
     "recall": Recall,
-    "recall-notes": RecallNotes,
-    "notes": NotesAttention,
-    "notes-peak": NotesPeak,
-    "task": TaskAttention,
-    "task-peak": TaskPeak,
-    "finch": Finch,
     "reconstruction": Reconstruction,
-    "key-norm": KeyNorm,
+    "task": TaskAttention,
+    "finch": Finch,
     "recent": Recent,
     "random": Random,
 }

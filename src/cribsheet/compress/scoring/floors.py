@@ -1,4 +1,4 @@
-"""What every score must beat: key norm, start and recent tokens, and chance."""
+"""What every score must beat: start and recent tokens, and chance."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ import torch
 from torch import Tensor
 
 from cribsheet.compress.scoring.view import Guide, LayerView
-
-
-class KeyNorm:
-    """Small keys attract attention: score by the negated L2 norm (arXiv 2406.11430)."""
-
-    guide: ClassVar[Guide] = "nothing"
-    pins_head: ClassVar[bool] = True
-
-    def score(self, view: LayerView) -> Tensor:
-        """Scores (K, S)."""
-        norms: Tensor = torch.linalg.vector_norm(view.keys.float(), dim=-1)
-        return -norms
 
 
 class Recent:

@@ -22,29 +22,21 @@ REPEATED = 0.3  # what a row of the repetition counts
 _BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
 
 
-class RecallNotes:
-    """Largest attention of a row of task, notes, examples and, counting less, the repeated chunk, times value norm.
+class Recall:
+    """Largest attention of a row of task, examples and, counting less, the repeated chunk, times the value norm.
 
     A row of the repetition counts for the tokens about the one that it repeats: that is where a token is copied from,
-    and all other products of rows and tokens need not be made. The notes are those of CacheNotes (EACL 2026).
+    and all other products of rows and tokens need not be made. Where heads share a budget, what is asked and what is
+    repeated are needs of their own, both are spread over the heads, and the repetition counts as much.
     """
 
-    guide: ClassVar[Guide] = "notes and repeat"
+    guide: ClassVar[Guide] = "task and repeat"
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
         peak, again = peaks(view)
         return carried_on(max_over_group(peak.maximum(REPEATED * again), view) * value_norm(view), view)
-
-
-class Recall(RecallNotes):
-    """The same without notes; where heads share a budget, what is asked and what is repeated are needs of their own.
-
-    Both needs are spread over the heads, and the repetition counts as much.
-    """
-
-    guide: ClassVar[Guide] = "task and repeat"
 
     def needs(self, view: LayerView) -> Tensor:
         """Scores (2, K, S) for what is asked and for what is repeated."""

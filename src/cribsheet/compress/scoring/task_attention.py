@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cribsheet.attention.attend import column_mass, column_peak
+from cribsheet.attention.attend import column_mass
 from cribsheet.compress.scoring.view import Guide, LayerView
 
 
@@ -32,22 +32,6 @@ class TaskAttention:
             row_weight=visible_counts(view),
         )
         return mean_over_group(mass, view) / view.queries.shape[1] * value_norm(view)
-
-
-class TaskPeak:
-    """Largest attention of any guide row, times the value norm.
-
-    A token that one example needs badly is kept even if no other row looks at it; better than the mean at high
-    rates in our benches.
-    """
-
-    guide: ClassVar[Guide] = "task"
-    pins_head: ClassVar[bool] = True
-
-    def score(self, view: LayerView) -> Tensor:
-        """Scores (K, S)."""
-        peak = column_peak(view.queries, view.keys, view.lse, scale=view.scale, softcap=view.softcap)
-        return max_over_group(peak, view) * value_norm(view)
 
 
 def visible_counts(view: LayerView) -> Tensor:

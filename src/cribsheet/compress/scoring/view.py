@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-Guide = Literal["task", "notes", "repeat", "task and repeat", "notes and repeat", "nothing"]
+Guide = Literal["task", "repeat", "task and repeat", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class LayerView:
 class Scorer(Protocol):
     """How much each cached token matters, per key/value head.
 
-    `guide` says what is read after each chunk for this scorer: the task, the task with notes
-    that the model writes about the chunk, a repetition of the chunk, one of the former and then the latter, or nothing.
+    `guide` says what is read after each chunk for this scorer: the task, a repetition of the chunk, the one and then
+    the other, or nothing.
     `pins_head` says whether the template's head (attention sinks among it) is always kept; if heads share a budget, it
     is the first token only, and the rest of the head competes.
 

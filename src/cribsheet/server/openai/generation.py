@@ -76,7 +76,7 @@ class Writing:
                 told += len(logprobs)
                 self._pieces.put_nowait(Piece(choice, text, logprobs))
         except Exception as error:
-            late = stream.request.is_late
+            late = stream.is_late
             ask = self._asks[choice]
             refusal = refusal_of(error, late=late, field=ask.field, form=ask.form)
             self._pieces.put_nowait(error if refusal.status == 500 else refusal)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cribsheet.asking.evidence import LIMIT
-from cribsheet.asking.modes import Retrieval
+from cribsheet.asking.settings import Retrieval
+from cribsheet.asking.sources import LIMIT
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.prompt.turns import Question, as_turns
 from cribsheet.server.errors import Refusal, naming

@@ -42,12 +42,17 @@ from llama_index.llms.cribsheet.messages import (
 )
 from llama_index.llms.cribsheet.structured import SchemaBoundLLM
 
-from cribsheet import Answer, CompressedKnowledgeLLM
-from cribsheet.asking.modes import Retrieval
-from cribsheet.asking.streams import AsyncAnswerStream
-from cribsheet.engine.sampling import SamplingParams
-from cribsheet.errors import MismatchError, RequestError, SheetError
-from cribsheet.retrieval.retriever import as_retriever
+from cribsheet import (
+    Answer,
+    AsyncAnswerStream,
+    CompressedKnowledgeLLM,
+    MismatchError,
+    RequestError,
+    Retrieval,
+    SamplingParams,
+    SheetError,
+    as_retriever,
+)
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
 _PASSAGES = ("retriever", "mode", "passage_tokens", "sure")

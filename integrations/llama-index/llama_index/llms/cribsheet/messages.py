@@ -22,10 +22,8 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from cribsheet import Answer
-from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream
+from cribsheet import Answer, AnswerStream, AsyncAnswerStream, RequestError
 from cribsheet.engine.sampling import TokenLogprob
-from cribsheet.errors import RequestError
 
 _ROLES = {MessageRole.FUNCTION: "tool", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
 Response = TypeVar("Response")

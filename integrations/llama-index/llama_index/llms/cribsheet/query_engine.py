@@ -26,8 +26,7 @@ from llama_index.llms.cribsheet.base import CribsheetLLM
 from llama_index.llms.cribsheet.retriever import AnsweredQuery, CribsheetRetriever
 from llama_index.llms.cribsheet.synthesizer import CribsheetSynthesizer
 
-from cribsheet import CompressedKnowledgeLLM
-from cribsheet.errors import RequestError
+from cribsheet import CompressedKnowledgeLLM, RequestError
 
 _OF_SYNTHESIZER = (
     "response_mode",

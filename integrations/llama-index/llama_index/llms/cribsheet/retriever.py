@@ -15,10 +15,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
-from cribsheet import CompressedKnowledgeLLM
-from cribsheet.asking.answer import Source
-from cribsheet.corpus.documents import Document
-from cribsheet.errors import RequestError
+from cribsheet import CompressedKnowledgeLLM, Document, RequestError, Source
 
 
 class SheetNode(TextNode):

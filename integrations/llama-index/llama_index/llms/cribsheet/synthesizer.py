@@ -24,7 +24,7 @@ from llama_index.llms.cribsheet.messages import as_conversation
 from llama_index.llms.cribsheet.retriever import SheetNode, told_node
 from llama_index_instrumentation import get_dispatcher
 
-from cribsheet.errors import RequestError
+from cribsheet import RequestError
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)

@@ -1,0 +1,270 @@
+"""A sheet on a loaded model, ready to be asked: its prefix, questions in tokens, and the way to the engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Self, TypeVar
+
+from cribsheet.asking.prepared import Lookup, Prepared
+from cribsheet.asking.settings import Retrieval, check_settings, with_form
+from cribsheet.asking.sources import find_sources
+from cribsheet.asking.streams import Running, Stream
+from cribsheet.attention.prefix import Prefix
+from cribsheet.compress.loop import nothing_read
+from cribsheet.engine.pool import LoadedModel
+from cribsheet.engine.sampling import SamplingParams
+from cribsheet.errors import RequestError, WindowError
+from cribsheet.living.segments import sheet_layers
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.fingerprint import fingerprint
+from cribsheet.prompt.encoder import LONG
+from cribsheet.prompt.template import ChatLayout
+from cribsheet.prompt.turns import Question, as_turns
+from cribsheet.retrieval.dense import DenseRetriever
+from cribsheet.retrieval.passages import known_of
+from cribsheet.retrieval.placing import Told, after_sheet, beside_documents, instead_of_documents
+from cribsheet.retrieval.quoted import Known
+from cribsheet.retrieval.retriever import BM25Retriever, Passage, Search, as_retriever
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.structured.grammar import Constraint
+from cribsheet.structured.grammar_tokens import GrammarTokens
+from cribsheet.structured.tools import Toolbox
+
+BuiltIn = TypeVar("BuiltIn", BM25Retriever, DenseRetriever)
+
+
+class Session:
+    """A sheet on a loaded model: what all ways of asking share. Thread-safe; the sheet is never written to.
+
+    Make one with `open`; `over` puts another sheet in its place.
+    """
+
+    def __init__(self, running: Running, layout: ChatLayout, sheet: Sheet) -> None:
+        self.running, self.layout, self.sheet = running, layout, sheet
+        self.task = sheet.shown_task
+        self._prefix: Prefix | None = None
+        self._unguided: Prefix | None = None
+        self._nothing: Prefix | None = None
+        self._retrievers: dict[type, Any] = {}
+        self._known: Known | None = None
+        self._lock, self._indexing = threading.Lock(), threading.Lock()
+
+    @classmethod
+    def open(cls, model: Backbone | LoadedModel, sheet: Sheet) -> Self:
+        """Attach a sheet to a loaded model. Raises `MismatchError` if it was made with another one."""
+        loaded, made = LoadedModel.get(model), sheet.manifest
+        layout = ChatLayout(loaded.backbone.tokenizer, system=made.system, options=made.template_options)
+        made.fingerprint.check(fingerprint(loaded.backbone, layout))
+        list(sheet.layers)  # read now: who writes to the file later changes nothing that is answered
+        return cls(Running(loaded), layout, sheet)
+
+    def over(self, sheet: Sheet) -> Session:
+        """The same over another sheet of the same terms; answers that are running end on this one."""
+        return Session(self.running, self.layout, sheet)
+
+    def close(self) -> None:
+        """Cancel running answers and let go of keys and values; safe to call twice."""
+        self.running.close()
+        with self._lock:  # not the other one: an index may take a while
+            self._prefix = self._unguided = self._nothing = self._known = None
+            self._retrievers = {}
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model with its engine."""
+        return self.running.loaded
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model underneath."""
+        return self.loaded.backbone
+
+    @property
+    def room(self) -> int:
+        """Tokens of the model's window that the sheet leaves for question and answer."""
+        return self.backbone.window - self.sheet.length
+
+    # ---- prefixes
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the sheet is on the model's device already."""
+        return self._prefix is not None
+
+    @property
+    def prefix(self) -> Prefix:
+        """The sheet on the model's device and in its dtype; made on first use and shared by all questions."""
+        return self.prefix_for(())
+
+    @property
+    def nothing(self) -> Prefix:
+        """A prefix of no tokens, for questions that bring their own documents; one for all of them, to be a batch."""
+        with self._lock:
+            if self._nothing is None:
+                self._nothing = Prefix(nothing_read(self.backbone), 0)
+            return self._nothing
+
+    def prefix_for(self, passages: Sequence[Passage], *, alone: bool = False) -> Prefix:
+        """What a question stands on that is told `passages`: the sheet up to its resident guide, or nothing."""
+        self.running.check_open()
+        if alone:
+            return self.nothing
+        with self._lock:
+            self.running.check_open()  # whoever closes it comes for the prefix next
+            if self._prefix is None:
+                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.length)
+            if not (guide := self._guide_after(passages)):
+                return self._prefix
+            if self._unguided is None:
+                self._unguided = self._prefix.without_last(guide)
+            return self._unguided
+
+    @property
+    def tells_in_turn(self) -> bool:
+        """Whether passages stand in the question's turn, behind the guide, because it cannot be taken off.
+
+        Layers with sliding windows hold what stands before the question; that is the guide, and not what it hides.
+        """
+        return self.sheet.resident and any(window is not None for window in self.backbone.windows)
+
+    def _guide_after(self, passages: Sequence[Passage]) -> int:
+        """Tokens of the resident guide if it stands behind passages, so that it is read with the question; else 0."""
+        return self.sheet.manifest.guide_tokens if passages and not self.tells_in_turn else 0
+
+    # ---- retrievers of the sheet's own documents
+
+    @property
+    def bm25(self) -> BM25Retriever:
+        """The built-in retriever over the sheet's own documents; indexed on first use."""
+        return self._retriever(BM25Retriever)
+
+    @property
+    def dense(self) -> DenseRetriever:
+        """The same by an embedding model (`retrieval/dense.py`); its passages are placed on first use."""
+        return self._retriever(DenseRetriever)
+
+    @property
+    def known(self) -> Known:
+        """The sheet's texts, to be looked in for what a question quotes; made on first use, once for a sheet."""
+        with self._indexing:
+            known = self._known
+            if known is None:
+                known = self._known = known_of(self.sheet.texts)
+            return known
+
+    def search(self, retriever: Any) -> Search:
+        """A built-in retriever by its name, or anybody's, in our form."""
+        return as_retriever(getattr(self, retriever) if isinstance(retriever, str) else retriever)
+
+    def _retriever(self, kind: type[BuiltIn]) -> BuiltIn:
+        with self._indexing:  # not the other lock: whoever only asks need not wait for an index
+            retrievers = self._retrievers
+            if kind not in retrievers:
+                retrievers[kind] = kind(self.sheet.documents)
+            retriever: BuiltIn = retrievers[kind]
+            return retriever
+
+    # ---- questions
+
+    def prepare(self, question: Question, sampling: Mapping[str, Any], n: int = 1) -> list[Prepared]:
+        """A question for `n` answers, checked, in tokens, and with its form compiled; passages are not searched yet.
+
+        `sampling` are the settings of `CompressedKnowledgeLLM.ask`. Raises as it does.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise RequestError(f"n is {n!r}; ask for at least 1 answer.")
+        retrieval, rest = Retrieval.taken_from(sampling)
+        lookup = Lookup(question, retrieval, rest) if retrieval else None
+        first = self.prepare_told(question, rest, lookup=lookup)
+        return [first, *(first.again(choice) for choice in range(1, n))]
+
+    def prepare_told(
+        self,
+        question: Question,
+        sampling: Mapping[str, Any],
+        passages: Sequence[Passage] = (),
+        *,
+        alone: bool = False,
+        lookup: Lookup | None = None,
+    ) -> Prepared:
+        """A question over the sheet that is told passages, or over these `alone`; settings are those of an answer."""
+        check_settings(sampling)
+        toolbox = Toolbox.of(sampling.get("tools"), sampling.get("tool_choice"))
+        given = with_form(sampling, toolbox)
+        before = 0 if alone else self.sheet.length - self._guide_after(passages)
+        self.check_long(question, toolbox, before)
+        told = self.render(question, toolbox, passages, alone=alone)
+        left = self.check_room(len(told.ids), before)
+        params = SamplingParams(**given)
+        if params.max_tokens > left:
+            params = SamplingParams(**{**given, "max_tokens": left})
+        constraint = self._constraint(params)
+        return Prepared(
+            told,
+            before,
+            params,
+            ends=() if constraint else self.layout.stop,  # a form knows its own end
+            constraint=constraint,
+            toolbox=toolbox,
+            timeout=sampling.get("timeout"),
+            evidence=sampling.get("evidence") is None or bool(sampling["evidence"]),
+            passages=tuple(passages),
+            alone=alone,
+            lookup=lookup,
+        )
+
+    def render(
+        self,
+        question: Question,
+        toolbox: Toolbox | None = None,
+        passages: Sequence[Passage] = (),
+        *,
+        alone: bool = False,
+    ) -> Told:
+        """A question in tokens, with passages beside the sheet's documents, or `alone` where those would stand."""
+        turns = as_turns(question, toolbox)
+        if passages and not alone and not self.tells_in_turn:
+            return beside_documents(self.layout, self.task, self.sheet, turns, passages)
+        if alone:
+            return instead_of_documents(self.layout, self.task, self.sheet, turns, passages)
+        return after_sheet(self.layout, self.task, self.sheet.resident, turns, passages)
+
+    def check_long(self, question: Question, toolbox: Toolbox | None, before: int) -> None:
+        """Refuse what cannot fit behind so many tokens by far, before all of it is read."""
+        turns = as_turns(question, toolbox)
+        if sum(len(str(turn["content"])) for turn in turns) > LONG:
+            text, room = self.layout.question(turns, self.task, self.sheet.resident), self.backbone.window - before
+            if self.layout.encoder.exceeds(text, room):
+                self.check_room(room + 1, before, least="at least ")
+
+    def check_room(self, tokens: int, before: int, least: str = "") -> int:
+        """What a question of so many tokens, after the sheet or what else stands `before` it, leaves of the window.
+
+        At least 1, or it is refused with `WindowError`.
+        """
+        left = self.backbone.window - before - tokens
+        if left < 1:
+            raise WindowError(
+                f"The question takes {least}{tokens} tokens, but the model's window of {self.backbone.window} leaves "
+                f"{self.room} for question and answer beside the sheet of {self.sheet.length}; ask a shorter question "
+                "or raise the rate."
+            )
+        return left
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        backbone = self.backbone
+        tokens = GrammarTokens.of(backbone.tokenizer, backbone.eos_ids, backbone.config.vocab_size)
+        return Constraint(params.grammar, tokens, params.max_tokens)
+
+    # ---- to the engine
+
+    def submit(self, *streams: Stream) -> None:
+        """Hand one question's streams to the engine. Raises `EngineError` if it takes no more, or once it is closed."""
+        question = streams[0].question
+        prefix = self.prefix_for(question.passages, alone=question.alone)
+        trace = partial(find_sources, self.sheet, passages=question.passages, places=question.told.places)
+        self.running.submit(streams, [stream.request(prefix, trace) for stream in streams])
