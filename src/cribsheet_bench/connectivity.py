@@ -68,6 +68,7 @@ _AIM = (
     "save energy",
 )
 # As published, and as chains of relations: the form of join that the pocket model was trained on.
+_OF_A_CORPUS = ("seed", "people", "questions", "characters", "near_names", "wording")
 _WORDINGS = {
     "published": (
         "What are {name}'s project domains?",
@@ -233,15 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {key: value for key, value in vars(arguments).items() if key not in ("json", "levels")}
     records = _before(arguments.json, given)
     for level in arguments.levels:
-        corpus = make_corpus(
-            level,
-            seed=arguments.seed,
-            people=arguments.people,
-            questions=arguments.questions,
-            characters=arguments.characters,
-            near_names=arguments.near_names,
-            wording=arguments.wording,
-        )
+        corpus = make_corpus(level, **{name: given[name] for name in _OF_A_CORPUS})
         logger.info("connectivity %d: %d questions", level, len(corpus.questions))
         setup = setup_of(model, corpus, arguments.methods, arguments.rates, settings) | {"arguments": given}
 

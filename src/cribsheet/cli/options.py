@@ -7,16 +7,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse
 
+T = TypeVar("T")
 SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
 
 
-def flat(command: Callable[..., None]) -> Callable[..., None]:
+def flat(command: Callable[..., T]) -> Callable[..., T]:
     """A command as typer takes it: groups become the options in them, and --verbose and --debug come last."""
     signature = inspect.signature(command, eval_str=True)
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -28,8 +29,8 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     parameters += [*_options("verbose", Verbose, False), *_options("debug", Debug, False)]
 
     @functools.wraps(command)
-    def called(*, verbose: bool, debug: bool, **values: Any) -> None:  # both are heard before the command is called
-        command(**{name: _value(name, kind, values) for name, kind in kinds.items()})
+    def called(*, verbose: bool, debug: bool, **values: Any) -> T:  # both are heard before the command is called
+        return command(**{name: _value(name, kind, values) for name, kind in kinds.items()})
 
     called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
