@@ -10,7 +10,9 @@ from fastapi.responses import PlainTextResponse, Response
 from cribsheet import __version__
 from cribsheet.server.auth import Caller, caller_of
 from cribsheet.server.errors import ErrorReply, Refusal
-from cribsheet.server.openai import catalogue, chat, completions
+from cribsheet.server.openai import catalogue
+from cribsheet.server.openai.chat import chat_form
+from cribsheet.server.openai.completions import completion_form
 from cribsheet.server.openai.json_body import StrictRoute
 from cribsheet.server.openai.protocol import ChatRequest, CompletionRequest
 from cribsheet.server.openai.replies import ChatChunk, ChatReply, CompletionReply, Reply
@@ -69,7 +71,7 @@ def _events(piece: type[Reply]) -> dict[str, Any]:
 @router.post("/v1/chat/completions", responses=_replies(ChatReply, 401, 404, 429, 503, 504, content=_events(ChatChunk)))
 async def chat_completions(request: Request, body: ChatRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answer a conversation from a sheet, whole or as a stream of events."""
-    return await chat.chat(service, request, body, caller)
+    return await service.respond(request, caller, body, chat_form(body, service.settings))
 
 
 @router.post(
@@ -77,7 +79,7 @@ async def chat_completions(request: Request, body: ChatRequest, service: Service
 )
 async def complete(request: Request, body: CompletionRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answer prompts from a sheet, whole or as a stream of events."""
-    return await completions.complete(service, request, body, caller)
+    return await service.respond(request, caller, body, completion_form(body, service.settings))
 
 
 @router.get("/v1/models", responses=_replies(catalogue.ModelList, 401))

@@ -6,13 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import Response
-
 from cribsheet.asking.answer import Answer
-from cribsheet.server.auth import Caller
 from cribsheet.server.openai.generation import Piece
-from cribsheet.server.openai.parameters import chat_ask
+from cribsheet.server.openai.parameters import Ask, chat_ask
 from cribsheet.server.openai.protocol import ChatRequest
 from cribsheet.server.openai.replies import (
     ChatChoice,
@@ -28,20 +24,19 @@ from cribsheet.server.openai.replies import (
     usage,
 )
 from cribsheet.server.openai.streaming import DONE
-from cribsheet.server.service import Coming, Finished, Form, Service
+from cribsheet.server.service import Coming, Finished, Form
+from cribsheet.server.settings import ServerSettings
 from cribsheet.server.sheets import Served
 from cribsheet.structured.tools import ToolCall
 
 
-async def chat(service: Service, request: Request, body: ChatRequest, caller: Caller) -> Response:
-    """Answer a conversation."""
-    form = Form(
-        body.choices,
-        lambda served: [chat_ask(body, served.kb, service.settings)],
-        partial(_reply, body),
-        partial(_events, body),
-    )
-    return await service.respond(request, caller, body, form)
+def chat_form(body: ChatRequest, settings: ServerSettings) -> Form:
+    """What is asked and answered in a conversation."""
+
+    def asks(served: Served) -> list[Ask]:
+        return [chat_ask(body, served.kb, settings)]
+
+    return Form(body.choices, asks, partial(_reply, body), partial(_events, body))
 
 
 def _reply(body: ChatRequest, served: Served, answers: Sequence[Finished]) -> ChatReply:

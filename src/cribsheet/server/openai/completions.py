@@ -7,12 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import Response
-
 from cribsheet.asking.answer import Answer
-from cribsheet.server.auth import Caller
-from cribsheet.server.openai.parameters import completion_asks
+from cribsheet.server.openai.parameters import Ask, completion_asks
 from cribsheet.server.openai.protocol import CompletionRequest
 from cribsheet.server.openai.replies import (
     CompletionChoice,
@@ -24,19 +20,18 @@ from cribsheet.server.openai.replies import (
     usage,
 )
 from cribsheet.server.openai.streaming import DONE
-from cribsheet.server.service import Coming, Finished, Form, Service
+from cribsheet.server.service import Coming, Finished, Form
+from cribsheet.server.settings import ServerSettings
 from cribsheet.server.sheets import Served
 
 
-async def complete(service: Service, request: Request, body: CompletionRequest, caller: Caller) -> Response:
-    """Answer prompts."""
-    form = Form(
-        len(body.prompts) * body.choices,
-        lambda served: completion_asks(body, served.kb, service.settings),
-        partial(_reply, body),
-        partial(_events, body),
-    )
-    return await service.respond(request, caller, body, form)
+def completion_form(body: CompletionRequest, settings: ServerSettings) -> Form:
+    """What is asked and answered for prompts."""
+
+    def asks(served: Served) -> Sequence[Ask]:
+        return completion_asks(body, served.kb, settings)
+
+    return Form(len(body.prompts) * body.choices, asks, partial(_reply, body), partial(_events, body))
 
 
 def _reply(body: CompletionRequest, served: Served, answers: Sequence[Finished]) -> CompletionReply:
