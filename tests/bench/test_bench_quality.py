@@ -20,8 +20,8 @@ from cribsheet.errors import BudgetError, CribsheetError, RequestError
 from cribsheet_bench.quality import peers, peers_runner, prose
 from cribsheet_bench.quality.case import Case, Row, divided
 from cribsheet_bench.quality.families import FAMILIES, Wanted, make_cases
-from cribsheet_bench.quality.quality import FULL, measure
-from cribsheet_bench.quality.quality_page import page, summary
+from cribsheet_bench.quality.page import page, summary
+from cribsheet_bench.quality.run import FULL, measure
 from cribsheet_bench.quality.several import Sheets
 
 WANTED = Wanted(tokens=500, seed=3)

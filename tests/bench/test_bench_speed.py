@@ -12,8 +12,8 @@ from cribsheet.attention import backends
 from cribsheet_bench.speed import checks, sides
 from cribsheet_bench.speed.page import page
 from cribsheet_bench.speed.parts import Report
+from cribsheet_bench.speed.run import Run
 from cribsheet_bench.speed.setting import make_setting
-from cribsheet_bench.speed.speed import Run
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.ask import SheetFile
-from cribsheet.cli.console import AsJson, Debug, Verbose, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, quiet_libraries, say, say_json
+from cribsheet.cli.options import SheetFile, flat
 from cribsheet.corpus.printable import in_line
 
 if TYPE_CHECKING:
@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from cribsheet.sheet.sheet import Sheet
 
 
+@flat
 def inspect(
     file: SheetFile,
     whole: Annotated[
         bool, typer.Option("--verify", help="Read all of it and compare with the digest it was saved with.")
     ] = False,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Show what a sheet was made of.
 

@@ -83,7 +83,7 @@ def _wait() -> None:
 
 def _absolute(sheet: str) -> str:
     """A sheet's place as another process finds it."""
-    from cribsheet.server.shelf import named
+    from cribsheet.server.sheets import named
     from cribsheet.sheet.registry import is_url
 
     name, place = named(sheet)
