@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from cribsheet.asking.options import (
         AskOptions,
-        BuildOptions,
         ChatModelOptions,
         IndexLLMOptions,
         IndexRetrieverOptions,
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
         ToolOptions,
     )
     from cribsheet.compress.scoring import Scorer
+    from cribsheet.plan.options import BuildKeywords
 
 _LANGCHAIN = "langchain_cribsheet", "langchain-cribsheet"  # module and distribution
 _LLAMA_INDEX = "llama_index.llms.cribsheet", "llama-index-llms-cribsheet"
@@ -79,19 +79,21 @@ class CompressedKnowledgeLLM:
         model: str | Path | Backbone | LoadedModel = "pocket",
         model_options: Mapping[str, Any] | None = None,
         progress: Listener = None,
-        **options: Unpack[BuildOptions],
+        checkpoint: str | Path | None = None,
+        **options: Unpack[BuildKeywords],
     ) -> Self:
         """Condense documents for a task and return the model that answers from them.
 
         `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
-        `Backbone.load`; `progress=True` shows a bar. All other options are those of `build_sheet`: `rate=`, `budget=`
-        or `retain=`, `check`, `scorer`, `guide`, `chunk_tokens`, `system`, `dtype`, `seed`, ...
+        `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on.
+        `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...
         """
         corpus, purpose = read_documents(documents), Task.of(task)
         with shown(progress) as told:
             loaded = LoadedModel.get(model, **dict(model_options or {}))
-            return cls(loaded, build_sheet(loaded.backbone, corpus, purpose, progress=told, **options))
+            sheet = build_sheet(loaded.backbone, corpus, purpose, progress=told, checkpoint=checkpoint, **options)
+            return cls(loaded, sheet)
 
     @classmethod
     def load(

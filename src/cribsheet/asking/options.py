@@ -6,36 +6,12 @@ Each is what some function or class takes, and the tests compare them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from cribsheet.asking.settings import Retrieval
-    from cribsheet.compress.scoring import Scorer
-    from cribsheet.living.independent import Reader
     from cribsheet.structured.grammar import Grammar
-    from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, Mode
-
-
-class BuildOptions(TypedDict, total=False):
-    """Those of `build_sheet`, but for `progress`."""
-
-    rate: float | None
-    budget: int | None
-    scorer: str | Scorer | None
-    guide: GuideMode
-    chunk_tokens: int | None
-    system: str
-    template_options: Mapping[str, Any] | None
-    dtype: str | None
-    seed: int
-    checkpoint: str | Path | None
-    mode: BuildMode
-    allocation: Allocation | None
-    correction: Correction
-    read: Reader | None
-    retain: float | None
-    check: bool
+    from cribsheet.vocabulary import Mode
 
 
 class _Sampling(TypedDict, total=False):
