@@ -9,11 +9,11 @@ import pytest
 
 from cribsheet import BuildOptions, CompressedKnowledgeLLM, build_sheet
 from cribsheet.asking import options
+from cribsheet.asking.answer import Conversation
 from cribsheet.asking.router import Router
 from cribsheet.asking.settings import SETTINGS
 from cribsheet.forecast import forecast
 from cribsheet.living import edits as living
-from cribsheet.llm import Conversation
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.options import BuildKeywords
 
@@ -63,7 +63,7 @@ def test_what_is_handed_over_has_a_type_and_named_settings(name):
 
 def test_loading_and_changing_name_what_they_take():
     assert set(keyword_only(Backbone.load)) < set(keyword_only(CompressedKnowledgeLLM.load))
-    for name in ("extend", "replace"):
-        assert set(keyword_only(getattr(CompressedKnowledgeLLM, name))) == set(keyword_only(getattr(living, name))) - {
-            "check"
-        }
+    for name, typed in (("extend", options.ExtendOptions), ("replace", options.ReplaceOptions)):
+        taken = {option: kind.__forward_arg__ for option, kind in typed.__annotations__.items()}
+        assert {**taken, "check": "bool"} == keyword_only(getattr(living, name))
+        assert OF(getattr(CompressedKnowledgeLLM, name)).parameters["how"].annotation == f"Unpack[{typed.__name__}]"

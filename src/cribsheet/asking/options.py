@@ -9,9 +9,26 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cribsheet.asking.settings import Retrieval
+    from cribsheet.compress.progress import Listener
+    from cribsheet.compress.scoring import Scorer
     from cribsheet.structured.grammar import Grammar
     from cribsheet.vocabulary import Mode
+
+
+class ReplaceOptions(TypedDict, total=False):
+    """Those of `CompressedKnowledgeLLM.replace`."""
+
+    scorer: str | Scorer | None
+    progress: Listener
+
+
+class ExtendOptions(ReplaceOptions, total=False):
+    """Those of `CompressedKnowledgeLLM.extend`."""
+
+    checkpoint: str | Path | None
 
 
 class _Sampling(TypedDict, total=False):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.build import check_output, make_task
+from cribsheet.cli.build import Example, Model, TaskFile, TaskText, check_output, make_task
 from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say
 from cribsheet.corpus.printable import in_line
+from cribsheet.vocabulary import GuideMode
 
 if TYPE_CHECKING:
     from cribsheet.compare.compare import Corpus
@@ -39,13 +40,9 @@ def compare(
     top_k: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="At most so many passages.  [default: as the budget allows]")
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
-    example: Annotated[
-        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
-    ] = None,
-    task_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
-    ] = None,
+    task: TaskText = None,
+    example: Example = None,
+    task_file: TaskFile = None,
     examples: Annotated[
         int,
         typer.Option(metavar="N", min=0, help="Without examples of yours, take so many questions away as examples."),
@@ -55,10 +52,10 @@ def compare(
         typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
     ] = None,
     guide: Annotated[
-        Literal["auto", "resident", "form", "dropped"],
+        GuideMode,
         typer.Option(help="Whether task and examples, or their form, stay."),
     ] = "auto",
-    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
+    model: Model = "pocket",
     device: Device = None,
     revision: Revision = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 64,
