@@ -11,13 +11,15 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, load_sheet, save_sheet
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.rope import rotate
-from cribsheet.build import Budgets, carry_out, plan
 from cribsheet.compress.scoring import SCORERS
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
 from cribsheet.living import edits
 from cribsheet.living.cutting import cut
 from cribsheet.living.independent import LEAST, share
 from cribsheet.living.segments import sheet_layers
+from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.file import read_manifest
@@ -141,8 +143,8 @@ def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
 def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it_that_pins_the_whole_head(family, allocation):
     settings = {"guide": "dropped", "scorer": "task", "allocation": allocation}
     alone = build(family, [BOB], **settings)
-    budgets = Budgets(budget=alone.tokens, guide="dropped", allocation=allocation)
-    made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, budgets, scorer="task")
+    options = BuildOptions(budget=alone.tokens, **settings)
+    made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, options)
     head = made.corpus.head_tokens
     usual = carry_out(family, replace(made, reading=replace(made.reading, pinned=head, least=head + 1)))
     assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.build import check_output, make_task
+from cribsheet.cli.build import Model, check_output, make_task
 from cribsheet.cli.console import Device, Revision, misuse, note, quiet_libraries, say
 from cribsheet.cli.options import TaskOptions, flat
 from cribsheet.corpus.printable import in_line
+from cribsheet.vocabulary import GuideMode
 
 if TYPE_CHECKING:
     from cribsheet.compare.compare import Corpus
@@ -52,10 +53,10 @@ def compare(
         typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
     ] = None,
     guide: Annotated[
-        Literal["auto", "resident", "form", "dropped"],
+        GuideMode,
         typer.Option(help="Whether task and examples, or their form, stay."),
     ] = "auto",
-    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
+    model: Model = "pocket",
     device: Device = None,
     revision: Revision = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 64,

@@ -70,7 +70,7 @@ def halves(backbone: Backbone, options: argparse.Namespace, rate: float) -> dict
     found: dict[str, list[Half]] = {"keys": [], "keys, rotated": [], "values": []}
     for seed in options.seed:
         for case in make_cases(options.family, 1, Wanted(options.tokens, seed)):
-            sheet = Sheets(backbone, case.documents).build(case.task, rate)
+            sheet = Sheets(backbone, case.documents).build(case.task, rate=rate)
             for stored, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
                 layer = stored.restored(torch.device("cpu"), torch.float32)
                 plain = turned_back(layer, sheet.length, inv_freq.cpu())

@@ -275,7 +275,7 @@ def _answers(
     if method.dtype in ("int8", "int4"):
         sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
     else:
-        sheet = sheets.build(method.task(case), rate, dtype=method.dtype, **how)
+        sheet = sheets.build(method.task(case), rate=rate, dtype=method.dtype, **how)
     kb = CompressedKnowledgeLLM(model, sheet)
     most = case.most_tokens(model.backbone.tokenizer)
     streams = [kb.stream(question, max_tokens=most, evidence=False) for question in case.questions]
