@@ -13,11 +13,12 @@ CORE := attention/test_attention attention/test_batch attention/test_prefix atte
 .PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers real connectivity certainty \
 	memory throughput speed speed-gpu step-gpu living evidence routing pocket clean
 
-$(READY): pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
+$(READY): pyproject.toml constraints.txt src/cribsheet_pocket/pyproject.toml $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev]' --editable 'integrations/langchain[test]' --editable 'integrations/llama-index[test]'
+		--editable src/cribsheet_pocket --editable '.[dev]' --editable 'integrations/langchain[test]' \
+		--editable 'integrations/llama-index[test]'
 	touch $(READY)
 
 demo: $(READY)  ## build a sheet from real documents, ask it, show answers, sources, sizes and times
@@ -48,7 +49,7 @@ oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that 
 	touch $@
 
 kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy
-	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels tests/model/test_lean.py
+	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels tests/model/test_llama.py
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
@@ -88,7 +89,7 @@ speed: $(READY)  ## building and answering against their peers, on a CPU (half a
 	$(RUN)/cribsheet bench speed --json docs/benchmarks/speed.json --page docs/benchmarks/speed.md
 
 speed-gpu:  ## the same on one large GPU, with the python that has torch there (five minutes)
-	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.speed --device cuda --shape 8b --seconds 270 --json speed-gpu.json
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 8b --seconds 270 --json speed-gpu.json
 
 step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.step --json step-gpu.json

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from cribsheet.compress.scoring import Reads
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 
@@ -23,7 +24,7 @@ QUESTION = "Where does Hugo Ali live?"
 class OneHead:
     """A scorer to which only the first head of the first layer matters, and in it everything."""
 
-    guide: ClassVar[str] = "nothing"
+    reads: ClassVar[Reads] = Reads()
     pins_head: ClassVar[bool] = True
 
     def score(self, view):

@@ -12,9 +12,10 @@ from reference import full_context_logits, stock_cache
 
 from cribsheet import CompressedKnowledgeLLM, Task, build_sheet
 from cribsheet.attention.cache import prefix_cache
-from cribsheet.build import Budgets
+from cribsheet.compress.scoring import Reads
 from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, CribsheetError, DocumentError, SheetError, TemplateError
+from cribsheet.plan.options import BuildOptions
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.manifest import Manifest
 from cribsheet.testing import tiny_backbone
@@ -107,7 +108,7 @@ def test_auto_keeps_a_guide_that_takes_at_most_a_quarter_of_the_budget(tiny):
 @pytest.mark.parametrize("mode", ["sequential", "independent"])
 def test_at_rate_1_nothing_is_scored_and_the_guide_comes_on_top(tiny, mode):
     class Unasked:
-        guide = "task and repeat"
+        reads = Reads(task=True, repetition=True)
         pins_head = True
 
         def score(self, view):
@@ -385,7 +386,7 @@ def test_a_damaged_checkpoint_is_refused(tiny, tmp_path, keep):
 
 @pytest.mark.parametrize(("asked", "tokens"), [({}, 25), ({"rate": 5}, 20), ({"rate": 1}, 100), ({"budget": 7}, 7)])
 def test_budgets_are_counted_in_tokens(asked, tokens):
-    assert Budgets(**asked).tokens(100) == tokens
+    assert BuildOptions(**asked).tokens(100) == tokens
 
 
 def test_metadata_of_any_kind_is_kept_as_far_as_json_can_hold_it(tiny):

@@ -23,6 +23,7 @@ _HOMES = {
     "BM25Retriever": "retrieval.retriever",
     "Backbone": "model.backbone",
     "BudgetError": "errors",
+    "BuildOptions": "plan.options",
     "CompressedKnowledgeLLM": "llm",
     "CribsheetError": "errors",
     "DenseRetriever": "retrieval.dense",
@@ -61,6 +62,7 @@ __all__ = [
     "BM25Retriever",
     "Backbone",
     "BudgetError",
+    "BuildOptions",
     "CompressedKnowledgeLLM",
     "CribsheetError",
     "DenseRetriever",
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     )
     from cribsheet.llm import CompressedKnowledgeLLM
     from cribsheet.model.backbone import Backbone
+    from cribsheet.plan.options import BuildOptions
     from cribsheet.retrieval.dense import DenseRetriever
     from cribsheet.retrieval.retriever import BM25Retriever, Passage, as_retriever
     from cribsheet.sheet.cache import SheetCache

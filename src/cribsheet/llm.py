@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
 from cribsheet.asking import evidence
-from cribsheet.asking.answer import Answer, Source
+from cribsheet.asking.answer import Answer, Conversation, Source
 from cribsheet.asking.modes import begin, begin_later, read, read_later
 from cribsheet.asking.prepared import Prepared
 from cribsheet.asking.session import Session
@@ -24,14 +23,14 @@ from cribsheet.corpus.documents import read_documents
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError, SheetError, integration
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.living.combine import combine
 from cribsheet.model.backbone import Backbone
-from cribsheet.prompt.template import Message
+from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.prompt.turns import Question
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.retriever import BM25Retriever
-from cribsheet.sheet import file as storage
+from cribsheet.sheet import file
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.structured.tools import Toolbox
@@ -45,15 +44,15 @@ if TYPE_CHECKING:
 
     from cribsheet.asking.options import (
         AskOptions,
-        BuildOptions,
         ChatModelOptions,
+        ExtendOptions,
         IndexLLMOptions,
         IndexRetrieverOptions,
         QueryEngineOptions,
+        ReplaceOptions,
         RetrieverOptions,
         ToolOptions,
     )
-    from cribsheet.compress.scoring import Scorer
 
 _LANGCHAIN = "langchain_cribsheet", "langchain-cribsheet"  # module and distribution
 _LLAMA_INDEX = "llama_index.llms.cribsheet", "llama-index-llms-cribsheet"
@@ -79,19 +78,22 @@ class CompressedKnowledgeLLM:
         model: str | Path | Backbone | LoadedModel = "pocket",
         model_options: Mapping[str, Any] | None = None,
         progress: Listener = None,
-        **options: Unpack[BuildOptions],
+        checkpoint: str | Path | None = None,
+        **options: Unpack[BuildKeywords],
     ) -> Self:
         """Condense documents for a task and return the model that answers from them.
 
         `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
-        `Backbone.load`; `progress=True` shows a bar. All other options are those of `build_sheet`: `rate=`, `budget=`
-        or `retain=`, `check`, `scorer`, `guide`, `chunk_tokens`, `system`, `dtype`, `seed`, ...
+        `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on.
+        `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...
         """
+        BuildOptions(**options)  # refused before a model is loaded
         corpus, purpose = read_documents(documents), Task.of(task)
         with shown(progress) as told:
             loaded = LoadedModel.get(model, **dict(model_options or {}))
-            return cls(loaded, build_sheet(loaded.backbone, corpus, purpose, progress=told, **options))
+            sheet = build_sheet(loaded.backbone, corpus, purpose, progress=told, checkpoint=checkpoint, **options)
+            return cls(loaded, sheet)
 
     @classmethod
     def load(
@@ -109,7 +111,7 @@ class CompressedKnowledgeLLM:
         `path` is a file, any URL that fsspec opens, or `REGISTRY#NAME@VERSION` (see `sheet/registry.py`); or a sheet
         that is open already, such as one of a `SheetCache`. All other arguments are those of `Backbone.load`.
         """
-        sheet = path if isinstance(path, Sheet) else storage.load(resolve(path))
+        sheet = path if isinstance(path, Sheet) else file.load(resolve(path))
         made = sheet.manifest.fingerprint
         if model is None:
             model, revision = made.model, revision or made.revision
@@ -117,35 +119,24 @@ class CompressedKnowledgeLLM:
 
     def save(self, path: str | Path, *, texts: bool = True) -> Path:
         """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
-        return storage.save(self.sheet, path, texts=texts)
+        return file.save(self.sheet, path, texts=texts)
 
-    def extend(
-        self,
-        documents: Any,
-        *,
-        scorer: str | Scorer | None = None,
-        progress: Listener = None,
-        checkpoint: str | Path | None = None,
-    ) -> Self:
+    def extend(self, documents: Any, **how: Unpack[ExtendOptions]) -> Self:
         """Add documents to an independent sheet (`living/edits.py`); later questions are answered from them too."""
-        how: dict[str, Any] = {"scorer": scorer, "progress": progress, "checkpoint": checkpoint}
-        return self._become(living.extend(self.backbone, self.sheet, documents, check=False, **how))
+        return self._become(edits.extend(self.backbone, self.sheet, documents, check=False, **how))
 
-    def replace(
-        self, document_id: str, document: Any, *, scorer: str | Scorer | None = None, progress: Listener = None
-    ) -> Self:
+    def replace(self, document_id: str, document: Any, **how: Unpack[ReplaceOptions]) -> Self:
         """Put another text in the place of a document of an independent sheet."""
-        how: dict[str, Any] = {"scorer": scorer, "progress": progress}
-        return self._become(living.replace(self.backbone, self.sheet, document_id, document, check=False, **how))
+        return self._become(edits.replace(self.backbone, self.sheet, document_id, document, check=False, **how))
 
     def remove(self, *document_ids: str) -> Self:
         """Take documents out of an independent sheet, without a trace."""
-        return self._become(living.remove(self.backbone, self.sheet, *document_ids, check=False))
+        return self._become(edits.remove(self.backbone, self.sheet, *document_ids, check=False))
 
     def merge(self, other: Sheet | CompressedKnowledgeLLM) -> Self:
         """Take over the documents of another independent sheet of the same model and task."""
         theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
-        return self._become(living.merge(self.backbone, self.sheet, theirs, check=False))
+        return self._become(edits.merge(self.backbone, self.sheet, theirs, check=False))
 
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None
@@ -188,9 +179,7 @@ class CompressedKnowledgeLLM:
         """The model with its sheet."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close it."""
         self.close()
 
@@ -270,7 +259,7 @@ class CompressedKnowledgeLLM:
 
     def conversation(self) -> Conversation:
         """A conversation that remembers its turns."""
-        return Conversation(self)
+        return Conversation(self.ask)
 
     async def aask(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
@@ -290,9 +279,8 @@ class CompressedKnowledgeLLM:
     ) -> AsyncAnswerStream:
         """`stream` for `async for` and `async with`; must be called inside a running event loop.
 
-        The first question puts the sheet on the device, which happens in a thread of its own; what goes wrong then is
-        raised by the stream. With `loop`, the one where it will be read, it may be called from any other thread, which
-        then does all of the preparing.
+        The first question puts the sheet on the device in a thread of its own; what goes wrong is raised by the stream.
+        With `loop`, the one where it will be read, any other thread may call it, and does all of the preparing.
         """
         return begin_later(self.session, [self.prepare(question, **sampling)], loop)[0]
 
@@ -336,10 +324,8 @@ class CompressedKnowledgeLLM:
     def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> ChainRetriever:
         """A LangChain retriever of the places that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`).
 
-        It reads each question once to see where the sheet looks. With `content="marker"` a chain's model then reads a
-        line for each place; by default the passages themselves, though it knows them: a question costs what retrieval
-        would cost, and that look on top. So take markers where this sheet answers, and texts for what needs to see
-        them: evaluators, rerankers, other models.
+        It reads each question once to see where the sheet looks. Where this sheet answers, take `content="marker"`, a
+        line for each place; the passages themselves, by default, are for evaluators, rerankers and other models.
         """
         made: ChainRetriever = integration(*_LANGCHAIN).CribsheetRetriever(knowledge=self, **settings)
         return made
@@ -362,19 +348,3 @@ class CompressedKnowledgeLLM:
         """A LlamaIndex retriever of the passages that the sheet looks at, where `index.as_retriever()` was."""
         made: IndexRetriever = integration(*_LLAMA_INDEX).CribsheetRetriever(self, **settings)
         return made
-
-
-class Conversation:
-    """Turns over one sheet; only the turns are remembered, the sheet is never written to."""
-
-    def __init__(self, llm: CompressedKnowledgeLLM) -> None:
-        self._llm = llm
-        self.messages: list[Message] = []
-
-    def ask(self, question: str, **sampling: Unpack[AskOptions]) -> Answer:
-        """Ask the next question; it and its answer are remembered once the answer is complete."""
-        asked: Message = {"role": "user", "content": question}
-        answer = self._llm.ask([*self.messages, asked], **sampling)
-        said: Message = {"role": "assistant", "content": answer.text}
-        self.messages += [asked, {**said, "tool_calls": answer.tool_calls} if answer.tool_calls else said]
-        return answer

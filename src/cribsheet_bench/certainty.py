@@ -16,11 +16,10 @@ their guide, and `hybrid` adds the passages that it adds by default: there are n
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +31,7 @@ from cribsheet.asking.certainty import NEAR, Judged, gain, nearness, probability
 from cribsheet.asking.modes import is_cut
 from cribsheet.asking.settings import PASSAGE_TOKENS, SURE
 from cribsheet.compare.compare import Corpus
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.questions import Asked
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
@@ -40,6 +40,7 @@ from cribsheet.errors import BudgetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
+from cribsheet_bench.command import tell_progress
 from cribsheet_bench.connectivity import DIRECT, make_corpus
 from cribsheet_bench.quality.prose import reading
 from cribsheet_bench.real.case import most_tokens
@@ -284,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    tell_progress()
     torch.set_num_threads(1)
     model = LoadedModel.get(arguments.model, **({"dtype": arguments.dtype} if arguments.dtype else {}))
     rows: list[Measured] = []
@@ -307,8 +308,7 @@ def _report(rows: Sequence[Measured], arguments: argparse.Namespace) -> None:
         console.print(table)
     if arguments.json:
         setup = {**{k: v for k, v in vars(arguments).items() if k not in ("json", "data")}, "torch": torch.__version__}
-        lines = [json.dumps(asdict(each)) for each in rows]
-        arguments.json.write_text(json.dumps({"setup": setup})[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n")
+        write_rows(arguments.json, {"setup": setup, "rows": [*rows]})
 
 
 if __name__ == "__main__":

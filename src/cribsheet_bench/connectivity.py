@@ -13,27 +13,23 @@ projects there are, and the filler. Metric of the paper: `set_f1`.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
 import random
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cribsheet.compare.compare import ALL, FULL, NAMES, Corpus, Record, Settings, compare, summary
-from cribsheet.compare.journal import write_whole
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.judged import CONNECTED, judged, print_judged
 from cribsheet.compare.questions import Asked
 from cribsheet.compare.report import page, print_table, setup_of
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
-from cribsheet.engine.pool import LoadedModel
+from cribsheet_bench.command import begin, options
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +68,7 @@ _AIM = (
     "save energy",
 )
 # As published, and as chains of relations: the form of join that the pocket model was trained on.
+_OF_A_CORPUS = ("seed", "people", "questions", "characters", "near_names", "wording")
 _WORDINGS = {
     "published": (
         "What are {name}'s project domains?",
@@ -218,8 +215,7 @@ def rows_of(records: Sequence[Record], *, seed: int = 0) -> list[dict[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the set from the command line; run again, it goes on after the answers that are in the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pocket")
+    parser = options(__doc__, written="write setup, rows and answers here, and a page beside it")
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 32.0])
     parser.add_argument(
@@ -233,25 +229,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--near-names", action="store_true", help="Person_01, Person_02, ...")
     parser.add_argument("--wording", choices=list(_WORDINGS), default="published", help="of join questions")
     parser.add_argument("--scorer", help="what makes the sheets; by default what build does")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write setup, rows and answers here, and a page beside it")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(arguments.threads)
-    model, settings = LoadedModel.get(arguments.model), Settings(scorer=arguments.scorer, seed=arguments.seed)
+    model, settings = begin(arguments), Settings(scorer=arguments.scorer, seed=arguments.seed)
     given = {key: value for key, value in vars(arguments).items() if key not in ("json", "levels")}
     records = _before(arguments.json, given)
     for level in arguments.levels:
-        corpus = make_corpus(
-            level,
-            seed=arguments.seed,
-            people=arguments.people,
-            questions=arguments.questions,
-            characters=arguments.characters,
-            near_names=arguments.near_names,
-            wording=arguments.wording,
-        )
+        corpus = make_corpus(level, **{name: given[name] for name in _OF_A_CORPUS})
         logger.info("connectivity %d: %d questions", level, len(corpus.questions))
         setup = setup_of(model, corpus, arguments.methods, arguments.rates, settings) | {"arguments": given}
 
@@ -281,8 +264,7 @@ def _write(file: Path | None, setup: dict[str, Any], records: Sequence[Record]) 
     result = {"setup": setup, "judged": judged(records, broad=JOIN, connected=many, seed=seed)}
     result["rows"] = rows_of(records, seed=seed)
     if file is not None:
-        answers = [asdict(record) for record in records]
-        write_whole(file, json.dumps({**result, "answers": answers}, indent=1) + "\n")
+        write_rows(file, {**result, "answers": [*records]})
         shown = page(result, title="Direct and join questions by connectivity", metric="set_f1")
         file.with_suffix(".html").write_text(shown, encoding="utf-8")
     return result

@@ -9,19 +9,16 @@ attention can find. BM25 ranks the documents' texts by the question alone.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.metrics import clustered_interval, exact_match
 from cribsheet.corpus.documents import Document, read_documents
 from cribsheet.corpus.task import Task
@@ -29,7 +26,8 @@ from cribsheet.engine.pool import LoadedModel
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.retrieval.retriever import bm25s_without_jax
 from cribsheet.vocabulary import BuildMode
-from cribsheet_bench.quality.quality import setup
+from cribsheet_bench.command import begin, options
+from cribsheet_bench.quality.run import setup
 
 logger = logging.getLogger(__name__)
 
@@ -219,19 +217,13 @@ Setup: {setup}.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the bench from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pocket")
+    parser = options(__doc__, written="write the result there, and a page of the docs beside it")
     parser.add_argument("--worlds", type=int, default=12)
     parser.add_argument("--rates", type=float, nargs="*", default=[1.0, 4.0, 8.0])
     parser.add_argument("--modes", nargs="*", default=["sequential", "independent"])
     parser.add_argument("--rounds", type=int, default=7, help="of measuring what evidence costs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the result there, and a page of the docs beside it")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(arguments.threads)
-    model = LoadedModel.get(arguments.model)
+    model = begin(arguments)
     rows: list[Row] = []
     costs: list[dict[str, Any]] = []
     for number, case in enumerate([demo_case(), *held_out_cases(arguments.worlds, arguments.seed)]):
@@ -242,10 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for rate in arguments.rates:
                 rows += measure(model, case, rate, mode)
         logger.info("%s: %d documents", case.name, len(case.documents))
-        result: dict[str, Any] = {"setup": setup(model, arguments), "lines": summary(rows), "cost": costs}
-        result["rows"] = [asdict(row) for row in rows]
+        result: dict[str, Any] = {"setup": setup(model, arguments), "lines": summary(rows), "cost": costs, "rows": rows}
         if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_rows(arguments.json, result)
             arguments.json.with_suffix(".md").write_text(page(result), encoding="utf-8")
     logger.info("%s", page(result))
 

@@ -9,30 +9,28 @@ budgets. A changed sheet is compared bit by bit with one that was built so.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cribsheet.build import build_sheet
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.metrics import clustered_interval, exact_match, set_f1
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import BudgetError
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.vocabulary import Allocation, BuildMode
-from cribsheet_bench.quality.quality import Case, held_out_cases, setup
+from cribsheet_bench.command import begin, options
+from cribsheet_bench.quality.run import Case, held_out_cases, setup
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +77,9 @@ def measure_cost(backbone: Backbone, documents: Sequence[Document], scorer: str)
 
     seconds, sheet = _timed(lambda: build(most))
     changes = {
-        "replace": lambda: living.replace(backbone, sheet, new.id, new),
-        "remove": lambda: living.remove(backbone, sheet, new.id),
-        "extend": lambda: living.extend(backbone, sheet, [last]),
+        "replace": lambda: edits.replace(backbone, sheet, new.id, new),
+        "remove": lambda: edits.remove(backbone, sheet, new.id),
+        "extend": lambda: edits.extend(backbone, sheet, [last]),
     }
     shares = {}
     for name, change in changes.items():
@@ -188,30 +186,24 @@ Setup: {setup}.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the bench from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pocket")
+    parser = options(__doc__, written="write the result there, and a page of the docs beside it")
     parser.add_argument("--documents", type=int, default=101, help="how many for the cost; 0 leaves it out")
     parser.add_argument("--scorers", nargs="*", default=["recall", "task"])
     parser.add_argument("--worlds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--rates", type=float, nargs="*", default=[4.0, 8.0, 16.0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the result there, and a page of the docs beside it")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(arguments.threads)
-    model = LoadedModel.get(arguments.model)
+    model = begin(arguments)
     documents = many_documents(arguments.documents, arguments.seed) if arguments.documents else []
     costs = [measure_cost(model.backbone, documents, scorer) for scorer in arguments.scorers if documents]
     rows = list(
         measure_loss(model, held_out_cases(arguments.worlds, arguments.tokens, arguments.seed), arguments.rates)
     )
     lines = summary(rows)
-    result = {"setup": setup(model, arguments), "costs": costs, "lines": lines, "rows": [asdict(row) for row in rows]}
+    result = {"setup": setup(model, arguments), "costs": costs, "lines": lines, "rows": rows}
     logger.info("%s", page(result))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, result)
         arguments.json.with_suffix(".md").write_text(page(result), encoding="utf-8")
 
 

@@ -8,22 +8,19 @@ sheets, and answered by its own sheet, by the routed one, and by its own combine
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from cribsheet.asking.router import Router
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.metrics import exact_match, set_f1
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.llm import CompressedKnowledgeLLM
-from cribsheet_bench.quality.quality import Case, held_out_cases, setup
+from cribsheet_bench.command import begin, options
+from cribsheet_bench.quality.run import Case, held_out_cases, setup
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +45,18 @@ def measure(model: LoadedModel, cases: Sequence[Case], rate: float, scorer: str)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the bench from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pocket")
+    parser = options(__doc__, written="write the result there")
     parser.add_argument("--worlds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--rate", type=float, default=4.0)
     parser.add_argument("--scorer", default="recall")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the result there")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(arguments.threads)
-    model = LoadedModel.get(arguments.model)
+    model = begin(arguments)
     cases = held_out_cases(arguments.worlds, arguments.tokens, arguments.seed)
     result = {"setup": setup(model, arguments), **measure(model, cases, arguments.rate, arguments.scorer)}
     logger.info("%s", json.dumps(result))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, result)
 
 
 def _renamed(case: Case) -> list[Document]:

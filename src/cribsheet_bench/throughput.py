@@ -13,7 +13,6 @@ the same tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
+from cribsheet.compare.journal import write_rows
 from cribsheet.corpus.documents import Document
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.backbone import Backbone
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         setup = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": 1}
         settings = {key: value for key, value in vars(arguments).items() if key != "json"}
-        arguments.json.write_text(json.dumps({"setup": {**setup, **settings}, "rows": results}, indent=1) + "\n")
+        write_rows(arguments.json, {"setup": {**setup, **settings}, "rows": results})
 
 
 if __name__ == "__main__":

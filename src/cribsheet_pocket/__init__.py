@@ -2,8 +2,8 @@
 
 No model hub is needed to try the library, to run its demo, or to test against it: `path()` is a folder that any tool
 loads with `from_pretrained`.  The model answers questions by looking them up in the documents of its prompt; it knows
-next to nothing by heart, so what a sheet has lost shows.  Its card is `card.md`; `worlds` makes documents and
-questions it has never seen.
+next to nothing by heart, so what a sheet has lost shows.  Its card is `card.md`; in a clone,
+`cribsheet_pocket_training.worlds` makes documents and questions it has never seen.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from cribsheet_pocket_training.names import capital
-from cribsheet_pocket_training.schemas import KINDS, Attribute, Kind, name_of
+from cribsheet_pocket_training.schemas import KINDS, Attribute, name_of
 from cribsheet_pocket_training.world import ABSENT, Fact, Question, Task
 from cribsheet_pocket_training.writing import Written, article, titled
 
@@ -15,27 +15,26 @@ from cribsheet_pocket_training.writing import Written, article, titled
 class Records(Written):
     """Questions and tasks about entities with attributes."""
 
-    def __init__(
-        self,
-        r: random.Random,
-        held_out: bool,
-        tokens: int,
-        kind: Kind,
-        style: str | None,
-        filler: Callable[[random.Random], str] | None,
-    ) -> None:
-        super().__init__(r, held_out, tokens, kind, style, filler)
-        self.by_attribute: dict[tuple[str, str], list[Fact]] = {}
-        self.by_entity: dict[tuple[str, str], Fact] = {}
-        for fact in self.facts:  # already in order of appearance
-            self.by_attribute.setdefault((fact.kind.key, fact.attribute.key), []).append(fact)
-            self.by_entity[fact.entity, fact.attribute.key] = fact
-        self.pairs = [(k, a) for k, attributes in self.schema.items() for a in attributes]
-        self.chains = self._chains()
+    @cached_property
+    def by_attribute(self) -> dict[tuple[str, str], list[Fact]]:
+        """The facts of each kind's attributes, in order of appearance."""
+        facts: dict[tuple[str, str], list[Fact]] = {}
+        for fact in self.facts:
+            facts.setdefault((fact.kind.key, fact.attribute.key), []).append(fact)
+        return facts
 
-    # -- what is asked -------------------------------------------------------------------------------------------
+    @cached_property
+    def by_entity(self) -> dict[tuple[str, str], Fact]:
+        """The fact of each entity's attributes."""
+        return {(fact.entity, fact.attribute.key): fact for fact in self.facts}
 
-    def _chains(self) -> list[tuple[str, tuple[Attribute, ...]]]:
+    @cached_property
+    def pairs(self) -> list[tuple[str, Attribute]]:
+        """The attributes that the world's kinds have here, with their kinds."""
+        return [(k, a) for k, attributes in self.schema.items() for a in attributes]
+
+    @cached_property
+    def chains(self) -> list[tuple[str, tuple[Attribute, ...]]]:
         """Relations followed by an attribute of what they lead to: (kind, (relation, ..., attribute))."""
         chains: list[tuple[str, tuple[Attribute, ...]]] = []
         for key, attributes in self.schema.items():
@@ -47,6 +46,8 @@ class Records(Written):
                     if second.target is not None:
                         chains += [(key, (first, second, third)) for third in self.schema[second.target]]
         return chains
+
+    # -- what is asked -------------------------------------------------------------------------------------------
 
     def mix(self) -> dict[str, float]:
         """How often each kind of question is asked."""

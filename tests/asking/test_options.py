@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
 
-from cribsheet import CompressedKnowledgeLLM, build_sheet
+from cribsheet import BuildOptions, CompressedKnowledgeLLM, build_sheet
 from cribsheet.asking import options
+from cribsheet.asking.answer import Conversation
 from cribsheet.asking.router import Router
 from cribsheet.asking.settings import SETTINGS
-from cribsheet.living import edits as living
-from cribsheet.llm import Conversation
+from cribsheet.forecast import forecast
+from cribsheet.living import edits
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.options import BuildKeywords
 
 OF = inspect.signature
 ASKING = ("ask", "stream", "prepare", "ask_many", "aask", "aask_many", "astream", "astream_many")
@@ -35,11 +38,13 @@ def keyword_only(function):
 
 
 def test_a_build_takes_what_build_sheet_takes():
-    taken = keyword_only(build_sheet)
-    assert taken.pop("progress") == OF(CompressedKnowledgeLLM.build).parameters["progress"].annotation
-    named = {name: kind.__forward_arg__ for name, kind in options.BuildOptions.__annotations__.items()}
-    assert named == taken
-    assert OF(CompressedKnowledgeLLM.build).parameters["options"].annotation == "Unpack[BuildOptions]"
+    fields = {field.name: field.type for field in dataclasses.fields(BuildOptions)}
+    assert {name: kind.__forward_arg__ for name, kind in BuildKeywords.__annotations__.items()} == fields
+    for door in (build_sheet, CompressedKnowledgeLLM.build, forecast):
+        assert OF(door).parameters["options"].annotation == "Unpack[BuildKeywords]"
+    beside = keyword_only(build_sheet)
+    assert beside.pop("read")
+    assert beside.items() <= keyword_only(CompressedKnowledgeLLM.build).items() and not beside.keys() & fields.keys()
 
 
 def test_a_question_takes_every_setting_and_no_other():
@@ -58,7 +63,7 @@ def test_what_is_handed_over_has_a_type_and_named_settings(name):
 
 def test_loading_and_changing_name_what_they_take():
     assert set(keyword_only(Backbone.load)) < set(keyword_only(CompressedKnowledgeLLM.load))
-    for name in ("extend", "replace"):
-        assert set(keyword_only(getattr(CompressedKnowledgeLLM, name))) == set(keyword_only(getattr(living, name))) - {
-            "check"
-        }
+    for name, typed in (("extend", options.ExtendOptions), ("replace", options.ReplaceOptions)):
+        taken = {option: kind.__forward_arg__ for option, kind in typed.__annotations__.items()}
+        assert {**taken, "check": "bool"} == keyword_only(getattr(edits, name))
+        assert OF(getattr(CompressedKnowledgeLLM, name)).parameters["how"].annotation == f"Unpack[{typed.__name__}]"

@@ -8,10 +8,8 @@ import pytest
 import torch
 from reference import attention_weights
 
-from cribsheet.attention import attend as attention
-from cribsheet.attention import backends as flash
-from cribsheet.attention import plain
-from cribsheet.attention.attend import attend, attend_shared, column_mass, column_peak, merge
+from cribsheet.attention import backends, plain
+from cribsheet.attention.attend import _attend_long, attend, attend_shared, column_mass, column_peak, merge
 from cribsheet.attention.plain import attend_plain
 
 SCALE = 0.3
@@ -219,21 +217,21 @@ def planned(monkeypatch):
     def plain(q, k, v, scale, causal):
         return attend_plain(q, k, v, scale=scale, causal=causal)
 
-    monkeypatch.setattr(flash, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(flash, "_flash_2", plain)
-    monkeypatch.setattr(flash, "cudnn_cuda", lambda *given: tuple(part + 0.0 for part in plain(*given)))
-    monkeypatch.setattr(flash, "_PLANNED_ROWS", 8)
-    monkeypatch.setattr(flash, "_USES_THAT_PAY", 2)
-    monkeypatch.setattr(flash, "_seen", Counter())
-    monkeypatch.setattr(flash, "_planned", {})
+    monkeypatch.setattr(backends, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(backends, "_flash_2", plain)
+    monkeypatch.setattr(backends, "cudnn_cuda", lambda *given: tuple(part + 0.0 for part in plain(*given)))
+    monkeypatch.setattr(backends, "_PLANNED_ROWS", 8)
+    monkeypatch.setattr(backends, "_USES_THAT_PAY", 2)
+    monkeypatch.setattr(backends, "_seen", Counter())
+    monkeypatch.setattr(backends, "_planned", {})
     return monkeypatch
 
 
 def test_a_large_shape_that_comes_often_goes_to_the_kernel_that_must_plan(planned):
     q, k, v = qkv(t=9, s=9)
-    assert [flash.is_planned(q, k, v, SCALE, True) for _ in range(4)] == [False, False, True, True]
-    assert not flash.is_planned(*qkv(t=7, s=9), SCALE, False)  # few rows: never
-    assert not flash.is_planned(q, k, v, SCALE, False)  # another shape: counted by itself
+    assert [backends.is_planned(q, k, v, SCALE, True) for _ in range(4)] == [False, False, True, True]
+    assert not backends.is_planned(*qkv(t=7, s=9), SCALE, False)  # few rows: never
+    assert not backends.is_planned(q, k, v, SCALE, False)  # another shape: counted by itself
 
 
 @pytest.mark.parametrize("wrong", [lambda *given: (given[0] * 2, given[0][..., 0].float()), lambda *given: 1 / 0])
@@ -244,15 +242,15 @@ def test_a_kernel_that_must_plan_and_is_wrong_or_refuses_is_not_used(planned, wr
         except ZeroDivisionError:
             raise RuntimeError("no plan") from None
 
-    planned.setattr(flash, "cudnn_cuda", refuse)
+    planned.setattr(backends, "cudnn_cuda", refuse)
     q, k, v = qkv(t=9, s=9)
-    assert not any(flash.is_planned(q, k, v, SCALE, True) for _ in range(4))
+    assert not any(backends.is_planned(q, k, v, SCALE, True) for _ in range(4))
 
 
 def test_many_rows_over_blocks_of_a_prefix_see_what_they_see_over_the_whole(planned):
-    planned.setattr(attention, "_BLOCK", 8)
+    planned.setattr("cribsheet.attention.attend._BLOCK", 8)
     q, k, v = qkv(b=1, t=9, s=21)
     wanted = attend_plain(q, k, v, scale=SCALE)
     for _ in range(4):
-        assert_same(attention._attend_long(q, k, v, SCALE), wanted, torch.float32)
-    assert list(flash._planned.values()) == [True]
+        assert_same(_attend_long(q, k, v, SCALE), wanted, torch.float32)
+    assert list(backends._planned.values()) == [True]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import full_context_answer, full_context_logits
 
-from cribsheet.attention.cache import PrefixLayer, prefix_cache
+from cribsheet.attention.cache import PrefixLayer, ReadingLayer, prefix_cache
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, _read_window, _share_window
 from cribsheet.compress.loop import nothing_read
 from cribsheet.model.backbone import Backbone
@@ -156,3 +156,20 @@ def test_sequences_share_a_window_s_prefix_and_see_what_each_would_see_alone(win
         alone = _read_window(prefix, inputs, *places, window)
         for got, wanted in zip(found, alone, strict=True):
             torch.testing.assert_close(got[one], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guide", [0, 1, 6])
+@pytest.mark.parametrize("counts", [(), (9, 4), (0, 0)])
+def test_a_read_that_is_concluded_remembers_what_one_that_goes_on_does(counts, guide):
+    torch.manual_seed(0)
+    shape = (sum(counts), 8) if counts else (2, 9, 8)
+    prefix = LayerPrefix(torch.randn(shape), torch.randn(shape), None, counts)
+    query, key, value = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    steps = []
+    whole, concluded = (ReadingLayer(prefix, 9, guide, lambda: steps.append(1)) for _ in range(2))
+    whole.attend(AttentionInputs(query, *whole.update(key, value), None, 0.3))
+    concluded.conclude(query, key, value, 0.3)
+    for name in ("chunk_keys", "chunk_values", "guide_keys", "guide_values", "guide_queries"):
+        assert torch.equal(getattr(concluded, name), getattr(whole, name)), name
+    torch.testing.assert_close(concluded.guide_lse, whole.guide_lse, atol=1e-5, rtol=1e-5)
+    assert len(steps) == 2

@@ -20,8 +20,8 @@ from cribsheet.errors import BudgetError, CribsheetError, RequestError
 from cribsheet_bench.quality import peers, peers_runner, prose
 from cribsheet_bench.quality.case import Case, Row, divided
 from cribsheet_bench.quality.families import FAMILIES, Wanted, make_cases
-from cribsheet_bench.quality.quality import FULL, measure
-from cribsheet_bench.quality.quality_page import page, summary
+from cribsheet_bench.quality.page import page, summary
+from cribsheet_bench.quality.run import FULL, measure
 from cribsheet_bench.quality.several import Sheets
 
 WANTED = Wanted(tokens=500, seed=3)
@@ -108,7 +108,7 @@ def test_entities_of_examples_are_not_asked_about():
 def test_sheets_that_share_what_was_read_are_those_of_a_build_each(tiny, scorer):
     sheets = Sheets(tiny, DOCUMENTS)
     for rate in (2.0, 3.0):
-        shared = sheets.build(FEW_SHOT, rate, scorer=scorer, guide="dropped")
+        shared = sheets.build(FEW_SHOT, rate=rate, scorer=scorer, guide="dropped")
         alone = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=rate, scorer=scorer, guide="dropped")
         assert torch.equal(shared.indices, alone.indices) and shared.manifest.budget == alone.manifest.budget
         for a, b in zip(shared.layers, alone.layers, strict=True):
@@ -208,7 +208,7 @@ def test_a_run_writes_rows_and_a_page_and_goes_on_with_more_cases(tmp_path, caps
 def test_a_sheet_is_fitted_to_the_bytes_of_sixteen_bits(pocket, dtype):
     (case,) = make_cases(["needle"], 1, WANTED)
     sheets = Sheets(pocket.backbone, case.documents)
-    half = sheets.build(case.task, 8.0, dtype="bfloat16")
+    half = sheets.build(case.task, rate=8.0, dtype="bfloat16")
     fitted = sheets.fitted(case.task, 8.0, dtype=dtype)
     assert 0.97 * half.nbytes < fitted.nbytes <= half.nbytes
     assert fitted.tokens > {"int8": 1.8, "int4": 3.3}[dtype] * half.tokens

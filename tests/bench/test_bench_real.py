@@ -29,7 +29,7 @@ from cribsheet_bench.real import sets as real_sets
 from cribsheet_bench.real.case import Case, Means
 from cribsheet_bench.real.corpora import find_corpora, read_corpus, write_corpus
 from cribsheet_bench.real.page import Result, Row, View, merged, page, read_result, result_of
-from cribsheet_bench.real.real import Options, merge, run, shard_file
+from cribsheet_bench.real.run import Options, merge, run, shard_file
 from cribsheet_bench.real.ways import NAMES
 
 QUIET = Console(quiet=True)

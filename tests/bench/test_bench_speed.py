@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from cribsheet.attention import backends as flash
+from cribsheet.attention import backends
 from cribsheet_bench.speed import checks, sides
 from cribsheet_bench.speed.page import page
 from cribsheet_bench.speed.parts import Report
+from cribsheet_bench.speed.run import Run
 from cribsheet_bench.speed.setting import make_setting
-from cribsheet_bench.speed.speed import Run
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_a_timed_build_keeps_its_budget(setting, scorer, allocation):
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):
-    right = flash.flash_cpu
-    monkeypatch.setattr(flash, "flash_cpu", lambda *given: (right(*given)[0] * 1.01, right(*given)[1]))
+    right = backends.flash_cpu
+    monkeypatch.setattr(backends, "flash_cpu", lambda *given: (right(*given)[0] * 1.01, right(*given)[1]))
     errors = checks.attention_errors("cpu", torch.float32)
     assert min(errors.values()) > checks.BOUND[torch.float32]
 

@@ -17,12 +17,14 @@ from typing import get_args
 import pytest
 from corpus import DOCUMENTS
 
-from cribsheet import load_sheet, save_sheet
+from cribsheet import BuildOptions, CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.cli import run
 from cribsheet.cli.inspect import columns
 from cribsheet.compress.progress import lines
 from cribsheet.compress.scoring import SCORERS
 from cribsheet.demo import read_script
+from cribsheet.errors import BudgetError
+from cribsheet.plan.options import BuildKeywords
 from cribsheet.sheet.manifest import Manifest
 from cribsheet.testing import save_tiny_model
 
@@ -128,6 +130,35 @@ def test_a_dry_run_says_what_a_build_would_take_and_writes_nothing(cli, model, s
     assert "memory at most about" in shown.out and "as the first" in shown.out
     refused = cli(*asked, "--ray")
     assert refused.code == 2 and "leave --ray, --check and --retain out" in refused.err
+
+
+def test_a_dry_run_is_told_what_the_build_is_told(cli, model, staff, tmp_path, monkeypatch):
+    heard = {}
+
+    def hears(name, options):
+        heard[name] = {key: value for key, value in options.items() if key in BuildKeywords.__annotations__}
+        raise BudgetError("heard")
+
+    monkeypatch.setattr("cribsheet.forecast.forecast", lambda *_, **options: hears("forecast", options))
+    monkeypatch.setattr(CompressedKnowledgeLLM, "build", lambda *_, **options: hears("build", options))
+    asked = ("build", staff, "--model", model, "-o", tmp_path / "a.sheet", "--correction", "refit", "--guide", "form")
+    asked += ("--budget", 60, "--scorer", "task", "--chunk-tokens", 50, "--system", "Short.", "--seed", 3)
+    asked += ("--storage-dtype", "int8", "--allocation", "adaptive")
+    for more in ((), ("--dry-run",)):
+        assert cli(*asked, *more).code == 2
+    assert heard["forecast"] == heard["build"] and set(heard["build"]) == set(BuildKeywords.__annotations__) - {
+        "template_options"
+    }
+    assert BuildOptions(**heard["forecast"]) == BuildOptions(
+        correction="refit", guide="form", budget=60, scorer="task", chunk_tokens=50, system="Short.", seed=3,
+        dtype="int8", allocation="adaptive",
+    )  # fmt: skip
+
+
+def test_a_dry_run_counts_what_a_correction_takes(cli, model, staff):
+    asked = ("build", staff, "--model", model, "--dry-run", "--json", "--rate", 2, "--scorer", "task")
+    plain, corrected = (cli(*asked, "--correction", each).data for each in ("none", "refit"))
+    assert corrected["seconds"] > plain["seconds"] and corrected["peak_bytes"] >= plain["peak_bytes"]
 
 
 def test_a_dry_run_needs_no_file_and_minds_none(cli, model, staff, tmp_path, capfd):
@@ -367,8 +398,8 @@ def long_corpus(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_build_that_is_stopped_leaves_no_file(number, code, model, long_corpus, tmp_path):
-    checkpoint = tmp_path.parent / f"{tmp_path.name}.checkpoint"
+def test_a_build_that_is_stopped_leaves_no_file_but_its_checkpoint(number, code, model, long_corpus, tmp_path):
+    checkpoint = tmp_path / "a.sheet.partial"
     building = start(
         *(
             "build",
@@ -382,7 +413,7 @@ def test_a_build_that_is_stopped_leaves_no_file(number, code, model, long_corpus
             "-o",
             tmp_path / "a.sheet",
         ),
-        *("--rate", 64, "--checkpoint", checkpoint),
+        *("--rate", 64, "--resume"),
     )
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and building.poll() is None and time.monotonic() < deadline:
@@ -390,7 +421,8 @@ def test_a_build_that_is_stopped_leaves_no_file(number, code, model, long_corpus
     building.send_signal(number)
     out, err = building.communicate(timeout=30)
     assert building.returncode == code, err
-    assert list(tmp_path.iterdir()) == []
+    left = {file for file in tmp_path.iterdir() if number == signal.SIGINT or not file.match(".*.part")}
+    assert left == {checkpoint}  # one that is killed can leave a checkpoint that it was writing
     assert out == ""
     assert "Traceback" not in err
 

@@ -11,9 +11,9 @@ from test_boundaries import FILES, UPPER
 
 from cribsheet.build import build_sheet
 from cribsheet.cli import app, run
-from cribsheet.cli.flags import OPTIONS, in_flags
-from cribsheet.compress.forecast import forecast
+from cribsheet.cli.console import OPTIONS, in_flags
 from cribsheet.errors import BudgetError
+from cribsheet.forecast import forecast
 from cribsheet.testing import save_tiny_model
 
 

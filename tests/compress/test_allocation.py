@@ -13,13 +13,15 @@ from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.asking.evidence import looked_at
 from cribsheet.attention.plain import attend_plain
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.build import Budgets, build_sheet, plan
-from cribsheet.compress.forecast import forecast
+from cribsheet.build import build_sheet
 from cribsheet.compress.loop import compress
-from cribsheet.compress.scoring.view import Guide, Scorer
+from cribsheet.compress.scoring.view import Reads, Scorer
 from cribsheet.compress.selection import keep_best
 from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, SheetError
+from cribsheet.forecast import forecast
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.vocabulary import ABSENT
@@ -80,7 +82,7 @@ def test_a_head_that_matters_keeps_everything_and_some_of_the_others_one_token(t
 class Alike:
     """A scorer by which all heads want the same tokens, the earliest most."""
 
-    guide: ClassVar[Guide] = "nothing"
+    reads: ClassVar[Reads] = Reads()
     pins_head: ClassVar[bool] = True
 
     def score(self, view):
@@ -109,8 +111,8 @@ def test_needs_are_spread_over_more_tokens_in_fewer_heads_each(tiny, chunk):
 
 def test_what_is_kept_as_scores_is_not_spread_and_not_with_each_chunk_again(tiny):
     layout = ChatLayout(tiny.tokenizer)
-    budgets = Budgets(budget=30, guide="dropped", chunk_tokens=40, allocation="adaptive")
-    planned = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer=Spread())
+    options = BuildOptions(budget=30, guide="dropped", chunk_tokens=40, allocation="adaptive", scorer=Spread())
+    planned = plan(tiny, layout, DOCUMENTS, FEW_SHOT, options)
     *_, last = compress(tiny, planned.corpus, planned.reading)
     for layer in last.kept:
         there = layer.indices != ABSENT

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from cribsheet.attention.rope import rotate
-from cribsheet.build import Budgets, plan
 from cribsheet.compress.loop import Kept, State, compress, earned_budget, nothing_kept
 from cribsheet.corpus.documents import Document
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_backbone
 
@@ -23,9 +24,8 @@ def family(request):
 
 
 def planned(backbone, documents=DOCUMENTS, **options):
-    scorer = options.pop("scorer", "task")
-    budgets = Budgets(**{"rate": 3, "guide": "dropped", **options})
-    return plan(backbone, ChatLayout(backbone.tokenizer), documents, FEW_SHOT, budgets, scorer=scorer)
+    how = BuildOptions(**{"rate": 3, "guide": "dropped", "scorer": "task", "allocation": "uniform", **options})
+    return plan(backbone, ChatLayout(backbone.tokenizer), documents, FEW_SHOT, how)
 
 
 def states(backbone, made) -> list[State]:

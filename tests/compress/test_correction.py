@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention.rope import rotate
-from cribsheet.build import Budgets, build_sheet, plan
+from cribsheet.build import build_sheet
 from cribsheet.compress.loop import Kept, choose, condense, correct, kept_tokens, nothing_kept, places, read, score
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.living.combine import combine
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.vocabulary import ABSENT
 
@@ -23,8 +25,8 @@ BUILD = {"scorer": "recall", "allocation": "adaptive", "guide": "dropped", "rate
 
 def read_and_kept(backbone, rate=4.0):
     """The only chunk as it was read, and what is kept of it."""
-    budgets = Budgets(rate, guide="dropped", chunk_tokens=0, allocation="adaptive")
-    made = plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, budgets, scorer="recall")
+    options = BuildOptions(rate=rate, guide="dropped", chunk_tokens=0, allocation="adaptive", scorer="recall")
+    made = plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, options)
     (chunk,) = made.corpus.split(made.reading.chunk_tokens)
     before = nothing_kept(backbone)
     layers = read(backbone, before, chunk, made.reading)

@@ -13,7 +13,7 @@ from cribsheet import CompressedKnowledgeLLM
 from cribsheet.build import build_sheet
 from cribsheet.compress.progress import Speed, Steps, shown
 from cribsheet.errors import BudgetError
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 
 
 class Terminal(io.StringIO):
@@ -49,7 +49,7 @@ def test_a_bar_moves_before_the_first_chunk_is_read(tiny, at_once, how):
 
 def test_a_document_that_comes_later_is_told_of_within_it_too(tiny, at_once):
     sheet, told = build_sheet(tiny, DOCUMENTS[:2], FEW_SHOT, rate=2, mode="independent"), []
-    living.extend(tiny, sheet, DOCUMENTS[2], progress=lambda read, total: told.append(read))
+    edits.extend(tiny, sheet, DOCUMENTS[2], progress=lambda read, total: told.append(read))
     assert told == sorted(told) and len(set(told)) > 3
 
 

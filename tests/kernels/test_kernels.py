@@ -14,7 +14,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import dispatch
 from cribsheet.attention.attend import column_mass, column_peak
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix, Prefix
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture
 def kernels_are_used(monkeypatch):
-    monkeypatch.setattr(fused, "usable", lambda q, kv_heads, softcap=None: softcap is None)
-    monkeypatch.setattr(fused, "can_merge", lambda out: True)
+    monkeypatch.setattr(dispatch, "usable", lambda q, kv_heads, softcap=None: softcap is None)
+    monkeypatch.setattr(dispatch, "can_merge", lambda out: True)
 
 
 def random_prefix(backbone, tokens, counts=()):
@@ -48,18 +48,18 @@ def random_prefix(backbone, tokens, counts=()):
 @pytest.mark.parametrize("size", [64, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_give_what_the_plain_path_gives(dtype, size):
-    errors = fused.check(torch.device("cpu"), dtype, size, 3)
+    errors = dispatch.check(torch.device("cpu"), dtype, size, 3)
     assert len(errors) == 8 and max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-3), errors
 
 
 def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
     right = kernels.columns
     monkeypatch.setattr(kernels, "columns", lambda *given, **named: right(*given, **named) * 1.1)
-    fused._agree.cache_clear()
-    assert not fused._agree(fused.check, torch.device("cpu"), torch.float32, 64, 2)
+    dispatch._agree.cache_clear()
+    assert not dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
     monkeypatch.undo()
-    fused._agree.cache_clear()
-    assert fused._agree(fused.check, torch.device("cpu"), torch.float32, 64, 2)
+    dispatch._agree.cache_clear()
+    assert dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
 
 
 def steps(backbone, prefix, told=((0, 0), (0, 0))):

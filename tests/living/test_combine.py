@@ -12,7 +12,7 @@ from cribsheet.asking.router import Router, likelihood
 from cribsheet.attention.rope import move
 from cribsheet.build import build_sheet
 from cribsheet.errors import DocumentError, RequestError, SheetError
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.living.combine import combine
 from cribsheet.living.cutting import cut
 from cribsheet.living.segments import sheet_layers
@@ -104,7 +104,7 @@ def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_a
     kb = CompressedKnowledgeLLM(tiny, both)
     assert kb.ask(QUESTION, max_tokens=6).sources
     apart = cut(tiny, both)[1]
-    again = living.remove(tiny, both, "alice") if first is INDEPENDENT else both
+    again = edits.remove(tiny, both, "alice") if first is INDEPENDENT else both
     assert len(apart) == (3 if first is INDEPENDENT else 2) and again.length <= both.length
 
 
@@ -127,7 +127,7 @@ def heads_of(layer):
 
 def test_combining_independent_sheets_of_one_task_is_merging_them(family):
     sheets = [build(family, part, guide="resident", **INDEPENDENT) for part in ([ALICE, BOB], [CLARA, HUGO])]
-    combined, merged = combine(family, sheets), living.merge(family, *sheets)
+    combined, merged = combine(family, sheets), edits.merge(family, *sheets)
     for mine, theirs in zip(combined.layers, merged.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys) and torch.equal(mine.values, theirs.values)
     assert combined.manifest.digest == merged.manifest.digest
@@ -151,8 +151,8 @@ def test_a_combined_model_answers_under_the_tasks_of_both_and_leaves_them_alone(
 def test_what_came_from_a_sequential_sheet_leaves_as_a_whole(tiny):
     both = combine(tiny, [build(tiny, [ALICE, BOB]), build(tiny, [CLARA], **INDEPENDENT)])
     with pytest.raises(SheetError, match="together with 1 others"):
-        living.remove(tiny, both, "alice")
-    assert [document.id for document in living.remove(tiny, both, "clara").documents] == ["alice", "bob"]
+        edits.remove(tiny, both, "alice")
+    assert [document.id for document in edits.remove(tiny, both, "clara").documents] == ["alice", "bob"]
 
 
 def test_four_bits_are_joined_without_another_rounding(tiny):
@@ -164,7 +164,7 @@ def test_four_bits_are_joined_without_another_rounding(tiny):
         mine, own = (layer.restored(torch.device("cpu"), torch.float32) for layer in (whole, part))
         assert torch.equal(mine.keys[:, : first.tokens], own.keys)
         assert torch.equal(mine.values[:, : first.tokens], own.values)
-    assert [document.id for document in living.remove(tiny, both, "clara").documents] == ["alice", "bob"]
+    assert [document.id for document in edits.remove(tiny, both, "clara").documents] == ["alice", "bob"]
 
 
 def test_sheets_that_do_not_belong_together_are_refused_by_name(tiny):

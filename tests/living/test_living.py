@@ -11,13 +11,15 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, load_sheet, save_sheet
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.rope import rotate
-from cribsheet.build import Budgets, carry_out, plan
 from cribsheet.compress.scoring import SCORERS
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
-from cribsheet.living import edits as living
+from cribsheet.living import edits
 from cribsheet.living.cutting import cut
 from cribsheet.living.independent import LEAST, share
 from cribsheet.living.segments import sheet_layers
+from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.file import read_manifest
@@ -53,7 +55,7 @@ def assert_same(first, second):
 def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide, allocation):
     settings = {"guide": guide, "allocation": allocation}
     sheet, never = build(family, **settings), build(family, [ALICE, CLARA, HUGO], **settings)
-    assert_same(living.remove(family, sheet, "bob"), never)
+    assert_same(edits.remove(family, sheet, "bob"), never)
     assert len(sheet.documents) == 4
 
 
@@ -61,7 +63,7 @@ def test_a_sheet_without_a_document_is_the_sheet_that_never_had_it(family, guide
 def test_four_bits_come_and_go_as_any_others(family, allocation):
     settings = {"dtype": "int4", "allocation": allocation}
     sheet, never = build(family, **settings), build(family, [ALICE, CLARA, HUGO], **settings)
-    assert_same(living.remove(family, sheet, "bob"), never)
+    assert_same(edits.remove(family, sheet, "bob"), never)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
@@ -72,12 +74,12 @@ def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype
     def stored(sheet):
         return load_sheet(save_sheet(sheet, tmp_path / "living.sheet"))
 
-    grown = living.extend(tiny, stored(build(tiny, [ALICE, BOB], **settings)), [CLARA, HUGO])
+    grown = edits.extend(tiny, stored(build(tiny, [ALICE, BOB], **settings)), [CLARA, HUGO])
     assert_same(grown, build(tiny, **settings))
     moved = Document(text="Bob Smith has moved to Riga, where he sells amber.", id="bob")
-    replaced = living.replace(tiny, stored(grown), "bob", moved)
+    replaced = edits.replace(tiny, stored(grown), "bob", moved)
     assert_same(replaced, build(tiny, [ALICE, moved, CLARA, HUGO], **settings))
-    merged = living.merge(tiny, build(tiny, [ALICE], **settings), build(tiny, [moved, CLARA, HUGO], **settings))
+    merged = edits.merge(tiny, build(tiny, [ALICE], **settings), build(tiny, [moved, CLARA, HUGO], **settings))
     assert_same(merged, replaced)
 
 
@@ -127,7 +129,7 @@ def test_removing_leaves_no_trace_in_the_file(tiny, tmp_path):
 
 
 def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
-    (_, segments), gone = cut(tiny, build(tiny, [ALICE, SECRET, HUGO])), living.remove
+    (_, segments), gone = cut(tiny, build(tiny, [ALICE, SECRET, HUGO])), edits.remove
     left = gone(tiny, build(tiny, [ALICE, SECRET, HUGO]), "zelda-file")
     for number, layer in enumerate(left.layers[1:], 1):  # keys before rotation tell the first layer only the word
         secret = segments[1].layers[number]
@@ -141,8 +143,8 @@ def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
 def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it_that_pins_the_whole_head(family, allocation):
     settings = {"guide": "dropped", "scorer": "task", "allocation": allocation}
     alone = build(family, [BOB], **settings)
-    budgets = Budgets(budget=alone.tokens, guide="dropped", allocation=allocation)
-    made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, budgets, scorer="task")
+    options = BuildOptions(budget=alone.tokens, **settings)
+    made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, options)
     head = made.corpus.head_tokens
     usual = carry_out(family, replace(made, reading=replace(made.reading, pinned=head, least=head + 1)))
     assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)
@@ -189,8 +191,8 @@ def test_a_changed_sheet_answers_at_once_and_running_answers_end_on_the_old_one(
 
 def test_history_tells_what_was_done_and_nothing_of_what_is_gone(tiny):
     sheet = build(tiny, [ALICE, SECRET])
-    sheet = living.remove(tiny, living.extend(tiny, sheet, [HUGO]), "zelda-file")
-    sheet = living.merge(tiny, living.replace(tiny, sheet, "hugo", BOB.text), build(tiny, [CLARA]))
+    sheet = edits.remove(tiny, edits.extend(tiny, sheet, [HUGO]), "zelda-file")
+    sheet = edits.merge(tiny, edits.replace(tiny, sheet, "hugo", BOB.text), build(tiny, [CLARA]))
     entries = [(entry.operation, entry.documents) for entry in sheet.manifest.history]
     assert entries == [("built", 2), ("extended", 1), ("removed", 1), ("replaced", 1), ("built", 1), ("merged", 1)]
     assert [entry.id for entry in sheet.manifest.documents] == ["alice", "hugo", "clara"]
@@ -222,11 +224,11 @@ def test_no_head_of_a_long_corpus_keeps_more_than_the_window_has_room_for():
     sheet = build(small, many, rate=4, scorer=OneHead(), allocation="adaptive", guide="dropped")
     most = sheet.manifest.document_most
     assert 1 < most < 4 and 250 < sheet.length <= 300
-    fewer = living.remove(small, sheet, "bob2")
-    grown = living.extend(small, fewer, [next(d for d in many if d.id == "bob2")], scorer=OneHead())
+    fewer = edits.remove(small, sheet, "bob2")
+    grown = edits.extend(small, fewer, [next(d for d in many if d.id == "bob2")], scorer=OneHead())
     assert grown.manifest.document_most == most and grown.length == sheet.length
     with pytest.raises(BudgetError, match="window"):
-        living.extend(small, sheet, [Document(text=d.text, id=f"{d.id} {n}") for n in range(3) for d in DOCUMENTS],
+        edits.extend(small, sheet, [Document(text=d.text, id=f"{d.id} {n}") for n in range(3) for d in DOCUMENTS],
                       scorer=OneHead())  # fmt: skip
 
 
@@ -236,7 +238,7 @@ def test_merging_keeps_to_the_lesser_of_two_most():
     first = build(small, many, rate=4, allocation="adaptive", guide="dropped")
     second = build(small, [HUGO], rate=4, allocation="adaptive", guide="dropped")
     assert second.manifest.document_most is None
-    assert living.merge(small, second, first).manifest.document_most == first.manifest.document_most > 1
+    assert edits.merge(small, second, first).manifest.document_most == first.manifest.document_most > 1
 
 
 @pytest.mark.parametrize("harm", ["order", "kept", "guide", "beyond"])
@@ -259,40 +261,40 @@ def test_segments_that_do_not_add_up_are_damage(tiny, tmp_path, harm):
 
 def test_texts_that_were_left_out_stay_out(tiny, tmp_path):
     bare = load_sheet(save_sheet(build(tiny), tmp_path / "bare.sheet", texts=False))
-    grown = living.extend(tiny, living.remove(tiny, bare, "bob"), SECRET)
+    grown = edits.extend(tiny, edits.remove(tiny, bare, "bob"), SECRET)
     assert not grown.texts and "heliotrope" not in str(save_sheet(grown, tmp_path / "b.sheet").read_bytes())
 
 
 def test_what_cannot_be_is_refused_and_nothing_changes(tiny):
     sequential = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=2, scorer="task")
     for change in (
-        lambda: living.extend(tiny, sequential, [SECRET]),
-        lambda: living.remove(tiny, sequential, "bob"),
-        lambda: living.replace(tiny, sequential, "bob", "Bob has left."),
-        lambda: living.merge(tiny, sequential, sequential),
+        lambda: edits.extend(tiny, sequential, [SECRET]),
+        lambda: edits.remove(tiny, sequential, "bob"),
+        lambda: edits.replace(tiny, sequential, "bob", "Bob has left."),
+        lambda: edits.merge(tiny, sequential, sequential),
     ):
         with pytest.raises(SheetError, match=r"sequential.*mode='independent'"):
             change()
     sheet = build(tiny)
     with pytest.raises(DocumentError, match="'bob'"):
-        living.extend(tiny, sheet, [BOB])
+        edits.extend(tiny, sheet, [BOB])
     with pytest.raises(DocumentError, match="'nobody'"):
-        living.remove(tiny, sheet, "alice", "nobody")
+        edits.remove(tiny, sheet, "alice", "nobody")
     with pytest.raises(DocumentError, match="at least one"):
-        living.remove(tiny, sheet, *(document.id for document in DOCUMENTS))
+        edits.remove(tiny, sheet, *(document.id for document in DOCUMENTS))
     with pytest.raises(DocumentError, match="2 documents"):
-        living.replace(tiny, sheet, "bob", [ALICE, SECRET])
+        edits.replace(tiny, sheet, "bob", [ALICE, SECRET])
     with pytest.raises(SheetError, match="task"):
-        living.merge(tiny, sheet, build(tiny, [SECRET], ZERO_SHOT))
+        edits.merge(tiny, sheet, build(tiny, [SECRET], ZERO_SHOT))
     with pytest.raises(SheetError, match="allocation"):
-        living.merge(tiny, sheet, build(tiny, [SECRET], allocation="adaptive"))
+        edits.merge(tiny, sheet, build(tiny, [SECRET], allocation="adaptive"))
     with pytest.raises(SheetError, match="rate"):
-        living.merge(tiny, sheet, build(tiny, [SECRET], rate=3))
+        edits.merge(tiny, sheet, build(tiny, [SECRET], rate=3))
     with pytest.raises(MismatchError):
-        living.remove(tiny_backbone(seed=1), sheet, "bob")
+        edits.remove(tiny_backbone(seed=1), sheet, "bob")
     with pytest.raises(BudgetError, match="window"):
         small = tiny_backbone(max_position_embeddings=200)
-        living.extend(small, build(small, [ALICE], rate=1), [BOB, CLARA, HUGO])
+        edits.extend(small, build(small, [ALICE], rate=1), [BOB, CLARA, HUGO])
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
@@ -327,10 +329,10 @@ def test_a_scorer_of_your_own_is_asked_for_again(tiny):
 
     sheet = build(tiny, [ALICE], scorer=Mine())
     with pytest.raises(ValueError, match="Mine"):
-        living.extend(tiny, sheet, [BOB])
-    assert_same(living.extend(tiny, sheet, [BOB], scorer=Mine()), build(tiny, [ALICE, BOB], scorer=Mine()))
+        edits.extend(tiny, sheet, [BOB])
+    assert_same(edits.extend(tiny, sheet, [BOB], scorer=Mine()), build(tiny, [ALICE, BOB], scorer=Mine()))
     with pytest.raises(SheetError, match="'Mine'"):
-        living.extend(tiny, sheet, [BOB], scorer="recent")
+        edits.extend(tiny, sheet, [BOB], scorer="recent")
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
@@ -338,7 +340,7 @@ def test_long_documents_are_read_in_chunks_and_windows_hold_what_they_can_see(fa
     long = Document(text=" ".join(f"Room {n} belongs to {d.id}. {d.text}" for n, d in enumerate(DOCUMENTS)), id="long")
     settings = {"chunk_tokens": 50, "allocation": allocation}
     sheet = build(family, [ALICE, long, BOB], **settings)
-    assert_same(living.remove(family, sheet, "alice", "bob"), build(family, [long], **settings))
+    assert_same(edits.remove(family, sheet, "alice", "bob"), build(family, [long], **settings))
     for layer, window in zip(sheet_layers(family, sheet), family.windows, strict=True):
         assert window is None or layer.keys.shape[1] == min(sheet.length, window - 1)
     ids = torch.arange(10, 18).unsqueeze(0)
@@ -350,4 +352,4 @@ def test_documents_that_were_read_whole_can_be_saved_and_added_to(tiny, tmp_path
     sheet = build(tiny, [ALICE, BOB], chunk_tokens=0)
     opened = load_sheet(save_sheet(sheet, tmp_path / "a.sheet"))
     assert opened.manifest.chunk_tokens == 0
-    assert_same(living.extend(tiny, opened, [CLARA]), build(tiny, [ALICE, BOB, CLARA], chunk_tokens=0))
+    assert_same(edits.extend(tiny, opened, [CLARA]), build(tiny, [ALICE, BOB, CLARA], chunk_tokens=0))

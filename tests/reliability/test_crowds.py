@@ -106,13 +106,14 @@ def test_a_crowd_leaves_nothing_behind_and_mixes_nothing_up(times):
     keys = {name: {"key": key, "sheets": [name, "noise"]} for name, key in KEYS.items()}
     sheets = {**{name: says(text) for name, text in CANARIES.items()}, "noise": random_sheet()}
     with serving(sheets, keys=keys, max_answers=1000, max_answers_per_caller=500) as live:
-        desk = live.app.state.desk
+        service = live.app.state.service
         http = live.http(headers={"Authorization": f"Bearer {KEYS['a']}"})
 
         def at_rest():
-            engines = {id(served.kb.session.loaded): served.kb.session.loaded.engine for served in desk.shelf.values()}
+            sessions = [served.kb.session for served in service.shelf.values()]
+            engines = {id(session.loaded): session.loaded.engine for session in sessions}
             idle = all(not engine._started() and not engine._waiting for engine in engines.values())
-            return idle and desk.gate.in_flight == 0
+            return idle and service.gate.in_flight == 0
 
         alone = {}
         asyncio.run(visit(live, 15, 20, f"{seed} warm", alone))

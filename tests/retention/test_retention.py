@@ -12,12 +12,14 @@ from reference import stock_cache
 from test_probes import STAFF, TASK
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_sheet
-from cribsheet.build import Budgets, carry_out, plan, read_through
 from cribsheet.cli import run
 from cribsheet.compress.loop import cut
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import BudgetError
+from cribsheet.plan.assemble import carry_out, read_through
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.probes import Exam, Probe
 from cribsheet.retention.retention import LADDER, Reference, full_context, make_checker, reference, remarks, retained
@@ -37,8 +39,9 @@ def retaining(pocket):
 
 
 def planned(backbone, rate, scorer="task", allocation="uniform", **options):
-    budgets = Budgets(rate, None, "dropped", options.pop("chunk_tokens", 0), allocation)
-    return plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, budgets, scorer=scorer, **options)
+    settings = {"guide": "dropped", "chunk_tokens": 0, "scorer": scorer, "allocation": allocation, **options}
+    how = BuildOptions(rate=rate, **settings)
+    return plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, how)
 
 
 @pytest.mark.parametrize(("scorer", "allocation"), [("task", "uniform"), ("random", "uniform"), ("recall", "adaptive")])
@@ -89,10 +92,10 @@ def test_probes_are_asked_behind_the_guide_that_a_sheet_has(tiny):
     layout = ChatLayout(tiny.tokenizer)
     guides = []
     for guide in ("resident", "form", "dropped"):
-        budgets = Budgets(rate=1.2, guide=guide)
-        made = plan(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, scorer="recent")
-        checker = make_checker(tiny, layout, DOCUMENTS, FEW_SHOT, budgets, "sequential", None, scorer="recent")
-        exams = [checker.exam(made), checker.exam(carry_out(tiny, made, dtype=None))]
+        options = BuildOptions(rate=1.2, guide=guide, scorer="recent")
+        made = plan(tiny, layout, DOCUMENTS, FEW_SHOT, options)
+        checker = make_checker(tiny, layout, DOCUMENTS, FEW_SHOT, options)
+        exams = [checker.exam(made), checker.exam(carry_out(tiny, made))]
         assert all(exam.guide.equal(made.resident) for exam in exams)
         guides.append(len(made.resident))
     assert guides[0] > 0 and guides[1] > 0 and guides[2] == 0

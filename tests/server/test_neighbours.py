@@ -25,9 +25,9 @@ from cribsheet.prompt.turns import as_turns
 from cribsheet.server import Shelf, create_app
 from cribsheet.server.auth import Keyring
 from cribsheet.server.connections import Connection
+from cribsheet.server.errors import Refusal
 from cribsheet.server.openai import catalogue
-from cribsheet.server.openai.bodies import MAX_VALUES, strict_json
-from cribsheet.server.refusals import Refusal
+from cribsheet.server.openai.json_body import MAX_VALUES, strict_json
 from cribsheet.server.telemetry.metrics import Gauge
 from cribsheet.structured.grammar import Constraint, Grammar
 from cribsheet.structured.grammar_tokens import GrammarTokens
@@ -66,7 +66,7 @@ def app():
     made = create_app(Shelf({"oslo": says("Bob lives in Oslo.")}))
     post(made, b"")  # the first request puts the app together
     yield made
-    made.state.desk.close()
+    made.state.service.close()
 
 
 def post(app, body, path=CHAT, headers=()):
@@ -194,7 +194,7 @@ def test_who_has_no_key_is_refused_before_the_body_is_read():
         status, error, work, reads = post(app, body, headers=headers)
         assert (status, error["code"], reads) == (401, "invalid_api_key", 0) and work < 3_000
     assert post(app, body, headers=[(b"authorization", b"Bearer " + b"k" * 20)])[0] == 400
-    app.state.desk.close()
+    app.state.service.close()
 
 
 class Operations(TorchDispatchMode):
@@ -532,9 +532,9 @@ def test_a_plain_question_goes_past_what_is_long(busy):
     free, asked = threading.Event(), []
     long = {**ASK, "messages": [{"role": "user", "content": "Where? " * 10_000}]}
     with serving({"oslo": says("Bob lives in Oslo.")}) as server, contextlib.ExitStack() as after:
-        desk = server.app.state.desk
+        service = server.app.state.service
         after.callback(free.set)
-        for lane, threads in desk._threads.items():
+        for lane, threads in service._threads.items():
             threads.submit(free.wait) if lane == busy else None
         asking = threading.Thread(target=lambda: asked.append(server.post(**long).status_code))
         asking.start()
@@ -560,7 +560,7 @@ def test_what_a_sheet_holds_is_not_written_in_the_event_loop(monkeypatch):
     with serving({"oslo": says("Bob lives in Oslo.")}) as server, server.http() as http:
         for path in ("/v1/sheets/oslo", "/v1/sheets/oslo/documents/1", "/v1/sheets/oslo/documents/7"):
             assert http.get(path).status_code == (404 if path.endswith("7") else 200)
-    assert len(places) == 3 and all(each.name.startswith("cribsheet-desk-long") for each in places)
+    assert len(places) == 3 and all(each.name.startswith("cribsheet-service-long") for each in places)
 
 
 def test_references_to_references_are_refused_as_what_is_nested_too_deeply(live):

@@ -23,10 +23,10 @@ from cribsheet.cli import run
 from cribsheet.errors import RequestError, SheetError
 from cribsheet.server import Shelf, create_app
 from cribsheet.server.auth import Keyring
+from cribsheet.server.errors import Refusal
 from cribsheet.server.limits import Gate
-from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import named
+from cribsheet.server.sheets import named
 from cribsheet.server.telemetry.logs import JsonLines
 from cribsheet.testing import save_tiny_model
 
@@ -207,20 +207,20 @@ def test_a_full_server_says_when_to_come_again(sheets):
             refused = live.post(**ASK)
             assert refused.status_code in (429, 503) and int(refused.headers["retry-after"]) >= 1
             assert live.http().get("/health").status_code == 200
-        wait_until(lambda: live.app.state.desk.gate.in_flight == 0)
+        wait_until(lambda: live.app.state.service.gate.in_flight == 0)
         assert live.post(**ASK).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_caller_who_leaves_frees_the_engine(live, stream):
-    desk = live.app.state.desk
-    engine = desk.shelf["noise"].kb.session.loaded.engine
+    service = live.app.state.service
+    engine = service.shelf["noise"].kb.session.loaded.engine
     host, port = live.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "stream": stream}).encode()
     with socket.create_connection((host, int(port))) as raw:
         raw.sendall(posted(body, len(body)))
         wait_until(lambda: engine._started())
-    wait_until(lambda: not engine._started() and desk.gate.in_flight == 0, seconds=10)
+    wait_until(lambda: not engine._started() and service.gate.in_flight == 0, seconds=10)
 
 
 def test_a_reader_who_takes_nothing_is_let_go(sheets):
@@ -231,8 +231,8 @@ def test_a_reader_who_takes_nothing_is_let_go(sheets):
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             raw.connect((host, int(port)))
             raw.sendall(posted(body, len(body)))
-            wait_until(lambda: live.app.state.desk.gate.in_flight == 8)
-            wait_until(lambda: live.app.state.desk.gate.in_flight == 0, seconds=60)
+            wait_until(lambda: live.app.state.service.gate.in_flight == 8)
+            wait_until(lambda: live.app.state.service.gate.in_flight == 0, seconds=60)
         assert live.post(**ASK).status_code == 200
 
 

@@ -14,7 +14,6 @@ from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM, SheetCache, build_sheet, load_sheet, save_sheet
 from cribsheet.errors import SheetError
-from cribsheet.sheet import file as storage
 from cribsheet.testing import save_tiny_model, tiny_backbone
 
 SRC = Path(__file__).parents[2] / "src"
@@ -46,7 +45,7 @@ def file(others, tmp_path):
 def size(request, monkeypatch):
     """Large sheets are those whose layers are read when they are first used."""
     if request.param == "large":
-        monkeypatch.setattr(storage, "_AT_ONCE", 0)
+        monkeypatch.setattr("cribsheet.sheet.file._AT_ONCE", 0)
     return request.param
 
 
@@ -86,7 +85,7 @@ def test_what_was_read_stays(file, others, size):
 
 
 def test_what_was_not_read_is_told_to_have_changed(file, others, monkeypatch):
-    monkeypatch.setattr(storage, "_AT_ONCE", 0)
+    monkeypatch.setattr("cribsheet.sheet.file._AT_ONCE", 0)
     for data in (others[1], others[1][: len(others[1]) // 2], b""):
         over(file, others[0])
         sheet = load_sheet(file)
@@ -159,7 +158,7 @@ def test_a_truncated_sheet_does_not_end_the_process(tmp_path):
 
 def test_what_is_shown_of_a_large_sheet_takes_no_key_or_value(file, monkeypatch):
     wanted = repr(load_sheet(file))
-    monkeypatch.setattr(storage, "_AT_ONCE", 0)
+    monkeypatch.setattr("cribsheet.sheet.file._AT_ONCE", 0)
     sheet = load_sheet(file)
     over(file, b"")  # so that nothing more can be read
     assert repr(sheet) == wanted

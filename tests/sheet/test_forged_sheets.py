@@ -18,7 +18,7 @@ from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_shee
 from cribsheet.cli import run
 from cribsheet.errors import SheetError
 from cribsheet.server import Shelf, create_app
-from cribsheet.server.shelf import created
+from cribsheet.server.sheets import created
 from cribsheet.sheet.file import verify
 from cribsheet.testing import tiny_backbone
 
@@ -247,4 +247,4 @@ async def test_one_odd_sheet_takes_nothing_from_the_others(backbone, data, tmp_p
         assert 'cribsheet_sheet_tokens{sheet="odd"}' in metrics.text
         assert [each["id"] for each in models.json()["data"]] == ["good", "odd"]
         assert (await client.get("/v1/sheets/odd")).status_code == 200
-    app.state.desk.close()
+    app.state.service.close()

@@ -1,17 +1,21 @@
-"""What comes back for a question."""
+"""What comes back for a question, and conversations of several."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from cribsheet.engine.request import FinishReason
 from cribsheet.engine.sampling import TokenLogprob
 from cribsheet.retrieval.retriever import Passage
 from cribsheet.sheet.html import table
 from cribsheet.structured.tools import ToolCall
+
+if TYPE_CHECKING:
+    from cribsheet.asking.options import AskOptions
+    from cribsheet.prompt.template import Message
 
 _TEXT = 60  # characters of an answer's text in a line
 _SNIPPET = 160  # characters of a source in a table
@@ -104,3 +108,20 @@ def _place(source: Source) -> str:
 def _snippet(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _SNIPPET else line[: _SNIPPET - 1] + "…"
+
+
+class Conversation:
+    """Turns over one sheet; only the turns are remembered, the sheet is never written to."""
+
+    def __init__(self, ask: Callable[..., Answer]) -> None:
+        """`ask` answers the last of several turns: `CompressedKnowledgeLLM.ask`."""
+        self._ask = ask
+        self.messages: list[Message] = []
+
+    def ask(self, question: str, **sampling: Unpack[AskOptions]) -> Answer:
+        """Ask the next question; it and its answer are remembered once the answer is complete."""
+        asked: Message = {"role": "user", "content": question}
+        answer = self._ask([*self.messages, asked], **sampling)
+        said: Message = {"role": "assistant", "content": answer.text}
+        self.messages += [asked, {**said, "tool_calls": answer.tool_calls} if answer.tool_calls else said]
+        return answer

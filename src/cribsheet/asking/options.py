@@ -6,36 +6,29 @@ Each is what some function or class takes, and the tests compare them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cribsheet.asking.settings import Retrieval
+    from cribsheet.compress.progress import Listener
     from cribsheet.compress.scoring import Scorer
-    from cribsheet.living.independent import Reader
     from cribsheet.structured.grammar import Grammar
-    from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, Mode
+    from cribsheet.vocabulary import Mode
 
 
-class BuildOptions(TypedDict, total=False):
-    """Those of `build_sheet`, but for `progress`."""
+class ReplaceOptions(TypedDict, total=False):
+    """Those of `CompressedKnowledgeLLM.replace`."""
 
-    rate: float | None
-    budget: int | None
     scorer: str | Scorer | None
-    guide: GuideMode
-    chunk_tokens: int | None
-    system: str
-    template_options: Mapping[str, Any] | None
-    dtype: str | None
-    seed: int
+    progress: Listener
+
+
+class ExtendOptions(ReplaceOptions, total=False):
+    """Those of `CompressedKnowledgeLLM.extend`."""
+
     checkpoint: str | Path | None
-    mode: BuildMode
-    allocation: Allocation | None
-    correction: Correction
-    read: Reader | None
-    retain: float | None
-    check: bool
 
 
 class _Sampling(TypedDict, total=False):

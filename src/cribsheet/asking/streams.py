@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -154,9 +153,7 @@ class AnswerStream(Stream):
         """The stream itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop the work if it still runs."""
         self.close()
 
@@ -197,9 +194,7 @@ class AsyncAnswerStream(Stream):
         """The stream itself."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """Stop the work if it still runs."""
         await self.aclose()
 

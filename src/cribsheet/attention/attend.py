@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cribsheet.attention import backends as flash
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import backends, dispatch
 from cribsheet.attention.plain import attend_plain, capped, plain_mass, plain_merge, plain_peak, rows_at_once
 
 _LONG, _BLOCK = 1024, 4096  # rows from which blocks of keys may pay, and keys of a block
@@ -42,10 +41,10 @@ def attend(
     """
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-    if softcap is None and flash.on_cpu(q):
-        return flash.flash_cpu(q, k, v, scale, causal, mask)
-    if softcap is None and mask is None and flash.on_cuda(q):
-        return flash.flash_cuda(q, k, v, scale, causal)
+    if softcap is None and backends.on_cpu(q):
+        return backends.flash_cpu(q, k, v, scale, causal, mask)
+    if softcap is None and mask is None and backends.on_cuda(q):
+        return backends.flash_cuda(q, k, v, scale, causal)
     return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
 
 
@@ -58,7 +57,7 @@ def attend_shared(
     however many sequences ask. `mask` (B or 1, T, S) is true where a row may look.
     """
     b, h, t, d = q.shape
-    if b == 1 and t >= _LONG and mask is None and flash.on_cuda(q) and softcap is None:
+    if b == 1 and t >= _LONG and mask is None and backends.on_cuda(q) and softcap is None:
         return _attend_long(q, k, v, scale)
     kv_heads = k.shape[1]
     group = h // kv_heads
@@ -81,7 +80,7 @@ def _attend_long(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
         for n in range(0, k.shape[2], _BLOCK)
     )
     first = next(blocks)
-    if not flash.is_planned(q, *first, scale, False):
+    if not backends.is_planned(q, *first, scale, False):
         return attend(q, k, v, scale=scale)
     found = attend(q, *first, scale=scale)
     for block in blocks:
@@ -107,8 +106,8 @@ def attend_ragged(
     kv_heads = len(counts)
     group = h // kv_heads
     rows = q.reshape(b, kv_heads, group, t, d).transpose(0, 1).reshape(kv_heads, b * group * t, d)
-    if softcap is None and flash.on_cuda(q):
-        out, lse = flash.flash_ragged(rows, *packed, max(counts), scale)
+    if softcap is None and backends.on_cuda(q):
+        out, lse = backends.flash_ragged(rows, *packed, max(counts), scale)
     else:
         found = [
             attend(own[None, None], keys[None, None], values[None, None], scale=scale, softcap=softcap)
@@ -127,8 +126,8 @@ def attend_each(
     `bias` (B, 1, 1, S) in float32 is minus infinity where a row may not look; every row sees something.
     """
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H/K, D)
-    if bias is None and softcap is None and flash.on_cpu(q):
-        out, lse = flash.flash_cpu(grouped, k, v, scale, False, None)
+    if bias is None and softcap is None and backends.on_cpu(q):
+        out, lse = backends.flash_cpu(grouped, k, v, scale, False, None)
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
     logits = capped((grouped @ k.transpose(-1, -2)).float() * scale, softcap)
     if bias is not None:
@@ -145,7 +144,7 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 
     Outputs are (B, H, T, D), log-sum-exps (B, H, T). Either part may be empty for a row (minus infinity), not both.
     """
-    return fused.merge(first, second) if fused.can_merge(first[0]) else plain_merge(first, second)
+    return dispatch.merge(first, second) if dispatch.can_merge(first[0]) else plain_merge(first, second)
 
 
 def column_mass(
@@ -157,8 +156,8 @@ def column_mass(
     that nothing of size rows x keys x heads is ever held whole. `q` is (H, T, D), `k` (K, S, D), `lse` (H, T) over
     *all* keys that the rows saw (also those not in `k`); `row_weight` (T,) multiplies each row.
     """
-    if fused.usable(q, k.shape[0], softcap):
-        return fused.columns(q, k, lse, scale, row_weight, peak=False)
+    if dispatch.usable(q, k.shape[0], softcap):
+        return dispatch.columns(q, k, lse, scale, row_weight, peak=False)
     return plain_mass(q, k, lse, scale, row_weight, softcap)
 
 
@@ -166,8 +165,8 @@ def column_peak(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, row_weight: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """As `column_mass`, but the largest weight over rows instead of their sum: (H, S) in float32."""
-    if fused.usable(q, k.shape[0], softcap):
-        return fused.columns(q, k, lse, scale, row_weight, peak=True)
+    if dispatch.usable(q, k.shape[0], softcap):
+        return dispatch.columns(q, k, lse, scale, row_weight, peak=True)
     if softcap is None:
         return _peak_of_products(q, k, lse, scale, row_weight)
     return plain_peak(q, k, lse, scale, row_weight, softcap)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import dispatch
 from cribsheet.attention.attend import column_mass
 from cribsheet.attention.cache import PrefixLayer
 from cribsheet.attention.plain import capped, weighted
@@ -71,7 +71,7 @@ class Glance:
         if prefix.longest == 0:
             self._masses.append(torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device))
             return
-        if fused.usable(query, prefix.heads, softcap):
+        if dispatch.usable(query, prefix.heads, softcap):
             self._masses.append(self._at_once(layer, query, lse, scale))
             return
         groups = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
@@ -87,7 +87,7 @@ class Glance:
             lse = weighted(lse, torch.stack(rows).unsqueeze(1))
         prefix = layer.prefix
         keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
-        return fused.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
+        return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
 
     def _placed(self, device: torch.device) -> Sequence[Tensor]:
         """The rows' weights where the layers are: one copy for all of them, because a copy waits for the device."""

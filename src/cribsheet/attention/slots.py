@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import dispatch
 from cribsheet.attention.attend import attend_each
 from cribsheet.attention.cache import PrefixLayer
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, attend_behind
@@ -88,9 +88,9 @@ class SlotLayer(PrefixLayer):
         query, key, value, _, scale, softcap = inputs
         if self.is_cut(key.shape[2]):
             return self.look_near(inputs)
-        if self.window is None and fused.usable(query, self.prefix.heads, softcap):
+        if self.window is None and dispatch.usable(query, self.prefix.heads, softcap):
             before = self.prefix.attend(query, scale) if self.prefix.longest else None
-            return fused.newest(query, self.keys, self.values, self.rows.index, scale, before)
+            return dispatch.newest(query, self.keys, self.values, self.rows.index, scale, before)
         suffix = attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
         return attend_behind(self.prefix, inputs, suffix)
 

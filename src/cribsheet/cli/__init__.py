@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from cribsheet import __version__
 from cribsheet.cli.ask import ask, chat
-from cribsheet.cli.bench import bench
 from cribsheet.cli.build import build
 from cribsheet.cli.compare import compare
-from cribsheet.cli.console import Debug, Verbose, guarded
+from cribsheet.cli.console import Debug, Verbose, guarded, misuse
 from cribsheet.cli.demo import demo
 from cribsheet.cli.edit import extend, merge, remove, replace
 from cribsheet.cli.inspect import inspect
@@ -48,7 +48,28 @@ for _command in (
     demo,
 ):
     app.command()(_command)
-app.add_typer(bench, name="bench")
+
+
+def add_bench(commands: typer.Typer) -> None:
+    """Give it the benches, which stand beside the library and not in its wheel, or a command that says where."""
+    if find_spec("cribsheet_bench") is None:
+        anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+        commands.command("bench", context_settings=anything, add_help_option=False)(_bench_elsewhere)
+        return
+    from cribsheet_bench.cli import bench
+
+    commands.add_typer(bench, name="bench")
+
+
+def _bench_elsewhere() -> None:
+    """Measure this library on this machine (in a clone)."""
+    misuse(
+        "the benches are not in the installed package: clone cribsheet's repository and there run "
+        "pip install -e ./src/cribsheet_pocket -e ., or make"
+    )
+
+
+add_bench(app)
 
 
 def _print_version(wanted: bool) -> None:

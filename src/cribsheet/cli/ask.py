@@ -5,83 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.console import AsJson, Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, misuse, note, quiet_libraries, say, say_json
+from cribsheet.cli.options import ModelOptions, PassageOptions, SamplingOptions, SheetFile, flat, given
 from cribsheet.corpus.printable import in_line
 from cribsheet.errors import RequestError
 
 if TYPE_CHECKING:
     from cribsheet.asking.answer import Answer, Source
     from cribsheet.llm import CompressedKnowledgeLLM
-    from cribsheet.retrieval.dense import DenseRetriever
-
-SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
-Model = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="The model, if it is no longer where the sheet was made.")
-]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")]
-MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens.  [default: 256]")]
-Temperature = Annotated[
-    float | None, typer.Option(metavar="X", help="0 takes the most probable token each time.  [default: 0]")
-]
-TopP = Annotated[
-    float | None, typer.Option(metavar="X", help="Draw from the most probable tokens that sum up to this.")
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Draw from this many most probable tokens; with --retriever, passages at most."),
-]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")]
-Retriever = Annotated[
-    Literal["bm25", "dense"] | None,
-    typer.Option(help="Search the documents, by words or by an embedding model, and tell passages after the sheet."),
-]
-DenseModel = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="With --retriever dense, its model: a folder or id of sentence-transformers."),
-]
-Mode = Annotated[
-    Literal["sheet", "retrieval", "hybrid", "auto"] | None,
-    typer.Option(help="What answers; auto retrieves if passages may help.  [default: hybrid with --retriever]"),
-]
-PassageTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens of passages.  [default: 512]")]
-Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")]
 
 
+@flat
 def ask(
     file: SheetFile,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    retriever: Retriever = None,
-    mode: Mode = None,
-    passage_tokens: PassageTokens = None,
-    dense_model: DenseModel = None,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    passages: PassageOptions,
     sources: Annotated[bool, typer.Option("--sources", help="Show where in the documents the answer looked.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the answer while it is written.")] = False,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Ask one question."""
     if stream and as_json:
         misuse("--json prints one object at the end, so it cannot be combined with --stream")
-    settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
-    settings |= _passages(retriever, mode, passage_tokens, dense_model)
-    kb = _load(file, model, device, dtype, revision)
-    if dense_model is not None:
-        settings["retriever"] = _dense(kb, dense_model)
+    kb, settings = _opened(file, model, sampling, passages)
     settings["evidence"] = sources
     answer = _streamed(kb, question, settings) if stream else kb.ask(question, **settings)
     looked_at = list(answer.sources)
@@ -94,35 +46,19 @@ def ask(
         say("\n" + "\n".join(source_lines(looked_at)))
 
 
+@flat
 def chat(
     file: SheetFile,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    retriever: Retriever = None,
-    mode: Mode = None,
-    passage_tokens: PassageTokens = None,
-    dense_model: DenseModel = None,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    passages: PassageOptions,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Ask question after question, one a line.
 
     Later questions may refer to earlier ones. It ends with the input (Ctrl-D).
     """
-    settings = _sampling(max_tokens, temperature, top_p, top_k, seed, stop)
-    settings |= _passages(retriever, mode, passage_tokens, dense_model)
-    kb = _load(file, model, device, dtype, revision)
-    if dense_model is not None:
-        settings["retriever"] = _dense(kb, dense_model)
+    kb, settings = _opened(file, model, sampling, passages)
     by_hand = sys.stdin.isatty() and not as_json
     messages: list[dict[str, str]] = []
     turns: list[dict[str, Any]] = []
@@ -150,44 +86,21 @@ def source_lines(sources: list[Source]) -> list[str]:
     ]
 
 
-def _load(
-    file: str, model: str | None, device: str | None, dtype: str | None, revision: str | None
-) -> CompressedKnowledgeLLM:
+def _opened(
+    file: str, model: ModelOptions, sampling: SamplingOptions, passages: PassageOptions
+) -> tuple[CompressedKnowledgeLLM, dict[str, Any]]:
+    """A sheet with its model, and what is to be asked with."""
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM
 
-    options = {"device": device, "dtype": dtype, "revision": revision}
-    given = {name: value for name, value in options.items() if value is not None}
-    return CompressedKnowledgeLLM.load(file, model=model, **given)
+    kb = CompressedKnowledgeLLM.load(file, **given(model))
+    settings = given(sampling) | given(passages)
+    dense = settings.pop("dense_model", None)
+    if dense is not None:
+        from cribsheet.retrieval.dense import DenseRetriever
 
-
-def _sampling(
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    stop: list[str] | None,
-) -> dict[str, Any]:
-    """The settings that were given."""
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    return {name: value for name, value in (settings | {"stop": stop or None}).items() if value is not None}
-
-
-def _passages(
-    retriever: str | None, mode: str | None, passage_tokens: int | None, dense_model: str | None
-) -> dict[str, Any]:
-    """The settings of retrieval that were given."""
-    if dense_model is not None and retriever != "dense":
-        misuse("--dense-model is the model of --retriever dense; give both")
-    given = {"retriever": retriever, "mode": mode, "passage_tokens": passage_tokens}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _dense(kb: CompressedKnowledgeLLM, model: str) -> DenseRetriever:
-    from cribsheet.retrieval.dense import DenseRetriever
-
-    return DenseRetriever(kb.sheet.documents, model=model)
+        settings["retriever"] = DenseRetriever(kb.sheet.documents, model=dense)
+    return kb, settings
 
 
 def _streamed(kb: CompressedKnowledgeLLM, question: Any, settings: dict[str, Any]) -> Answer:

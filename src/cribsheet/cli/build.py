@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,138 +26,154 @@ from cribsheet.cli.console import (
 from cribsheet.cli.inspect import positions
 from cribsheet.corpus.printable import in_line
 from cribsheet.corpus.task import Task
+from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, StorageDtype
+
+if TYPE_CHECKING:
+    from cribsheet.plan.options import BuildKeywords
+
+Paths = Annotated[list[str], typer.Argument(metavar="PATHS", help="Files, folders or glob patterns.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write; only --dry-run needs none."),
+]
+TaskText = Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")]
+Example = Annotated[
+    list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
+]
+TaskFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
+]
+Model = Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")]
+Rate = Annotated[
+    float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 4, in int4]")
+]
+Budget = Annotated[int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")]
+Retain = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Instead of a rate: the share of what the model answers with everything before it that the sheet must "
+        "answer too, such as 0.95, of questions that it asks itself.",
+    ),
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Ask the finished sheet such questions, and warn if it has lost many.")
+]
+ScorerName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="recall (default), reconstruction, task, finch, recent or random."),
+]
+Guide = Annotated[
+    GuideMode,
+    typer.Option(help="What stays of the task: all, the form of its examples' answers, nothing, or what is small."),
+]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Tokens read at once; 0 reads everything at once.  [default: by device]"),
+]
+System = Annotated[str, typer.Option(metavar="TEXT", help="A system text, which becomes part of the sheet.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")]
+Stored = Annotated[
+    StorageDtype | None,
+    typer.Option(help="Type of the stored keys and values.  [default: the model's, or int4 without a rate]"),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="For what is random in a build.")]
+Shared = Annotated[
+    Allocation | None,
+    typer.Option(
+        help="How heads share the budget: alike, by the model's profile, or by scores.  "
+        "[default: profiled with the default scorer]"
+    ),
+]
+Corrected = Annotated[Correction, typer.Option(help="refit: what is kept is made to stand for what was dropped.")]
+Mode = Annotated[
+    BuildMode,
+    typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Remember each finished chunk in FILE.partial: run a killed build again and it goes on."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Build nothing; say what it would take: tokens, bytes, memory and seconds.")
+]
+NoTexts = Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="Build by tasks on a Ray cluster, which survive their workers.")]
+RayAddress = Annotated[str | None, typer.Option(metavar="ADDRESS", help="The cluster; one on this machine by default.")]
+TaskCpus = Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a task.")]
+TaskGpus = Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a task.")]
 
 
 def build(
-    paths: Annotated[list[str], typer.Argument(metavar="PATHS", help="Files, folders or glob patterns.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write; only --dry-run needs none."),
-    ] = None,
-    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
-    example: Annotated[
-        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
-    ] = None,
-    task_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
-    ] = None,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
-    rate: Annotated[
-        float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 4, in int4]")
-    ] = None,
-    budget: Annotated[
-        int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")
-    ] = None,
-    retain: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Instead of a rate: the share of what the model answers with everything before it that the sheet must "
-            "answer too, such as 0.95, of questions that it asks itself.",
-        ),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Ask the finished sheet such questions, and warn if it has lost many.")
-    ] = False,
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="recall (default), reconstruction, task, finch, recent or random.",
-        ),
-    ] = None,
-    guide: Annotated[
-        Literal["auto", "resident", "form", "dropped"],
-        typer.Option(help="What stays of the task: all, the form of its examples' answers, nothing, or what is small."),
-    ] = "auto",
-    chunk_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens read at once; 0 reads everything at once.  [default: by device]"),
-    ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="A system text, which becomes part of the sheet.")] = "",
+    paths: Paths,
+    output: Output = None,
+    task: TaskText = None,
+    example: Example = None,
+    task_file: TaskFile = None,
+    model: Model = "pocket",
+    rate: Rate = None,
+    budget: Budget = None,
+    retain: Retain = None,
+    check: Check = False,
+    scorer: ScorerName = None,
+    guide: Guide = "auto",
+    chunk_tokens: ChunkTokens = None,
+    system: System = "",
     device: Device = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")
-    ] = None,
-    storage_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "int8", "int4"] | None,
-        typer.Option(help="Type of the stored keys and values.  [default: the model's, or int4 without a rate]"),
-    ] = None,
+    dtype: Dtype = None,
+    storage_dtype: Stored = None,
     revision: Revision = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="For what is random in a build.")] = 0,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Remember each finished chunk there; go on from it if it exists."),
-    ] = None,
-    allocation: Annotated[
-        Literal["uniform", "profiled", "adaptive"] | None,
-        typer.Option(
-            help="How heads share the budget: alike, by the model's profile, or by scores.  "
-            "[default: profiled with the default scorer]"
-        ),
-    ] = None,
-    correction: Annotated[
-        Literal["none", "refit"],
-        typer.Option(help="refit: what is kept is made to stand for what was dropped."),
-    ] = "none",
-    mode: Annotated[
-        Literal["sequential", "independent"],
-        typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
-    ] = "sequential",
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="The same with FILE.partial: run a killed build again and it goes on."),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Build nothing; say what it would take: tokens, bytes, memory and seconds."),
-    ] = False,
-    no_texts: Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Build by tasks on a Ray cluster, which survive their workers.")
-    ] = False,
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The cluster; one on this machine by default.")
-    ] = None,
-    task_cpus: Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a task.")] = 1,
-    task_gpus: Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a task.")] = 0,
+    seed: Seed = 0,
+    allocation: Shared = None,
+    correction: Corrected = "none",
+    mode: Mode = "sequential",
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    no_texts: NoTexts = False,
+    force: Force = False,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
+    task_cpus: TaskCpus = 1,
+    task_gpus: TaskGpus = 0,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Condense documents for a task into one sheet file."""
-    checkpoint = _checked_files(output, checkpoint, resume=resume, force=force or dry_run, dry_run=dry_run)
+    checkpoint = _checked_files(output, resume=resume, force=force or dry_run, dry_run=dry_run)
     purpose = make_task(task, example or [], task_file)
     if dry_run and (ray or check or retain is not None):
         misuse("--dry-run knows what a build without questions takes here; leave --ray, --check and --retain out")
     _check_sizes(rate, budget, retain)
     quiet_libraries()
-    if (check or retain is not None) and not as_json:
-        _tell_of_probes()
     from cribsheet.corpus.documents import read_documents
 
     documents = read_documents([Path(path) for path in paths])
-    options: dict[str, Any] = {"rate": rate, "budget": budget, "guide": guide, "chunk_tokens": chunk_tokens}
-    options |= {"system": system, "dtype": storage_dtype, "seed": seed, "mode": mode, "correction": correction}
-    options |= {"allocation": allocation} | ({"scorer": scorer} if scorer else {})
-    given = {"device": device, "dtype": dtype, "revision": revision}
+    options: BuildKeywords = {"rate": rate, "budget": budget, "scorer": scorer or None, "guide": guide}
+    options |= {"chunk_tokens": chunk_tokens, "system": system, "dtype": storage_dtype, "seed": seed, "mode": mode}
+    options |= {"allocation": allocation, "correction": correction, "retain": retain, "check": check}
+    loading = {"device": device, "dtype": dtype, "revision": revision}
     if dry_run or output is None:
-        _foretell(documents, purpose, model, given, as_json=as_json, texts=not no_texts, **options)
+        _foretell(documents, purpose, model, loading, options, as_json=as_json, texts=not no_texts)
         return
-    options |= {"checkpoint": checkpoint, "retain": retain, "check": check}
-    options |= {"model": model, "model_options": {name: value for name, value in given.items() if value is not None}}
+    if (check or retain is not None) and not as_json:
+        _tell_of_probes()
+    place = {"model": model, "model_options": {name: value for name, value in loading.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
+        how: dict[str, Any] = {**place, "progress": progress, "checkpoint": checkpoint}
         if ray:
             from cribsheet.cli.ray import build_on_ray
 
             needs = (task_cpus, task_gpus)
-            sheet = build_on_ray(documents, purpose, address=ray_address, needs=needs, progress=progress, **options)
+            sheet = build_on_ray(documents, purpose, options, address=ray_address, needs=needs, **how)
         else:
             from cribsheet.llm import CompressedKnowledgeLLM
 
-            sheet = CompressedKnowledgeLLM.build(documents, purpose, progress=progress, **options).sheet
+            sheet = CompressedKnowledgeLLM.build(documents, purpose, **how, **options).sheet
     from cribsheet.sheet.file import save
 
     save(sheet, output, texts=not no_texts)
@@ -166,18 +182,16 @@ def build(
     _report(sheet, output, time.perf_counter() - began, as_json=as_json)
 
 
-def _checked_files(
-    output: Path | None, checkpoint: Path | None, *, resume: bool, force: bool, dry_run: bool
-) -> Path | None:
+def _checked_files(output: Path | None, *, resume: bool, force: bool, dry_run: bool) -> Path | None:
     """The checkpoint, if there is one; refuses files that can never be written, before any work."""
     if output is None and not dry_run:
         misuse("no file was named for the sheet; give one with --output (-o), or ask with --dry-run what it would take")
     if output is not None:
         check_output(output, force=force)
-        if resume and checkpoint is None:
-            checkpoint = output.with_name(output.name + ".partial")
-    if checkpoint is not None:
-        check_output(checkpoint, force=True)
+    if output is None or not resume:
+        return None
+    checkpoint = output.with_name(f"{output.name}.partial")
+    check_output(checkpoint, force=True)
     return checkpoint
 
 
@@ -188,12 +202,21 @@ def _check_sizes(rate: float | None, budget: int | None, retain: float | None) -
         misuse(f"{' and '.join(sizes)} were given together; leave all but one out")
 
 
-def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, as_json: bool, **options: Any) -> None:
+def _foretell(
+    documents: Any,
+    task: Task,
+    model: str,
+    loading: dict[str, Any],
+    options: BuildKeywords,
+    *,
+    as_json: bool,
+    texts: bool,
+) -> None:
     """Say what a build would take."""
-    from cribsheet.compress.forecast import forecast
     from cribsheet.engine.pool import LoadedModel
+    from cribsheet.forecast import forecast
 
-    found = forecast(LoadedModel.get(model, **given).backbone, documents, task, **options)
+    found = forecast(LoadedModel.get(model, **loading).backbone, documents, task, texts=texts, **options)
     if as_json:
         say_json(dataclasses.asdict(found))
         return
@@ -208,8 +231,7 @@ def _foretell(documents: Any, task: Task, model: str, given: dict[str, Any], *, 
 
 def _tell_of_probes() -> None:
     """A check asks many questions after the corpus was read; how far it is stands on stderr."""
-    for name in ("probes", "retention"):
-        logging.getLogger(f"cribsheet.{name}").setLevel(logging.INFO)
+    logging.getLogger("cribsheet.retention").setLevel(logging.INFO)
 
 
 def check_output(output: Path, *, force: bool) -> None:

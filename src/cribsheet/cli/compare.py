@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.build import check_output, make_task
-from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse, note, quiet_libraries, say
+from cribsheet.cli.build import Model, check_output, make_task
+from cribsheet.cli.console import Device, Revision, misuse, note, quiet_libraries, say
+from cribsheet.cli.options import TaskOptions, flat
 from cribsheet.corpus.printable import in_line
+from cribsheet.vocabulary import GuideMode
 
 if TYPE_CHECKING:
     from cribsheet.compare.compare import Corpus
@@ -24,8 +26,10 @@ _REPORTED = (
 )  # fmt: skip
 
 
+@flat
 def compare(
     corpus: Annotated[list[str], typer.Argument(metavar="CORPUS", help="Files, folders or glob patterns.")],
+    *,
     questions: Annotated[
         Path,
         typer.Option(
@@ -39,13 +43,7 @@ def compare(
     top_k: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="At most so many passages.  [default: as the budget allows]")
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="TEXT", help="What will be asked, in a sentence.")] = None,
-    example: Annotated[
-        list[str] | None, typer.Option(metavar="'Q => A'", help="An example question with its answer; repeatable.")
-    ] = None,
-    task_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
-    ] = None,
+    purpose: TaskOptions,
     examples: Annotated[
         int,
         typer.Option(metavar="N", min=0, help="Without examples of yours, take so many questions away as examples."),
@@ -55,10 +53,10 @@ def compare(
         typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
     ] = None,
     guide: Annotated[
-        Literal["auto", "resident", "form", "dropped"],
+        GuideMode,
         typer.Option(help="Whether task and examples, or their form, stay."),
     ] = "auto",
-    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
+    model: Model = "pocket",
     device: Device = None,
     revision: Revision = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 64,
@@ -69,8 +67,6 @@ def compare(
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Compare ways to answer at equal budgets: accuracy, tokens, bytes and seconds.
 
@@ -80,7 +76,7 @@ def compare(
         if file is not None:
             check_output(file, force=force)
     named, wanted = _names(methods), _rates(rates)
-    purpose = make_task(task, example or [], task_file)
+    task = make_task(purpose.task, purpose.example or [], purpose.task_file)
     quiet_libraries()
     from cribsheet.compare.compare import NAMES, Record, Settings, summary
     from cribsheet.compare.compare import compare as run
@@ -92,7 +88,7 @@ def compare(
     if unknown := [name for name in chosen if name not in NAMES]:
         misuse(f"there is no method {unknown[0]!r}; use {', '.join(NAMES)}")
     settings = Settings(guide, scorer, top_k, max_tokens=max_tokens, seed=seed)
-    asked = _corpus(corpus, questions, purpose, examples, seed)
+    asked = _corpus(corpus, questions, task, examples, seed)
     loaded = LoadedModel.get(model, device=device, revision=revision)
     setup = setup_of(loaded, asked, chosen, wanted, settings)
     journal = Journal(as_json, setup, Record, told=note)

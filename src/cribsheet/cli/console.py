@@ -1,10 +1,11 @@
-"""What all commands share: streams, errors and exit codes, signals, quiet libraries, common options."""
+"""What all commands share: streams, the library's messages, errors and exit codes, signals, quiet libraries."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,12 +18,31 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cribsheet.cli.flags import in_flags
 from cribsheet.compress.progress import Progress, shown
 from cribsheet.corpus.printable import in_line, json_text, plain
 from cribsheet.errors import CribsheetError, EngineError, SheetError
 
 FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+# Options that the library's messages name, all of which some command has under the same name.
+OPTIONS = (
+    *("allocation", "budget", "check", "chunk_tokens", "correction", "device", "guide"),
+    *("max_tokens", "mode", "passage_tokens", "rate", "retain", "retriever", "scorer", "seed", "system"),
+    *("task", "temperature", "timeout", "top_k", "top_p"),
+)
+_CALLS = {  # what is done by a call in Python
+    "`kb.sheet.documents` lists": "`cribsheet inspect` lists",
+    "`CompressedKnowledgeLLM.build` and save it": "`cribsheet build`",
+    "DenseRetriever(documents, model=...)": "--dense-model",
+}
+_NAMES = "|".join(OPTIONS)
+_LONG = "|".join(name for name in OPTIONS if "_" in name)
+_SAID = re.compile(
+    rf"""(?<![\w'"/-])(?P<name>{_NAMES})=(?P<value>'[^']*'|"[^"]*"|-?\d+\.\d+|-?\w+)?"""  # guide='dropped', task=
+    r"""(?![\w/]|\.\w)"""  # no name of a file
+    rf"""|(?<![\w'"=/-])(?P<bare>{_LONG})(?![\w'"=/]|\.\w)"""  # chunk_tokens
+    r"""|(?<!\w)'[^']*'(?!\w)|(?<!\w)"[^"]*"(?!\w)"""  # a quotation
+)
 
 
 class Terminated(BaseException):
@@ -62,6 +82,24 @@ def note(text: str) -> None:
     """Print to stderr, `plain`: everything that is not a result."""
     sys.stderr.write(plain(text) + "\n")
     sys.stderr.flush()
+
+
+def in_flags(message: str) -> str:
+    """A message of the library in the words of the command line: `guide='dropped'` as `--guide dropped`.
+
+    What stands in quotes is somebody's own and stays, as do names of files.
+    """
+    for python, here in _CALLS.items():
+        message = message.replace(python, here)
+    return _SAID.sub(_flag, message)
+
+
+def _flag(said: re.Match[str]) -> str:
+    name, value = said["name"] or said["bare"], said["value"] or ""
+    if name is None:
+        return said[0]
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value in ("", "True") else f"{flag} {value.strip(chr(39) + chr(34))}"
 
 
 class _PlainLines(logging.Formatter):

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cribsheet.cli.ask import source_lines
-from cribsheet.cli.console import AsJson, Debug, Verbose, build_progress, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, build_progress, quiet_libraries, say, say_json
 from cribsheet.cli.inspect import columns
+from cribsheet.cli.options import flat
 
 if TYPE_CHECKING:
     from cribsheet.demo.run import Demo, Exchange
 
 
+@flat
 def demo(
     fast: Annotated[bool, typer.Option("--fast", help="Fewer documents and questions.")] = False,
     model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Build, ask and measure a sheet of real documents.
 

@@ -7,108 +7,75 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cribsheet.cli.ask import Dtype, Model, SheetFile
 from cribsheet.cli.build import check_output
-from cribsheet.cli.console import (
-    AsJson,
-    Debug,
-    Device,
-    Revision,
-    Verbose,
-    build_progress,
-    misuse,
-    quiet_libraries,
-    say,
-    say_json,
-)
+from cribsheet.cli.console import AsJson, build_progress, misuse, quiet_libraries, say, say_json
+from cribsheet.cli.options import ModelOptions, SheetFile, flat, given
 from cribsheet.corpus.printable import in_line
 
 if TYPE_CHECKING:
     from cribsheet.compress.progress import Progress
     from cribsheet.llm import CompressedKnowledgeLLM
 
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there and leave the sheet as it is.")
-]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOptions:
+    """What all four commands take beside the change."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there and leave the sheet as it is.")
+    ] = None
+    model: ModelOptions
+    as_json: AsJson = False
 
 
+@flat
 def extend(
     file: SheetFile,
     paths: Annotated[list[str], typer.Argument(metavar="PATHS...", help="Files, folders or glob patterns.")],
-    output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    options: EditOptions,
 ) -> None:
     """Add documents to an independent sheet; only these are read."""
     from cribsheet.corpus.documents import read_documents
 
     documents = read_documents([Path(path) for path in paths])
-    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.extend(documents, progress=p))
+    _change(file, options, lambda kb, p: kb.extend(documents, progress=p))
 
 
+@flat
 def replace(
     file: SheetFile,
     document_id: Annotated[str, typer.Argument(metavar="ID", help="The document, as `inspect` lists it.")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A file with its new text.")],
-    output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    options: EditOptions,
 ) -> None:
     """Put a new text in the place of one document of an independent sheet; only that is read."""
     from cribsheet.corpus.documents import read_documents
 
     document = read_documents(path)
-    _change(
-        file,
-        output,
-        (model, device, dtype, revision),
-        as_json,
-        lambda kb, p: kb.replace(document_id, document, progress=p),
-    )
+    _change(file, options, lambda kb, p: kb.replace(document_id, document, progress=p))
 
 
+@flat
 def remove(
     file: SheetFile,
     document_ids: Annotated[list[str], typer.Argument(metavar="IDS...", help="Documents, as `inspect` lists them.")],
-    output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    options: EditOptions,
 ) -> None:
     """Take documents out of an independent sheet; nothing of them is left in the file."""
-    _change(file, output, (model, device, dtype, revision), as_json, lambda kb, p: kb.remove(*document_ids))
+    _change(file, options, lambda kb, p: kb.remove(*document_ids))
 
 
+@flat
 def merge(
     file: SheetFile,
     others: Annotated[list[str], typer.Argument(metavar="FILES...", help="Sheets of the same model and task.")],
-    output: Output = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    options: EditOptions,
 ) -> None:
     """Add the documents of other independent sheets; none is read again."""
 
@@ -118,16 +85,15 @@ def merge(
         for other in others:
             kb.merge(load_sheet(other))
 
-    _change(file, output, (model, device, dtype, revision), as_json, take_over)
+    _change(file, options, take_over)
 
 
 def _change(
     file: str,
-    output: Path | None,
-    model: tuple[str | None, str | None, str | None, str | None],
-    as_json: bool,
+    options: EditOptions,
     change: Callable[[CompressedKnowledgeLLM, Progress | None], object],
 ) -> None:
+    output = options.output
     if output is None and ("://" in file or "#" in file) and not Path(file).exists():
         misuse(f"{file} is not a file here that could be replaced; say with --output where to write")
     target = output or Path(file)
@@ -136,9 +102,8 @@ def _change(
     from cribsheet.llm import CompressedKnowledgeLLM
 
     began = time.perf_counter()
-    options: dict[str, Any] = dict(zip(("model", "device", "dtype", "revision"), model, strict=True))
-    with build_progress(hidden=as_json) as progress:
-        kb = CompressedKnowledgeLLM.load(file, **{name: value for name, value in options.items() if value is not None})
+    with build_progress(hidden=options.as_json) as progress:
+        kb = CompressedKnowledgeLLM.load(file, **given(options.model))
         change(kb, progress)
     kb.save(target)
     done = {
@@ -149,7 +114,7 @@ def _change(
         "change": kb.sheet.manifest.history[-1].operation,
         "seconds": round(time.perf_counter() - began, 3),
     }
-    if as_json:
+    if options.as_json:
         say_json(done)
         return
     say(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.ask import SheetFile
-from cribsheet.cli.console import AsJson, Debug, Verbose, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, quiet_libraries, say, say_json
+from cribsheet.cli.options import SheetFile, flat
 from cribsheet.corpus.printable import in_line
 
 if TYPE_CHECKING:
@@ -17,27 +17,26 @@ if TYPE_CHECKING:
     from cribsheet.sheet.sheet import Sheet
 
 
+@flat
 def inspect(
     file: SheetFile,
-    verify: Annotated[
+    whole: Annotated[
         bool, typer.Option("--verify", help="Read all of it and compare with the digest it was saved with.")
     ] = False,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Show what a sheet was made of.
 
     Corpus, task, sizes, kept tokens of each document, and fingerprints; no model is loaded.
     """
     quiet_libraries()
-    from cribsheet.sheet import file as storage
+    from cribsheet.sheet.file import load, verify
     from cribsheet.sheet.registry import resolve
 
     found = resolve(file)
-    if verify:
-        storage.verify(found)
-    sheet = storage.load(found)
+    if whole:
+        verify(found)
+    sheet = load(found)
     if as_json:
         say_json(sheet_data(sheet, found))
         return

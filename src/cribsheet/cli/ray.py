@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cribsheet.compress.progress import Progress
     from cribsheet.corpus.documents import Document
     from cribsheet.corpus.task import Task
+    from cribsheet.plan.options import BuildKeywords
     from cribsheet.server.settings import ServerSettings
     from cribsheet.sheet.sheet import Sheet
 
@@ -83,7 +84,7 @@ def _wait() -> None:
 
 def _absolute(sheet: str) -> str:
     """A sheet's place as another process finds it."""
-    from cribsheet.server.shelf import named
+    from cribsheet.server.sheets import named
     from cribsheet.sheet.registry import is_url
 
     name, place = named(sheet)
@@ -100,13 +101,14 @@ def _free_port(host: str) -> int:
 def build_on_ray(
     documents: list[Document],
     task: Task,
+    options: BuildKeywords,
     *,
+    model: str,
+    model_options: dict[str, Any],
     address: str | None,
     needs: tuple[float, float],
     progress: Progress | None,
-    checkpoint: Path | None = None,
-    mode: str = "sequential",
-    **options: Any,
+    checkpoint: Path | None,
 ) -> Sheet:
     """One sheet, built by Ray tasks of so many processors and accelerators each."""
     integration("ray", "cribsheet[ray]")
@@ -114,10 +116,10 @@ def build_on_ray(
     from cribsheet.ray.build import Corpus
 
     workers = Workers(cpus=needs[0], gpus=needs[1])
-    shared = {**options, "workers": workers, "progress": progress}
+    how: dict[str, Any] = {"model": model, "model_options": model_options, "workers": workers, "progress": progress}
     with cluster(address):
-        if mode == "independent":
-            return build_independent(documents, task, checkpoint=checkpoint, **shared)
+        if options["mode"] == "independent":
+            return build_independent(documents, task, checkpoint=checkpoint, **how, **options)
         place = checkpoint.absolute() if checkpoint else None
-        ((_, sheet),) = build_each({"sheet": Corpus(documents, place)}, task, **shared)
+        ((_, sheet),) = build_each({"sheet": Corpus(documents, place)}, task, **how, **options)
         return sheet

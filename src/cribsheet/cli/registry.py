@@ -9,19 +9,19 @@ from typing import Annotated
 import typer
 
 from cribsheet.cli.build import check_output
-from cribsheet.cli.console import AsJson, Debug, Verbose, say, say_json
+from cribsheet.cli.console import AsJson, say, say_json
+from cribsheet.cli.options import flat
 from cribsheet.corpus.printable import in_line
 
 RegistryPlace = Annotated[str, typer.Argument(metavar="REGISTRY", help="A folder or a URL that fsspec opens.")]
 
 
+@flat
 def push(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A sheet file.")],
     registry: RegistryPlace,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name there; the file's own by default.")] = None,
     as_json: AsJson = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Add a sheet to a registry as its next version.
 
@@ -37,12 +37,11 @@ def push(
         say(f"{name}@{version.version}  {version.size} bytes  sha256 {version.sha256}")
 
 
+@flat
 def pull(
     sheet: Annotated[str, typer.Argument(metavar="REGISTRY#NAME[@N]", help="The newest version, or the N-th.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Copy a sheet from a registry or a URL to a file, verified."""
     check_output(output, force=force)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cribsheet.cli.ask import Dtype, Model
-from cribsheet.cli.console import Debug, Device, Revision, Terminated, Verbose, misuse, note, quiet_libraries
+from cribsheet.cli.console import Terminated, misuse, note, quiet_libraries
+from cribsheet.cli.options import ModelOptions, flat, given
 
 if TYPE_CHECKING:
     from cribsheet.server.settings import ServerSettings
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
+@flat
 def serve(
     sheets: Annotated[
         list[str], typer.Argument(metavar="SHEETS", help="Sheet files or URLs, each as PATH or NAME=PATH.")
     ],
+    *,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="The port; 0 takes a free one.")] = 8000,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    model: ModelOptions,
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="API keys: a TOML table for each, with key and sheets.")
     ] = None,
@@ -73,8 +72,6 @@ def serve(
     replica_gpus: Annotated[
         float, typer.Option(metavar="N", help="With --ray, accelerators of a replica, or of each of its processes.")
     ] = 0,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Serve sheets to OpenAI clients and, as a page, to people.
 
@@ -110,16 +107,15 @@ def serve(
         retriever=retriever,
         hosts=hosts,
     )
-    options = {"model": model, "device": device, "dtype": dtype, "revision": revision}
-    given = {name: value for name, value in options.items() if value is not None}
+    options = given(model)
     if ray:
         from cribsheet.cli.ray import serve_on_ray
 
         needs = {"processes": replica_processes, "cpus": replica_cpus, "gpus": replica_gpus}
         scale = {"open_sheets": open_sheets, "drain_seconds": drain, **needs}
-        serve_on_ray(sheets, given, keys, settings, replicas, scale, host, port, ray_address)
+        serve_on_ray(sheets, options, keys, settings, replicas, scale, host, port, ray_address)
     else:
-        _run(sheets, given, keys, settings, host, port, drain)
+        _run(sheets, options, keys, settings, host, port, drain)
 
 
 def _run(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +14,7 @@ from cribsheet.sheet.atomic import replacing
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
+_LONG = 1000  # characters of a line
 
 
 class Journal(Generic[R]):
@@ -60,12 +60,6 @@ class Journal(Generic[R]):
             self._path.unlink(missing_ok=True)
 
 
-def tell_progress() -> None:
-    """Show on stderr what benches tell of their progress, also where other libraries are to be quiet."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("cribsheet_bench").setLevel(logging.INFO)
-
-
 def unfinished(output: Path) -> Path:
     """Where the rows of a run are while it goes on."""
     return output.with_name(output.name + ".partial")
@@ -77,10 +71,13 @@ def read_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads(first), [json.loads(line) for line in rest[:-1]]
 
 
-def write_rows(path: Path, head: Mapping[str, Any], rows: Sequence[Any]) -> None:
-    """JSON of a head and "rows" (dataclasses), a row a line, so that it is read and compared line by line."""
-    told = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
-    write_whole(path, "{\n" + told + ' "rows": [\n' + ",\n".join(map(_line, rows)) + "\n ]\n}\n")
+def write_rows(path: Path, result: Mapping[str, Any]) -> None:
+    """JSON of a result, an entry a line and a row a line, so that it is read and compared line by line.
+
+    Rows are mappings, lists or dataclasses in a list; what JSON does not know is written as its text.
+    """
+    entries = (f" {_json(name)}: {_lines(value)}" for name, value in result.items())
+    write_whole(path, "{\n" + ",\n".join(entries) + "\n}\n")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -89,5 +86,19 @@ def write_whole(path: Path, text: str) -> None:
         Path(unfinished).write_text(text, encoding="utf-8")
 
 
+def _lines(value: Any) -> str:
+    """Rows in a list, and the entries of a large mapping, a line each; all else in one line."""
+    if isinstance(value, list) and value and all(isinstance(row, Mapping | list) or is_dataclass(row) for row in value):
+        return "[\n" + ",\n".join(map(_line, value)) + "\n ]"
+    line = _json(value)
+    if isinstance(value, Mapping) and len(line) > _LONG:
+        return "{\n" + ",\n".join(_json({name: entry})[1:-1] for name, entry in value.items()) + "\n }"
+    return line
+
+
 def _line(row: Any) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False)
+    return _json(asdict(row) if is_dataclass(row) else row)  # type: ignore[arg-type]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -54,7 +54,8 @@ class Reading:
     """What a build does with each chunk; all counts are in tokens.
 
     After a chunk, scorers that ask for the task read `guide` (T,); those that ask for a repetition read `repeat` (R,),
-    the turn that asks for it, and the chunk as the answer, without the `head` tokens that the corpus begins with.
+    the turn that asks for it, and the chunk as the answer, without the `head` tokens that the corpus begins with. What
+    the scorer does not ask for is empty.
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
     If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
@@ -82,7 +83,9 @@ class Reading:
         """The same, but where all of a corpus is kept there is nothing to score, to share or to correct."""
         if self.budget < len(corpus):
             return self
-        return replace(self, scorer=SCORERS["recent"](), allocation="uniform", correction="none")
+        nothing = self.guide[:0]
+        scorer = SCORERS["recent"]()
+        return replace(self, scorer=scorer, guide=nothing, repeat=nothing, allocation="uniform", correction="none")
 
     def read(
         self,
@@ -93,22 +96,12 @@ class Reading:
         step: Step | None = None,
     ) -> list[ReadingLayer]:
         """Read a chunk, and what scores it, on a prefix of `start` tokens; `step` is called at each layer."""
-        repetition = torch.cat([self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
-        match self.scorer.guide:
-            case "task":
-                guide = self.guide
-            case "repeat":
-                guide = repetition
-            case "task and repeat":
-                guide = torch.cat([self.guide, repetition])
-            case "nothing":
-                guide = self.guide[:0]
+        guide = torch.cat([self.guide, self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
         return backbone.read(prefix, start, chunk.ids, guide, step)
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
-        again = self.scorer.guide.endswith("repeat")
-        return min(len(chunk.ids), max(0, chunk.stop - self.head)) if again else 0
+        return min(len(chunk.ids), max(0, chunk.stop - self.head)) if self.scorer.reads.repetition else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,16 +15,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cribsheet.build import (
-    DEFAULT_RATE,
-    QUESTION_SHARE,
-    Budgets,
-    Plan,
-    circumstances,
-    list_documents,
-    plan,
-    usual_chunk,
-)
 from cribsheet.compress.progress import Listener, shown
 from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
@@ -33,9 +23,13 @@ from cribsheet.errors import BudgetError, DocumentError, SheetError
 from cribsheet.living.cutting import cut
 from cribsheet.living.segments import Segment, assemble, check_fits, read_head, read_segment
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.describe import circumstances, describe, list_documents
+from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
+from cribsheet.plan.plan import Plan, plan
+from cribsheet.plan.window import QUESTION_SHARE, usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.sheet import file as storage
+from cribsheet.sheet import file
 from cribsheet.sheet.manifest import Change, Manifest, Operation
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.vocabulary import Allocation, StorageDtype
@@ -118,13 +112,27 @@ class Terms:
         """How to read one document; whatever can be refused is refused here."""
         usual = usual_chunk(backbone)
         chunk = None if self.chunk_tokens == usual else self.chunk_tokens
-        budgets = _Share(self.rate, None, "dropped", chunk, self.allocation, head=len(self.head))
-        made = plan(backbone, self.layout, [document], self.task, budgets, scorer=self.scorer, seed=self.seed)
+        options = BuildOptions(
+            rate=self.rate,
+            scorer=self.scorer,
+            guide="dropped",
+            chunk_tokens=chunk,
+            dtype=self.dtype,
+            seed=self.seed,
+            mode="independent",
+            allocation=self.allocation,
+        )
+        planned = plan(backbone, self.layout, [document], self.task, options, budget_of=self._budget)
         if self.most is None:
-            return made
-        length = len(made.corpus) - made.corpus.head_tokens
-        most = made.corpus.head_tokens + most_kept(length, self.rate, self.most)
-        return replace(made, reading=replace(made.reading, most=min(made.reading.most, most)))
+            return planned
+        length = len(planned.corpus) - planned.corpus.head_tokens
+        most = planned.corpus.head_tokens + most_kept(length, self.rate, self.most)
+        return replace(planned, reading=replace(planned.reading, most=min(planned.reading.most, most)))
+
+    def _budget(self, tokens: int) -> int:
+        """What is kept of one document and the head before it, which is not its own, of so many tokens together."""
+        head = len(self.head)
+        return head + share(tokens - head, self.rate, self.allocation)
 
     def _tokenized(self, document: Document) -> TokenizedCorpus:
         return TokenizedCorpus.build([document], self.layout.head(self.task.instruction), self.layout.encoder)
@@ -132,18 +140,6 @@ class Terms:
 
 # Reads documents on the terms of a sheet, somewhere else perhaps: segments in the order of their plans.
 Reader = Callable[[Terms, Manifest, Sequence[Plan]], Iterable[Segment]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Share(Budgets):
-    """What one document of a sheet gets, behind a head of `head` tokens that is not its own."""
-
-    head: int = 0
-
-    def tokens(self, corpus_tokens: int) -> int:
-        """Tokens of head and document that are kept."""
-        assert self.rate is not None
-        return self.head + share(corpus_tokens - self.head, self.rate, self.allocation)
 
 
 def share(tokens: int, rate: float, allocation: Allocation) -> int:
@@ -166,11 +162,8 @@ def build_independent(
     layout: ChatLayout,
     documents: Sequence[Document],
     task: Task,
-    budgets: Budgets,
+    options: BuildOptions,
     *,
-    scorer: str | Scorer,
-    dtype: StorageDtype,
-    seed: int,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
@@ -181,38 +174,26 @@ def build_independent(
     documents with one id.
     """
     began = time.perf_counter()
-    terms, plans = plan_each(backbone, layout, documents, task, budgets, scorer=scorer, dtype=dtype, seed=seed)
+    terms, plans = plan_each(backbone, layout, documents, task, options)
     usual = usual_chunk(backbone)
-    base = (
-        plans[0]
-        .manifest(backbone, dtype, 0.0)
-        .model_copy(
-            update={
-                "mode": "independent",
-                "document_rate": terms.rate,
-                "document_most": terms.most,
-                "chunk_tokens": usual if budgets.chunk_tokens is None else budgets.chunk_tokens,
-                "head_tokens": len(terms.head),
-                "form": terms.form,
-            }
-        )
+    base = describe(plans[0], backbone, 0.0).model_copy(
+        update={
+            "mode": "independent",
+            "document_rate": terms.rate,
+            "document_most": terms.most,
+            "chunk_tokens": usual if options.chunk_tokens is None else options.chunk_tokens,
+            "head_tokens": len(terms.head),
+            "form": terms.form,
+        }
     )
-    head = read_head(backbone, terms.head, dtype)
+    head = read_head(backbone, terms.head, terms.dtype)
     segments = read_all(backbone, terms, plans, base, head, progress, checkpoint, read)
     made = changed(backbone, base, "built", len(documents), began)
     return assemble(backbone, made, head, segments, terms.guide)
 
 
 def plan_each(
-    backbone: Backbone,
-    layout: ChatLayout,
-    documents: Sequence[Document],
-    task: Task,
-    budgets: Budgets,
-    *,
-    scorer: str | Scorer,
-    dtype: StorageDtype,
-    seed: int,
+    backbone: Backbone, layout: ChatLayout, documents: Sequence[Document], task: Task, options: BuildOptions
 ) -> tuple[Terms, list[Plan]]:
     """The terms of an independent sheet, and how to read each of its documents; what can be refused is refused here."""
     refuse_twice([document.id for document in documents])
@@ -220,10 +201,20 @@ def plan_each(
         raise DocumentError("There are no documents; a sheet needs at least one.")
 
     def terms_at(rate: float) -> Terms:
-        resident, form = budgets.guide != "dropped", task.form if budgets.guide == "form" else ""
-        return Terms(layout, task, rate, scorer, budgets.chunk_tokens, dtype, seed, resident, form, budgets.allocation)
+        return Terms(
+            layout=layout,
+            task=task,
+            rate=rate,
+            scorer=options.chosen_scorer,
+            chunk_tokens=options.chunk_tokens,
+            dtype=options.storage(backbone),
+            seed=options.seed,
+            resident=options.guide != "dropped",
+            form=task.form if options.guide == "form" else "",
+            allocation=options.chosen_allocation,
+        )
 
-    terms = terms_at(_rate(terms_at, documents, budgets))
+    terms = terms_at(_rate(terms_at, documents, options))
     terms = replace(terms, most=_most(backbone, terms, documents))
     plans = [terms.plan(backbone, document) for document in documents]
     corpus = plans[0].corpus
@@ -268,14 +259,14 @@ def read_all(
 
         tell(done)
         left = plans[len(finished) :]
-        alone = (read_segment(backbone, each, terms.dtype, within if told else None) for each in left)
+        alone = (read_segment(backbone, each, within if told else None) for each in left)
         segments = read(terms, base, left) if read else alone
         for length, segment in zip(lengths[len(finished) :], segments, strict=True):
             finished.append(segment)
             done, saved = done + length, saved + length
             enough = saved >= usual_chunk(backbone) or done == total
             if checkpoint is not None and enough:
-                storage.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
+                file.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
                 saved = 0
             tell(done)
     return finished
@@ -299,17 +290,16 @@ def refuse_twice(ids: Sequence[str]) -> None:
         seen.add(id_)
 
 
-def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], budgets: Budgets) -> float:
+def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], options: BuildOptions) -> float:
     """The rate of each document: as asked for, or the lowest at which the whole keeps to a budget."""
-    if budgets.budget is None:
-        budgets.tokens(1 << 60)
-        return float(DEFAULT_RATE if budgets.rate is None else budgets.rate)
+    if options.budget is None:
+        return float(DEFAULT_RATE if options.rate is None else options.rate)
     lengths = [terms_at(1.0).length(document) for document in documents]
     fixed = len(terms_at(2.0).head) + len(terms_at(2.0).guide)
-    budget = budgets.tokens(len(terms_at(1.0).head) + sum(lengths))
+    budget = options.tokens(len(terms_at(1.0).head) + sum(lengths))
 
     def whole(rate: float) -> int:
-        return fixed + sum(share(length, rate, budgets.allocation) for length in lengths)
+        return fixed + sum(share(length, rate, options.chosen_allocation) for length in lengths)
 
     low, high = 1.0, _WIDEST
     if whole(high) > budget:
@@ -351,8 +341,8 @@ def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Pa
     """What a checkpoint holds, or nothing. Raises `SheetError` if it is damaged or of another build."""
     if not path.exists():
         return []
-    storage.verify(path)  # one changed bit would become another sheet
-    partial = storage.load(path)
+    file.verify(path)  # one changed bit would become another sheet
+    partial = file.load(path)
     found = partial.manifest.documents
     wanted = [entry for each in plans[: len(found)] for entry in list_documents(each.corpus)]
     if _terms_of(partial.manifest) != _terms_of(base) or found != wanted:

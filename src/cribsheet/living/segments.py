@@ -22,10 +22,12 @@ from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, end_positions
 from cribsheet.attention.rope import rotate
-from cribsheet.build import Plan, corpus_digest, kept_origins, list_documents
 from cribsheet.compress.loop import Tell, compress, nothing_kept, nothing_read
 from cribsheet.errors import BudgetError
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.assemble import kept_origins
+from cribsheet.plan.describe import corpus_digest, list_documents
+from cribsheet.plan.plan import Plan
 from cribsheet.sheet.layers import FloatLayer, StoredLayer
 from cribsheet.sheet.manifest import DocumentEntry, Manifest, SegmentEntry
 from cribsheet.sheet.sheet import Sheet, mean_kept
@@ -84,7 +86,7 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
     return Segment(_stored(backbone, layers, len(ids), dtype), _all_heads(backbone, rows), nothing, len(ids), 0)
 
 
-def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype, tell: Tell | None = None) -> Segment:
+def read_segment(backbone: Backbone, plan: Plan, tell: Tell | None = None) -> Segment:
     """Condense the documents of a plan, alone behind their head, which is left out of the result."""
     kept = nothing_kept(backbone)
     head = plan.corpus.head_tokens
@@ -100,7 +102,7 @@ def read_segment(backbone: Backbone, plan: Plan, dtype: StorageDtype, tell: Tell
         last = layer.keys.shape[1]
         own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
         (part,) = FloatLayer(layer.keys, layer.values, window).parts([(last - count, last) for count in own])
-        layers.append(StoredLayer.of(LayerPrefix(part.keys, part.values, window, part.counts), dtype))
+        layers.append(StoredLayer.of(LayerPrefix(part.keys, part.values, window, part.counts), plan.dtype))
     origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
     origins[:, 0] -= head
     return Segment(

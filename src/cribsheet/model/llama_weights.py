@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import dispatch
 from cribsheet.attention.agreement import agrees
 from cribsheet.attention.backends import on_cuda
 from cribsheet.model.support import head_size, inv_freq, layer_windows
@@ -144,4 +144,4 @@ def beside(rows: Tensor, parts: Sequence[Linear]) -> Tensor:
 def is_fast(weights: LlamaWeights, path: str, check: Callable[[], dict[str, float]]) -> bool:
     """Whether kernels can be compiled for a model, and the errors that a check finds are what half precision leaves."""
     like = torch.empty(1, weights.heads, 1, weights.head_size, device=weights.embed.device, dtype=weights.embed.dtype)
-    return on_cuda(like) and fused.usable(like, weights.kv_heads) and agrees(path, check, BOUND)
+    return on_cuda(like) and dispatch.usable(like, weights.kv_heads) and agrees(path, check, BOUND)

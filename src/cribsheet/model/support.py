@@ -99,9 +99,7 @@ def inv_freq(model: Any, number: int) -> Tensor:
 def located(name: str) -> str:
     """The folder or id that `from_pretrained` takes."""
     if name == POCKET:
-        import cribsheet_pocket  # only here: its weights are unpacked on first use
-
-        return str(cribsheet_pocket.path())
+        return _pocket()
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
     path = Path(name).expanduser()
     if path.is_dir():
@@ -111,6 +109,18 @@ def located(name: str) -> str:
     if looks_local:
         raise ModelError(f"There is no model folder {name!r}; give an existing folder, a hub id, or {POCKET!r}.")
     return name
+
+
+def _pocket() -> str:
+    """The folder of the small model that ships. Raises `ModelError` where its distribution is missing."""
+    try:
+        import cribsheet_pocket  # only here: its weights are unpacked on first use
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"The model {POCKET!r} is a distribution of its own, which is not installed: pip install cribsheet-pocket, "
+            "or in a clone pip install ./src/cribsheet_pocket; or give another model's folder or hub id."
+        ) from error
+    return str(cribsheet_pocket.path())
 
 
 def resolved(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype | str]:

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import ray
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-from cribsheet.build import Plan, build_sheet, resolve_defaults, warn_without_task
+from cribsheet.build import build_sheet
 from cribsheet.compress.progress import Listener, shown
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
@@ -28,6 +28,8 @@ from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import EngineError
 from cribsheet.living.independent import Terms
 from cribsheet.living.segments import Segment, read_segment
+from cribsheet.plan.options import BuildKeywords, BuildOptions
+from cribsheet.plan.plan import Plan, warn_without_task
 from cribsheet.sheet.manifest import Manifest
 from cribsheet.sheet.sheet import Sheet
 
@@ -75,15 +77,14 @@ def build_each(
     model_options: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
     progress: Listener = None,
-    **options: Any,
+    **options: Unpack[BuildKeywords],
 ) -> Iterator[tuple[str, Sheet]]:
     """Build one sheet for each corpus, as many at once as there is room for; yields each with its name when ready.
 
-    `options` are those of `build_sheet`. `progress` counts the tokens of all corpora that were begun. Raises what the
-    first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.
+    `options` are the fields of `BuildOptions`. `progress` counts the tokens of all corpora that were begun. Raises what
+    the first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.
     """
-    scorer, _ = resolve_defaults(options.get("scorer"), options.get("allocation"), "independent")
-    warn_without_task(task, scorer)  # here, as workers warn where nobody looks
+    warn_without_task(task, BuildOptions(**options))  # here, as workers warn where nobody looks
     needs = workers or Workers()
     board = ray.remote(_Board).options(num_cpus=0).remote()
     build = ray.remote(_build).options(**needs.options)
@@ -112,7 +113,9 @@ def build_independent(
     model: str | Path = "pocket",
     model_options: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
-    **options: Any,
+    progress: Listener = None,
+    checkpoint: str | Path | None = None,
+    **options: Unpack[BuildKeywords],
 ) -> Sheet:
     """`build_sheet(mode="independent")` whose documents are read by Ray tasks and put together here.
 
@@ -121,7 +124,8 @@ def build_independent(
     """
     loaded = LoadedModel.get(model, **dict(model_options or {}))
     read = partial(_read, str(model), dict(model_options or {}), workers or Workers())
-    return build_sheet(loaded.backbone, documents, task, mode="independent", read=read, **options)
+    options["mode"] = "independent"
+    return build_sheet(loaded.backbone, documents, task, progress=progress, checkpoint=checkpoint, read=read, **options)
 
 
 def _read(
@@ -152,7 +156,7 @@ def _build(
     task: Task,
     model: str,
     model_options: Mapping[str, Any],
-    options: Mapping[str, Any],
+    options: BuildKeywords,
     checkpoint: Path,
     board: Any,
     name: str,
@@ -175,7 +179,7 @@ def _segment(common: tuple[str, Mapping[str, Any], Manifest, Any], document: Doc
     model, model_options, base, scorer = common
     backbone = _model(model, tuple(sorted(model_options.items()))).backbone
     terms = Terms.of(backbone, base).with_scorer(scorer)
-    return read_segment(backbone, terms.plan(backbone, document), terms.dtype)
+    return read_segment(backbone, terms.plan(backbone, document))
 
 
 @lru_cache(maxsize=1)

@@ -23,11 +23,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cribsheet.ray.totals import added
 from cribsheet.server.auth import NO_KEY, Caller, Keyring
-from cribsheet.server.frame import Receiving
+from cribsheet.server.errors import Refusal
 from cribsheet.server.limits import Gate
-from cribsheet.server.openai.bodies import strict_json
+from cribsheet.server.middleware import Receiving
+from cribsheet.server.openai.json_body import strict_json
 from cribsheet.server.openai.streaming import ReaderLeft, while_connected
-from cribsheet.server.refusals import Refusal
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.telemetry.logs import log_request, log_to_stderr
 from cribsheet.server.telemetry.metrics import Metrics

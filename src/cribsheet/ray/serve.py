@@ -25,7 +25,7 @@ from cribsheet.ray.front import Front
 from cribsheet.server.app import create_app
 from cribsheet.server.auth import Keyring
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Served, named
+from cribsheet.server.sheets import Served, named
 from cribsheet.server.telemetry.logs import log_to_stderr
 from cribsheet.sheet.file import read_manifest
 from cribsheet.sheet.manifest import Manifest

@@ -19,31 +19,22 @@ from typing import Literal
 import torch
 
 from cribsheet.attention.prefix import Prefix
-from cribsheet.build import (
-    DEFAULT_RATE,
-    Budgets,
-    Plan,
-    carry_out,
-    finish,
-    plan,
-    read_through,
-    storage_dtype,
-    usual_chunk,
-)
 from cribsheet.compress.loop import cut, nothing_read
 from cribsheet.compress.progress import Listener
-from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.assemble import carry_out, finish, read_through
+from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
+from cribsheet.plan.plan import Plan, plan
+from cribsheet.plan.window import usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.probes import Exam, Probe, agree, held_back, make_probes
 from cribsheet.sheet.manifest import Retention, Rung
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.vocabulary import BuildMode
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +186,6 @@ class Checker:
     def search(
         self,
         plans: Mapping[float, Plan],
-        dtype: str | None,
         progress: Listener = None,
         checkpoint: str | Path | None = None,
     ) -> Sheet:
@@ -203,17 +193,17 @@ class Checker:
 
         Read at the lowest, and cut for the others; found by halving, as what a lower rate loses a higher one loses too.
         """
-        backbone, stored_as, began = self.backbone, storage_dtype(dtype, self.backbone), time.perf_counter()
+        backbone, began = self.backbone, time.perf_counter()
         rates = list(plans)
         widest = plans[rates[0]]
         state = read_through(backbone, widest, progress=progress, checkpoint=checkpoint)
 
         def sheet_at(rate: float) -> Sheet:
             if rate == rates[0]:
-                return finish(backbone, widest, state, stored_as, began)
+                return finish(backbone, widest, state, began)
             how = replace(plans[rate].reading, chunk_tokens=widest.reading.chunk_tokens)
             planned = replace(plans[rate], reading=how, cut_from=widest.budget)
-            return finish(backbone, planned, cut(backbone, state, how), stored_as, began)
+            return finish(backbone, planned, cut(backbone, state, how), began)
 
         best: Sheet | None = None
         low, high = 0, len(rates) - 1
@@ -232,34 +222,20 @@ class Checker:
 
 
 def make_checker(
-    backbone: Backbone,
-    layout: ChatLayout,
-    documents: Sequence[Document],
-    task: Task,
-    budgets: Budgets,
-    mode: BuildMode,
-    retain: float | None,
-    *,
-    scorer: str | Scorer,
-    seed: int = 0,
+    backbone: Backbone, layout: ChatLayout, documents: Sequence[Document], task: Task, options: BuildOptions
 ) -> Checker:
-    """What checks the sheets of a build, or finds the one that retains a share. Raises `BudgetError` for bad settings.
-
-    Nothing is read yet.
-    """
-    if retain is not None:
-        _check_retain(retain, budgets, mode)
+    """What checks the sheets of a build, or finds the one that retains a share; nothing is read yet."""
     guided, held = held_back(task)
+    alone = replace(options, retain=None, check=False, dtype=options.storage(backbone))
 
     def plan_at(rate: float) -> Plan:
-        wanted = replace(budgets, rate=rate, budget=None)
-        return plan(backbone, layout, documents, guided, wanted, scorer=scorer, seed=seed)
+        return plan(backbone, layout, documents, guided, replace(alone, rate=rate, budget=None))
 
-    bound = BOUND if retain is None else float(retain)
-    return Checker(backbone, layout, documents, guided, plan_at, bound, held, seed)
+    bound = BOUND if options.retain is None else float(options.retain)
+    return Checker(backbone, layout, documents, guided, plan_at, bound, held, options.seed)
 
 
-def build_retaining(checker: Checker, *, dtype: str | None, progress: Listener, checkpoint: str | Path | None) -> Sheet:
+def build_retaining(checker: Checker, *, progress: Listener, checkpoint: str | Path | None) -> Sheet:
     """The sheet of the highest rate of the ladder that retains the share that the checker is bound to.
 
     Where nothing can be checked, that of the default rate. Raises as `build_sheet`.
@@ -269,14 +245,14 @@ def build_retaining(checker: Checker, *, dtype: str | None, progress: Listener, 
     if not checker.prepare(exam):
         rate = min(plans, key=lambda rate: abs(rate - DEFAULT_RATE))
         checker.why += f"; so the rate is {rate:g}"
-        sheet = carry_out(checker.backbone, plans[rate], dtype=dtype, progress=progress, checkpoint=checkpoint)
+        sheet = carry_out(checker.backbone, plans[rate], progress=progress, checkpoint=checkpoint)
         return checker.told(sheet, exam, None)
-    sheet = checker.search(plans, dtype, progress, checkpoint)
+    sheet = checker.search(plans, progress, checkpoint)
     mine = next(rung for rung in checker.rungs if rung.budget == sheet.manifest.budget)
     return checker.told(sheet, checker.exam(sheet), mine)
 
 
-def checked(checker: Checker, sheet: Sheet, *, dtype: str | None) -> Sheet:
+def checked(checker: Checker, sheet: Sheet) -> Sheet:
     """A sheet with what it retains in its manifest, and if that is less than the bound, what lower rates would.
 
     Those are read for once more, and cut from that reading; of a corrected or an independent sheet none are. Whatever
@@ -290,7 +266,7 @@ def checked(checker: Checker, sheet: Sheet, *, dtype: str | None) -> Sheet:
                 lower = {rate: planned for rate, planned in _possible(checker.plan_at).items() if rate < sheet.rate}
                 if lower:
                     logger.info("the corpus is read again at rate %g, to see what lower rates retain", min(lower))
-                    checker.search(lower, dtype)
+                    checker.search(lower)
     except _TROUBLE as error:
         checker.why = checker.why or (str(error) if mine is None else "")
     return checker.told(sheet, exam, mine)
@@ -315,27 +291,6 @@ def remarks(found: Retention) -> list[str]:
             f"of {found.counted} probes the sheet answers {found.retained} as the {found.reference} does{advice}"
         )
     return said
-
-
-def _check_retain(retain: float, budgets: Budgets, mode: BuildMode) -> None:
-    """Refuse a share to retain that makes no sense, alone or with the other settings."""
-    if isinstance(retain, bool) or not isinstance(retain, int | float) or not 0 < retain <= 1:
-        raise BudgetError(
-            f"retain is {retain!r}; pass a share above 0 and at most 1 (0.95: of twenty probes the sheet may lose one)."
-        )
-    for name, value in (("rate", budgets.rate), ("budget", budgets.budget)):
-        if value is not None:
-            raise BudgetError(f"Both retain {retain:g} and {name} {value:g} were given; pass one of them.")
-    if mode == "independent":
-        raise BudgetError(
-            "retain cuts smaller sheets from one reading, but an independent sheet is condensed document by document; "
-            "pass a rate, with check=True to hear what it retains, or mode='sequential'."
-        )
-    if budgets.correction != "none":
-        raise BudgetError(
-            "retain cuts smaller sheets from one reading, and a correction holds for one budget only; find the rate "
-            "without correction, and pass it with correction and check=True."
-        )
 
 
 def _possible(plan_at: Callable[[float], Plan]) -> dict[float, Plan]:

@@ -1,8 +1,8 @@
 """Sheets behind OpenAI's HTTP API: `cribsheet serve`, or `create_app` for an ASGI server of your own.
 
-A request's way: `frame.py` (id, size, time limits, log line) → `routes.py` and `auth.py` (whose key) → `protocol.py`
-(what is asked) → `desk.py` and `limits.py` (whether there is room) → `asking.py` (as settings of the library) →
-`writing.py` (its answers while they are written) → `replies.py` and `streaming.py` (what goes back).
+A request's way: `middleware.py` (id, size, time limits, log line) → `routes.py` and `auth.py` (whose key) →
+`protocol.py` (what is asked) → `service.py` and `limits.py` (whether there is room) → `parameters.py` (as settings of
+the library) → `generation.py` (its answers while they are written) → `replies.py` and `streaming.py` (what goes back).
 Needs the extra: `pip install 'cribsheet[server]'`.
 """
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cribsheet.server.app import create_app
     from cribsheet.server.settings import ServerSettings
-    from cribsheet.server.shelf import Shelf
+    from cribsheet.server.sheets import Shelf
 
 __all__ = ["ServerSettings", "Shelf", "create_app"]
-_HOMES = {"ServerSettings": "settings", "Shelf": "shelf", "create_app": "app"}
+_HOMES = {"ServerSettings": "settings", "Shelf": "sheets", "create_app": "app"}
 
 
 def __getattr__(name: str) -> Any:

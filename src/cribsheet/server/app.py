@@ -14,13 +14,13 @@ from fastapi.responses import Response
 from cribsheet import __version__
 from cribsheet.errors import RequestError
 from cribsheet.server.auth import Keyring
-from cribsheet.server.desk import Desk
-from cribsheet.server.frame import Frame
+from cribsheet.server.errors import install
+from cribsheet.server.middleware import RequestMiddleware
 from cribsheet.server.openai.replies import ChatChunk
-from cribsheet.server.refusals import install
 from cribsheet.server.routes import OPEN_ROUTES, router
+from cribsheet.server.service import Service
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Sheets
+from cribsheet.server.sheets import Sheets
 from cribsheet.server.telemetry.metrics import Gauge, Metrics
 
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -40,20 +40,20 @@ def create_app(shelf: Sheets, *, keys: Keyring | None = None, settings: ServerSe
             raise RequestError(
                 f"The key {caller.name!r} is for the sheets {', '.join(sorted(unknown))}, not served here."
             )
-    desk = Desk(shelf, settings or ServerSettings())
+    service = Service(shelf, settings or ServerSettings())
     metrics = Metrics(
-        Gauge("cribsheet_answers_in_flight", "Answers being written or waiting.", lambda: {(): desk.gate.in_flight}),
+        Gauge("cribsheet_answers_in_flight", "Answers being written or waiting.", lambda: {(): service.gate.in_flight}),
         Gauge("cribsheet_sheet_tokens", "Length of each sheet.", lambda: _sheet_tokens(shelf)),
     )
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        desk.close()
+        service.close()
 
     app = FastAPI(title="cribsheet", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    app.state.desk, app.state.keys, app.state.metrics = desk, keys, metrics
-    app.add_middleware(Frame, settings=desk.settings, metrics=metrics)
+    app.state.service, app.state.keys, app.state.metrics = service, keys, metrics
+    app.add_middleware(RequestMiddleware, settings=service.settings, metrics=metrics)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     install(app)
     app.include_router(router)
@@ -94,7 +94,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
         parts.get("schemas", {}).pop(name, None)
     if app.state.keys is None:  # with keys, not everybody may know the names
         for name in ("ChatRequest", "CompletionRequest"):
-            parts["schemas"][name]["properties"]["model"]["enum"] = list(app.state.desk.shelf.manifests)
+            parts["schemas"][name]["properties"]["model"]["enum"] = list(app.state.service.shelf.manifests)
     else:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     app.openapi_schema = described

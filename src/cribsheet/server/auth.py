@@ -20,7 +20,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 
 from cribsheet.errors import RequestError
-from cribsheet.server.refusals import Refusal
+from cribsheet.server.errors import Refusal
 from cribsheet.server.telemetry.record import record_of
 
 _SHORTEST = 16  # characters

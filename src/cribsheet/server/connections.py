@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cribsheet.server.refusals import Refusal
+from cribsheet.server.errors import Refusal
 
 HEADER_SECONDS = 10.0  # from the connection's beginning, or the end of the last answer, to the end of a header
 KEEP_ALIVE_SECONDS = 5  # without a byte

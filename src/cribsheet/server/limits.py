@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from cribsheet.server.refusals import Refusal
+from cribsheet.server.errors import Refusal
 from cribsheet.server.settings import ServerSettings
 
 _CALLERS = 10_000  # remembered at most; those who were quiet for a minute are forgotten first

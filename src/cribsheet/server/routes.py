@@ -9,14 +9,16 @@ from fastapi.responses import PlainTextResponse, Response
 
 from cribsheet import __version__
 from cribsheet.server.auth import Caller, caller_of
-from cribsheet.server.desk import Desk
-from cribsheet.server.openai import catalogue, chat, completions
-from cribsheet.server.openai.bodies import StrictRoute
+from cribsheet.server.errors import ErrorReply, Refusal
+from cribsheet.server.openai import catalogue
+from cribsheet.server.openai.chat import chat_form
+from cribsheet.server.openai.completions import completion_form
+from cribsheet.server.openai.json_body import StrictRoute
 from cribsheet.server.openai.protocol import ChatRequest, CompletionRequest
 from cribsheet.server.openai.replies import ChatChunk, ChatReply, CompletionReply, Reply
 from cribsheet.server.openai.streaming import DONE
-from cribsheet.server.refusals import ErrorReply, Refusal
-from cribsheet.server.shelf import Served
+from cribsheet.server.service import Service
+from cribsheet.server.sheets import Served
 from cribsheet.server.telemetry.metrics import Metrics
 from cribsheet.server.telemetry.record import record_of
 
@@ -27,24 +29,24 @@ _TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"sche
 router = APIRouter(route_class=StrictRoute)
 
 
-async def _desk_of(request: Request) -> Desk:
-    desk: Desk = request.app.state.desk
-    return desk
+async def _service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
 
 
 async def _caller_of(request: Request) -> Caller:
     return caller_of(request)
 
 
-DeskOf = Annotated[Desk, Depends(_desk_of)]
+ServiceOf = Annotated[Service, Depends(_service_of)]
 CallerOf = Annotated[Caller, Depends(_caller_of)]
 
 
 Name = Annotated[str, Path(max_length=128)]
 
 
-async def _served_of(request: Request, name: Name, desk: DeskOf, caller: CallerOf) -> Served:
-    return await desk.find(name, caller, record_of(request))
+async def _served_of(request: Request, name: Name, service: ServiceOf, caller: CallerOf) -> Served:
+    return await service.find(name, caller, record_of(request))
 
 
 ServedOf = Annotated[Served, Depends(_served_of)]
@@ -67,45 +69,45 @@ def _events(piece: type[Reply]) -> dict[str, Any]:
 
 
 @router.post("/v1/chat/completions", responses=_replies(ChatReply, 401, 404, 429, 503, 504, content=_events(ChatChunk)))
-async def chat_completions(request: Request, body: ChatRequest, desk: DeskOf, caller: CallerOf) -> Response:
+async def chat_completions(request: Request, body: ChatRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answer a conversation from a sheet, whole or as a stream of events."""
-    return await chat.chat(desk, request, body, caller)
+    return await service.respond(request, caller, body, chat_form(body, service.settings))
 
 
 @router.post(
     "/v1/completions", responses=_replies(CompletionReply, 401, 404, 429, 503, 504, content=_events(CompletionReply))
 )
-async def complete(request: Request, body: CompletionRequest, desk: DeskOf, caller: CallerOf) -> Response:
+async def complete(request: Request, body: CompletionRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answer prompts from a sheet, whole or as a stream of events."""
-    return await completions.complete(desk, request, body, caller)
+    return await service.respond(request, caller, body, completion_form(body, service.settings))
 
 
 @router.get("/v1/models", responses=_replies(catalogue.ModelList, 401))
-async def models(desk: DeskOf, caller: CallerOf) -> Response:
+async def models(service: ServiceOf, caller: CallerOf) -> Response:
     """The sheets that may be asked."""
-    entries = [catalogue.entry(*each) for each in desk.shelf.manifests.items() if caller.may_ask(each[0])]
+    entries = [catalogue.entry(*each) for each in service.shelf.manifests.items() if caller.may_ask(each[0])]
     return _json(catalogue.ModelList(object="list", data=entries))
 
 
 @router.get("/v1/models/{name}", responses=_replies(catalogue.ModelEntry, 401, 404))
-async def model(name: Name, desk: DeskOf, caller: CallerOf) -> Response:
+async def model(name: Name, service: ServiceOf, caller: CallerOf) -> Response:
     """One of the sheets."""
-    return _json(catalogue.entry(name, desk.known(name, caller)))
+    return _json(catalogue.entry(name, service.known(name, caller)))
 
 
 @router.get("/v1/sheets/{name}", responses=_replies(catalogue.SheetDetails, 401, 404))
-async def sheet(served: ServedOf, desk: DeskOf) -> Response:
+async def sheet(served: ServedOf, service: ServiceOf) -> Response:
     """What a sheet holds."""
-    texts = desk.settings.show_documents
-    return await desk.in_thread(lambda: _json(catalogue.details(served, texts=texts)), "long")
+    texts = service.settings.show_documents
+    return await service.in_thread(lambda: _json(catalogue.details(served, texts=texts)), "long")
 
 
 @router.get("/v1/sheets/{name}/documents/{number}", responses=_replies(catalogue.DocumentDetails, 401, 403, 404))
-async def document(served: ServedOf, desk: DeskOf, number: Annotated[int, Path(ge=0)]) -> Response:
+async def document(served: ServedOf, service: ServiceOf, number: Annotated[int, Path(ge=0)]) -> Response:
     """A document's text, and which of its tokens the sheet keeps."""
-    if not desk.settings.show_documents:
+    if not service.settings.show_documents:
         raise Refusal(403, "This server does not show its documents.")
-    return await desk.in_thread(lambda: _json(catalogue.document(served, number)), "long")
+    return await service.in_thread(lambda: _json(catalogue.document(served, number)), "long")
 
 
 @router.head("/health", include_in_schema=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cribsheet.errors import BudgetError
-from cribsheet.sheet import file as storage
+from cribsheet.sheet import file
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 
@@ -44,7 +44,7 @@ class SheetCache:
         if (kept := self._kept(path)) is not None:
             return kept
         key = _key(path) if path.is_file() else None  # of what is read or of what was there before, never of what comes
-        opened = storage.load(path)
+        opened = file.load(path)
         if key is None or _bytes(opened) > self.max_bytes:
             return opened
         sheet = _in_memory(opened)

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cribsheet.errors import SheetError
-from cribsheet.sheet import file as storage
+from cribsheet.sheet import file
 from cribsheet.sheet.atomic import replacing
 from cribsheet.sheet.sheet import Sheet
 
@@ -82,7 +82,7 @@ def local(place: str | Path, *, sha256: str | None = None) -> Path:
         filesystem, inside = _filesystem(url)
         stamp = sha256 or _stamp(filesystem, inside)
     name = hashlib.sha256(f"{url} {stamp}".encode()).hexdigest()[:32]
-    target = _cache() / f"{name}{storage.SUFFIX}"
+    target = _cache() / f"{name}{file.SUFFIX}"
     if stamp is None or not _is_whole(target, sha256):
         with _told(f"The sheet {_shown(url)!r} cannot be fetched"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def local(place: str | Path, *, sha256: str | None = None) -> Path:
                 filesystem.get_file(inside, unfinished)
                 if sha256 is not None:
                     _expect(Path(unfinished), sha256, _shown(url))
-                storage.verify(unfinished)
+                file.verify(unfinished)
     return target
 
 
@@ -124,7 +124,7 @@ class Registry:
 
     def push(self, sheet: str | Path, name: str) -> Version:
         """Add a sheet file as the next version of `name`; the same file again is the version that it is already."""
-        storage.verify(sheet)
+        file.verify(sheet)
         known = self.versions(name)
         data = Path(sheet).read_bytes()  # once, so that the digest is that of what is pushed
         sha256 = hashlib.sha256(data).hexdigest()
@@ -135,14 +135,14 @@ class Registry:
         folder = f"{root}/{name}"
         number = max((version.version for version in known), default=0) + 1
         with _told(f"The registry {_shown(self.place)!r} cannot be read"):
-            while filesystem.exists(f"{folder}/{number}{storage.SUFFIX}"):  # left by a push that was interrupted
+            while filesystem.exists(f"{folder}/{number}{file.SUFFIX}"):  # left by a push that was interrupted
                 number += 1
         made = Version(
             version=number,
-            file=f"{number}{storage.SUFFIX}",
+            file=f"{number}{file.SUFFIX}",
             sha256=sha256,
             size=len(data),
-            digest=storage.read_manifest(sheet).digest,
+            digest=file.read_manifest(sheet).digest,
             pushed=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         with _told(f"The registry {_shown(self.place)!r} cannot be written"):
@@ -180,7 +180,7 @@ def load(place: str | Path) -> Sheet:
 
     Raises `SheetError` for anything that cannot be fetched or is not a sound sheet.
     """
-    return storage.load(resolve(place))
+    return file.load(resolve(place))
 
 
 def file_digest(path: str | Path) -> str:
@@ -215,7 +215,7 @@ def _is_whole(download: Path, sha256: str | None) -> bool:
         if sha256 is not None:
             _expect(download, sha256, str(download))
         else:
-            storage.verify(download)
+            file.verify(download)
     except SheetError as error:
         logger.warning("a download is fetched again: %s", error)
         return False

@@ -9,11 +9,9 @@ rate, without what the methods share, and read once by a plain forward pass.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,13 +20,14 @@ import torch
 from transformers import DynamicCache
 
 from cribsheet.build import build_sheet
+from cribsheet.compare.journal import write_rows
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet_bench.quality.case import Case, Row
 from cribsheet_bench.quality.families import FAMILIES, Wanted, make_cases
-from cribsheet_bench.quality.quality import METHODS, Method, measure, setup
-from cribsheet_bench.quality.quality_page import ALL, summary
+from cribsheet_bench.quality.page import ALL, summary
+from cribsheet_bench.quality.run import METHODS, Method, measure, setup
 
 COMPARED = (
     "default", "reconstruction, adaptive", "few-shot",
@@ -65,7 +64,7 @@ def main() -> None:
             costs[name].append(cost)
         result = {"setup": setup(model, options), "costs": costs, "lines": summary(rows)}
         if options.json:
-            options.json.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+            write_rows(options.json, {**result, "rows": rows})
     sys.stdout.write(table(result, options.rate) + "\n")
 
 

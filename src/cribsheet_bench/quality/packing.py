@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from cribsheet.attention.prefix import turned_back
 from cribsheet.build import build_sheet
+from cribsheet.compare.journal import write_rows
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
@@ -32,7 +32,7 @@ from cribsheet.sheet.file import load, save
 from cribsheet.sheet.int4 import Packed, block_sizes, pack_blocks, pack_groups, unpack_blocks, unpack_groups
 from cribsheet.vocabulary import StorageDtype
 from cribsheet_bench.quality.families import Wanted, make_cases
-from cribsheet_bench.quality.quality import setup
+from cribsheet_bench.quality.run import setup
 from cribsheet_bench.quality.several import Sheets
 
 Half = tuple[list[int], Tensor]  # how many tokens each head has, and their keys or values (N, D)
@@ -62,8 +62,7 @@ def main() -> None:
     opening = opened(model.backbone, options.opened, options.rounds)
     sys.stdout.write(table(lines) + "\n" + table(opening) + "\n")
     if options.json:
-        made = {"setup": setup(model, options), "errors": lines, "opening": opening}
-        options.json.write_text(json.dumps(made, indent=1) + "\n")
+        write_rows(options.json, {"setup": setup(model, options), "errors": lines, "opening": opening})
 
 
 def halves(backbone: Backbone, options: argparse.Namespace, rate: float) -> dict[str, list[Half]]:
@@ -71,7 +70,7 @@ def halves(backbone: Backbone, options: argparse.Namespace, rate: float) -> dict
     found: dict[str, list[Half]] = {"keys": [], "keys, rotated": [], "values": []}
     for seed in options.seed:
         for case in make_cases(options.family, 1, Wanted(options.tokens, seed)):
-            sheet = Sheets(backbone, case.documents).build(case.task, rate)
+            sheet = Sheets(backbone, case.documents).build(case.task, rate=rate)
             for stored, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
                 layer = stored.restored(torch.device("cpu"), torch.float32)
                 plain = turned_back(layer, sheet.length, inv_freq.cpu())

@@ -9,24 +9,25 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.build import Budgets, Plan, carry_out, plan, resolve_defaults
-from cribsheet.compress.forecast import kept_bytes
 from cribsheet.compress.loop import Reading, Step
-from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
+from cribsheet.forecast import kept_bytes
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.options import BuildKeywords, BuildOptions
+from cribsheet.plan.plan import plan
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.vocabulary import Allocation, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import StorageDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class _Once(Reading):
         if start:
             return Reading.read(self, backbone, prefix, start, chunk, step)
         read = (self.guide, self.repeat, chunk.ids)
-        key = (self.scorer.guide, *(tuple(ids.tolist()) for ids in read))
+        key = (self.scorer.reads, *(tuple(ids.tolist()) for ids in read))
         if key not in self.found:
             self.found[key] = Reading.read(self, backbone, prefix, start, chunk, step)
         return self.found[key]
@@ -79,31 +80,14 @@ class Sheets:
 
     def whole(self, task: Task) -> Sheet:
         """Everything, with the guide on top of it: the prompt of full context."""
-        return self.build(task, 1, scorer="recent", guide="resident")
+        return self.build(task, rate=1, scorer="recent", guide="resident")
 
     def guide(self, task: Task) -> Tensor:
         """Token ids (T,) of the guide where it stays in the prompt."""
         return self._layout.encoder.after(self._layout.guide(task).resident, continues=True)
 
-    def build(
-        self,
-        task: Task,
-        rate: float | None = None,
-        *,
-        budget: int | None = None,
-        scorer: str | Scorer | None = None,
-        guide: GuideMode = "auto",
-        allocation: Allocation | None = None,
-        correction: Correction = "none",
-        dtype: StorageDtype | None = None,
-        chunk_tokens: int | None = None,
-    ) -> Sheet:
-        """The sheet that `build_sheet` makes with these arguments."""
-        name, shared = resolve_defaults(scorer, allocation)
-        budgets = Budgets(rate, budget, guide, chunk_tokens, shared, correction)
-        planned = plan(self._backbone, self._layout, self._documents, task, budgets, scorer=name)
-        return self._carried_out(planned, dtype)
-
-    def _carried_out(self, planned: Plan, dtype: StorageDtype | None = None) -> Sheet:
+    def build(self, task: Task, **options: Unpack[BuildKeywords]) -> Sheet:
+        """The sheet that `build_sheet` makes with these options, sequentially."""
+        planned = plan(self._backbone, self._layout, self._documents, task, BuildOptions(**options))
         known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
-        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)), dtype=dtype)
+        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)))

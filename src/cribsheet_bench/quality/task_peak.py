@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cribsheet.attention.attend import column_peak
 from cribsheet.compress.scoring.task_attention import max_over_group, value_norm
-from cribsheet.compress.scoring.view import Guide, LayerView
+from cribsheet.compress.scoring.view import LayerView, Reads
 
 
 class TaskPeak:
@@ -17,7 +17,7 @@ class TaskPeak:
     A token that one example needs badly is kept even if no other row looks at it.
     """
 
-    guide: ClassVar[Guide] = "task"
+    reads: ClassVar[Reads] = Reads(task=True)
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:

@@ -23,7 +23,7 @@ from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.retriever import BM25Retriever, Passage, as_retriever
 from cribsheet.sheet.sheet import Sheet
 from cribsheet_bench.quality import peers
-from cribsheet_bench.quality.quality import Method
+from cribsheet_bench.quality.run import Method
 from cribsheet_bench.quality.several import Sheets
 from cribsheet_bench.real.page import Row
 from cribsheet_bench.real.ways import KVZIP, Way

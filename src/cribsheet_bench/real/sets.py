@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from cribsheet.compare.compare import Corpus
-from cribsheet.compare.journal import tell_progress
 from cribsheet.compare.metrics import normalise
 from cribsheet.compare.questions import CHOICE, SUMMARY, Asked
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import DocumentError
+from cribsheet_bench.command import tell_progress
 from cribsheet_bench.real.corpora import write_corpus
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cribsheet.compare.compare import CLOSED, FULL
 from cribsheet.vocabulary import Mode
-from cribsheet_bench.quality.quality import Method
+from cribsheet_bench.quality.run import Method
 
 KVZIP, INT4 = "kvzip", "int4"
 _INT4_TOKENS = 3.5  # times as many tokens fit the bytes that 16 bits take

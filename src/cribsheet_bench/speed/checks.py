@@ -13,8 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from cribsheet.attention import backends as flash
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import backends, dispatch
 from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.attend import attend, attend_shared
 from cribsheet.attention.cache import PrefixLayer, prefix_cache
@@ -58,7 +57,7 @@ def attention_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
             wanted = attend_plain(q.float(), k.float(), v.float(), scale=scale, causal=causal)
             note(f"{'causal' if causal else 'whole'} {size}", attend(q, k, v, scale=scale, causal=causal), wanted)
             if device == "cuda" and dtype != torch.float32:
-                note(f"cudnn {causal} {size}", flash.cudnn_cuda(q, k, v, scale, causal), wanted)
+                note(f"cudnn {causal} {size}", backends.cudnn_cuda(q, k, v, scale, causal), wanted)
         for batch, rows in ((1, 1), (3, 1), (1, 37), (2, 700)):
             q, k, v = random(batch, 8, rows, size), random(2, 5000, size), random(2, 5000, size)
             shared = attend_shared(q, k.unsqueeze(0), v.unsqueeze(0), scale=scale)
@@ -75,7 +74,7 @@ def attention_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """No fused attention inside."""
-    with patch.object(flash, "on_cuda", lambda q: False), patch.object(flash, "on_cpu", lambda q: False):
+    with patch.object(backends, "on_cuda", lambda q: False), patch.object(backends, "on_cpu", lambda q: False):
         yield
 
 
@@ -128,7 +127,7 @@ def kernel_errors(device: str) -> dict[str, float]:
     """Errors of our own kernels, by head size, type and case; those above the library's bound are not used by it."""
     found: dict[str, float] = {}
     for size, group, dtype in ((128, 4, torch.bfloat16), (64, 3, torch.bfloat16), (96, 1, torch.float16)):
-        errors = fused.check(torch.device(device), dtype, size, group)
+        errors = dispatch.check(torch.device(device), dtype, size, group)
         found |= {f"{dtype} {size}/{group} {case}": error for case, error in errors.items()}
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from cribsheet.attention import backends as flash
+from cribsheet.attention import backends
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.engine.engine import Engine
 from cribsheet.engine.request import Request
@@ -43,7 +43,7 @@ def kernels(setting: Setting, report: Report) -> None:
         k = torch.randn(1, made.kv_heads, keys, made.head_size, device=setting.device, dtype=dtype)
         v = torch.randn_like(k)
         flops = 4 * made.num_heads * made.head_size * rows * keys * (0.5 if causal else 1)
-        for name, run in (("flash", flash.flash_cuda), ("cudnn", flash.cudnn_cuda)):
+        for name, run in (("flash", backends.flash_cuda), ("cudnn", backends.cudnn_cuda)):
             call = partial(run, q, k, v, 0.1, causal)
             first = setting.once(call)
             best = setting.interleaved({name: call}, 5)[name]

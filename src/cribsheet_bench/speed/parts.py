@@ -269,18 +269,18 @@ def equal_length(setting: Setting, report: Report, length: int) -> None:
 
 def opening(setting: Setting, report: Report, mib: int = 512) -> None:
     """Opening a sheet of so many MiB, and having it on the device."""
-    from cribsheet.sheet import file as storage
+    from cribsheet.sheet import file
     from cribsheet_bench.speed.sheets import sheet_of
 
     layers = setting.backbone.num_layers
     tokens = (mib << 20) // (layers * 2 * setting.backbone.kv_heads * setting.backbone.head_size * 2)
     sheet = sheet_of(setting, tokens)
     with tempfile.TemporaryDirectory() as folder:
-        path = storage.save(sheet, Path(folder) / "one.sheet")
+        path = file.save(sheet, Path(folder) / "one.sheet")
         del sheet
-        best = setting.interleaved({"open": lambda: storage.load(path)})["open"]
+        best = setting.interleaved({"open": lambda: file.load(path)})["open"]
         report.row(f"open a sheet of {mib} MiB", best, 0.005, target=1.0)
-        opened = storage.load(path)
+        opened = file.load(path)
         kind = torch.bfloat16
 
         def place() -> None:

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from cribsheet.attention.prefix import Prefix
-from cribsheet.build import usual_chunk
 from cribsheet.compress.loop import Reading, State, compress
 from cribsheet.compress.scoring import make_scorer
 from cribsheet.engine.engine import Engine
 from cribsheet.engine.request import Delta, Event, Request, Sink
 from cribsheet.engine.sampling import SamplingParams
+from cribsheet.plan.window import usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.vocabulary import Allocation
 from cribsheet_bench.speed.setting import Setting
@@ -39,8 +39,8 @@ def build(
     budget = int(len(corpus) / rate)
     how = Reading(
         scorer=found,
-        guide=setting.ids(GUIDE),
-        repeat=setting.ids(REPEAT),
+        guide=setting.ids(GUIDE if found.reads.task else 0),
+        repeat=setting.ids(REPEAT if found.reads.repetition else 0),
         budget=budget,
         chunk_tokens=min(len(corpus), chunk_tokens or usual_chunk(setting.backbone)),
         head=0,

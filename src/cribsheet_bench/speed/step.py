@@ -11,7 +11,6 @@ fails is told and the next goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.slots import Rows, SlotLayer
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.versions import versions
 from cribsheet.engine.graphs import StepGraph, fixed_step
 from cribsheet.model import llama_read, llama_step
@@ -72,7 +72,7 @@ class Found:
     def keep(self) -> None:
         """Write the file."""
         if self.path is not None:
-            self.path.write_text(json.dumps({"facts": self.facts, "table": self.table}, indent=1, default=str) + "\n")
+            write_rows(self.path, {"facts": self.facts, "table": self.table})
 
     def part(self, name: str, run: Callable[[], Any]) -> Any:
         """One part, guarded; nothing if it failed or time is up."""

@@ -11,9 +11,12 @@ from corpus import DOCUMENTS, FEW_SHOT
 from reference import attention_weights
 
 from cribsheet.build import build_sheet
-from cribsheet.compress.scoring import SCORERS, LayerView, make_scorer
+from cribsheet.compress.scoring import SCORERS, LayerView, Reads, make_scorer
 from cribsheet.compress.scoring.recall import copied
 from cribsheet.errors import CribsheetError
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
+from cribsheet.prompt.template import ChatLayout
 
 H, K, P, S, T, D = 6, 2, 3, 8, 4, 16
 REPEATED = 3  # of the T rows
@@ -246,7 +249,7 @@ def test_an_unknown_scorer_is_refused_with_the_names_that_exist():
 
 def test_a_scorer_of_your_own_needs_one_method(tiny):
     class Earliest:
-        guide = "nothing"
+        reads = Reads()
         pins_head = False
 
         def score(self, view):
@@ -255,3 +258,17 @@ def test_a_scorer_of_your_own_needs_one_method(tiny):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, budget=30, scorer=Earliest(), guide="dropped", chunk_tokens=0)
     assert sheet.manifest.scorer == "Earliest"
     assert (sheet.indices == torch.arange(30)).all()
+    Earliest.reads = "nothing"
+    with pytest.raises(CribsheetError, match=r"Earliest reads 'nothing' after a chunk; set its `reads` to Reads\(task"):
+        make_scorer(Earliest())
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_plan_holds_of_the_guide_what_its_scorer_reads_and_nothing_else(tiny, name):
+    layout = ChatLayout(tiny.tokenizer)
+    for rate in (1, 4):
+        reading = plan(tiny, layout, DOCUMENTS, FEW_SHOT, BuildOptions(rate=rate, scorer=name, guide="dropped")).reading
+        assert (len(reading.guide) > 0, len(reading.repeat) > 0) == (
+            reading.scorer.reads.task,
+            reading.scorer.reads.repetition,
+        )

@@ -11,13 +11,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from cribsheet.attention.attend import column_mass
-from cribsheet.compress.scoring.view import Guide, LayerView
+from cribsheet.compress.scoring.view import LayerView, Reads
 
 
 class Finch:
     """Attention mass summed over guide rows and heads, the same for every head of a layer."""
 
-    guide: ClassVar[Guide] = "task"
+    reads: ClassVar[Reads] = Reads(task=True)
     pins_head: ClassVar[bool] = False
 
     def score(self, view: LayerView) -> Tensor:

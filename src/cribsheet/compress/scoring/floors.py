@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cribsheet.compress.scoring.view import Guide, LayerView
+from cribsheet.compress.scoring.view import LayerView, Reads
 
 
 class Recent:
     """The head and the latest tokens (StreamingLLM, arXiv 2309.17453)."""
 
-    guide: ClassVar[Guide] = "nothing"
+    reads: ClassVar[Reads] = Reads()
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
@@ -29,7 +29,7 @@ class Random:
     they all to compete, earlier chunks, whose winners had been cut to their share, would come off worse.
     """
 
-    guide: ClassVar[Guide] = "nothing"
+    reads: ClassVar[Reads] = Reads()
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cribsheet.attention.attend import column_peak
 from cribsheet.compress.scoring.task_attention import carried_on, max_over_group, value_norm
-from cribsheet.compress.scoring.view import Guide, LayerView
+from cribsheet.compress.scoring.view import LayerView, Reads
 
 REPEATED = 0.3  # what a row of the repetition counts
 _BLOCK, _MARGIN = 64, 16  # tokens scored at once by the rows that repeat them, and rows more on either side
@@ -30,7 +30,7 @@ class Recall:
     repeated are needs of their own, both are spread over the heads, and the repetition counts as much.
     """
 
-    guide: ClassVar[Guide] = "task and repeat"
+    reads: ClassVar[Reads] = Reads(task=True, repetition=True)
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:

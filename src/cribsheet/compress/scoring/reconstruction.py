@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cribsheet.attention.attend import column_peak
 from cribsheet.compress.scoring.task_attention import carried_on, max_over_group
-from cribsheet.compress.scoring.view import Guide, LayerView
+from cribsheet.compress.scoring.view import LayerView, Reads
 
 
 class Reconstruction:
@@ -17,7 +17,7 @@ class Reconstruction:
     The repetition covers the chunk only, so tokens kept earlier hold on to the score of their own chunk.
     """
 
-    guide: ClassVar[Guide] = "repeat"
+    reads: ClassVar[Reads] = Reads(repetition=True)
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from cribsheet.attention.attend import column_mass
-from cribsheet.compress.scoring.view import Guide, LayerView
+from cribsheet.compress.scoring.view import LayerView, Reads
 
 
 class TaskAttention:
     """Mean attention of the guide's rows, visible-count weighted, times the value norm."""
 
-    guide: ClassVar[Guide] = "task"
+    reads: ClassVar[Reads] = Reads(task=True)
     pins_head: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-Guide = Literal["task", "repeat", "task and repeat", "nothing"]
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What is read after each chunk for a scorer: the `task` with its examples, then a `repetition` of the chunk."""
+
+    task: bool = False
+    repetition: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +62,7 @@ class LayerView:
 class Scorer(Protocol):
     """How much each cached token matters, per key/value head.
 
-    `guide` says what is read after each chunk for this scorer: the task, a repetition of the chunk, the one and then
-    the other, or nothing.
+    `reads` says what is read after each chunk for this scorer; by its attention the chunk is scored.
     `pins_head` says whether the template's head (attention sinks among it) is always kept; if heads share a budget, it
     is the first token only, and the rest of the head competes.
 
@@ -65,7 +70,7 @@ class Scorer(Protocol):
     budget: of each need a token counts less in each further head (`selection.spread_out`), and its best need counts.
     """
 
-    guide: ClassVar[Guide]
+    reads: ClassVar[Reads]
     pins_head: ClassVar[bool]
 
     def score(self, view: LayerView) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from cribsheet.server.errors import Refusal
 from cribsheet.server.openai.replies import Reply
-from cribsheet.server.refusals import Refusal
-from cribsheet.server.shelf import Served, created
+from cribsheet.server.sheets import Served, created
 from cribsheet.sheet.manifest import Manifest
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import Response
-
 from cribsheet.asking.answer import Answer
-from cribsheet.server.auth import Caller
-from cribsheet.server.desk import Answers, Desk, left
-from cribsheet.server.openai.asking import chat_ask
+from cribsheet.server.openai.generation import Piece
+from cribsheet.server.openai.parameters import Ask, chat_ask
 from cribsheet.server.openai.protocol import ChatRequest
 from cribsheet.server.openai.replies import (
     ChatChoice,
@@ -26,31 +23,26 @@ from cribsheet.server.openai.replies import (
     tool_calls,
     usage,
 )
-from cribsheet.server.openai.streaming import DONE, EventStream
-from cribsheet.server.openai.writing import Piece
-from cribsheet.server.telemetry.record import record_of
+from cribsheet.server.openai.streaming import DONE
+from cribsheet.server.service import Coming, Finished, Form
+from cribsheet.server.settings import ServerSettings
+from cribsheet.server.sheets import Served
 from cribsheet.structured.tools import ToolCall
 
 
-async def chat(desk: Desk, request: Request, body: ChatRequest, caller: Caller) -> Response:
-    """Answer a conversation."""
-    served = await desk.find(body.model, caller, record_of(request))
-    answers = await desk.begin(
-        request, caller, served, body, lambda: [chat_ask(body, served.kb, desk.settings)], body.choices
-    )
-    if body.stream:
-        pieces = await answers.stream()
-        return left() if pieces is None else EventStream(_events(answers, body, pieces))
-    whole = await answers.whole()
-    if whole is None:
-        return left()
-    reply = ChatReply(
-        **head(served, "chatcmpl"),
-        object="chat.completion",
-        choices=[_choice(number, *each, body) for number, each in enumerate(whole)],
-        usage=usage([answer for answer, _ in whole], body.choices),
-    )
-    return Response(reply.json_text(), media_type="application/json")
+def chat_form(body: ChatRequest, settings: ServerSettings) -> Form:
+    """What is asked and answered in a conversation."""
+
+    def asks(served: Served) -> list[Ask]:
+        return [chat_ask(body, served.kb, settings)]
+
+    return Form(body.choices, asks, partial(_reply, body), partial(_events, body))
+
+
+def _reply(body: ChatRequest, served: Served, answers: Sequence[Finished]) -> ChatReply:
+    choices = [_choice(number, answer, extended, body) for number, (answer, extended) in enumerate(answers)]
+    counted = usage([answer for answer, _ in answers], body.choices)
+    return ChatReply(**head(served, "chatcmpl"), object="chat.completion", choices=choices, usage=counted)
 
 
 def _choice(number: int, answer: Answer, extended: Extended | None, body: ChatRequest) -> ChatChoice:
@@ -67,10 +59,8 @@ def _choice(number: int, answer: Answer, extended: Extended | None, body: ChatRe
     )
 
 
-async def _events(
-    answers: Answers, body: ChatRequest, pieces: AsyncIterator[tuple[Piece, Extended | None]]
-) -> AsyncIterator[str]:
-    common: dict[str, Any] = {**head(answers.served, "chatcmpl"), "object": "chat.completion.chunk"}
+async def _events(body: ChatRequest, served: Served, pieces: AsyncIterator[Coming]) -> AsyncIterator[str]:
+    common: dict[str, Any] = {**head(served, "chatcmpl"), "object": "chat.completion.chunk"}
     none_yet: dict[str, Any] = {"usage": None} if body.wants_usage else {}
     finished: dict[int, Answer] = {}
 

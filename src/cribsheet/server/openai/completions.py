@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import Response
-
 from cribsheet.asking.answer import Answer
-from cribsheet.server.auth import Caller
-from cribsheet.server.desk import Answers, Desk, left
-from cribsheet.server.openai.asking import completion_asks
+from cribsheet.server.openai.parameters import Ask, completion_asks
 from cribsheet.server.openai.protocol import CompletionRequest
 from cribsheet.server.openai.replies import (
     CompletionChoice,
@@ -23,31 +19,25 @@ from cribsheet.server.openai.replies import (
     head,
     usage,
 )
-from cribsheet.server.openai.streaming import DONE, EventStream
-from cribsheet.server.openai.writing import Piece
-from cribsheet.server.telemetry.record import record_of
+from cribsheet.server.openai.streaming import DONE
+from cribsheet.server.service import Coming, Finished, Form
+from cribsheet.server.settings import ServerSettings
+from cribsheet.server.sheets import Served
 
 
-async def complete(desk: Desk, request: Request, body: CompletionRequest, caller: Caller) -> Response:
-    """Answer prompts."""
-    served = await desk.find(body.model, caller, record_of(request))
-    wanted = len(body.prompts) * body.choices
-    answers = await desk.begin(
-        request, caller, served, body, lambda: completion_asks(body, served.kb, desk.settings), wanted
-    )
-    if body.stream:
-        pieces = await answers.stream()
-        return left() if pieces is None else EventStream(_events(answers, body, pieces))
-    whole = await answers.whole()
-    if whole is None:
-        return left()
-    reply = CompletionReply(
-        **head(served, "cmpl"),
-        object="text_completion",
-        choices=[_choice(number, *each) for number, each in enumerate(whole)],
-        usage=usage([answer for answer, _ in whole], body.choices),
-    )
-    return Response(reply.json_text(), media_type="application/json")
+def completion_form(body: CompletionRequest, settings: ServerSettings) -> Form:
+    """What is asked and answered for prompts."""
+
+    def asks(served: Served) -> Sequence[Ask]:
+        return completion_asks(body, served.kb, settings)
+
+    return Form(len(body.prompts) * body.choices, asks, partial(_reply, body), partial(_events, body))
+
+
+def _reply(body: CompletionRequest, served: Served, answers: Sequence[Finished]) -> CompletionReply:
+    choices = [_choice(number, answer, extended) for number, (answer, extended) in enumerate(answers)]
+    counted = usage([answer for answer, _ in answers], body.choices)
+    return CompletionReply(**head(served, "cmpl"), object="text_completion", choices=choices, usage=counted)
 
 
 def _choice(number: int, answer: Answer, extended: Extended | None) -> CompletionChoice:
@@ -60,10 +50,8 @@ def _choice(number: int, answer: Answer, extended: Extended | None) -> Completio
     )
 
 
-async def _events(
-    answers: Answers, body: CompletionRequest, pieces: AsyncIterator[tuple[Piece, Extended | None]]
-) -> AsyncIterator[str]:
-    common: dict[str, Any] = {**head(answers.served, "cmpl"), "object": "text_completion"}
+async def _events(body: CompletionRequest, served: Served, pieces: AsyncIterator[Coming]) -> AsyncIterator[str]:
+    common: dict[str, Any] = {**head(served, "cmpl"), "object": "text_completion"}
     none_yet: dict[str, Any] = {"usage": None} if body.wants_usage else {}
     finished: dict[int, Answer] = {}
     offsets: Counter[int] = Counter()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cribsheet.asking.answer import Answer, Source
 from cribsheet.engine.sampling import TokenLogprob
-from cribsheet.server.shelf import Served
+from cribsheet.server.sheets import Served
 from cribsheet.structured.tools import ToolCall
 
 Finish = Literal["stop", "length", "tool_calls"]

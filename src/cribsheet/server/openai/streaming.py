@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cribsheet.server.refusals import Refusal, refusal_of
+from cribsheet.server.errors import Refusal, refusal_of
 
 T = TypeVar("T")
 DONE = "[DONE]"

@@ -11,6 +11,7 @@ from cribsheet.asking.settings import Retrieval
 from cribsheet.asking.sources import LIMIT
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.prompt.turns import Question, as_turns
+from cribsheet.server.errors import Refusal, naming
 from cribsheet.server.openai.protocol import (
     AsJsonObject,
     AsJsonSchema,
@@ -21,7 +22,6 @@ from cribsheet.server.openai.protocol import (
     Turn,
 )
 from cribsheet.server.openai.schemas import check_schemas
-from cribsheet.server.refusals import Refusal, naming
 from cribsheet.server.settings import ServerSettings
 from cribsheet.structured.grammar import Grammar
 from cribsheet.structured.tools import Toolbox, closed

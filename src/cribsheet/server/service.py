@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from fastapi import Request
@@ -14,26 +15,41 @@ from fastapi.responses import Response
 from cribsheet.asking.answer import Answer, Source
 from cribsheet.asking.sources import LIMIT
 from cribsheet.server.auth import Caller
+from cribsheet.server.errors import Refusal
 from cribsheet.server.limits import Gate
-from cribsheet.server.openai.asking import Ask, log_facts
+from cribsheet.server.openai.generation import Piece, Writing
+from cribsheet.server.openai.parameters import Ask, log_facts
 from cribsheet.server.openai.protocol import Asked, Extension
-from cribsheet.server.openai.replies import Extended, extension_of
-from cribsheet.server.openai.streaming import ReaderLeft, while_connected
-from cribsheet.server.openai.writing import Piece, Writing
-from cribsheet.server.refusals import Refusal
+from cribsheet.server.openai.replies import Extended, Reply, extension_of
+from cribsheet.server.openai.streaming import EventStream, ReaderLeft, while_connected
 from cribsheet.server.settings import ServerSettings
-from cribsheet.server.shelf import Served, Sheets
+from cribsheet.server.sheets import Served, Sheets
 from cribsheet.server.telemetry.record import Record, record_of
 from cribsheet.sheet.manifest import Manifest
 
 T = TypeVar("T")
 Lane = Literal["plain", "form", "long"]
+Finished = tuple[Answer, Extended | None]  # with the reply's extension field
+Coming = tuple[Piece, Extended | None]
 # Threads that prepare questions: templates, tokens. Grammars, and what is long, may take seconds: they have their own.
 _LANES: dict[Lane, int] = {"plain": 4, "form": 1, "long": 1}
 _LONG = 64 * 1024  # bytes of a request
 
 
-class Desk:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a route makes of a request: how many answers it asks for, its questions, and the reply, whole or as events.
+
+    Questions are made in a thread, and may raise `Refusal`.
+    """
+
+    answers: int
+    asks: Callable[[Served], Sequence[Ask]]
+    reply: Callable[[Served, Sequence[Finished]], Reply]
+    events: Callable[[Served, AsyncIterator[Coming]], AsyncIterator[str]]
+
+
+class Service:
     """The sheets of a server with its limits."""
 
     def __init__(self, shelf: Sheets, settings: ServerSettings) -> None:
@@ -41,7 +57,7 @@ class Desk:
         self.gate = Gate(settings)
         self._tracing = asyncio.Semaphore(1)  # evidence reads the model beside the engine, one at a time
         self._threads: dict[Lane, ThreadPoolExecutor] = {
-            lane: ThreadPoolExecutor(count, thread_name_prefix=f"cribsheet-desk-{lane}")
+            lane: ThreadPoolExecutor(count, thread_name_prefix=f"cribsheet-service-{lane}")
             for lane, count in _LANES.items()
         }
 
@@ -73,6 +89,18 @@ class Desk:
         if manifest is None:
             raise _unknown(name)
         return manifest
+
+    async def respond(self, request: Request, caller: Caller, body: Asked, form: Form) -> Response:
+        """Answer a request, whole or as events. Raises `Refusal` where that cannot be."""
+        served = await self.find(body.model, caller, record_of(request))
+        answers = await self.begin(request, caller, served, body, lambda: form.asks(served), form.answers)
+        if body.stream:
+            pieces = await answers.stream()
+            return left() if pieces is None else EventStream(form.events(served, pieces))
+        whole = await answers.whole()
+        if whole is None:
+            return left()
+        return Response(form.reply(served, whole).json_text(), media_type="application/json")
 
     async def begin(
         self,
@@ -116,46 +144,46 @@ class Answers:
     """The answers to one request."""
 
     def __init__(
-        self, desk: Desk, request: Request, served: Served, body: Asked, asks: Sequence[Ask], lane: Lane
+        self, service: Service, request: Request, served: Served, body: Asked, asks: Sequence[Ask], lane: Lane
     ) -> None:
-        self._desk, self._request, self._body, self._lane = desk, request, body, lane
+        self._service, self._request, self._body, self._lane = service, request, body, lane
         self.served, self._asks = served, asks
         self._record = record_of(request)
 
-    async def whole(self) -> list[tuple[Answer, Extended | None]] | None:
+    async def whole(self) -> list[Finished] | None:
         """Every answer with its evidence; nothing if the caller left."""
         with suppress(ReaderLeft):
             return await while_connected(self._request.receive, self._whole())
         return None
 
-    async def _whole(self) -> list[tuple[Answer, Extended | None]]:
-        found: dict[int, tuple[Answer, Extended | None]] = {}
+    async def _whole(self) -> list[Finished]:
+        found: dict[int, Finished] = {}
         async for piece, extended in self._pieces():
             if piece.answer is not None:
                 found[piece.choice] = (piece.answer, extended)
         return [found[choice] for choice in sorted(found)]
 
-    async def stream(self) -> AsyncIterator[tuple[Piece, Extended | None]] | None:
+    async def stream(self) -> AsyncIterator[Coming] | None:
         """Pieces of the answers, the first of which is there; nothing if the caller left before."""
         pieces = self._pieces()
-        first: tuple[Piece, Extended | None] | None = None
+        first: Coming | None = None
         with suppress(ReaderLeft):
             first = await while_connected(self._request.receive, pieces.__anext__())  # type: ignore[arg-type]
         return None if first is None else _chained(first, pieces)
 
-    async def _pieces(self) -> AsyncIterator[tuple[Piece, Extended | None]]:
+    async def _pieces(self) -> AsyncIterator[Coming]:
         record = self._record
         writing = Writing()
         record.cleanup.callback(writing.stop)
         loop = asyncio.get_running_loop()
-        await self._desk.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), self._lane)
+        await self._service.in_thread(lambda: writing.begin(self.served.kb, self._asks, loop), self._lane)
         async for piece in writing.pieces():
             record.begin_text()
             extended = None
             if piece.answer is not None:
                 self._note(piece.choice, piece.answer)
                 ask = self._asks[piece.choice // self._body.choices]
-                extended = await self._desk.extended(self.served, ask, piece.answer, self._body.extension)
+                extended = await self._service.extended(self.served, ask, piece.answer, self._body.extension)
             yield piece, extended
 
     def _note(self, choice: int, answer: Answer) -> None:
@@ -165,7 +193,7 @@ class Answers:
             record.cached_tokens += answer.usage.cached_tokens
         record.completion_tokens += answer.usage.completion_tokens
         record.facts.setdefault("finish", []).append(answer.finish_reason)
-        if self._desk.settings.log_text:
+        if self._service.settings.log_text:
             record.facts.setdefault("answers", []).append(answer.text)
 
 
@@ -178,9 +206,7 @@ def left() -> Response:
     return Response(status_code=499)
 
 
-async def _chained(
-    first: tuple[Piece, Extended | None], rest: AsyncIterator[tuple[Piece, Extended | None]]
-) -> AsyncIterator[tuple[Piece, Extended | None]]:
+async def _chained(first: Coming, rest: AsyncIterator[Coming]) -> AsyncIterator[Coming]:
     yield first
     async for each in rest:
         yield each

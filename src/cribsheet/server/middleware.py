@@ -8,7 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cribsheet.server.refusals import Refusal, refusal_of
+from cribsheet.server.errors import Refusal, refusal_of
 from cribsheet.server.settings import ServerSettings
 from cribsheet.server.telemetry.logs import log_failure, log_request
 from cribsheet.server.telemetry.metrics import Metrics
@@ -18,7 +18,7 @@ _GONE = 499  # nobody was there to get a status; as web servers log it
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
-class Frame:
+class RequestMiddleware:
     """ASGI middleware around the whole app."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:

@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from cribsheet.server.auth import caller_of
-from cribsheet.server.refusals import Refusal, written
+from cribsheet.server.errors import Refusal, written
 
 MAX_VALUES = 20_000  # a conversation of thousands of turns, or all the tools that there may be, with their schemas
 MAX_DEPTH = 64  # lists and mappings inside each other

@@ -23,13 +23,14 @@ import torch
 from rich.console import Console
 
 from cribsheet.compare.compare import CLOSED, FULL, Corpus
-from cribsheet.compare.journal import Journal, tell_progress, write_rows, write_whole
+from cribsheet.compare.journal import Journal, write_rows, write_whole
 from cribsheet.compare.versions import versions
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import CribsheetError, RequestError
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retrieval.dense import require_dense
+from cribsheet_bench.command import tell_progress
 from cribsheet_bench.real.case import Case, Means
 from cribsheet_bench.real.corpora import find_corpora, group_of, read_corpus
 from cribsheet_bench.real.page import Result, Row, merged, page, print_table, read_result, result_of
@@ -141,7 +142,7 @@ def merge(files: Sequence[Path], *, file: Path | None = None, console: Console |
 def write(result: Result, file: Path | None) -> None:
     """JSON with a row a line, and the page beside it."""
     if file:
-        write_rows(file, {"setup": result.setup, "models": result.models}, result.rows)
+        write_rows(file, {"setup": result.setup, "models": result.models, "rows": result.rows})
         write_whole(file.with_suffix(".md"), page(result))
 
 

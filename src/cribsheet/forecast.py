@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from cribsheet.build import Budgets, Plan, plan, resolve_defaults, storage_dtype, warn_without_task
 from cribsheet.compress.correction import rows_of
 from cribsheet.compress.loop import Reading, State, compress, earned_budget, nothing_kept, nothing_read
-from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
+from cribsheet.errors import BudgetError
 from cribsheet.living.independent import kept_of, plan_each
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.options import BuildKeywords, BuildOptions
+from cribsheet.plan.plan import Plan, plan, warn_without_task
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
-from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.int4 import packed_bytes
-from cribsheet.vocabulary import ABSENT, Allocation, BuildMode, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import ABSENT, StorageDtype
 
 PROBE_TOKENS = 1024  # the longest piece that is read to time it
 _SCORES = 1 << 26  # bytes of attention logits that scoring holds at once, at most; three copies of them
@@ -74,35 +74,24 @@ def forecast(
     documents: Sequence[Document],
     task: Task,
     *,
-    rate: float | None = None,
-    budget: int | None = None,
-    scorer: str | Scorer | None = None,
-    guide: GuideMode = "auto",
-    chunk_tokens: int | None = None,
-    system: str = "",
-    template_options: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    seed: int = 0,
-    mode: BuildMode = "sequential",
-    allocation: Allocation | None = None,
-    correction: Correction = "none",
     texts: bool = True,
+    **options: Unpack[BuildKeywords],
 ) -> Forecast:
     """What `build_sheet` with the same options would take; raises and warns of what it would.
 
-    `texts` says whether the documents' texts will be in the file.
+    `texts` says whether the documents' texts will be in the file. Raises `BudgetError` for `retain` and `check`: how
+    many questions they ask shows while they do.
     """
-    layout = ChatLayout(backbone.tokenizer, system=system, options=template_options)
-    scorer, allocation = resolve_defaults(scorer, allocation, mode)
-    budgets = Budgets(rate, budget, guide, chunk_tokens, allocation, correction)
-    budgets.check_mode(mode)
-    warn_without_task(task, scorer)
-    stored_as = storage_dtype(budgets.stored_as(dtype) if mode == "sequential" else dtype, backbone)
-    if mode == "independent":
-        terms, plans = plan_each(backbone, layout, documents, task, budgets, scorer=scorer, dtype=stored_as, seed=seed)
+    how = BuildOptions(**options)
+    if how.retain is not None or how.check:
+        raise BudgetError("A forecast knows what a build without questions takes; leave retain and check out.")
+    layout = how.layout(backbone)
+    warn_without_task(task, how)
+    if how.mode == "independent":
+        terms, plans = plan_each(backbone, layout, documents, task, how)
         tokens, head_tokens = kept_of(terms, plans), len(terms.head)
     else:
-        plans = [plan(backbone, layout, documents, task, budgets, scorer=scorer, seed=seed)]
+        plans = [plan(backbone, layout, documents, task, how)]
         tokens, head_tokens = plans[0].budget, 0
     parts = [_Part.of(each) for each in plans]
     corpus_tokens = head_tokens + sum(len(each.corpus) - head_tokens for each in parts)
@@ -115,7 +104,7 @@ def forecast(
         rate=corpus_tokens / tokens,
         chunks=sum(part.chunks for part in parts),
         chunk_tokens=max(part.reading.chunk_tokens for part in parts),
-        sheet_bytes=_sheet_bytes(backbone, tokens, corpus_tokens, stored_as, documents if texts else ()),
+        sheet_bytes=_sheet_bytes(backbone, tokens, corpus_tokens, plans[0].dtype, documents if texts else ()),
         peak_bytes=_peak_bytes(backbone, longest, tokens, lengths),
         seconds=seconds,
         probe_tokens=piece,
@@ -189,16 +178,7 @@ def _fitted_rows(backbone: Backbone, reading: Reading, chunk: Chunk) -> int:
 
 def _rows(reading: Reading, chunk: Chunk) -> int:
     """Tokens that are read for a chunk, the guide included."""
-    match reading.scorer.guide:
-        case "nothing":
-            guide = 0
-        case "repeat":
-            guide = len(reading.repeat)
-        case "task and repeat":
-            guide = len(reading.guide) + len(reading.repeat)
-        case _:
-            guide = len(reading.guide)
-    return len(chunk.ids) + reading.repeated(chunk) + guide
+    return len(chunk.ids) + reading.repeated(chunk) + len(reading.guide) + len(reading.repeat)
 
 
 def _vectors(backbone: Backbone, tokens: int) -> int:

@@ -1,7 +1,7 @@
 """How close building and answering come to the limit, and how far they leave their peers behind.
 
-    python -m cribsheet_bench.speed.speed --quick
-    python -m cribsheet_bench.speed.speed --device cuda --shape 8b --json speed.json
+    python -m cribsheet_bench.speed.run --quick
+    python -m cribsheet_bench.speed.run --device cuda --shape 8b --json speed.json
 
 Ours and its peers take turns in one process, and the best of several rounds counts; what is timed is checked against
 the plain float32 path first. Each part runs on its own: one that fails is reported with its traceback, the next goes
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cribsheet.compare.journal import write_rows
 from cribsheet_bench.speed import checks, cuda, parts
 from cribsheet_bench.speed.page import page as markdown
 from cribsheet_bench.speed.parts import Report
@@ -48,7 +48,7 @@ class Run:
     def keep(self) -> None:
         """Write the file."""
         if self.path is not None:
-            self.path.write_text(json.dumps(self.result(), indent=1, default=str) + "\n")
+            write_rows(self.path, self.result())
 
     def result(self) -> dict[str, Any]:
         """Everything so far."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cribsheet.compare.journal import tell_progress, write_whole
+from cribsheet.compare.journal import write_rows
 from cribsheet.compare.versions import versions
 from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document
@@ -34,11 +34,12 @@ from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.vocabulary import Allocation, Correction, GuideMode, StorageDtype
+from cribsheet_bench.command import tell_progress
 from cribsheet_bench.quality import peers
 from cribsheet_bench.quality.case import Case, Row, judged
 from cribsheet_bench.quality.families import FAMILIES, Wanted, held_out_cases, make_cases
+from cribsheet_bench.quality.page import page, print_table, summary
 from cribsheet_bench.quality.peers_runner import WAYS
-from cribsheet_bench.quality.quality_page import page, print_table, summary
 from cribsheet_bench.quality.several import Sheets
 from cribsheet_bench.quality.task_peak import TaskPeak
 
@@ -177,7 +178,7 @@ def run(options: Options, *, file: Path | None = None, console: Console | None =
         result["seconds"] += round(time.perf_counter() - began, 1)
         began = time.perf_counter()
         kept = {key: result[key] for key in ("setup", "seconds", "done", "peers")}
-        _write(file, {**kept, "rows": [asdict(row) for row in rows]})
+        _write(file, {**kept, "rows": rows})
     order = {case.name: number for number, case in enumerate(cases)}
     rows.sort(key=lambda row: order[row.case])
     if options.peers:
@@ -229,7 +230,7 @@ def _before(file: Path | None, made: dict[str, Any], cases: set[str]) -> dict[st
 
 def _write(file: Path | None, result: dict[str, Any]) -> None:
     if file:
-        write_whole(file, json.dumps(result, indent=1) + "\n")
+        write_rows(file, result)
 
 
 def measure(
@@ -274,7 +275,7 @@ def _answers(
     if method.dtype in ("int8", "int4"):
         sheet = sheets.fitted(method.task(case), rate, dtype=method.dtype, **how)
     else:
-        sheet = sheets.build(method.task(case), rate, dtype=method.dtype, **how)
+        sheet = sheets.build(method.task(case), rate=rate, dtype=method.dtype, **how)
     kb = CompressedKnowledgeLLM(model, sheet)
     most = case.most_tokens(model.backbone.tokenizer)
     streams = [kb.stream(question, max_tokens=most, evidence=False) for question in case.questions]

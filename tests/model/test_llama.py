@@ -11,7 +11,7 @@ from torch import nn
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
-from cribsheet.attention import dispatch as fused
+from cribsheet.attention import dispatch
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.engine.graphs import fixed_step
@@ -32,7 +32,7 @@ OWN = {"llama": {}, "mistral": {}, "qwen2": FULL, "qwen3": {}}
 
 @pytest.fixture
 def kernels_are_used(monkeypatch):
-    monkeypatch.setattr(fused, "usable", lambda q, kv_heads, softcap=None: softcap is None)
+    monkeypatch.setattr(dispatch, "usable", lambda q, kv_heads, softcap=None: softcap is None)
 
 
 def shaken(family, **settings):
@@ -47,14 +47,14 @@ def shaken(family, **settings):
 
 @pytest.mark.parametrize("own", [64, 0], ids=["own products", "torch's products"])
 @pytest.mark.parametrize("family", OWN)
-def test_a_lean_step_is_a_step(family, own, kernels_are_used):
+def test_a_step_of_few_kernels_is_a_step(family, own, kernels_are_used):
     backbone = shaken(family)
     errors = llama_step.errors(backbone, llama_step.unchecked(backbone, own=own), (1, 3))
     assert max(errors.values()) < 2e-5, errors
 
 
 @pytest.mark.parametrize("family", OWN)
-def test_a_lean_read_is_a_read(family, kernels_are_used):
+def test_a_read_of_few_kernels_is_a_read(family, kernels_are_used):
     backbone = shaken(family)
     errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers)
     assert max(errors.values()) < 2e-5, errors
@@ -62,7 +62,7 @@ def test_a_lean_read_is_a_read(family, kernels_are_used):
 
 @pytest.mark.parametrize("guide", [0, 1, 17])
 @pytest.mark.parametrize("counts", [(), (30, 7)])
-def test_a_lean_read_takes_heads_of_different_lengths(counts, guide, kernels_are_used, monkeypatch):
+def test_a_read_of_few_kernels_takes_heads_of_different_lengths(counts, guide, kernels_are_used, monkeypatch):
     backbone = shaken("llama", hidden_size=72, intermediate_size=150, head_dim=18)
     random = torch.Generator().manual_seed(8)
     shape = (sum(counts), 18) if counts else (2, 30, 18)
@@ -135,7 +135,7 @@ def test_attention_in_parts_is_attention(batch, counts, kernels_are_used):
 @pytest.mark.parametrize("evidence", [False, True])
 @pytest.mark.parametrize("counts", [(), (70, 23)])
 @pytest.mark.parametrize("batch", [1, 5, 33])
-def test_what_is_captured_is_the_lean_step(batch, counts, evidence, kernels_are_used):
+def test_what_is_captured_is_the_step_of_few_kernels(batch, counts, evidence, kernels_are_used):
     backbone = shaken("llama")
     random = torch.Generator().manual_seed(7)
     shape = (sum(counts), backbone.head_size) if counts else (backbone.kv_heads, 70, backbone.head_size)

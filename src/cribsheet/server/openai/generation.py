@@ -10,8 +10,8 @@ from cribsheet.asking.answer import Answer
 from cribsheet.asking.streams import AsyncAnswerStream
 from cribsheet.engine.sampling import TokenLogprob
 from cribsheet.llm import CompressedKnowledgeLLM
-from cribsheet.server.openai.asking import Ask
-from cribsheet.server.refusals import Refusal, refusal_of
+from cribsheet.server.errors import Refusal, refusal_of
+from cribsheet.server.openai.parameters import Ask
 
 
 @dataclass(frozen=True, slots=True)

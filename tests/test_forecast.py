@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cribsheet.build import build_sheet
-from cribsheet.compress.forecast import PROBE_TOKENS, forecast
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
+from cribsheet.forecast import PROBE_TOKENS, forecast
 from cribsheet.sheet.file import save
 from cribsheet.testing import tiny_backbone
 

@@ -1,4 +1,4 @@
-"""`cribsheet bench`: what the library costs on this machine."""
+"""The commands of `cribsheet bench`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from cribsheet.cli.console import Debug, Device, Verbose, misuse, quiet_libraries
+from cribsheet.cli.console import Device, misuse, quiet_libraries
+from cribsheet.cli.options import flat
+
+Peers = Annotated[Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress, which is asked too.")]
+Rows = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there, and a page beside it.")
+]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this library on this machine.")
 
@@ -26,6 +32,7 @@ def _several() -> None:
 
 
 @bench.command()
+@flat
 def speed(
     device: Annotated[Where, typer.Option(help="Where to run.")] = Where.cpu,
     shape: Annotated[
@@ -40,17 +47,16 @@ def speed(
     seconds: Annotated[float, typer.Option(metavar="N", help="Start no part after so long.")] = 3600.0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with tables there.")] = None,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> int:
     """Building and answering against their limits and their peers: checked first, then timed in turns."""
     quiet_libraries()
-    from cribsheet_bench.speed.speed import run
+    from cribsheet_bench.speed.run import run
 
     return run(device=device.value, shape=shape, quick=quick, only=only or (), seconds=seconds, json=as_json, page=page)
 
 
 @bench.command()
+@flat
 def quality(
     model: Annotated[str, typer.Option(metavar="NAME", help="A folder, a hub id, or pocket.")] = "pocket",
     families: Annotated[
@@ -69,23 +75,17 @@ def quality(
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable.  [default: 0 1]")] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text that `reading` asks about.")] = None,
-    peers: Annotated[
-        Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress; its presses are asked too.")
-    ] = None,
+    peers: Peers = None,
     presses: Annotated[
         list[str] | None, typer.Option("--press", metavar="NAME", help="Of the peers; repeatable.  [default: all]")
     ] = None,
     threads: Annotated[int, typer.Option(metavar="N", help="Of each process.")] = 1,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes, each with a case of its own.")] = 1,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there, and a page beside it.")
-    ] = None,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    as_json: Rows = None,
 ) -> int:
     """What survives compression: families of questions, by method and rate, with floors and ceilings."""
     quiet_libraries()
-    from cribsheet_bench.quality.quality import Options, run
+    from cribsheet_bench.quality.run import Options, run
 
     lists = {
         "families": families,
@@ -102,6 +102,7 @@ def quality(
 
 
 @bench.command()
+@flat
 def real(
     corpora: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Folders of documents, task.toml and questions.jsonl.")
@@ -123,9 +124,7 @@ def real(
     questions: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="About each corpus.  [default: all]")
     ] = None,
-    peers: Annotated[
-        Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress, for the method kvzip.")
-    ] = None,
+    peers: Peers = None,
     dense_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The dense retriever's model.  [default: the library's]")
     ] = None,
@@ -141,11 +140,7 @@ def real(
     ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = None,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every row there, and a page beside it.")
-    ] = None,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    as_json: Rows = None,
 ) -> int:
     """Real models asked about real documents: full context first, then all ways to answer at equal budgets.
 
@@ -154,7 +149,7 @@ def real(
     part, of = _shard(shard)
     quiet_libraries()
     from cribsheet_bench.real.case import Means
-    from cribsheet_bench.real.real import Options, run
+    from cribsheet_bench.real.run import Options, run
 
     lists = {"methods": methods, "rates": rates, "only": only}
     given = {name: tuple(values) for name, values in lists.items() if values}
@@ -176,19 +171,16 @@ def real(
 
 
 @bench.command("real-page")
+@flat
 def real_page(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE", help="Files of `bench real`; of unfinished runs, too.")
     ],
-    as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all rows there, and the page beside it.")
-    ] = None,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    as_json: Rows = None,
 ) -> int:
     """One table and page of several runs of `bench real`, such as its shards."""
     quiet_libraries()
-    from cribsheet_bench.real.real import merge
+    from cribsheet_bench.real.run import merge
 
     merge(files, file=as_json)
     return 0

@@ -1,0 +1,92 @@
+"""A plan carried out: the corpus read through, and the sheet put together from what was kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cribsheet.attention.prefix import LayerPrefix, turned_back
+from cribsheet.compress.checkpoint import Checkpoint
+from cribsheet.compress.loop import Kept, State, as_prefix, compress, kept_tokens, nothing_kept
+from cribsheet.compress.progress import Listener, shown
+from cribsheet.model.backbone import Backbone
+from cribsheet.plan.describe import describe, identity
+from cribsheet.plan.plan import Plan
+from cribsheet.prompt.chunks import TokenizedCorpus
+from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.sheet import Sheet
+from cribsheet.vocabulary import ABSENT
+
+
+def carry_out(
+    backbone: Backbone, plan: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
+) -> Sheet:
+    """The sheet that a plan is for; arguments as in `build_sheet`."""
+    began = time.perf_counter()
+    return finish(backbone, plan, read_through(backbone, plan, progress=progress, checkpoint=checkpoint), began)
+
+
+def read_through(
+    backbone: Backbone, plan: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
+) -> State:
+    """All that a plan keeps of its corpus, the guide left out."""
+    saved = Checkpoint(checkpoint, identity(plan, backbone)) if checkpoint is not None else None
+    start = saved.load(backbone.device, backbone.num_layers, len(plan.corpus)) if saved else None
+    state = start or State(0, nothing_kept(backbone))
+    with shown(progress) as told:
+        tell = None if told is None else lambda read: told(read, len(plan.corpus))
+        if tell is not None:
+            tell(state.done)
+        for state in compress(backbone, plan.corpus, plan.reading, start, tell):
+            if saved:
+                saved.save(state)
+            if tell is not None:
+                tell(state.done)
+    return state
+
+
+def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
+    """The sheet of what was kept, begun at a time of `time.perf_counter`."""
+    layers, indices = _with_guide(backbone, state.kept, plan.resident)
+    if plan.dtype == "int4":
+        length = indices.shape[-1]
+        layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
+    stored = [StoredLayer.of(layer, plan.dtype) for layer in layers]
+    manifest = describe(plan, backbone, time.perf_counter() - began)
+    manifest.build.update(_storage_loss(stored, layers))
+    texts = [document.text for document in plan.corpus.documents]
+    return Sheet(stored, indices, kept_origins(plan.corpus, indices), manifest, texts)
+
+
+def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
+    """`Sheet.origins` for these kept indices: rows (U, 4) of index, document, first and last-plus-one character."""
+    used = torch.unique(indices)
+    used = used[used >= 0].long()
+    return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
+
+
+def _with_guide(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tuple[list[LayerPrefix], Tensor]:
+    """The final prefix, with the resident guide (T,) read on top.
+
+    Also the indices (F, K, P + T) of what the F layers keep that see everything, as in `Sheet`.
+    """
+    layers = as_prefix(backbone, kept)
+    size = kept_tokens(backbone, kept)
+    full = [kept[number].indices for number in backbone.full]
+    indices = torch.stack([F.pad(layer, (size - layer.shape[1], 0), value=ABSENT) for layer in full]).cpu()
+    if len(resident):
+        read = backbone.read(layers, size, resident, resident[:0])
+        layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
+        indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
+    return layers, indices.to(torch.int32)
+
+
+def _storage_loss(stored: Sequence[StoredLayer], layers: Sequence[LayerPrefix]) -> dict[str, float]:
+    """Relative L2 error of all keys and values by the storage type, the worst layer counting."""
+    losses = [mine.loss(layer) for mine, layer in zip(stored, layers, strict=True)]
+    return {"key_loss": round(max(k for k, _ in losses), 6), "value_loss": round(max(v for _, v in losses), 6)}
