@@ -34,6 +34,7 @@ from cribsheet.sheet import file
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.structured.tools import Toolbox
+from cribsheet.study.study import Study, StudyOptions, study
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -137,6 +138,15 @@ class CompressedKnowledgeLLM:
         """Take over the documents of another independent sheet of the same model and task."""
         theirs = other.sheet if isinstance(other, CompressedKnowledgeLLM) else other
         return self._become(edits.merge(self.backbone, self.sheet, theirs, check=False))
+
+    def study(self, **how: Unpack[StudyOptions]) -> Study:
+        """Practise on the documents for `minutes=` or `steps=`, and answer from a better sheet of the same size.
+
+        Raises as `study/study.py` says. If nothing was learnt, the sheet stays as it was.
+        """
+        sheet, came = study(self.session, **how)
+        self._become(sheet)
+        return came
 
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None

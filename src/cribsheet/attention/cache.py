@@ -180,7 +180,12 @@ class ReadingLayer(PrefixLayer):
 
 def prefix_cache(layers: Sequence[LayerPrefix], start: int) -> Cache:
     """A fresh transformers `Cache` over a shared prefix of `start` tokens, for one forward pass or one `generate`."""
-    return Cache(layers=[PrefixLayer(layer, start) for layer in layers])
+    return cache_of([PrefixLayer(layer, start) for layer in layers])
+
+
+def cache_of(layers: Sequence[PrefixLayer]) -> Cache:
+    """A transformers `Cache` of these layers."""
+    return Cache(layers=list(layers))
 
 
 def _grown(buffer: Tensor, like: Tensor, needed: int, filled: int) -> Tensor:

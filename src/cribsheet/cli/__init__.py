@@ -19,7 +19,7 @@ from cribsheet.cli.build import build
 from cribsheet.cli.compare import compare
 from cribsheet.cli.console import Debug, Verbose, guarded, misuse
 from cribsheet.cli.demo import demo
-from cribsheet.cli.edit import extend, merge, remove, replace
+from cribsheet.cli.edit import extend, merge, remove, replace, study
 from cribsheet.cli.inspect import inspect
 from cribsheet.cli.registry import pull, push
 from cribsheet.cli.serve import serve
@@ -41,6 +41,7 @@ for _command in (
     replace,
     remove,
     merge,
+    study,
     compare,
     serve,
     push,

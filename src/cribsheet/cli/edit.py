@@ -1,10 +1,12 @@
-"""`cribsheet extend`, `replace`, `remove` and `merge`: sheet files whose documents change.
+"""`cribsheet extend`, `replace`, `remove` and `merge`: sheet files whose documents change; `study`: one that learns.
 
 The file is replaced whole when everything is done; until then, and if anything fails, the old one stays.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cribsheet.cli.build import check_output
-from cribsheet.cli.console import AsJson, build_progress, misuse, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, build_progress, misuse, note, quiet_libraries, say, say_json
 from cribsheet.cli.options import ModelOptions, SheetFile, flat, given
 from cribsheet.corpus.printable import in_line
 
@@ -88,16 +90,71 @@ def merge(
     _change(file, options, take_over)
 
 
+@flat
+def study(
+    file: SheetFile,
+    options: EditOptions,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="N", help="How long to study, with all that belongs to it.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of training, instead or at most.")] = None,
+    rate: Annotated[float, typer.Option(metavar="N", help="Rate of learning.")] = 0.02,
+    seed: Annotated[int, typer.Option(metavar="N", help="For what is random in it.")] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Remember how far it is in FILE.study: run it again after a kill and it goes on."
+        ),
+    ] = False,
+) -> None:
+    """Let a sheet practise on its documents until it answers more of what they say, at the same size."""
+    target = _target(file, options.output)
+    quiet_libraries()
+    from cribsheet.llm import CompressedKnowledgeLLM
+
+    began = time.perf_counter()
+    notebook = target.with_name(f"{target.name}.study") if resume else None
+    with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
+        came = kb.study(minutes=minutes, steps=steps, rate=rate, seed=seed, resume=notebook, progress=_tenths())
+        if came.learnt or options.output is not None:
+            kb.save(target)
+    done = {"sheet": str(target), "learnt": came.learnt, **dataclasses.asdict(came)}
+    done["seconds"] = round(time.perf_counter() - began, 3)
+    if options.as_json:
+        say_json(done)
+    else:
+        say(f"{in_line(str(target))}: {came}")
+
+
+def _tenths() -> Callable[[str, float], None]:
+    """Tells on stderr when another tenth of something is done."""
+    last = ""
+
+    def tell(what: str, share: float) -> None:
+        nonlocal last
+        line = f"{what}: {10 * int(10 * share)} %"
+        if line != last:
+            note(line)
+        last = line
+
+    return tell
+
+
+def _target(file: str, output: Path | None) -> Path:
+    """The file to write; refused before any work."""
+    if output is None and ("://" in file or "#" in file) and not Path(file).exists():
+        misuse(f"{file} is not a file here that could be replaced; say with --output where to write")
+    target = output or Path(file)
+    check_output(target, force=output is None)
+    return target
+
+
 def _change(
     file: str,
     options: EditOptions,
     change: Callable[[CompressedKnowledgeLLM, Progress | None], object],
 ) -> None:
-    output = options.output
-    if output is None and ("://" in file or "#" in file) and not Path(file).exists():
-        misuse(f"{file} is not a file here that could be replaced; say with --output where to write")
-    target = output or Path(file)
-    check_output(target, force=output is None)
+    target = _target(file, options.output)
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cribsheet.asking.answer import Answer
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import Prefix
 from cribsheet.compress.loop import nothing_read
@@ -207,23 +208,35 @@ class _Maker:
 
     def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
         """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""
-        turns = [self._turn(question) for question in asked]
-        settings = [{"logprobs": 0}] * len(turns)
-        answers = self._exam.answers(prefix, turns, settings, _ANSWER_TOKENS)
-        closed = self._exam.written(self._nothing, turns, most=_ANSWER_TOKENS)
+        turns = {question: self._turn(question) for question in asked}
+        answers = self._exam.answers(prefix, list(turns.values()), [{"logprobs": 0}] * len(turns), _ANSWER_TOKENS)
+        said = dict(zip(asked, answers, strict=True))
+        serving = [
+            question for question, right in asked.items() if self._serves(question, said[question], right, stretch)
+        ]
+        closed = self._exam.written(self._nothing, [turns[question] for question in serving], most=_ANSWER_TOKENS)
         rows = []
-        for (question, right), ids, answer, known in zip(asked.items(), turns, answers, closed, strict=True):
-            why = (
-                "unended"
-                if answer is None or answer.finish_reason != "stop"
-                else _why_not(question, answer.text.strip(), right, known, stretch)
-            )
-            if why or answer is None:
-                self.left_out[why] += 1
+        for question, known in zip(serving, closed, strict=True):
+            answer = said[question]
+            if answer is None or words(answer.text) == words(known):
+                self.left_out["known"] += 1
                 continue
-            said = [token.token_id for token in answer.logprobs or ()]
-            rows.append((question, answer.text.strip(), ids, torch.tensor(said)))
+            ids = torch.tensor([token.token_id for token in answer.logprobs or ()])
+            rows.append((question, answer.text.strip(), turns[question], ids))
         return self._taught(prefix, rows)
+
+    def _serves(self, question: str, answer: Answer | None, right: str, stretch: Passage) -> bool:
+        """Whether a stretch has answered so that something can be learnt from it."""
+        if answer is None or answer.finish_reason != "stop":
+            why = "unended"
+        elif not is_told(question, answer.text, stretch):
+            why = "not told"
+        elif right and not agree(question, right, answer.text):
+            why = "wrong"
+        else:
+            return True
+        self.left_out[why] += 1
+        return False
 
     def _taught(self, prefix: Prefix, rows: Sequence[tuple[str, str, Tensor, Tensor]]) -> list[Exercise]:
         """Exercises of questions, answers, and both in tokens, with what the teacher would write; doubted ones go."""
@@ -269,12 +282,3 @@ class _Maker:
 def padded(rows: Sequence[Tensor]) -> Tensor:
     """Token ids (B, T) of rows of different lengths, with anything behind the shorter ones, which nobody looks at."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
-def _why_not(question: str, answer: str, right: str, closed: str, stretch: Passage) -> str:
-    """Why an answer is of no use, or nothing."""
-    if not is_told(question, answer, stretch):
-        return "not told"
-    if right and not agree(question, right, answer):
-        return "wrong"
-    return "known" if " ".join(words(answer)) == " ".join(words(closed)) else ""

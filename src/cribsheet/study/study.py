@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -85,6 +85,17 @@ class Study:
         return f"divergence on {self.held_out} held-out questions {self.before:.3f} -> {self.after:.3f} ({came})"
 
 
+class StudyOptions(TypedDict, total=False):
+    """Those of `study`."""
+
+    minutes: float | None
+    steps: int | None
+    rate: float
+    seed: int
+    resume: str | Path | None
+    progress: Told | None
+
+
 def study(
     session: Session,
     *,
@@ -93,19 +104,20 @@ def study(
     rate: float = 0.02,
     seed: int = 0,
     resume: str | Path | None = None,
-    tell: Told | None = None,
+    progress: Told | None = None,
 ) -> tuple[Sheet, Study]:
     """A sheet that answers more of what its documents say, of the size of the one given, and what came of it.
 
     `minutes` are those of all of it, `steps` those of training; at least one is needed. `rate` is that of learning, in
     units of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
     in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
+    `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
 
     If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
     texts or with too few questions in them, `BudgetError` for settings out of range, `ModelError` for a divided model.
     """
     _check(minutes, steps, rate, session.backbone)
-    began, told = time.monotonic(), tell or (lambda what, share: None)
+    began, told = time.monotonic(), progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "rate": rate, "steps": steps}
     notebook = Notebook(resume, identity) if resume is not None else None
@@ -121,7 +133,9 @@ def study(
             notebook.write_practice(practice)
     held, questions = _parted(practice.questions, seed)
     layers = float_layers(backbone, sheet)
-    trainer = Trainer(backbone, layers, sheet.length, _free(backbone, sheet), questions, practice.texts, held, seed)
+    trainer = Trainer(
+        backbone, layers, sheet.length, free_places(backbone, sheet), questions, practice.texts, held, seed
+    )
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - (time.monotonic() - began))
     pace = Pace(_STEPS if steps is None else steps, seconds, rate)
@@ -143,7 +157,7 @@ def study(
     logger.info("%s", came)
     if notebook:
         notebook.remove()
-    return (_with_layers(backbone, sheet, trainer.layers(state), came) if learnt else sheet), came
+    return (_with_layers(backbone, sheet, trainer.best_layers(state), came) if learnt else sheet), came
 
 
 def float_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
@@ -158,7 +172,7 @@ def float_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
     return found
 
 
-def _free(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
+def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
     """Of each layer that is learnt, which tokens (N,) may change: those of documents, and not the first few."""
     first = max(_SINKS, sheet.manifest.head_tokens)
     found: list[Tensor | None] = [None] * backbone.num_layers

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from cribsheet.attention.cache import cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.model.backbone import Backbone
 from cribsheet.study.layer import Learnt, StudiedLayer
@@ -91,7 +91,7 @@ class Trainer:
             None if places is None else Learnt(layer, places.to(layer.keys.device))
             for layer, places in zip(layers, free, strict=True)
         ]
-        self._questions, self._texts, self._held, self._seed = questions, texts, held, seed
+        self._questions, self._texts, self.held, self._seed = questions, texts, held, seed
 
     @property
     def shifts(self) -> list[Tensor]:
@@ -102,7 +102,7 @@ class Trainer:
         """The state before the first step."""
         nothing = [torch.zeros_like(shift) for shift in self.shifts]
         moments = [torch.zeros_like(shift) for shift in self.shifts for _ in range(2)]
-        return State(nothing, moments, [each.clone() for each in nothing], curve=[(0, self.divergence(self._held))])
+        return State(nothing, moments, [each.clone() for each in nothing], curve=[(0, self.divergence(self.held))])
 
     def run(self, state: State, pace: Pace, tell: Callable[[State], None] = lambda state: None) -> State:
         """Go on from a state until the pace says that it is enough; `tell` is called after each step."""
@@ -119,7 +119,7 @@ class Trainer:
             self._measure(state)
         return state
 
-    def layers(self, state: State) -> list[LayerPrefix]:
+    def best_layers(self, state: State) -> list[LayerPrefix]:
         """The sheet's layers at their best, in float32."""
         self._take(state.best)
         pairs = zip(self._layers, self.learnt, strict=True)
@@ -141,13 +141,16 @@ class Trainer:
                 own.copy_(given)
 
     def _step(self, state: State, rate: float) -> None:
-        shifts = self.shifts
-        gradients = torch.autograd.grad(self._loss(self._batch(state.step)), shifts)
+        gradients = self.gradients(self._batch(state.step))
         state.step += 1
-        _adam(shifts, gradients, state, rate)
+        _adam(self.shifts, gradients, state, rate)
+
+    def gradients(self, exercises: Sequence[Exercise]) -> Sequence[Tensor]:
+        """Those of the divergence by what is learnt."""
+        return torch.autograd.grad(self._loss(exercises), self.shifts)
 
     def _measure(self, state: State) -> None:
-        divergence = self.divergence(self._held)
+        divergence = self.divergence(self.held)
         if divergence < state.lowest:
             state.best, state.best_step = [shift.detach().clone() for shift in self.shifts], state.step
         state.curve.append((state.step, divergence))
@@ -170,7 +173,7 @@ class Trainer:
         first = min(each.asked for each in batch) - 1
         keep = torch.arange(first, ids.shape[1], device=backbone.device)
         pairs = zip(self._layers, self.learnt, strict=True)
-        cache = Cache(layers=[StudiedLayer(layer, self._length, learnt) for layer, learnt in pairs])
+        cache = cache_of([StudiedLayer(layer, self._length, learnt) for layer, learnt in pairs])
         logits = backbone.logits(ids, positions, cache, keep)
         rows = [
             row[each.asked - 1 - first : each.asked - 1 - first + len(each.tops)]

@@ -1,0 +1,265 @@
+"""A sheet that studies: what it practises on, that it learns, what stays as it is, and how it goes on after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT
+
+from cribsheet import CompressedKnowledgeLLM, Task
+from cribsheet.attention.cache import cache_of, prefix_cache
+from cribsheet.corpus.documents import Document
+from cribsheet.errors import BudgetError, RequestError, SheetError
+from cribsheet.sheet import file
+from cribsheet.study.layer import Learnt, StudiedLayer
+from cribsheet.study.notebook import Notebook
+from cribsheet.study.practice import Exercise, make_practice
+from cribsheet.study.study import float_layers, free_places, study
+from cribsheet.study.trainer import Pace, Trainer
+from cribsheet.vocabulary import ABSENT
+
+NAMES = (
+    "Alice Moreno",
+    "Bob Smith",
+    "Clara Berg",
+    "Hugo Ali",
+    "Nina Sato",
+    "Ivan Petrov",
+    "Maria Lopez",
+    "Omar Haddad",
+)
+TOWNS = ("Lisbon", "Oslo", "Cairo", "Quito", "Kyoto", "Riga", "Madrid", "Tunis")
+STAFF = [
+    Document(text=f"{name} lives in {town}. The extension of {name} is {4000 + 37 * number}.", id=f"s{number}")
+    for number, (name, town) in enumerate(zip(NAMES, TOWNS, strict=True))
+]
+TASK = Task("Answer questions about people.", examples=(("Where does Eva Stone live?", "Paris"),))
+
+
+def built(backbone, **options):
+    return CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=backbone, **{"budget": 40, **options})
+
+
+def exercises(kb, count=8, seed=0):
+    """Random questions and answers, with what the model would write over all of the documents."""
+    generator = torch.Generator().manual_seed(seed)
+    full = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=kb.session.loaded, rate=1)
+    made = []
+    for number in range(count):
+        ids = torch.randint(5, kb.backbone.config.vocab_size, (12 + number,), generator=generator)
+        positions = torch.arange(full.sheet.length, full.sheet.length + len(ids))[None]
+        logits = kb.backbone.step(ids[None], positions, prefix_cache(full.prefix.layers, full.sheet.length), len(ids))
+        best = logits[0, 7:-1].float().softmax(-1).topk(16)
+        made.append(Exercise(ids, 8, best.indices, best.values))
+    return made
+
+
+def trainer_of(kb, found, seed=0):
+    layers, free = float_layers(kb.backbone, kb.sheet), free_places(kb.backbone, kb.sheet)
+    return Trainer(kb.backbone, layers, kb.sheet.length, free, found[:4], found[4:6], found[6:], seed)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_a_studied_layer_attends_as_any_other(family, allocation):
+    kb = built(family, allocation=allocation)
+    layers, free = float_layers(family, kb.sheet), free_places(family, kb.sheet)
+    ids = torch.arange(7, 29).view(2, 11)
+    positions = torch.arange(kb.sheet.length, kb.sheet.length + 11).expand(2, -1)
+    wanted = family.step(ids, positions, prefix_cache(kb.prefix.layers, kb.sheet.length), 11)
+    learnt = [None if places is None else Learnt(layer, places) for layer, places in zip(layers, free, strict=True)]
+    studied = [StudiedLayer(layer, kb.sheet.length, own) for layer, own in zip(layers, learnt, strict=True)]
+    torch.testing.assert_close(family.step(ids, positions, cache_of(studied), 11), wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_gradients_are_those_of_the_divergence(tiny):
+    kb = built(tiny)
+    trainer = trainer_of(kb, exercises(kb))
+    state = trainer.begin()
+    before = trainer.run(state, Pace(1, rate=1e-3)).shifts
+    generator = torch.Generator().manual_seed(1)
+    ways = [torch.randn(shift.shape, generator=generator) for shift in before]
+    held = trainer.held
+    gradients = trainer.gradients(held)
+    slope = sum(float((gradient * way).sum()) for gradient, way in zip(gradients, ways, strict=True))
+
+    def at(step):
+        with torch.no_grad():
+            for shift, way in zip(trainer.shifts, ways, strict=True):
+                shift.add_(way, alpha=step)
+        return trainer.divergence(held)
+
+    up, down = at(1e-2), at(-2e-2)
+    assert slope == pytest.approx((up - down) / 2e-2, rel=0.05)
+
+
+INDEPENDENT = {"mode": "independent", "budget": None, "rate": 3}
+
+
+@pytest.mark.parametrize("options", [{"allocation": "uniform"}, {}, {"dtype": "int4"}, INDEPENDENT])
+def test_the_divergence_falls_and_what_may_not_change_stays(tiny, options):
+    kb = built(tiny, **options)
+    trainer = trainer_of(kb, exercises(kb))
+    state = trainer.run(trainer.begin(), Pace(60))
+    assert state.lowest < 0.9 * state.curve[0][1] and state.best_step > 0
+    free = free_places(tiny, kb.sheet)
+    for old, new, places in zip(float_layers(tiny, kb.sheet), trainer.best_layers(state), free, strict=True):
+        size = old.keys.shape[-1]
+        for was, is_now in ((old.keys, new.keys), (old.values, new.values)):
+            changed = (was != is_now).reshape(-1, size).any(-1)
+            assert changed[places].any() and not changed[~places].any()
+
+
+def test_the_preamble_the_first_tokens_and_the_guide_may_not_change(tiny):
+    kb = built(tiny, guide="resident", budget=120)
+    for places, indices in zip(free_places(tiny, kb.sheet), kb.sheet.indices, strict=True):
+        held = indices[indices != ABSENT]
+        assert places[held >= max(4, kb.sheet.manifest.head_tokens)].all()
+        assert not places[held < max(4, kb.sheet.manifest.head_tokens)].any()
+        assert int((held == -1).sum()) == kb.sheet.manifest.guide_tokens * tiny.kv_heads
+
+
+def test_a_study_goes_on_from_its_notebook_to_the_same_bits(tiny, tmp_path):
+    kb = built(tiny)
+    found = exercises(kb)
+    whole = trainer_of(kb, found)
+    straight = whole.run(whole.begin(), Pace(30))
+    first = trainer_of(kb, found)
+    notebook = Notebook(tmp_path / "a.study", {"seed": 0})
+
+    class Killed(Exception):
+        pass
+
+    def kill(state):
+        if state.step == 27:
+            notebook.write_state(state)
+            raise Killed
+
+    with pytest.raises(Killed):
+        first.run(first.begin(), Pace(30), kill)
+    second = trainer_of(kb, found)
+    resumed = second.run(notebook.state(second.shifts), Pace(30))
+    assert resumed.curve == straight.curve and resumed.best_step == straight.best_step
+    for one, other in zip(resumed.best, straight.best, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(second.shifts, whole.shifts, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_notebook_of_another_study_or_a_damaged_one_is_refused(tiny, tmp_path):
+    kb = built(tiny)
+    trainer = trainer_of(kb, exercises(kb))
+    path = tmp_path / "a.study"
+    Notebook(path, {"seed": 0}).write_state(trainer.begin())
+    with pytest.raises(SheetError, match="another study"):
+        Notebook(path, {"seed": 1}).state(trainer.shifts)
+    held = bytearray(path.read_bytes())
+    held[-3] ^= 1
+    path.write_bytes(bytes(held))
+    with pytest.raises(SheetError, match="changed after"):
+        Notebook(path, {"seed": 0}).state(trainer.shifts)
+    path.write_bytes(bytes(held[:50]))
+    with pytest.raises(SheetError, match="damaged"):
+        Notebook(path, {"seed": 0}).state(trainer.shifts)
+
+
+@pytest.fixture(scope="module")
+def staff():
+    with_staff = CompressedKnowledgeLLM.build(STAFF, TASK, model="pocket", rate=4)
+    yield with_staff
+    with_staff.close()
+
+
+@pytest.fixture(scope="module")
+def practice(staff):
+    return make_practice(staff.session.loaded, staff.session.layout, staff.sheet)
+
+
+def test_practice_asks_what_the_documents_answer(staff, practice):
+    told = " ".join(document.text for document in STAFF).lower()
+    assert len(practice.questions) >= 8
+    for each in practice.questions:
+        assert each.answer and each.answer.strip(".").lower().split()[-1] in told
+        assert each.question.endswith("?") and "eva stone" not in each.question.lower()
+        written = staff.backbone.tokenizer.decode(each.ids[each.asked :], skip_special_tokens=True)
+        assert written.strip() == each.answer
+        assert len(each.ids) - each.asked == len(each.tops) == len(each.weights)
+        assert (each.weights.sum(1) <= 1.001).all() and (each.weights[:, 0] > 0).all()
+    assert practice.tried >= len(practice.questions) and all(practice.left_out.values())
+
+
+def test_texts_to_go_on_with_are_the_documents(staff, practice):
+    told = " ".join(document.text for document in STAFF)
+    assert practice.texts
+    for each in practice.texts:
+        assert staff.backbone.tokenizer.decode(each.ids[each.asked :]).strip()[:20] in told
+        assert torch.equal(each.tops[:, 0], each.ids[each.asked :])
+
+
+def test_practice_is_the_same_every_time_and_comes_back_from_its_file(staff, practice, tmp_path):
+    again = make_practice(staff.session.loaded, staff.session.layout, staff.sheet)
+    assert [each.question for each in again.questions] == [each.question for each in practice.questions]
+    notebook = Notebook(tmp_path / "a.study", {"seed": 0})
+    assert notebook.practice() is None
+    notebook.write_practice(practice)
+    read = notebook.practice()
+    assert (read.tried, read.left_out) == (practice.tried, practice.left_out)
+    for one, other in zip([*read.questions, *read.texts], [*practice.questions, *practice.texts], strict=True):
+        assert (one.asked, one.question, one.answer) == (other.asked, other.question, other.answer)
+        assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("ids", "tops", "weights"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give minutes"),
+        ({"minutes": 0}, "minutes is 0"),
+        ({"minutes": float("nan")}, "minutes is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": 3, "rate": 0}, "rate is 0"),
+        ({"steps": 3, "rate": 2}, "rate is 2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tiny, options, message):
+    with pytest.raises(BudgetError, match=message):
+        study(built(tiny).session, **options)
+
+
+def test_a_sheet_without_texts_or_with_too_few_questions_stays_as_it_is(tiny, tmp_path):
+    kb = built(tiny)
+    bare = file.load(kb.save(tmp_path / "bare.sheet", texts=False))
+    with CompressedKnowledgeLLM(tiny, bare) as without, pytest.raises(RequestError, match="without its documents"):
+        without.study(steps=1)
+    before = kb.sheet
+    with pytest.raises(RequestError, match="may serve, and a study needs 16"):
+        kb.study(steps=1)
+    assert kb.sheet is before
+
+
+def test_a_model_in_training_mode_gets_its_gradients_back(tiny):
+    kb = built(tiny)
+    trainer = trainer_of(kb, exercises(kb))
+    wanted = [weight.requires_grad for weight in tiny.model.parameters()]
+    trainer.run(trainer.begin(), Pace(2))
+    assert [weight.requires_grad for weight in tiny.model.parameters()] == wanted
+    assert all(weight.grad is None for weight in tiny.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_real_sheet_learns_and_its_file_is_an_ordinary_one(tmp_path):
+    """The pocket model; minutes on one core."""
+    more = [dataclasses.replace(each, id=f"{each.id}-{n}", text=each.text.replace("extension", word))
+            for n, word in enumerate(("extension", "locker", "room", "badge")) for each in STAFF]  # fmt: skip
+    kb = CompressedKnowledgeLLM.build(more, TASK, model="pocket", rate=8)
+    before = kb.sheet
+    came = kb.study(steps=50, seed=0)
+    assert came.learnt and came.after < came.before
+    assert kb.sheet.manifest.digest != before.manifest.digest and not kb.sheet.manifest.cuttable
+    assert kb.sheet.nbytes == before.nbytes and torch.equal(kb.sheet.indices, before.indices)
+    question = "Where does Hugo Ali live?"
+    said = kb.ask(question, max_tokens=8).text
+    with CompressedKnowledgeLLM.load(kb.save(tmp_path / "a.sheet")) as opened:
+        assert opened.ask(question, max_tokens=8).text == said
+        assert opened.sheet.manifest.build["study"]["steps"] == 50
