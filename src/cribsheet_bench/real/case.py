@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cribsheet.asking.answer import Answer
+from cribsheet.asking.session import Session
 from cribsheet.compare.compare import CLOSED, FULL, Corpus, size_before
 from cribsheet.compare.metrics import normalise
 from cribsheet.compare.questions import CHOICE, SUMMARY, Asked
@@ -22,6 +23,7 @@ from cribsheet.prompt.template import ChatLayout
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.retriever import BM25Retriever, Passage, as_retriever
 from cribsheet.sheet.sheet import Sheet
+from cribsheet.study.study import study
 from cribsheet_bench.quality import peers
 from cribsheet_bench.quality.run import Method
 from cribsheet_bench.quality.several import Sheets
@@ -85,13 +87,14 @@ class Case:
             made, size = way.sheet, min(int(budget * way.share), len(self.whole))
             if way.mode != "sheet":
                 asking = {"mode": way.mode, "passage_tokens": budget - size, "retriever": self._finder(way.retriever)}
-            kb = self._opened((made, size), lambda: self._build(made, size))
+            kb = self._opened((made, size, way.minutes), lambda: self._build(made, size, way.minutes))
         return self._ask(kb, way.name, rate, numbers, asking)
 
-    def _build(self, made: Method, budget: int) -> Sheet:
+    def _build(self, made: Method, budget: int, minutes: float = 0.0) -> Sheet:
         task = self.corpus.task if made.examples else replace(self.corpus.task, examples=())
         how = {name: getattr(made, name) for name in ("scorer", "guide", "allocation", "dtype")}
-        return self.sheets.build(task, budget=budget, **how)
+        sheet = self.sheets.build(task, budget=budget, **how)
+        return study(Session.open(self.model, sheet), minutes=minutes)[0] if minutes else sheet
 
     @cached_property
     def _bare(self) -> CompressedKnowledgeLLM:

@@ -34,7 +34,7 @@ from cribsheet_bench.command import tell_progress
 from cribsheet_bench.real.case import Case, Means
 from cribsheet_bench.real.corpora import find_corpora, group_of, read_corpus
 from cribsheet_bench.real.page import Result, Row, merged, page, print_table, read_result, result_of
-from cribsheet_bench.real.ways import KVZIP, NAMES, WAYS, Way
+from cribsheet_bench.real.ways import KVZIP, NAMES, USUAL, WAYS, Way
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Options:
 
     data: Path
     models: tuple[str, ...]
-    methods: tuple[str, ...] = NAMES
+    methods: tuple[str, ...] = USUAL
     rates: tuple[float, ...] = RATES
     only: tuple[str, ...] = ()
     cases: int | None = None

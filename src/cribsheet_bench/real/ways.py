@@ -11,6 +11,7 @@ from cribsheet_bench.quality.run import Method
 
 KVZIP, INT4 = "kvzip", "int4"
 _INT4_TOKENS = 3.5  # times as many tokens fit the bytes that 16 bits take
+_MINUTES = 3.0  # of study, on whatever device there is
 _OUR_DEFAULT = Method("default", guide="resident")
 
 
@@ -18,7 +19,8 @@ _OUR_DEFAULT = Method("default", guide="resident")
 class Way:
     """A way to answer: how its sheet is made, if it has one, and how passages of which retriever join in.
 
-    A sheet of a `share` of the budget keeps so many times its tokens; passages get the rest.
+    A sheet of a `share` of the budget keeps so many times its tokens; passages get the rest. It studies for so many
+    `minutes` before it is asked.
     """
 
     name: str
@@ -26,10 +28,11 @@ class Way:
     mode: Mode = "sheet"
     retriever: str = ""
     share: float = 1.0
+    minutes: float = 0.0
 
 
-def _sheet(name: str, scorer: str | None = None, *, share: float = 1.0, **how: Any) -> Way:
-    return Way(name, Method(name, scorer, guide="resident", **how), share=share)
+def _sheet(name: str, scorer: str | None = None, *, share: float = 1.0, minutes: float = 0.0, **how: Any) -> Way:
+    return Way(name, Method(name, scorer, guide="resident", **how), share=share, minutes=minutes)
 
 
 def _both(name: str, mode: Mode, retriever: str) -> Way:
@@ -50,6 +53,8 @@ WAYS = (
     _sheet("task", "task", allocation="uniform"),
     _sheet("finch", "finch", allocation="uniform"),
     _sheet("random", "random", allocation="uniform"),
+    _sheet("study", minutes=_MINUTES),
+    _sheet("study-int4", dtype="int4", share=_INT4_TOKENS, minutes=_MINUTES),
     Way(KVZIP),
     _both("hybrid-bm25", "hybrid", "bm25"),
     _both("hybrid-dense", "hybrid", "dense"),
@@ -58,3 +63,4 @@ WAYS = (
 )
 BY_NAME = {way.name: way for way in WAYS}
 NAMES = tuple(BY_NAME)
+USUAL = tuple(name for name, way in BY_NAME.items() if not way.minutes)  # where nothing is said: minutes add up
