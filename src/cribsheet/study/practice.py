@@ -44,6 +44,7 @@ _STRETCH = 2000  # characters that are read at once
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
 _PER_SENTENCE = 6  # questions that are tried
 _AT_ONCE = 2  # of them in a round, so that all stretches have some when time is up
+_FIRST, _FEWEST = 12, 4  # questions about the first stretch, and about any, where time is short
 _SHORTEST = 6  # words of a sentence
 _LONGEST = 400  # characters of a sentence that are shown
 _GAPS = 8  # of a stretch at most
@@ -122,12 +123,24 @@ def make_practice(
     maker = _Maker(exam, turns_of(exam, sheet), stretches, seed)
     rounds = [(stretch, turn) for turn in range(_PER_SENTENCE // _AT_ONCE) for stretch in stretches]
     for number, (stretch, turn) in enumerate(rounds):
-        if until is not None and time.monotonic() > until:
+        most = None if until is None else _affordable(maker, until, len(stretches) - number % len(stretches))
+        if most == 0:
             logger.info("time is up for practice after %d of %d stretches", number, len(rounds))
             break
-        maker.take(stretch, turn)
+        maker.take(stretch, turn, most)
         tell((number + 1) / len(rounds))
     return Practice(maker.found, maker.texts(), maker.tried, maker.left_out)
+
+
+def _affordable(maker: _Maker, until: float, stretches: int) -> int:
+    """How many questions about each of so many stretches there is time for: as long as one takes so far."""
+    now = time.monotonic()
+    if now > until:
+        return 0
+    if not maker.tried:
+        return _FIRST
+    each = (now - maker.began) / maker.tried
+    return max(_FEWEST, int((until - now) / each / stretches))
 
 
 def read_prefix(exam: Exam, *parts: Tensor) -> Prefix:
@@ -162,26 +175,29 @@ class _Maker:
         self._alike = _ALIKE.format(shown) if shown else ""
         self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
         self.found: list[Exercise] = []
-        self.tried = 0
+        self.tried, self.began = 0, time.monotonic()
         self.left_out: Counter[str] = Counter()
 
-    def take(self, stretch: Passage, turn: int) -> None:
-        """Ask some questions about each sentence of a stretch, and in the first round gaps too."""
+    def take(self, stretch: Passage, turn: int, most: int | None = None) -> None:
+        """Ask some questions about each sentence of a stretch, at most so many, and in the first round gaps too."""
         documents = self._exam.documents(stretch.text)
-        asked = dict.fromkeys(self._asked(stretch, documents, turn), "")
+        asked = dict.fromkeys(self._asked(stretch, documents, most), "")
         if turn == 0:
             left = list(gaps(stretch, self._rare))
             self._random.shuffle(left)
-            asked |= {gap.question: gap.answer for gap in left[:_GAPS]}
+            few = _GAPS if most is None else min(_GAPS, most)
+            asked |= {gap.question: gap.answer for gap in left[:few]}
         fresh = {question: right for question, right in asked.items() if " ".join(words(question)) not in self._taken}
         self._taken |= {" ".join(words(question)) for question in fresh}
         if fresh:
             self.found += self._answered(stretch, fresh, read_prefix(self._exam, documents, self._guide))
 
-    def _asked(self, stretch: Passage, documents: Tensor, turn: int) -> Iterator[str]:
+    def _asked(self, stretch: Passage, documents: Tensor, most: int | None) -> Iterator[str]:
         """Questions about a stretch that may be asked without it."""
         exam, sentences = self._exam, _SENTENCE.split(stretch.text)
         about = [sentence for sentence in sentences if len(sentence.split()) >= _SHORTEST for _ in range(_AT_ONCE)]
+        if most is not None and most < len(about):
+            about = self._random.sample(about, most)
         openings = [self._random.choice(_OPENINGS) for _ in about]
         begun = []
         for number, (sentence, opening) in enumerate(zip(about, openings, strict=True)):
