@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cribsheet.asking.certainty import NEAR, Judged, gain, nearness, probability, told
+from cribsheet.asking.certainty import FAITHFUL, NEAR, Judged, gain, nearness, probability, told
 from cribsheet.asking.modes import is_cut
 from cribsheet.asking.settings import PASSAGE_TOKENS, SURE
 from cribsheet.compare.compare import Corpus
@@ -87,7 +87,8 @@ class Measured:
     def chosen(self, near: float = NEAR, sure: float = SURE) -> str:
         """What `auto` does at these thresholds, as `modes.begin` does."""
         judged = Judged(self.probability, self.nearness, near)
-        if sure <= max(self.told, judged.certainty) and sure < 1:
+        is_told = self.told if self.rate <= FAITHFUL else 0.0
+        if sure <= max(is_told, judged.certainty) and sure < 1:
             return _SHEET
         return _RETRIEVAL if judged.is_lost(sure) and self.cut else _HYBRID
 

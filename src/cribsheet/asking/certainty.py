@@ -29,6 +29,7 @@ from cribsheet.retrieval.retriever import Passage
 
 NEAR = 0.6  # share of attention in common from which on a draft was read where the question looks (decisions/0018)
 BEST = 2  # passages of a search that may tell a draft; with more of them, what a draft mixes up is told too
+FAITHFUL = 10.0  # rate of a sheet up to which a draft's words are believed where passages have them (decisions/0026)
 _GAIN = 0.1  # nats a token by which a sheet that knows the answer makes it more probable
 
 

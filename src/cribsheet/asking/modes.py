@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cribsheet.asking.answer import Answer
-from cribsheet.asking.certainty import Judged, judge, told
+from cribsheet.asking.certainty import FAITHFUL, Judged, judge, told
 from cribsheet.asking.prepared import Lookup, Prepared
 from cribsheet.asking.session import Session
 from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream
@@ -220,10 +220,12 @@ def _judge(
 ) -> Judged | None:
     """What a draft looks like that does not stand; none if it does. Its streams report how certain it is.
 
-    One that the passages tell is not measured any further, as that reads it twice more.
+    One that the passages tell is not measured any further, as that reads it twice more. Of a sheet that keeps little,
+    drafts pick wrong words of the right passages, so that they are measured always.
     """
-    retrieval, judged = lookup.retrieval, None
-    certainty = told(query_of(as_turns(lookup.question)), draft, passages[: retrieval.top_k])
+    retrieval, judged, certainty = lookup.retrieval, None, 0.0
+    if session.sheet.rate <= FAITHFUL:
+        certainty = told(query_of(as_turns(lookup.question)), draft, passages[: retrieval.top_k])
     if retrieval.takes_all or not retrieval.takes(certainty):
         judged = judge(session, streams[0].question.told.ids, draft)
         certainty = max(certainty, judged.certainty)
