@@ -100,6 +100,43 @@ def test_a_lower_folder_imports_no_higher_one():
     assert upward == set()
 
 
+def neighbours(name: str, path: Path) -> set[str]:
+    """Files of the library that a file imports, also in functions and for types."""
+    homes = {
+        "cribsheet." + each.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): each for each in FILES
+    }
+    taken = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            taken.update(homes.get(each) or homes.get(node.module, "") for each in names)
+    return taken - {name, "", "__init__.py"}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    left = {name: neighbours(name, path) for name, path in FILES.items()}
+    while free := [name for name, taken in left.items() if not taken & set(left)]:
+        for name in free:
+            del left[name]
+    assert sorted(left) == []
+
+
+@pytest.mark.parametrize("room", ["ray", "server"])
+def test_names_that_a_folder_gives_later_are_where_it_says(room):
+    """Needs none of what they need themselves: a move must not lose them where an extra is not installed."""
+    body = ast.parse(FILES[f"{room}/__init__.py"].read_text()).body
+    (homes,) = (
+        ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign) and node.targets[0].id == "_HOMES"
+    )
+    assert homes
+    for name, home in homes.items():
+        made = ast.parse(FILES[f"{room}/{home.replace('.', '/')}.py"].read_text()).body
+        defined = {
+            node.name for node in made if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        assert name in defined, (room, home, name)
+
+
 def test_folders_are_small_enough_to_be_read():
     counts: dict[str, int] = {}
     for name in FILES:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention.rope import rotate
 from cribsheet.build import build_sheet
-from cribsheet.compress.loop import Kept, choose, condense, correct, kept_tokens, nothing_kept, places, read, score
+from cribsheet.compress.kept import Kept
+from cribsheet.compress.loop import choose, condense, correct, kept_tokens, nothing_kept, places, read, score
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.living.combine import combine
 from cribsheet.plan.options import BuildOptions

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cribsheet.compress.loop import Kept, State
+from cribsheet.compress.kept import Kept
+from cribsheet.compress.loop import State
 from cribsheet.errors import SheetError
 from cribsheet.sheet.atomic import writing
 from cribsheet.sheet.tensors import TensorFile, digest_of

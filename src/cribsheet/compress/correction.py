@@ -20,10 +20,10 @@ from cribsheet.attention.attend import attend, attend_shared, merge
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.plain import capped
 from cribsheet.attention.rope import rotate
+from cribsheet.compress.kept import Kept
 from cribsheet.vocabulary import ABSENT
 
 if TYPE_CHECKING:
-    from cribsheet.compress.loop import Kept
     from cribsheet.model.backbone import Backbone
 
 

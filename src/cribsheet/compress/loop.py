@@ -19,6 +19,7 @@ from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.rope import rotate
 from cribsheet.compress.correction import refitted
+from cribsheet.compress.kept import Kept
 from cribsheet.compress.progress import Steps
 from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
 from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
@@ -28,25 +29,6 @@ from cribsheet.vocabulary import ABSENT, Allocation, Correction
 
 Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
 Step = Callable[[], None]  # is called after each part of a chunk's work
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What one layer keeps: keys (K, P, D) *before* rotation in float32, values (K, P, D), indices and scores (K, P).
-
-    Scores of N needs are (N, K, P). Unrotated keys can be given any position without adding up rounding errors from
-    chunk to chunk. A head that keeps fewer than P tokens has them at the end, behind indices `ABSENT` with a score of
-    minus infinity.
-    """
-
-    keys: Tensor
-    values: Tensor
-    indices: Tensor
-    scores: Tensor
-
-    def at(self, positions: Tensor, inv_freq: Tensor) -> Tensor:
-        """Keys (K, P, D) rotated for `positions` (P,), in the dtype of the values."""
-        return rotate(self.keys, positions, inv_freq).to(self.values.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, turned_back
 from cribsheet.compress.checkpoint import Checkpoint
-from cribsheet.compress.loop import Kept, State, as_prefix, compress, kept_tokens, nothing_kept
+from cribsheet.compress.kept import Kept
+from cribsheet.compress.loop import State, as_prefix, compress, kept_tokens, nothing_kept
 from cribsheet.compress.progress import Listener, shown
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import describe, identity

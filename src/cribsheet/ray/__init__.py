@@ -1,8 +1,8 @@
 """More machines: builds as Ray tasks, and replicas of the server on Ray Serve.
 
-`building.py`: one task for each corpus or, for independent sheets, for each document; killed workers are followed by
-others that go on where they were. `serving.py`: the app of `cribsheet serve` in every replica, behind one address;
-`front.py`: where all requests pass; `dividing.py`: replicas of several processes each.
+`build.py`: one task for each corpus or, for independent sheets, for each document; killed workers are followed by
+others that go on where they were. `serve.py`: the app of `cribsheet serve` in every replica, behind one address, as
+`settings.py` says; `front.py`: where all requests pass; `divide.py`: replicas of several processes each.
 Needs the extra: `pip install 'cribsheet[ray]'`; nothing else in cribsheet imports Ray.
 """
 
@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cribsheet.ray.build import Workers, build_each, build_independent
-    from cribsheet.ray.serve import Serving, application
+    from cribsheet.ray.serve import application
     from cribsheet.ray.session import cluster
+    from cribsheet.ray.settings import Serving
 
 __all__ = ["Serving", "Workers", "application", "build_each", "build_independent", "cluster"]
 _HOMES = {
-    "Serving": "serving",
-    "Workers": "building",
-    "application": "serving",
-    "build_each": "building",
-    "build_independent": "building",
+    "Serving": "settings",
+    "Workers": "build",
+    "application": "serve",
+    "build_each": "build",
+    "build_independent": "build",
     "cluster": "session",
 }
 

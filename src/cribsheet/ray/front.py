@@ -34,7 +34,7 @@ from cribsheet.server.telemetry.metrics import Metrics
 from cribsheet.server.telemetry.record import ID, Record
 
 if TYPE_CHECKING:
-    from cribsheet.ray.serve import Serving
+    from cribsheet.ray.settings import Serving
 
 _TRIES = 4  # replicas that are asked before a request is given up
 _PAUSE_SECONDS = 0.2
