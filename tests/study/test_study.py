@@ -18,6 +18,7 @@ from cribsheet.study.notebook import Notebook
 from cribsheet.study.practice import Exercise, make_practice
 from cribsheet.study.study import float_layers, free_places, study
 from cribsheet.study.trainer import Pace, Trainer
+from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
 
 NAMES = (
@@ -236,6 +237,25 @@ def test_a_sheet_without_texts_or_with_too_few_questions_stays_as_it_is(tiny, tm
     with pytest.raises(RequestError, match="may serve, and a study needs 16"):
         kb.study(steps=1)
     assert kb.sheet is before
+
+
+def test_the_command_refuses_in_its_own_words_and_leaves_the_file(cli, tiny, tmp_path):
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("Hugo Ali lives in Quito. His extension is 40213.")
+    path = tmp_path / "a.sheet"
+    made = cli("build", tmp_path / "a.txt", "-o", path, "--task", "Answer.", "--rate", 2, "--model", tmp_path / "model")
+    assert made.code == 0, made.err
+    before = path.read_bytes()
+    for options, words in (
+        ((), "give --minutes, or --steps"),
+        (("--minutes", 0), "above 0"),
+        (("--steps", 0), "at least 1"),
+        (("--steps", 1), "may serve, and a study needs 16"),
+        (("--steps", 1, "-o", tmp_path / "nowhere" / "b.sheet"), "does not exist"),
+    ):
+        refused = cli("study", path, *options)
+        assert refused.code == 2 and words in refused.err and not refused.out, (options, refused)
+    assert path.read_bytes() == before
 
 
 def test_a_model_in_training_mode_gets_its_gradients_back(tiny):

@@ -27,7 +27,19 @@ FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 # Options that the library's messages name, all of which some command has under the same name.
 OPTIONS = (
     *("allocation", "budget", "check", "chunk_tokens", "correction", "device", "guide"),
-    *("max_tokens", "mode", "passage_tokens", "rate", "retain", "retriever", "scorer", "seed", "system"),
+    *(
+        "max_tokens",
+        "minutes",
+        "mode",
+        "passage_tokens",
+        "rate",
+        "retain",
+        "retriever",
+        "scorer",
+        "seed",
+        "steps",
+        "system",
+    ),
     *("task", "temperature", "timeout", "top_k", "top_p"),
 )
 _CALLS = {  # what is done by a call in Python
