@@ -1,6 +1,6 @@
 """Several sheets behind one question.
 
-Combining puts what the sheets keep into one prefix, at positions of its own, under one head and one guide.
+Combining puts what the sheets keep into one prefix, at positions of its own, under one preamble and one guide.
 """
 
 from __future__ import annotations

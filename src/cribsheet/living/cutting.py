@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cribsheet.attention.prefix import turned_back
 from cribsheet.errors import SheetError
-from cribsheet.living.segments import Segment, held, read_head, shifted
+from cribsheet.living.segments import Segment, held, read_preamble, shifted
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.encoder import Encoder
 from cribsheet.sheet.layers import StoredLayer
@@ -19,10 +19,10 @@ from cribsheet.vocabulary import ABSENT
 
 
 def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
-    """The head and the segments of an independent sheet; a sequential one is one segment. The guide is left out.
+    """The preamble and the segments of an independent sheet; a sequential one is one segment. The guide is left out.
 
-    The template's head is read again where not every head of a sequential sheet keeps all of it. Raises `SheetError`
-    for a sequential sheet with sliding windows.
+    The template's preamble is read again where not every head of a sequential sheet keeps all of it. Raises
+    `SheetError` for a sequential sheet with sliding windows.
     """
     made = sheet.manifest
     independent = made.mode == "independent"
@@ -51,14 +51,14 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
         )
         read, number = read + tokens, number + documents
     is_whole = bool((bounds[..., 1] - bounds[..., 0] == made.head_tokens).all())
-    return found[0] if is_whole else _head_of(backbone, sheet), found[1:]
+    return found[0] if is_whole else _preamble_of(backbone, sheet), found[1:]
 
 
-def _head_of(backbone: Backbone, sheet: Sheet) -> Segment:
-    """The whole head of the template that a sequential sheet begins with."""
+def _preamble_of(backbone: Backbone, sheet: Sheet) -> Segment:
+    """The whole preamble of the template that a sequential sheet begins with."""
     made = sheet.manifest
     ids, spans = Encoder(backbone.tokenizer).left(made.head + "x")
-    return read_head(backbone, ids[spans[:, 1] <= len(made.head)], made.dtype)
+    return read_preamble(backbone, ids[spans[:, 1] <= len(made.head)], made.dtype)
 
 
 def _parts(layers: Sequence[StoredLayer], bounds: Tensor, backbone: Backbone, length: int) -> list[list[StoredLayer]]:

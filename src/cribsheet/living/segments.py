@@ -1,9 +1,9 @@
 """A sheet in segments: stretches of the corpus that were read alone, so that each can be put in and taken out.
 
-A segment was read right behind the shared head and knows nothing of its neighbours. Its keys are kept before rotation,
-so it may stand at any position: the sheet is rotated as a whole when it is put on a device, and a segment that stays
-is bit for bit the same whatever comes and goes around it. Only a resident guide sees all segments; it is read anew
-whenever they change.
+A segment was read right behind the shared preamble and knows nothing of its neighbours. Its keys are kept before
+rotation, so it may stand at any position: the sheet is rotated as a whole when it is put on a device, and a segment
+that stays is bit for bit the same whatever comes and goes around it. Only a resident guide sees all segments; it is
+read anew whenever they change.
 
 Where heads keep different numbers of tokens they do so in each segment; joined, each head's tokens lie close together
 and end where the sheet does. Taking a sheet apart is in `living/cutting.py`.
@@ -36,7 +36,7 @@ from cribsheet.vocabulary import ABSENT, StorageDtype
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Documents that were read together, away from all others; the head and the guide are segments without documents.
+    """Documents that were read together, away from all others; preamble and guide are segments without documents.
 
     layers
         keys before rotation and values (K, P, D) as they are stored; a layer with a sliding window holds only the last
@@ -60,8 +60,8 @@ class Segment:
     texts: Sequence[str] = ()
 
 
-def read_head(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
-    """The head's tokens (h,), which see only each other."""
+def read_preamble(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
+    """The preamble's tokens (T,), which see only each other."""
     layers = nothing_read(backbone)
     if len(ids):
         layers = _unrotated(backbone, layers, 0, ids)
@@ -87,14 +87,14 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
 
 
 def read_segment(backbone: Backbone, plan: Plan, tell: Tell | None = None) -> Segment:
-    """Condense the documents of a plan, alone behind their head, which is left out of the result."""
+    """Condense the documents of a plan, alone behind their preamble, which is left out of the result."""
     kept = nothing_kept(backbone)
-    head = plan.corpus.head_tokens
-    reading = replace(plan.reading, pinned=head, least=head + 1)  # every head keeps something of every document
+    preamble = plan.corpus.preamble_tokens
+    reading = replace(plan.reading, pinned=preamble, least=preamble + 1)  # every head keeps something of every document
     for state in compress(backbone, plan.corpus, reading, tell=tell):
         kept = state.kept
     full = [kept[number].indices.cpu() for number in backbone.full]
-    indices = joined_indices([_aligned([torch.where(each < head, ABSENT, each - head) for each in full])])
+    indices = joined_indices([_aligned([torch.where(each < preamble, ABSENT, each - preamble) for each in full])])
     counts = (indices != ABSENT).sum(-1)
     size = mean_kept(counts)
     layers, rows = [], iter(counts.tolist())
@@ -103,14 +103,14 @@ def read_segment(backbone: Backbone, plan: Plan, tell: Tell | None = None) -> Se
         own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
         (part,) = FloatLayer(layer.keys, layer.values, window).parts([(last - count, last) for count in own])
         layers.append(StoredLayer.of(LayerPrefix(part.keys, part.values, window, part.counts), plan.dtype))
-    origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
-    origins[:, 0] -= head
+    origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + preamble))
+    origins[:, 0] -= preamble
     return Segment(
         layers,
         indices.to(torch.int32),
         origins,
         size,
-        len(plan.corpus) - head,
+        len(plan.corpus) - preamble,
         list_documents(plan.corpus),
         [document.text for document in plan.corpus.documents],
     )
@@ -139,7 +139,7 @@ def sheet_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
 def assemble(
     backbone: Backbone,
     manifest: Manifest,
-    head: Segment,
+    preamble: Segment,
     segments: Sequence[Segment],
     resident: Tensor,
     *,
@@ -150,7 +150,7 @@ def assemble(
     What `manifest` says of documents, sizes and segments is replaced. Raises `BudgetError` if they do not fit the
     model's window.
     """
-    parts = [head, *segments]
+    parts = [preamble, *segments]
     origins, indices, read, number = [], [], 0, 0
     for part in parts:
         origins.append(shifted(part.origins, read, number))
@@ -168,7 +168,7 @@ def assemble(
         "form": manifest.form if len(resident) else "",
         "corpus_digest": corpus_digest(documents),
         "corpus_tokens": read,
-        "head_tokens": head.kept,
+        "head_tokens": preamble.kept,
         "documents": documents,
         "budget": sum(part.kept for part in parts),
         "mode": "independent",
