@@ -14,8 +14,7 @@ from cribsheet.build import build_sheet
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.living import edits
 from cribsheet.living.combine import combine
-from cribsheet.living.cutting import cut
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_backbone

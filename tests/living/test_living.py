@@ -14,9 +14,8 @@ from cribsheet.attention.rope import rotate
 from cribsheet.compress.scoring import SCORERS
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
 from cribsheet.living import edits
-from cribsheet.living.cutting import cut
 from cribsheet.living.independent import LEAST, share
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.plan.assemble import carry_out
 from cribsheet.plan.options import BuildOptions
 from cribsheet.plan.plan import plan

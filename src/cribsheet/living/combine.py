@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 from cribsheet.corpus.task import Task
 from cribsheet.errors import DocumentError, SheetError
-from cribsheet.living.cutting import cut
 from cribsheet.living.independent import changed, least_most
-from cribsheet.living.segments import assemble
+from cribsheet.living.segments import assemble, cut
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout

@@ -19,9 +19,8 @@ from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document, read_documents
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import DocumentError, SheetError
-from cribsheet.living.cutting import cut
 from cribsheet.living.independent import Terms, changed, least_most, read_all, refuse_twice
-from cribsheet.living.segments import Segment, assemble
+from cribsheet.living.segments import Segment, assemble, cut
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.sheet.manifest import Operation

@@ -20,8 +20,7 @@ from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, DocumentError, SheetError
-from cribsheet.living.cutting import cut
-from cribsheet.living.segments import Segment, assemble, check_fits, read_preamble, read_segment
+from cribsheet.living.segments import Segment, assemble, check_fits, cut, read_preamble, read_segment
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import circumstances, describe, list_documents
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
