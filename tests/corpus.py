@@ -25,7 +25,7 @@ class OneHead:
     """A scorer to which only the first head of the first layer matters, and in it everything."""
 
     reads: ClassVar[Reads] = Reads()
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view):
         scores = torch.zeros(view.keys.shape[:2])

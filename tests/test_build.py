@@ -69,7 +69,7 @@ def test_a_full_sheet_with_a_resident_guide_is_the_whole_conversation(family, ta
     kb = CompressedKnowledgeLLM.build(DOCUMENTS, task, model=family, rate=1, guide="dropped")
     guide = layout.encoder.after(layout.guide(task).resident, continues=True)
     question = layout.encoder.after(layout.question([{"role": "user", "content": QUESTION}], task, True))
-    left = layout.encoder.left(layout.head(task.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n")[0]
+    left = layout.encoder.left(layout.preamble(task.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n")[0]
     rest = torch.cat([guide, question])
     read = family.read(kb.prefix.layers, kb.prefix.tokens, guide, question)
     stock = stock_cache(family, torch.cat([left, rest]))
@@ -84,7 +84,7 @@ def test_rate_1_is_the_ceiling_of_the_same_prompt_guide_included(family, mode):
         DOCUMENTS if mode == "sequential" else documents, FEW_SHOT, model=family, rate=1, guide="resident", mode=mode
     )
     layout = ChatLayout(family.tokenizer)
-    left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
+    left = layout.preamble(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
     question = layout.question([{"role": "user", "content": QUESTION}], FEW_SHOT, True)
     corpus, rest = layout.encoder.left(left)[0], layout.encoder.after(layout.guide(FEW_SHOT).resident + question)
     told = kb.sheet.manifest.guide_tokens
@@ -109,7 +109,7 @@ def test_auto_keeps_a_guide_that_takes_at_most_a_quarter_of_the_budget(tiny):
 def test_at_rate_1_nothing_is_scored_and_the_guide_comes_on_top(tiny, mode):
     class Unasked:
         reads = Reads(task=True, repetition=True)
-        pins_head = True
+        pins_preamble = True
 
         def score(self, view):
             pytest.fail("there is nothing to choose")
@@ -168,14 +168,15 @@ def test_a_question_follows_the_guide_that_its_sheet_was_built_with(tiny, tmp_pa
     layout = ChatLayout(tiny.tokenizer)
     for guide, shown in (("resident", FEW_SHOT), ("form", FEW_SHOT.shown(FEW_SHOT.form))):
         kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1.2, guide=guide)
-        left = layout.head(shown.instruction) + "\n\n".join(document.text for document in DOCUMENTS) + "\n\n"
+        preamble = layout.preamble(shown.instruction)
+        left = preamble + "\n\n".join(document.text for document in DOCUMENTS) + "\n\n"
         resident = layout.guide(shown).resident
         loaded = CompressedKnowledgeLLM.load(kb.save(tmp_path / f"{guide}.sheet"), model=tiny)
         asked = layout.encoder.after(layout.question([{"role": "user", "content": QUESTION}], shown, True))
         assert loaded.question_tokens(QUESTION).equal(asked)
         assert loaded.ask(QUESTION, max_tokens=8).text == kb.ask(QUESTION, max_tokens=8).text
         assert kb.sheet.manifest.guide_tokens == len(layout.encoder.after(resident, continues=True))
-        layout.verify(layout.head(shown.instruction), left[len(layout.head(shown.instruction)) : -2], resident, shown)
+        layout.verify(preamble, left[len(preamble) : -2], resident, shown)
         told = loaded.sheet.manifest.model_dump()
         assert told.pop("form") == ("" if guide == "resident" else FEW_SHOT.form)
     told["guide"] = "resident"
@@ -210,9 +211,9 @@ REFUSALS = {
     "budget zero": ({"rate": None, "budget": 0}, r"The budget is 0 tokens"),
     "budget negative": ({"rate": None, "budget": -3}, r"The budget is -3 tokens"),
     "budget above": ({"rate": None, "budget": 100_000}, r"The budget is 100000 tokens but the corpus has \d+"),
-    "budget below the head": (
+    "budget below the preamble": (
         {"rate": None, "budget": 2},
-        r"the template's head takes \d+; pass a budget of at least \d+ or a lower rate\.$",
+        r"the template's preamble takes \d+; pass a budget of at least \d+ or a lower rate\.$",
     ),
     "budget below the guide": (
         {"rate": None, "budget": 30, "guide": "resident"},

@@ -22,10 +22,10 @@ from cribsheet.prompt.template import ChatLayout
 def whole_prompt(backbone: Backbone, task=FEW_SHOT, resident=False) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the corpus part and of the question part, as one rendered prompt would have them."""
     layout = ChatLayout(backbone.tokenizer)
-    left = layout.head(task.instruction) + "\n\n".join(document.text for document in DOCUMENTS) + "\n\n"
+    left = layout.preamble(task.instruction) + "\n\n".join(document.text for document in DOCUMENTS) + "\n\n"
     question = layout.question([{"role": "user", "content": QUESTION}], task, resident)
     guide = layout.guide(task).resident if resident else ""
-    whole = layout._render([{"role": "user", "content": left[len(layout.head("")) :] + QUESTION}])
+    whole = layout._render([{"role": "user", "content": left[len(layout.preamble("")) :] + QUESTION}])
     if not resident:
         assert whole == left + question
     return layout.encoder.left(left)[0], layout.encoder.after(guide + question)

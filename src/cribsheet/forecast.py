@@ -89,12 +89,12 @@ def forecast(
     warn_without_task(task, how)
     if how.mode == "independent":
         terms, plans = plan_each(backbone, layout, documents, task, how)
-        tokens, head_tokens = kept_of(terms, plans), len(terms.head)
+        tokens, preamble_tokens = kept_of(terms, plans), len(terms.preamble)
     else:
         plans = [plan(backbone, layout, documents, task, how)]
-        tokens, head_tokens = plans[0].budget, 0
+        tokens, preamble_tokens = plans[0].budget, 0
     parts = [_Part.of(each) for each in plans]
-    corpus_tokens = head_tokens + sum(len(each.corpus) - head_tokens for each in parts)
+    corpus_tokens = preamble_tokens + sum(len(each.corpus) - preamble_tokens for each in parts)
     longest = max(parts, key=lambda part: len(part.corpus))
     piece, took, seconds, lengths = _timed(backbone, longest, parts)
     return Forecast(

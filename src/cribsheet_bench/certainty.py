@@ -131,8 +131,8 @@ def corpora(levels: Sequence[int], questions: int, worlds: int, seed: int) -> It
 def measure(model: LoadedModel, family: str, corpus: Corpus, rates: Sequence[float]) -> Iterator[Measured]:
     """All questions of a corpus at each rate."""
     layout = ChatLayout(model.backbone.tokenizer)
-    head = layout.head(corpus.task.instruction)
-    tokens = len(TokenizedCorpus.build(corpus.documents, head, layout.encoder))
+    preamble = layout.preamble(corpus.task.instruction)
+    tokens = len(TokenizedCorpus.build(corpus.documents, preamble, layout.encoder))
     full: dict[float, list[float]] = {}
     for rate in sorted({*rates, *(2 * rate for rate in rates)}):  # half of one budget is all of another
         try:

@@ -20,8 +20,7 @@ from cribsheet.asking.certainty import judge
 from cribsheet.cli import run
 from cribsheet.engine import prefill
 from cribsheet.errors import EngineError, RequestError
-from cribsheet.living.cutting import cut
-from cribsheet.living.segments import assemble
+from cribsheet.living.segments import assemble, cut
 from cribsheet.retrieval.passages import with_passages
 from cribsheet.retrieval.retriever import Passage
 from cribsheet.testing import echo_backbone, save_tiny_model, tiny_backbone

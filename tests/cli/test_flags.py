@@ -107,10 +107,10 @@ def test_commands_that_change_and_ask_advise_flags_too(places, capsys):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"budget": 2, "guide": "dropped"}, r"the template's head takes \d+; pass a budget of at least \d+ or a lower"),
-        ({"budget": 2}, r"the template's head takes \d+; pass a budget of at least \d+ or a lower rate\.$"),
+        ({"budget": 2, "guide": "dropped"}, r"the template's preamble takes \d+; pass a budget of at least \d+ or"),
+        ({"budget": 2}, r"the template's preamble takes \d+; pass a budget of at least \d+ or a lower rate\.$"),
         ({"budget": 2, "guide": "dropped", "mode": "independent"},
-         r"but head takes \d+ and 4 .* or fewer documents\.$"),
+         r"but preamble takes \d+ and 4 .* or fewer documents\.$"),
         ({"rate": 10000}, r"or a lower rate\.$"),
         ({"budget": 10000}, r"or a rate\.$"),
     ],

@@ -83,7 +83,7 @@ class Alike:
     """A scorer by which all heads want the same tokens, the earliest most."""
 
     reads: ClassVar[Reads] = Reads()
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view):
         return 1 / (1 + view.positions.float().clamp(min=0))
@@ -226,7 +226,7 @@ def test_what_an_answer_looks_at_is_the_same_as_if_absent_tokens_were_there_and_
     assert absent.any() and (looked[absent] == 0).all() and (looked[~absent] > 0).all()
 
 
-def test_the_first_token_stays_in_every_head_and_the_rest_of_the_template_s_head_competes(tiny):
+def test_the_first_token_stays_in_every_head_and_the_rest_of_the_preamble_competes(tiny):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=5, **BUILD)
     kept = [head[head != ABSENT].tolist() for layer in sheet.indices for head in layer]
     assert {head[0] for head in kept} == {0}
@@ -235,7 +235,7 @@ def test_the_first_token_stays_in_every_head_and_the_rest_of_the_template_s_head
 
 
 @pytest.mark.parametrize("budget", [2, 3, 5])
-def test_where_heads_share_a_budget_it_may_be_less_than_the_template_s_head(tiny, tmp_path, budget):
+def test_where_heads_share_a_budget_it_may_be_less_than_the_preamble(tiny, tmp_path, budget):
     options = {"budget": budget, "guide": "dropped", "chunk_tokens": 40}
     with CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, **options) as kb:
         assert kb.sheet.tokens == budget < kb.sheet.manifest.head_tokens
@@ -245,9 +245,9 @@ def test_where_heads_share_a_budget_it_may_be_less_than_the_template_s_head(tiny
         answer = kb.ask(QUESTION, max_tokens=5).text
     with CompressedKnowledgeLLM(tiny, load_sheet(path)) as again:
         assert again.ask(QUESTION, max_tokens=5).text == answer
-    with pytest.raises(BudgetError, match=r"head takes \d+; .* at least \d+ or a lower rate\.$"):
+    with pytest.raises(BudgetError, match=r"preamble takes \d+; .* at least \d+ or a lower rate\.$"):
         build_sheet(tiny, DOCUMENTS, FEW_SHOT, allocation="uniform", **options)
-    with pytest.raises(BudgetError, match=r"head takes 1; pass a budget of at least 2 or a lower rate"):
+    with pytest.raises(BudgetError, match=r"preamble takes 1; pass a budget of at least 2 or a lower rate"):
         build_sheet(tiny, DOCUMENTS, FEW_SHOT, **{**options, "budget": 1})
 
 

@@ -45,8 +45,8 @@ def test_any_chunk_size_ends_with_the_budget_in_reading_order(tiny, scorer, chun
         assert (layer.indices.diff(dim=1) > 0).all()
         assert int(layer.indices.min()) >= 0 and int(layer.indices.max()) < len(made.corpus)
         if scorer != "finch":
-            head = torch.arange(made.corpus.head_tokens)
-            assert (layer.indices[:, : len(head)] == head).all()
+            preamble = torch.arange(made.corpus.preamble_tokens)
+            assert (layer.indices[:, : len(preamble)] == preamble).all()
 
 
 def test_kept_keys_and_values_are_those_of_their_own_tokens(family):
@@ -113,7 +113,7 @@ def test_what_is_left_to_read_always_fills_the_budget(budget, total, pinned, chu
 def test_after_each_chunk_exactly_the_earned_tokens_are_kept(tiny):
     made = planned(tiny, chunk_tokens=23)
     for state in states(tiny, made):
-        expected = earned_budget(made.budget, state.done, len(made.corpus), made.corpus.head_tokens)
+        expected = earned_budget(made.budget, state.done, len(made.corpus), made.corpus.preamble_tokens)
         assert {layer.indices.shape[1] for layer in state.kept} == {expected}
 
 

@@ -1,4 +1,4 @@
-"""The pages run with a model whose chat template is a real one: its head is as long as all that some pages condense.
+"""The pages run with a model whose chat template is a real one: its preamble is as long as what some pages condense.
 
 Only what is refused is looked at: the model here is small, random and answers noise. The pages run in one process of
 their own, where "pocket" stands for that model.
@@ -24,7 +24,7 @@ from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_config
 
 TEMPLATE = ROOT / "tests" / "data" / "chat_templates" / "qwen2.5-instruct.jinja"
-LEAST = 29  # tokens of the head with that model's own tokenizer; the pocket's needs a few more
+LEAST = 29  # tokens of the preamble with that model's own tokenizer; the pocket's needs a few more
 PAGES = [page for page in RUN if page.parent.name == "how-to"]
 
 
@@ -34,7 +34,7 @@ def with_a_real_template(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     layout = ChatLayout(tokenizer)
-    assert len(layout.encoder.left(layout.head(Task.of(None).instruction))[0]) >= LEAST
+    assert len(layout.encoder.left(layout.preamble(Task.of(None).instruction))[0]) >= LEAST
     torch.manual_seed(0)  # noise, but the same every time
     config = tiny_config("llama", vocab_size=len(tokenizer), max_position_embeddings=16384)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -364,7 +364,7 @@ def test_the_logits_of_every_step_are_those_of_the_whole_context(kb, engine):
     run(engine)
     said = [logprob for event in events if isinstance(event, Delta) for logprob in event.logprobs]
     layout = full.session.layout
-    left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
+    left = layout.preamble(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
     whole = torch.cat([layout.encoder.left(left)[0], request.question])
     assert [logprob.token_id for logprob in said] == full_context_answer(kb.backbone, whole, 6)
     for logprob in said:

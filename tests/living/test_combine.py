@@ -14,8 +14,7 @@ from cribsheet.build import build_sheet
 from cribsheet.errors import DocumentError, RequestError, SheetError
 from cribsheet.living import edits
 from cribsheet.living.combine import combine
-from cribsheet.living.cutting import cut
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_backbone
@@ -32,10 +31,10 @@ def build(backbone, documents, task=FEW_SHOT, **options):
 def test_combined_sheets_keep_every_key_and_value_at_positions_of_their_own(tiny, mode):
     first, second = build(tiny, [ALICE, BOB], **mode), build(tiny, [CLARA, HUGO], **mode)
     both = combine(tiny, [first, second])
-    head = first.manifest.head_tokens
-    assert both.tokens == first.tokens + second.tokens - head
+    preamble = first.manifest.head_tokens
+    assert both.tokens == first.tokens + second.tokens - preamble
     for mine, one, two in zip(*(sheet_layers(tiny, sheet) for sheet in (both, first, second)), strict=True):
-        assert torch.equal(mine.values, torch.cat([one.values, two.values[:, head:]], 1))
+        assert torch.equal(mine.values, torch.cat([one.values, two.values[:, preamble:]], 1))
         torch.testing.assert_close(mine.keys[:, : first.tokens], one.keys, atol=1e-4, rtol=1e-4)
     assert [document.id for document in both.documents] == ["alice", "bob", "clara", "hugo"]
     assert both.kept_per_document() == {**first.kept_per_document(), **second.kept_per_document()}
@@ -72,12 +71,12 @@ def test_examples_whose_form_stays_do_not_come_back_beside_a_sheet_without_any(t
 
 def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(tiny):
     first, second = build(tiny, [ALICE, BOB]), build(tiny, [CLARA, HUGO])
-    both, head = combine(tiny, [first, second]), first.manifest.head_tokens
-    old = torch.arange(head, second.tokens)
+    both, preamble = combine(tiny, [first, second]), first.manifest.head_tokens
+    old = torch.arange(preamble, second.tokens)
     for mine, theirs, inv_freq in zip(
         sheet_layers(tiny, both), sheet_layers(tiny, second), tiny.inv_freqs, strict=True
     ):
-        moved = move(theirs.keys[:, head:], old, old + first.tokens - head, inv_freq)
+        moved = move(theirs.keys[:, preamble:], old, old + first.tokens - preamble, inv_freq)
         torch.testing.assert_close(mine.keys[:, first.tokens :], moved, atol=5e-4, rtol=1e-3)
 
 
@@ -86,10 +85,10 @@ def test_keys_of_the_second_sheet_are_moved_as_if_they_had_been_rotated_there(ti
 def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_are_combined(tiny, first, second):
     one = build(tiny, [ALICE, BOB], rate=3, allocation="adaptive", **first)
     two = build(tiny, [CLARA, HUGO], rate=3, allocation=second)
-    both, head = combine(tiny, [one, two]), one.manifest.head_tokens
+    both, preamble = combine(tiny, [one, two]), one.manifest.head_tokens
     assert both.manifest.allocation == "adaptive"
     opening = build(tiny, [ALICE], rate=1, allocation="uniform")
-    opened = [[(sheet.indices[layer] >= 0) & (sheet.indices[layer] < head) for layer in range(tiny.num_layers)]
+    opened = [[(sheet.indices[layer] >= 0) & (sheet.indices[layer] < preamble) for layer in range(tiny.num_layers)]
               for sheet in (one, two)]  # fmt: skip
     layers = zip(*(sheet_layers(tiny, sheet) for sheet in (both, one, two, opening)), *opened, strict=True)
     for mine, before, behind, whole, *own in layers:
@@ -97,7 +96,7 @@ def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_a
             *map(heads_of, (mine, before, behind, whole)), *(each.sum(-1).tolist() for each in own), strict=True
         )
         for (keys, values), (_, left), (_, right), (_, read), m, n in parts:
-            expected = torch.cat([read[:head], left[m:], right[n:]])
+            expected = torch.cat([read[:preamble], left[m:], right[n:]])
             torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
             assert len(keys) == len(values)
     assert both.kept_per_document() == {**one.kept_per_document(), **two.kept_per_document()}
@@ -111,8 +110,8 @@ def test_heads_that_keep_different_numbers_of_tokens_keep_them_all_when_sheets_a
 def test_heads_that_keep_nothing_of_the_documents_hold_the_head_when_sheets_are_combined(tiny, tmp_path):
     options = {"rate": 4, "scorer": OneHead(), "allocation": "adaptive"}
     both = combine(tiny, [build(tiny, [ALICE, BOB], **options), build(tiny, [CLARA, HUGO], **options)])
-    head = both.manifest.head_tokens
-    assert ((both.indices >= 0).sum(-1) == head).any()
+    preamble = both.manifest.head_tokens
+    assert ((both.indices >= 0).sum(-1) == preamble).any()
     again = load_sheet(save_sheet(both, tmp_path / "both.sheet"))
     assert torch.equal(again.indices, both.indices)
     asked = [CompressedKnowledgeLLM(tiny, each).ask(QUESTION, max_tokens=6) for each in (both, again)]

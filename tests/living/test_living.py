@@ -14,9 +14,8 @@ from cribsheet.attention.rope import rotate
 from cribsheet.compress.scoring import SCORERS
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
 from cribsheet.living import edits
-from cribsheet.living.cutting import cut
 from cribsheet.living.independent import LEAST, share
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.plan.assemble import carry_out
 from cribsheet.plan.options import BuildOptions
 from cribsheet.plan.plan import plan
@@ -84,7 +83,7 @@ def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype
 
 
 def test_each_head_of_a_document_keeps_what_it_needs_and_stands_close_behind_the_one_before(family):
-    """Written out: of each head the head's tokens, then what it keeps of each document, ending with the sheet."""
+    """Written out: of each head the preamble's tokens, then what it keeps of each document, ending with the sheet."""
     sheet = build(family, rate=4, guide="dropped", **ADAPTIVE)
     layers, corpus = sheet_layers(family, sheet), sheet.manifest.corpus_tokens
     alone = [build(family, [document], rate=4, guide="dropped", **ADAPTIVE) for document in DOCUMENTS]
@@ -140,36 +139,36 @@ def test_nothing_of_the_keys_and_values_of_a_removed_document_stays(tiny):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
-def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it_that_pins_the_whole_head(family, allocation):
+def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it_that_pins_the_whole_preamble(family, allocation):
     settings = {"guide": "dropped", "scorer": "task", "allocation": allocation}
     alone = build(family, [BOB], **settings)
     options = BuildOptions(budget=alone.tokens, **settings)
     made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, options)
-    head = made.corpus.head_tokens
-    usual = carry_out(family, replace(made, reading=replace(made.reading, pinned=head, least=head + 1)))
+    preamble = made.corpus.preamble_tokens
+    usual = carry_out(family, replace(made, reading=replace(made.reading, pinned=preamble, least=preamble + 1)))
     assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)
     for mine, theirs in zip(sheet_layers(family, alone), sheet_layers(family, usual), strict=True):
         assert mine.window is not None or mine.counts == theirs.counts
         for own, other in zip(heads_of(mine), heads_of(theirs), strict=True):
-            size = min(len(own[0]), len(other[0]))  # a window may reach into the head
+            size = min(len(own[0]), len(other[0]))  # a window may reach into the preamble
             assert mine.window is not None or size == len(own[0]) == len(other[0])
             for half, expected in zip(own, other, strict=True):
                 torch.testing.assert_close(half[-size:], expected[-size:], atol=5e-4, rtol=1e-3)
 
 
-def test_an_independent_sheet_of_rate_1_is_every_document_read_behind_the_head(family):
+def test_an_independent_sheet_of_rate_1_is_every_document_read_behind_the_preamble(family):
     """Block-diagonal attention, written out: each document alone at its own place, the guide over all of them."""
     sheet = build(family, rate=1)
     layers = sheet_layers(family, sheet)
     start = sheet.manifest.head_tokens
     layout = ChatLayout(family.tokenizer)
     for document, segment in zip(DOCUMENTS, sheet.manifest.segments, strict=True):
-        corpus = TokenizedCorpus.build([document], layout.head(FEW_SHOT.instruction), layout.encoder)
+        corpus = TokenizedCorpus.build([document], layout.preamble(FEW_SHOT.instruction), layout.encoder)
         before = [type(layer)(layer.keys[:, :0], layer.values[:, :0], layer.window) for layer in layers]
         read = family.read(before, 0, corpus.ids, corpus.ids[:0])
         for number in family.full:
             stop = start + segment.kept
-            expected = read[number].chunk_values[:, corpus.head_tokens :]
+            expected = read[number].chunk_values[:, corpus.preamble_tokens :]
             torch.testing.assert_close(layers[number].values[:, start:stop], expected, atol=5e-4, rtol=1e-3)
         start += segment.kept
     assert start + sheet.manifest.guide_tokens == sheet.tokens

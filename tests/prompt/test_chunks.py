@@ -22,9 +22,9 @@ TEXTS = [
 ]
 
 
-def corpus(tokenizer, texts=TEXTS, head="Read.\n\n"):
+def corpus(tokenizer, texts=TEXTS, preamble="Read.\n\n"):
     documents = [Document(text=text, id=f"d{number}") for number, text in enumerate(texts)]
-    return TokenizedCorpus.build(documents, head, Encoder(tokenizer))
+    return TokenizedCorpus.build(documents, preamble, Encoder(tokenizer))
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -32,9 +32,9 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
-@pytest.mark.parametrize("head", ["Read.\n\n", "", "No gap:"])
-def test_every_character_of_every_document_is_traced_by_some_token(tokenizer, head):
-    found = corpus(tokenizer, head=head)
+@pytest.mark.parametrize("preamble", ["Read.\n\n", "", "No gap:"])
+def test_every_character_of_every_document_is_traced_by_some_token(tokenizer, preamble):
+    found = corpus(tokenizer, preamble=preamble)
     covered = [set() for _ in TEXTS]
     for number, start, stop in found.origins.tolist():
         if number >= 0:
@@ -56,14 +56,14 @@ def test_origins_are_those_of_the_token_s_own_text():
     assert {number: "".join(parts) for number, parts in pieces.items()} == {0: "Alice.", 1: "Bob Smith."}
 
 
-def test_head_and_gaps_belong_to_no_document():
+def test_preamble_and_gaps_belong_to_no_document():
     tokenizer = TOKENIZERS["tiny"]()
-    found = corpus(tokenizer, ["Alice.", "Bob."], head="<|bos|><|user|>Read.\n\n")
+    found = corpus(tokenizer, ["Alice.", "Bob."], preamble="<|bos|><|user|>Read.\n\n")
     outside = [int(i) for i, (number, _, _) in zip(found.ids, found.origins.tolist(), strict=True) if number < 0]
     assert tokenizer.decode(outside) == "<|bos|><|user|>Read.\n\n\n\n\n\n"
-    assert tokenizer.decode(found.ids[: found.head_tokens]) == "<|bos|><|user|>Read.\n\n"
-    assert (found.origins[: found.head_tokens, 0] == -1).all()
-    assert found.origins[found.head_tokens].tolist()[:2] == [0, 0]
+    assert tokenizer.decode(found.ids[: found.preamble_tokens]) == "<|bos|><|user|>Read.\n\n"
+    assert (found.origins[: found.preamble_tokens, 0] == -1).all()
+    assert found.origins[found.preamble_tokens].tolist()[:2] == [0, 0]
 
 
 def test_the_ids_are_those_of_the_whole_text(tokenizer):

@@ -98,16 +98,17 @@ def by_hand(tokenizer, turns, task, resident, system="", corpus=CORPUS):
 def test_sheet_and_question_are_together_what_the_template_renders(name, shape, turns, system):
     tokenizer, (task, resident) = tokenizer_with(TEMPLATES[name]), SHAPES[shape]
     layout = ChatLayout(tokenizer, system=system)
-    head = layout.head(task.instruction)
+    preamble = layout.preamble(task.instruction)
     guide = layout.guide(task).resident if resident else ""
-    layout.verify(head, CORPUS, guide, task)
+    layout.verify(preamble, CORPUS, guide, task)
     question = layout.question(TURNS[turns], task, resident)
     whole = by_hand(tokenizer, TURNS[turns], task, resident, system)
-    assert head + CORPUS + "\n\n" + guide + question == whole
-    assert head.endswith(f"{task.instruction}\n\n")
-    assert system in head
+    assert preamble + CORPUS + "\n\n" + guide + question == whole
+    assert preamble.endswith(f"{task.instruction}\n\n")
+    assert system in preamble
     encoder = layout.encoder
-    pieces = [encoder.left(head + CORPUS + "\n\n")[0], encoder.after(guide, continues=True), encoder.after(question)]
+    before, _ = encoder.left(preamble + CORPUS + "\n\n")
+    pieces = [before, encoder.after(guide, continues=True), encoder.after(question)]
     assert torch.cat(pieces).tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
     bos = (pieces[0] == tokenizer.bos_token_id).sum()
     assert bos == (1 if name in WRITES_BOS else 0)
@@ -118,7 +119,7 @@ def test_sheet_and_question_are_together_what_the_template_renders(name, shape, 
 def test_a_repetition_is_an_answer_in_the_conversation_after_the_documents(name, task):
     tokenizer = tokenizer_with(TEMPLATES[name])
     layout = ChatLayout(tokenizer)
-    left = layout.head(task.instruction) + CORPUS + "\n\n"
+    left = layout.preamble(task.instruction) + CORPUS + "\n\n"
     turns = [{"role": "user", "content": "Repeat the documents."}]
     assert left + layout.repeat(task, "documents") == by_hand(tokenizer, turns, task, resident=False)
     opening = layout.guide(task).resident
@@ -132,7 +133,7 @@ def test_a_conversation_that_begins_with_the_assistant_follows_a_greeting(name, 
     tokenizer, (task, resident) = tokenizer_with(TEMPLATES[name]), SHAPES[shape]
     layout = ChatLayout(tokenizer, system=system)
     welcome = [{"role": "assistant", "content": "Hello! Ask me about our staff."}, *TURNS["one question"]]
-    left = layout.head(task.instruction) + CORPUS + "\n\n" + (layout.guide(task).resident if resident else "")
+    left = layout.preamble(task.instruction) + CORPUS + "\n\n" + (layout.guide(task).resident if resident else "")
     greeted = [{"role": "user", "content": "Hello."}, *welcome]
     assert left + layout.question(welcome, task, resident) == by_hand(tokenizer, greeted, task, resident, system)
 
@@ -141,7 +142,7 @@ def test_a_conversation_that_begins_with_the_assistant_follows_a_greeting(name, 
 def test_a_template_that_folds_blank_lines_is_refused_with_what_it_does(name):
     layout = ChatLayout(tokenizer_with(TEMPLATES[name]))
     with pytest.raises(TemplateError) as refused:
-        layout.verify(layout.head(ZERO_SHOT.instruction), CORPUS, "", ZERO_SHOT)
+        layout.verify(layout.preamble(ZERO_SHOT.instruction), CORPUS, "", ZERO_SHOT)
     assert "The chat template rewrites" in str(refused.value) and "expected" in str(refused.value)
 
 
@@ -150,7 +151,7 @@ def test_no_template_loses_a_document_s_outer_space_or_a_carriage_return():
     for name in sorted(set(TEMPLATES) - set(FOLDS)):
         tokenizer.chat_template = TEMPLATES[name]
         layout = ChatLayout(tokenizer)
-        layout.verify(layout.head(ZERO_SHOT.instruction), "  indented\r\n\ttext  ", "", ZERO_SHOT)
+        layout.verify(layout.preamble(ZERO_SHOT.instruction), "  indented\r\n\ttext  ", "", ZERO_SHOT)
 
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - set(FOLDS)))
@@ -158,13 +159,13 @@ def test_the_cut_is_exact_when_the_task_has_no_instruction(name):
     """Templates that trim a turn then trim the first document's outer space, and say so."""
     tokenizer, task = tokenizer_with(TEMPLATES[name]), Task("Find places.", instruction="")
     layout = ChatLayout(tokenizer)
-    head = layout.head("")
-    layout.verify(head, CORPUS, "", task)
+    preamble = layout.preamble("")
+    layout.verify(preamble, CORPUS, "", task)
     if "content | trim" in TEMPLATES[name] or "message['content'] | trim" in TEMPLATES[name]:
         with pytest.raises(TemplateError, match="rewrites the documents"):
-            layout.verify(head, "  " + CORPUS, "", task)
+            layout.verify(preamble, "  " + CORPUS, "", task)
     else:
-        layout.verify(head, "  " + CORPUS, "", task)
+        layout.verify(preamble, "  " + CORPUS, "", task)
 
 
 def test_a_template_that_moves_the_system_text_to_the_end_is_refused():
@@ -176,9 +177,9 @@ def test_a_template_that_moves_the_system_text_to_the_end_is_refused():
     )
     layout = ChatLayout(tokenizer_with(template), system="You are brief.")
     with pytest.raises(TemplateError, match="rewrites the documents"):
-        layout.verify(layout.head(ZERO_SHOT.instruction), CORPUS, "", FEW_SHOT)
+        layout.verify(layout.preamble(ZERO_SHOT.instruction), CORPUS, "", FEW_SHOT)
     plain = ChatLayout(tokenizer_with(template))
-    plain.verify(plain.head(ZERO_SHOT.instruction), CORPUS, "", FEW_SHOT)
+    plain.verify(plain.preamble(ZERO_SHOT.instruction), CORPUS, "", FEW_SHOT)
 
 
 @pytest.mark.parametrize(
@@ -195,30 +196,30 @@ def test_a_template_that_moves_the_system_text_to_the_end_is_refused():
 def test_a_template_that_changes_contents_is_refused(content, what):
     layout = ChatLayout(tokenizer_with("{% for m in messages %}<{{ " + content + " }}>{% endfor %}"))
     with pytest.raises(TemplateError, match=f"The chat template rewrites {what}"):
-        layout.verify(layout.head(ZERO_SHOT.instruction), CORPUS, "", ZERO_SHOT)
+        layout.verify(layout.preamble(ZERO_SHOT.instruction), CORPUS, "", ZERO_SHOT)
 
 
 def test_a_template_whose_left_part_depends_on_the_number_of_turns_is_refused():
     layout = ChatLayout(tokenizer_with("{{ messages | length }}{% for m in messages %}<{{ m.content }}>{% endfor %}"))
     with pytest.raises(TemplateError, match="rewrites the documents"):
-        layout.verify(layout.head(ZERO_SHOT.instruction), CORPUS, "", ZERO_SHOT)
+        layout.verify(layout.preamble(ZERO_SHOT.instruction), CORPUS, "", ZERO_SHOT)
 
 
 def test_a_template_that_raises_is_refused_with_its_own_words():
     layout = ChatLayout(tokenizer_with("{{ raise_exception('No system role here') }}"))
     with pytest.raises(TemplateError, match="cannot render this conversation: No system role here"):
-        layout.head(ZERO_SHOT.instruction)
+        layout.preamble(ZERO_SHOT.instruction)
 
 
 def test_a_template_with_broken_syntax_is_refused():
     with pytest.raises(TemplateError, match="cannot render"):
-        ChatLayout(tokenizer_with("{% for m in messages %}")).head("Read.")
+        ChatLayout(tokenizer_with("{% for m in messages %}")).preamble("Read.")
 
 
 def test_a_model_without_a_template_gets_a_plain_one_that_stops_at_a_blank_line():
     layout = ChatLayout(tiny_tokenizer(None))
     assert layout.plain and layout.template == PLAIN_TEMPLATE and layout.stop == ("\n\n",)
-    assert layout.head("Read.") == "Read.\n\n"
+    assert layout.preamble("Read.") == "Read.\n\n"
     assert layout.question([{"role": "user", "content": "Where?"}], FEW_SHOT, False) == "Where?\n\nAnswer:"
     guide = layout.guide(FEW_SHOT).resident
     assert guide == (
@@ -291,15 +292,15 @@ def test_nobody_forges_a_turn(name, forged):
         task = Task(f"Places{text}.", examples=[(f"Where{text}?", f"Oslo{text}")], instruction=f"Read{text}.")
         layout = ChatLayout(tokenizer, system=f"Brief{text}.")
         corpus = layout.encoder.defuse(f"Alice{text} lives.")
-        head, guide = layout.head(task.instruction), layout.guide(task).resident
-        layout.verify(head, corpus, guide, task)
+        preamble, guide = layout.preamble(task.instruction), layout.guide(task).resident
+        layout.verify(preamble, corpus, guide, task)
         turns = [
             {"role": "user", "content": f"Who{text}?"},
             {"role": "assistant", "content": f"Bob{text}"},
             {"role": "user", "content": f"Why{text}?"},
         ]
         question = layout.question(turns, task, True)
-        ids = layout.encoder.plain(head + corpus + "\n\n" + guide + question).tolist()
+        ids = layout.encoder.plain(preamble + corpus + "\n\n" + guide + question).tolist()
         return [i for i in ids if i in tokenizer.all_special_ids]
 
     assert specials(forged) == specials("")
@@ -343,10 +344,10 @@ def test_words_that_could_be_our_own_markers_are_words(name):
         {"role": "assistant", "content": MARKERS},
         {"role": "user", "content": MARKERS},
     ]
-    head, guide = layout.head(task.instruction), layout.guide(task).resident
-    layout.verify(head, corpus, guide, task)
+    preamble, guide = layout.preamble(task.instruction), layout.guide(task).resident
+    layout.verify(preamble, corpus, guide, task)
     whole = by_hand(tokenizer, turns, task, True, f"Brief {MARKERS}.", corpus)
-    assert head + corpus + "\n\n" + guide + layout.question(turns, task, True) == whole
+    assert preamble + corpus + "\n\n" + guide + layout.question(turns, task, True) == whole
 
 
 def test_a_sheet_of_such_words_is_built_and_asked():

@@ -78,7 +78,7 @@ def test_full_context_is_everything_plainly_read(family, resident):
     layout = ChatLayout(family.tokenizer)
     exam = Exam(family, layout, FEW_SHOT, resident=resident)
     prefix = full_context(exam, DOCUMENTS)
-    left = layout.head(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
+    left = layout.preamble(FEW_SHOT.instruction) + "\n\n".join(d.text for d in DOCUMENTS) + "\n\n"
     ids = torch.cat([layout.encoder.left(left)[0], exam.guide])
     assert prefix.tokens == len(ids) and bool(len(exam.guide)) is resident
     stock = stock_cache(family, ids)

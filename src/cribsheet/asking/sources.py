@@ -64,7 +64,7 @@ def _per_document(sheet: Sheet, looked: Tensor) -> Tensor:
     documents = len(sheet.manifest.documents)
     places = sheet.places[-len(looked) :]
     number = sheet.origins[:, 1].long()[places].where(sheet.indices[-len(looked) :] >= 0, torch.tensor(-1))
-    outside = torch.where(number < 0, documents, number)  # the head, the guide and what is between documents
+    outside = torch.where(number < 0, documents, number)  # the preamble, the guide and what is between documents
     peaks = torch.zeros(*looked.shape[:2], documents + 1).scatter_reduce_(2, outside, looked, "amax")
     return peaks.sum((0, 1))[:documents]
 

@@ -166,8 +166,8 @@ class _Sheets:
         self.model, self.corpus, self.settings = model, corpus, settings
         self._last: tuple[tuple[Any, ...], CompressedKnowledgeLLM] | None = None
         layout = ChatLayout(model.backbone.tokenizer)
-        whole = TokenizedCorpus.build(corpus.documents, layout.head(corpus.task.instruction), layout.encoder)
-        self.corpus_tokens, self.head_tokens = len(whole), whole.head_tokens
+        whole = TokenizedCorpus.build(corpus.documents, layout.preamble(corpus.task.instruction), layout.encoder)
+        self.corpus_tokens, self.preamble_tokens = len(whole), whole.preamble_tokens
 
     def get(self, method: Method, budget: int) -> CompressedKnowledgeLLM:
         """The sheet of a method with so many tokens; of everything, with the guide on top as sheets have it."""
@@ -200,7 +200,7 @@ def _answers(sheets: _Sheets, method: Method, rate: float, known: set[Any]) -> I
     budget, passages = int(sheets.corpus_tokens / rate), 0
     asking: dict[str, Any] = {"max_tokens": settings.max_tokens}
     if method.name == CLOSED:
-        budget = sheets.head_tokens
+        budget = sheets.preamble_tokens
         asking |= {"mode": "retrieval", "retriever": _nothing}
     elif method.mode != "sheet":
         passages = 1 if method.mode == "retrieval" else budget // 2

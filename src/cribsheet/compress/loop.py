@@ -36,8 +36,8 @@ class Reading:
     """What a build does with each chunk; all counts are in tokens.
 
     After a chunk, scorers that ask for the task read `guide` (T,); those that ask for a repetition read `repeat` (R,),
-    the turn that asks for it, and the chunk as the answer, without the `head` tokens that the corpus begins with. What
-    the scorer does not ask for is empty.
+    the turn that asks for it, and the chunk as the answer, without the `preamble_tokens` that the corpus begins with.
+    What the scorer does not ask for is empty.
     `budget` is kept per layer and head when everything was read, on average over the heads if the `allocation` is
     adaptive, and then no more than `most` and no fewer than `least` by any head; the first `pinned` tokens stay in all.
     If it is adaptive, what the scorer tells apart as needs is `spread` over the heads, or its one score counts.
@@ -51,7 +51,7 @@ class Reading:
     repeat: Tensor
     budget: int
     chunk_tokens: int
-    head: int
+    preamble_tokens: int
     pinned: int
     allocation: Allocation = "uniform"
     spread: bool = True
@@ -83,7 +83,7 @@ class Reading:
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
-        return min(len(chunk.ids), max(0, chunk.stop - self.head)) if self.scorer.reads.repetition else 0
+        return min(len(chunk.ids), max(0, chunk.stop - self.preamble_tokens)) if self.scorer.reads.repetition else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +321,7 @@ def correct(
 
 
 def earned_budget(budget: int, read: int, total: int, pinned: int) -> int:
-    """Tokens to keep once `read` of `total` tokens were read: the head, and the budget in proportion."""
+    """Tokens to keep once `read` of `total` tokens were read: the preamble, and the budget in proportion."""
     if read >= total:
         return budget
     share = (budget - pinned) * max(0, read - pinned) / max(1, total - pinned)

@@ -78,7 +78,7 @@ def _measured(backbone: Backbone, layout: ChatLayout) -> Profile | None:
         turns = [pair for pairs in zip_longest(*(pairs for _, pairs in part)) for pair in pairs if pair]
         task = Task(_LINE, tuple(turns))
         documents = [Document(text=text, id=str(number)) for number, (text, _) in enumerate(part)]
-        corpus = TokenizedCorpus.build(documents, layout.head(task.instruction), layout.encoder)
+        corpus = TokenizedCorpus.build(documents, layout.preamble(task.instruction), layout.encoder)
         guide = layout.encoder.after(layout.guide(task).scored)
         if len(corpus) + len(guide) > backbone.window:
             continue

@@ -1,6 +1,6 @@
 """Several sheets behind one question.
 
-Combining puts what the sheets keep into one prefix, at positions of its own, under one head and one guide.
+Combining puts what the sheets keep into one prefix, at positions of its own, under one preamble and one guide.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 from cribsheet.corpus.task import Task
 from cribsheet.errors import DocumentError, SheetError
-from cribsheet.living.cutting import cut
 from cribsheet.living.independent import changed, least_most
-from cribsheet.living.segments import assemble
+from cribsheet.living.segments import assemble, cut
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout

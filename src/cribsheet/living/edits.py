@@ -19,16 +19,15 @@ from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document, read_documents
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import DocumentError, SheetError
-from cribsheet.living.cutting import cut
 from cribsheet.living.independent import Terms, changed, least_most, read_all, refuse_twice
-from cribsheet.living.segments import Segment, assemble
+from cribsheet.living.segments import Segment, assemble, cut
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.sheet.manifest import Operation
 from cribsheet.sheet.sheet import Sheet
 
 _SAME = {
-    "head": "head",
+    "head": "preamble",
     "task": "task",
     "guide": "guide",
     "form": "guide",
@@ -143,7 +142,7 @@ class _Edit:
         self.terms = Terms.of(backbone, self.manifest)
         if check:
             self.manifest.fingerprint.check(fingerprint(backbone, self.terms.layout))
-        self.head, self.segments = cut(backbone, sheet)
+        self.preamble, self.segments = cut(backbone, sheet)
         self.ids = [entry.id for entry in self.manifest.documents]
         self.with_texts = bool(sheet.texts)
 
@@ -166,9 +165,9 @@ class _Edit:
         """New documents on the terms of the sheet."""
         terms = self.terms.with_scorer(self._scorer)
         plans = [terms.plan(self.backbone, document) for document in documents]
-        return read_all(self.backbone, terms, plans, self.manifest, self.head, progress, checkpoint)
+        return read_all(self.backbone, terms, plans, self.manifest, self.preamble, progress, checkpoint)
 
     def done(self, segments: Sequence[Segment], operation: Operation, documents: int) -> Sheet:
         """The sheet of these segments."""
         made = changed(self.backbone, self.manifest, operation, documents, self.began)
-        return assemble(self.backbone, made, self.head, segments, self.terms.guide, with_texts=self.with_texts)
+        return assemble(self.backbone, made, self.preamble, segments, self.terms.guide, with_texts=self.with_texts)

@@ -1,4 +1,4 @@
-"""Independent sheets: every document is read alone behind the shared head and condensed by the same rate.
+"""Independent sheets: every document is read alone behind the shared preamble and condensed by the same rate.
 
 What is kept of a document depends on nothing but that document and the terms of the sheet, so a document can be added
 or taken away later at the cost of that document, and the result is what a build without it would have been.
@@ -20,8 +20,7 @@ from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, DocumentError, SheetError
-from cribsheet.living.cutting import cut
-from cribsheet.living.segments import Segment, assemble, check_fits, read_head, read_segment
+from cribsheet.living.segments import Segment, assemble, check_fits, cut, read_preamble, read_segment
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import circumstances, describe, list_documents
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
@@ -91,10 +90,10 @@ class Terms:
         return replace(self, scorer=scorer)
 
     @cached_property
-    def head(self) -> Tensor:
-        """Tokens (h,) before the first document, whatever that is."""
+    def preamble(self) -> Tensor:
+        """Tokens (T,) before the first document, whatever that is."""
         corpus = self._tokenized(Document(text="x", id="x"))
-        return corpus.ids[: corpus.head_tokens]
+        return corpus.ids[: corpus.preamble_tokens]
 
     @cached_property
     def guide(self) -> Tensor:
@@ -106,7 +105,7 @@ class Terms:
     def length(self, document: Document) -> int:
         """Tokens of a document, the gap after it included."""
         corpus = self._tokenized(document)
-        return len(corpus) - corpus.head_tokens
+        return len(corpus) - corpus.preamble_tokens
 
     def plan(self, backbone: Backbone, document: Document) -> Plan:
         """How to read one document; whatever can be refused is refused here."""
@@ -125,17 +124,17 @@ class Terms:
         planned = plan(backbone, self.layout, [document], self.task, options, budget_of=self._budget)
         if self.most is None:
             return planned
-        length = len(planned.corpus) - planned.corpus.head_tokens
-        most = planned.corpus.head_tokens + most_kept(length, self.rate, self.most)
+        length = len(planned.corpus) - planned.corpus.preamble_tokens
+        most = planned.corpus.preamble_tokens + most_kept(length, self.rate, self.most)
         return replace(planned, reading=replace(planned.reading, most=min(planned.reading.most, most)))
 
     def _budget(self, tokens: int) -> int:
-        """What is kept of one document and the head before it, which is not its own, of so many tokens together."""
-        head = len(self.head)
-        return head + share(tokens - head, self.rate, self.allocation)
+        """What is kept of one document and the preamble before it, which is not its own, of so many tokens together."""
+        preamble = len(self.preamble)
+        return preamble + share(tokens - preamble, self.rate, self.allocation)
 
     def _tokenized(self, document: Document) -> TokenizedCorpus:
-        return TokenizedCorpus.build([document], self.layout.head(self.task.instruction), self.layout.encoder)
+        return TokenizedCorpus.build([document], self.layout.preamble(self.task.instruction), self.layout.encoder)
 
 
 # Reads documents on the terms of a sheet, somewhere else perhaps: segments in the order of their plans.
@@ -168,7 +167,7 @@ def build_independent(
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
 ) -> Sheet:
-    """`build_sheet(mode="independent")`: `rate` is that of each document; head and resident guide come on top.
+    """`build_sheet(mode="independent")`: `rate` is that of each document; preamble and resident guide come on top.
 
     A `budget` is the most that the whole sheet may have. Raises as `build_sheet`, and `DocumentError` for two
     documents with one id.
@@ -182,14 +181,14 @@ def build_independent(
             "document_rate": terms.rate,
             "document_most": terms.most,
             "chunk_tokens": usual if options.chunk_tokens is None else options.chunk_tokens,
-            "head_tokens": len(terms.head),
+            "head_tokens": len(terms.preamble),
             "form": terms.form,
         }
     )
-    head = read_head(backbone, terms.head, terms.dtype)
-    segments = read_all(backbone, terms, plans, base, head, progress, checkpoint, read)
+    preamble = read_preamble(backbone, terms.preamble, terms.dtype)
+    segments = read_all(backbone, terms, plans, base, preamble, progress, checkpoint, read)
     made = changed(backbone, base, "built", len(documents), began)
-    return assemble(backbone, made, head, segments, terms.guide)
+    return assemble(backbone, made, preamble, segments, terms.guide)
 
 
 def plan_each(
@@ -219,15 +218,15 @@ def plan_each(
     plans = [terms.plan(backbone, document) for document in documents]
     corpus = plans[0].corpus
     shown = task.shown(terms.form)
-    layout.verify(plans[0].head, corpus.text, layout.guide(shown).resident if terms.resident else "", shown)
+    layout.verify(plans[0].preamble, corpus.text, layout.guide(shown).resident if terms.resident else "", shown)
     check_fits(backbone, kept_of(terms, plans))
     return terms, plans
 
 
 def kept_of(terms: Terms, plans: Sequence[Plan]) -> int:
-    """Tokens that are kept per layer and head, head and guide included."""
-    of_documents = sum(each.reading.budget - each.corpus.head_tokens for each in plans)
-    return of_documents + len(terms.head) + len(terms.guide)
+    """Tokens that are kept per layer and head, preamble and guide included."""
+    of_documents = sum(each.reading.budget - each.corpus.preamble_tokens for each in plans)
+    return of_documents + len(terms.preamble) + len(terms.guide)
 
 
 def read_all(
@@ -235,7 +234,7 @@ def read_all(
     terms: Terms,
     plans: Sequence[Plan],
     base: Manifest,
-    head: Segment,
+    preamble: Segment,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: Reader | None = None,
@@ -244,10 +243,10 @@ def read_all(
 
     A checkpoint is a sheet of the documents read so far; it is written whenever a chunk's worth was read.
     """
-    lengths = [len(each.corpus) - each.corpus.head_tokens for each in plans]
+    lengths = [len(each.corpus) - each.corpus.preamble_tokens for each in plans]
     finished = _resumed(backbone, base, plans, Path(checkpoint)) if checkpoint is not None else []
     done, saved = sum(lengths[: len(finished)]), 0
-    total, head_tokens = sum(lengths), len(terms.head)
+    total, preamble_tokens = sum(lengths), len(terms.preamble)
     with shown(progress) as told:
 
         def tell(tokens: int) -> None:
@@ -255,7 +254,7 @@ def read_all(
                 told(tokens, total)
 
         def within(tokens: int) -> None:
-            tell(done + max(0, tokens - head_tokens))
+            tell(done + max(0, tokens - preamble_tokens))
 
         tell(done)
         left = plans[len(finished) :]
@@ -266,7 +265,7 @@ def read_all(
             done, saved = done + length, saved + length
             enough = saved >= usual_chunk(backbone) or done == total
             if checkpoint is not None and enough:
-                file.save(assemble(backbone, base, head, finished, terms.guide[:0]), checkpoint)
+                file.save(assemble(backbone, base, preamble, finished, terms.guide[:0]), checkpoint)
                 saved = 0
             tell(done)
     return finished
@@ -295,8 +294,8 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], opt
     if options.budget is None:
         return float(DEFAULT_RATE if options.rate is None else options.rate)
     lengths = [terms_at(1.0).length(document) for document in documents]
-    fixed = len(terms_at(2.0).head) + len(terms_at(2.0).guide)
-    budget = options.tokens(len(terms_at(1.0).head) + sum(lengths))
+    fixed = len(terms_at(2.0).preamble) + len(terms_at(2.0).guide)
+    budget = options.tokens(len(terms_at(1.0).preamble) + sum(lengths))
 
     def whole(rate: float) -> int:
         return fixed + sum(share(length, rate, options.chosen_allocation) for length in lengths)
@@ -305,7 +304,7 @@ def _rate(terms_at: Callable[[float], Terms], documents: Sequence[Document], opt
     if whole(high) > budget:
         guided = bool(len(terms_at(2.0).guide))
         raise BudgetError(
-            f"The budget is {budget} tokens, but head{' and guide take' if guided else ' takes'} {fixed} and "
+            f"The budget is {budget} tokens, but preamble{' and guide take' if guided else ' takes'} {fixed} and "
             f"{len(documents)} documents at least {whole(high) - fixed}; pass a budget of at least {whole(high)}"
             + (", a shorter task, or guide='dropped'." if guided else ", or fewer documents.")
         )
@@ -323,7 +322,7 @@ def _most(backbone: Backbone, terms: Terms, documents: Sequence[Document]) -> fl
     if terms.allocation == "uniform":
         return None
     lengths = [terms.length(document) for document in documents]
-    room = int(backbone.window * (1 - QUESTION_SHARE)) - len(terms.head) - len(terms.guide)
+    room = int(backbone.window * (1 - QUESTION_SHARE)) - len(terms.preamble) - len(terms.guide)
 
     def fits(most: float | None) -> bool:
         return sum(most_kept(length, terms.rate, most) for length in lengths) <= room

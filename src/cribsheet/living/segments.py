@@ -1,12 +1,12 @@
 """A sheet in segments: stretches of the corpus that were read alone, so that each can be put in and taken out.
 
-A segment was read right behind the shared head and knows nothing of its neighbours. Its keys are kept before rotation,
-so it may stand at any position: the sheet is rotated as a whole when it is put on a device, and a segment that stays
-is bit for bit the same whatever comes and goes around it. Only a resident guide sees all segments; it is read anew
-whenever they change.
+A segment was read right behind the shared preamble and knows nothing of its neighbours. Its keys are kept before
+rotation, so it may stand at any position: the sheet is rotated as a whole when it is put on a device, and a segment
+that stays is bit for bit the same whatever comes and goes around it. Only a resident guide sees all segments; it is
+read anew whenever they change.
 
 Where heads keep different numbers of tokens they do so in each segment; joined, each head's tokens lie close together
-and end where the sheet does. Taking a sheet apart is in `living/cutting.py`.
+and end where the sheet does.
 
 Letters as in `sheet/sheet.py`: `F` layers that see everything, `K` key/value heads, `P` kept tokens, `D` head size.
 """
@@ -15,28 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cribsheet.attention.prefix import LayerPrefix, end_positions
+from cribsheet.attention.prefix import LayerPrefix, end_positions, turned_back
 from cribsheet.attention.rope import rotate
 from cribsheet.compress.loop import Tell, compress, nothing_kept, nothing_read
-from cribsheet.errors import BudgetError
+from cribsheet.errors import BudgetError, SheetError
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.assemble import kept_origins
 from cribsheet.plan.describe import corpus_digest, list_documents
 from cribsheet.plan.plan import Plan
+from cribsheet.prompt.encoder import Encoder
 from cribsheet.sheet.layers import FloatLayer, StoredLayer
 from cribsheet.sheet.manifest import DocumentEntry, Manifest, SegmentEntry
-from cribsheet.sheet.sheet import Sheet, mean_kept
+from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.vocabulary import ABSENT, StorageDtype
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Documents that were read together, away from all others; the head and the guide are segments without documents.
+    """Documents that were read together, away from all others; preamble and guide are segments without documents.
 
     layers
         keys before rotation and values (K, P, D) as they are stored; a layer with a sliding window holds only the last
@@ -60,8 +62,8 @@ class Segment:
     texts: Sequence[str] = ()
 
 
-def read_head(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
-    """The head's tokens (h,), which see only each other."""
+def read_preamble(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
+    """The preamble's tokens (T,), which see only each other."""
     layers = nothing_read(backbone)
     if len(ids):
         layers = _unrotated(backbone, layers, 0, ids)
@@ -87,30 +89,30 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
 
 
 def read_segment(backbone: Backbone, plan: Plan, tell: Tell | None = None) -> Segment:
-    """Condense the documents of a plan, alone behind their head, which is left out of the result."""
+    """Condense the documents of a plan, alone behind their preamble, which is left out of the result."""
     kept = nothing_kept(backbone)
-    head = plan.corpus.head_tokens
-    reading = replace(plan.reading, pinned=head, least=head + 1)  # every head keeps something of every document
+    preamble = plan.corpus.preamble_tokens
+    reading = replace(plan.reading, pinned=preamble, least=preamble + 1)  # every head keeps something of every document
     for state in compress(backbone, plan.corpus, reading, tell=tell):
         kept = state.kept
     full = [kept[number].indices.cpu() for number in backbone.full]
-    indices = joined_indices([_aligned([torch.where(each < head, ABSENT, each - head) for each in full])])
+    indices = joined_indices([_aligned([torch.where(each < preamble, ABSENT, each - preamble) for each in full])])
     counts = (indices != ABSENT).sum(-1)
     size = mean_kept(counts)
     layers, rows = [], iter(counts.tolist())
     for layer, window in zip(kept, backbone.windows, strict=True):
         last = layer.keys.shape[1]
-        own = [held(size, window)] * backbone.kv_heads if window is not None else next(rows)
+        own = [_held(size, window)] * backbone.kv_heads if window is not None else next(rows)
         (part,) = FloatLayer(layer.keys, layer.values, window).parts([(last - count, last) for count in own])
         layers.append(StoredLayer.of(LayerPrefix(part.keys, part.values, window, part.counts), plan.dtype))
-    origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + head))
-    origins[:, 0] -= head
+    origins = kept_origins(plan.corpus, torch.where(indices < 0, indices, indices + preamble))
+    origins[:, 0] -= preamble
     return Segment(
         layers,
         indices.to(torch.int32),
         origins,
         size,
-        len(plan.corpus) - head,
+        len(plan.corpus) - preamble,
         list_documents(plan.corpus),
         [document.text for document in plan.corpus.documents],
     )
@@ -139,7 +141,7 @@ def sheet_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
 def assemble(
     backbone: Backbone,
     manifest: Manifest,
-    head: Segment,
+    preamble: Segment,
     segments: Sequence[Segment],
     resident: Tensor,
     *,
@@ -150,10 +152,10 @@ def assemble(
     What `manifest` says of documents, sizes and segments is replaced. Raises `BudgetError` if they do not fit the
     model's window.
     """
-    parts = [head, *segments]
+    parts = [preamble, *segments]
     origins, indices, read, number = [], [], 0, 0
     for part in parts:
-        origins.append(shifted(part.origins, read, number))
+        origins.append(_shifted(part.origins, read, number))
         indices.append(torch.where(part.indices < 0, part.indices, part.indices + read))
         read, number = read + part.read, number + len(part.documents)
     joined = joined_indices(indices)
@@ -168,7 +170,7 @@ def assemble(
         "form": manifest.form if len(resident) else "",
         "corpus_digest": corpus_digest(documents),
         "corpus_tokens": read,
-        "head_tokens": head.kept,
+        "head_tokens": preamble.kept,
         "documents": documents,
         "budget": sum(part.kept for part in parts),
         "mode": "independent",
@@ -182,6 +184,42 @@ def assemble(
         manifest.model_copy(update=made),
         texts,
     )
+
+
+def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
+    """The preamble and the segments of an independent sheet; a sequential one is one segment. The guide is left out.
+
+    The template's preamble is read again where not every head of a sequential sheet keeps all of it. Raises
+    `SheetError` for a sequential sheet with sliding windows.
+    """
+    manifest = sheet.manifest
+    independent = manifest.mode == "independent"
+    whole = (len(manifest.documents), manifest.corpus_tokens - manifest.head_tokens)
+    sizes = [(entry.documents, entry.read) for entry in manifest.segments] if independent else [whole]
+    stretches = [(0, manifest.head_tokens), *sizes]
+    bounds = segment_bounds(sheet.indices, manifest.guide_tokens, [read for _, read in stretches])
+    layers = sheet.layers if independent else _turned_back(backbone, sheet)
+    parts = _parts(layers, bounds, backbone, sheet.length)
+    segments: list[Segment] = []
+    read = number = 0
+    for place, (documents, tokens) in enumerate(stretches):
+        first, last = bounds[..., place], bounds[..., place + 1]
+        kept = mean_kept(last - first)
+        rows = torch.searchsorted(sheet.origins[:, 0].contiguous(), torch.tensor([read, read + tokens]).int())
+        segments.append(
+            Segment(
+                [own[place] for own in parts],
+                _stretch(sheet.indices, first, last, read),
+                _shifted(sheet.origins[int(rows[0]) : int(rows[1])], -read, -number),
+                kept,
+                tokens,
+                manifest.documents[number : number + documents],
+                sheet.texts[number : number + documents] if sheet.texts else [""] * documents,
+            )
+        )
+        read, number = read + tokens, number + documents
+    is_whole = bool((bounds[..., 1] - bounds[..., 0] == manifest.head_tokens).all())
+    return segments[0] if is_whole else _preamble_of(backbone, sheet), segments[1:]
 
 
 def check_fits(backbone: Backbone, length: int) -> None:
@@ -203,12 +241,12 @@ def joined_indices(parts: Sequence[Tensor]) -> Tensor:
     return joined.gather(-1, order)[..., int(absent.sum(-1).min()) :].contiguous()
 
 
-def held(tokens: int, window: int | None) -> int:
+def _held(tokens: int, window: int | None) -> int:
     """How many of a segment's `tokens` a layer holds."""
     return tokens if window is None else min(tokens, window - 1)
 
 
-def shifted(origins: Tensor, tokens: int, documents: int) -> Tensor:
+def _shifted(origins: Tensor, tokens: int, documents: int) -> Tensor:
     """Origins (U, 4) with so much added to their indices and documents."""
     inside = (origins[:, 1:2] >= 0) * documents
     return torch.cat([origins[:, :1] + tokens, origins[:, 1:2] + inside, origins[:, 2:]], 1)
@@ -227,7 +265,7 @@ def _stored(backbone: Backbone, layers: Sequence[LayerPrefix], tokens: int, dtyp
     """Layers as they are stored: of a segment of `tokens` tokens, no more than each layer holds."""
     found = []
     for layer, window in zip(layers, backbone.windows, strict=True):
-        first = layer.keys.shape[1] - held(tokens, window)
+        first = layer.keys.shape[1] - _held(tokens, window)
         found.append(StoredLayer.of(LayerPrefix(layer.keys[:, first:], layer.values[:, first:], window), dtype))
     return found
 
@@ -244,3 +282,54 @@ def _aligned(layers: Sequence[Tensor]) -> Tensor:
 
 def _joined_layers(segments: Sequence[Segment]) -> list[StoredLayer]:
     return [StoredLayer.joined(parts) for parts in zip(*(segment.layers for segment in segments), strict=True)]
+
+
+def _preamble_of(backbone: Backbone, sheet: Sheet) -> Segment:
+    """The whole preamble of the template that a sequential sheet begins with."""
+    manifest = sheet.manifest
+    ids, spans = Encoder(backbone.tokenizer).left(manifest.head + "x")
+    return read_preamble(backbone, ids[spans[:, 1] <= len(manifest.head)], manifest.dtype)
+
+
+def _parts(layers: Sequence[StoredLayer], bounds: Tensor, backbone: Backbone, length: int) -> list[list[StoredLayer]]:
+    """Of each layer its stretches; `bounds` (F, K, S + 1) are the places between them in layers without a window."""
+    kept = [mean_kept(each) for each in bounds.diff().unbind(-1)]
+    full = iter(bounds.tolist())
+    found = []
+    for layer in layers:
+        if layer.window is None:
+            # a place is counted in the sheet's indices, where heads end with the sheet
+            sizes = layer.counts or [layer.keys.shape[1]] * backbone.kv_heads
+            rows = [[place - length + size for place in own] for own, size in zip(next(full), sizes, strict=True)]
+        else:
+            ends = accumulate((_held(each, layer.window) for each in kept), initial=0)
+            rows = [list(ends)] * backbone.kv_heads
+        found.append(layer.parts(rows))
+    return found
+
+
+def _stretch(indices: Tensor, first: Tensor, last: Tensor, read: int) -> Tensor:
+    """Indices (F, K, p) of what stands at places `first` to `last` (F, K) of each head, counted from `read`.
+
+    Heads with fewer than `p` end where the others do.
+    """
+    places = last.unsqueeze(-1) + torch.arange(-int((last - first).max()), 0)
+    found = indices.gather(-1, places.clamp(min=0)) - read
+    return torch.where(places >= first.unsqueeze(-1), found, ABSENT)
+
+
+def _turned_back(backbone: Backbone, sheet: Sheet) -> Sequence[StoredLayer]:
+    """The layers of a sequential sheet with their keys turned back to no rotation."""
+    manifest = sheet.manifest
+    if any(window is not None for window in manifest.fingerprint.windows):
+        raise SheetError(
+            "Layers with a sliding window hold only the end of a sequential sheet, so it cannot be joined to another; "
+            "build both with mode='independent'."
+        )
+    if not manifest.rotated:
+        return sheet.layers
+    restored = [layer.restored(torch.device("cpu"), torch.float32) for layer in sheet.layers]
+    return [
+        StoredLayer.of(turned_back(layer, sheet.length, inv_freq.cpu()), manifest.dtype)
+        for layer, inv_freq in zip(restored, backbone.inv_freqs, strict=True)
+    ]

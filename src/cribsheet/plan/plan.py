@@ -39,7 +39,7 @@ class Plan:
     layout: ChatLayout
     task: Task
     corpus: TokenizedCorpus
-    head: str
+    preamble: str
     budget: int
     resident: Tensor
     scorer_name: str
@@ -84,16 +84,16 @@ def plan(
     """
     name, scorer = make_scorer(options.chosen_scorer)
     allocation = options.chosen_allocation
-    head = layout.head(task.instruction)
-    corpus = TokenizedCorpus.build(documents, head, layout.encoder)
+    preamble = layout.preamble(task.instruction)
+    corpus = TokenizedCorpus.build(documents, preamble, layout.encoder)
     budget = (budget_of or options.tokens)(len(corpus))
     guide = _guide(layout, task, options, scorer, budget, len(corpus))
     shown, resident = task.shown(guide.form), guide.resident
-    layout.verify(head, corpus.text, layout.guide(shown).resident if len(resident) else "", shown)
+    layout.verify(preamble, corpus.text, layout.guide(shown).resident if len(resident) else "", shown)
     if options.keeps_all:
         budget += len(resident)
     keep = budget - len(resident)
-    fixed = corpus.head_tokens if allocation == "uniform" else _pinned(scorer, "adaptive", corpus.head_tokens)
+    fixed = corpus.preamble_tokens if allocation == "uniform" else _pinned(scorer, "adaptive", corpus.preamble_tokens)
     if keep <= fixed and keep < len(corpus):
         raise _too_small(budget, fixed, len(resident), len(corpus))
     twice = scorer.reads.repetition
@@ -108,8 +108,8 @@ def plan(
         repeat=guide.repeat,
         budget=keep,
         chunk_tokens=chunk,
-        head=corpus.head_tokens,
-        pinned=_pinned(scorer, allocation, corpus.head_tokens),
+        preamble_tokens=corpus.preamble_tokens,
+        pinned=_pinned(scorer, allocation, corpus.preamble_tokens),
         allocation=allocation,
         spread=len(corpus) <= keep * _SPREAD_TO,
         weigh=cache(partial(_weights, backbone, layout, keep / len(corpus))),
@@ -118,7 +118,7 @@ def plan(
         seed=options.seed,
     )
     dtype = options.storage(backbone)
-    return Plan(layout, task, corpus, head, budget, resident, name, reading, dtype, form=guide.form)
+    return Plan(layout, task, corpus, preamble, budget, resident, name, reading, dtype, form=guide.form)
 
 
 def warn_without_task(task: Task, options: BuildOptions) -> None:
@@ -159,10 +159,10 @@ def _too_small(budget: int, fixed: int, guide_tokens: int, corpus_tokens: int) -
     least = fixed + 1 + guide_tokens
     ways = [f"a budget of at least {least}", "a lower rate"] if least <= corpus_tokens else ["rate=1, which keeps all"]
     ways += ["a shorter task", "guide='dropped'"] if guide_tokens else []
-    guide = f" and the resident guide {guide_tokens}" if guide_tokens else ""
+    taken = f"{fixed} and the resident guide {guide_tokens}" if guide_tokens else f"{fixed}"
     *first, last = ways
     listed = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}" if first else last
-    return BudgetError(f"The budget is {budget} tokens, but the template's head takes {fixed}{guide}; pass {listed}.")
+    return BudgetError(f"The budget is {budget} tokens, but the template's preamble takes {taken}; pass {listed}.")
 
 
 def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
@@ -171,11 +171,11 @@ def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float
     return [1.0] * len(backbone.full) * backbone.kv_heads if profile is None else profile.weights(share)
 
 
-def _pinned(scorer: Scorer, allocation: Allocation, head_tokens: int) -> int:
-    """How many tokens of the template's head stay in every head of the model, whatever their scores.
+def _pinned(scorer: Scorer, allocation: Allocation, preamble_tokens: int) -> int:
+    """How many tokens of the template's preamble stay in every head of the model, whatever their scores.
 
     The first one is where attention rests. Where heads share a budget, each further one costs all of them a token.
     """
-    if not scorer.pins_head:
+    if not scorer.pins_preamble:
         return 0
-    return head_tokens if allocation == "uniform" else min(1, head_tokens)
+    return preamble_tokens if allocation == "uniform" else min(1, preamble_tokens)

@@ -26,16 +26,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedCorpus:
-    """Head and documents as one token sequence, each token with its document and character span.
+    """Preamble and documents as one token sequence, each token with its document and character span.
 
     text
         the documents as they stand in the prompt.
     ids
-        (N,) int64: the template's head, then the documents with a blank line after each.
+        (N,) int64: the template's preamble, then the documents with a blank line after each.
     origins
         (N, 3) int32: number of the document, first and last-plus-one character in it; (-1, 0, 0) for tokens of the
-        head and between documents.
-    head_tokens
+        preamble and between documents.
+    preamble_tokens
         how many tokens come before the first document.
     """
 
@@ -43,30 +43,30 @@ class TokenizedCorpus:
     text: str
     ids: Tensor
     origins: Tensor
-    head_tokens: int
+    preamble_tokens: int
 
     @classmethod
-    def build(cls, documents: Sequence[Document], head: str, encoder: Encoder) -> TokenizedCorpus:
-        """Tokenize `head` and the documents' texts. Raises `DocumentError` without documents."""
+    def build(cls, documents: Sequence[Document], preamble: str, encoder: Encoder) -> TokenizedCorpus:
+        """Tokenize `preamble` and the documents' texts. Raises `DocumentError` without documents."""
         if not documents:
             raise DocumentError("There are no documents; a sheet needs at least one.")
         texts = [encoder.defuse(document.text) for document in documents]
         text = _GAP.join(texts)
-        ids, spans = encoder.left(head + text + _GAP)
+        ids, spans = encoder.left(preamble + text + _GAP)
         sizes = torch.tensor([len(text) for text in texts])
-        starts = len(head) + (sizes + len(_GAP)).cumsum(0) - (sizes + len(_GAP))
+        starts = len(preamble) + (sizes + len(_GAP)).cumsum(0) - (sizes + len(_GAP))
         first, last = spans.unbind(1)
-        number = torch.searchsorted(starts, first.clamp(min=len(head)), right=True) - 1
+        number = torch.searchsorted(starts, first.clamp(min=len(preamble)), right=True) - 1
         begin = (first - starts[number]).clamp(min=0)
         end = torch.minimum(last - starts[number], sizes[number])
-        inside = (last > len(head)) & (begin < end)
+        inside = (last > len(preamble)) & (begin < end)
         found = torch.stack([number, begin, end], 1).to(torch.int32)
         origins = torch.where(inside[:, None], found, torch.tensor([-1, 0, 0], dtype=torch.int32))
-        head_tokens = int((last <= len(head)).sum())
-        return cls(tuple(documents), text, ids, origins, head_tokens)
+        preamble_tokens = int((last <= len(preamble)).sum())
+        return cls(tuple(documents), text, ids, origins, preamble_tokens)
 
     def __len__(self) -> int:
-        """Number of tokens, the head included."""
+        """Number of tokens, the preamble included."""
         return len(self.ids)
 
     def split(self, chunk_tokens: int) -> Iterator[Chunk]:

@@ -2,7 +2,7 @@
 
 The documents stand inside the first user turn, because that is the one place that every template has:
 
-    head      what the template writes before the documents, with the task's instruction
+    preamble  what the template writes before the documents, with the task's instruction
     corpus    the documents
     guide     task line and examples, as turns of the same conversation (when it is resident)
     question  the user's text and what the template writes after it, up to the answer
@@ -91,7 +91,7 @@ class ChatLayout:
         """
         return (_GAP,) if self.plain else ()
 
-    def head(self, instruction: str) -> str:
+    def preamble(self, instruction: str) -> str:
         """What stands before the first document. Raises `TemplateError` if no exact cut exists."""
         return self._cut([_user(self._marker([], instruction))], instruction)[0]
 
@@ -136,13 +136,13 @@ class ChatLayout:
             raise TemplateError(_rewrites("the task and examples", left, after))
         return after[len(left) :]
 
-    def verify(self, head: str, corpus: str, guide: str, task: Task) -> None:
+    def verify(self, preamble: str, corpus: str, guide: str, task: Task) -> None:
         """Render the real documents and refuse a template that changes anything left of the question."""
         guided = self._guide_turns(task) if guide else []
         question = self._marker(guided, task.instruction)
         turns = [*guided, _user(question)]
         later = [*turns, {"role": "assistant", "content": "Yes."}, _user("And then?")]
-        expected = head + corpus + _GAP + guide
+        expected = preamble + corpus + _GAP + guide
         for conversation in (turns, later):
             rendered = self._render(_merged(conversation, task.instruction, corpus))
             after = rendered.removeprefix(expected)
@@ -163,10 +163,10 @@ class ChatLayout:
         """(text before the corpus, text after the gap that follows it) of a rendered conversation."""
         corpus = self._marker(turns, instruction)
         rendered = self._render(_merged(turns, instruction, corpus))
-        head, marker, after = rendered.partition(corpus)
+        preamble, marker, after = rendered.partition(corpus)
         if not marker or corpus in after or not after.startswith(_GAP):
             raise TemplateError(_rewrites("the first user turn", f"…{corpus}{_GAP}…", rendered))
-        return head, after[len(_GAP) :]
+        return preamble, after[len(_GAP) :]
 
     def _marker(self, turns: Sequence[Message], *texts: str) -> str:
         """A word that stands nowhere else in a conversation: in no turn or text, nor in what the layout is made of."""

@@ -119,8 +119,8 @@ def build_independent(
 ) -> Sheet:
     """`build_sheet(mode="independent")` whose documents are read by Ray tasks and put together here.
 
-    The model is loaded here too: it plans, and reads head and resident guide. `checkpoint` is a file here, for the case
-    that this process dies. Raises as `build_each`.
+    The model is loaded here too: it plans, and reads preamble and resident guide. `checkpoint` is a file here, for the
+    case that this process dies. Raises as `build_each`.
     """
     loaded = LoadedModel.get(model, **dict(model_options or {}))
     read = partial(_read, str(model), dict(model_options or {}), workers or Workers())

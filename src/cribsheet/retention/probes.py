@@ -119,7 +119,7 @@ class Exam:
     @property
     def opening(self) -> str:
         """What the template writes before the first document."""
-        return self.layout.head(self.task.instruction)
+        return self.layout.preamble(self.task.instruction)
 
     def over(self, prefix: Prefix, questions: Sequence[str]) -> list[str]:
         """Answers of a prefix, in which the guide stands already if it is resident."""

@@ -62,10 +62,10 @@ def instead_of_documents(
 def opening(
     layout: ChatLayout, task: Task, sheet: Sheet, passages: Sequence[Passage]
 ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """Tokens (T,) of what a sheet would stand for: head, passages as documents, the guide if it is resident; places."""
-    head = sheet.manifest.head
-    ids, spans = layout.encoder.left(head + _as_documents(layout, passages))
-    return _guided(layout, task, sheet, ids), _places(spans, passages, len(head))
+    """Tokens (T,) of what a sheet would stand for, preamble, passages as documents, a resident guide; and places."""
+    preamble = sheet.manifest.head
+    ids, spans = layout.encoder.left(preamble + _as_documents(layout, passages))
+    return _guided(layout, task, sheet, ids), _places(spans, passages, len(preamble))
 
 
 def _as_documents(layout: ChatLayout, passages: Sequence[Passage]) -> str:

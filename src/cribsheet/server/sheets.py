@@ -50,9 +50,7 @@ class Shelf(Mapping[str, Served]):
     """Open sheets by name. Those made with one model share it, and its engine."""
 
     def __init__(self, sheets: Mapping[str, CompressedKnowledgeLLM]) -> None:
-        for name in sheets:
-            _check(name)
-        self._sheets = {name: Served(name, kb) for name, kb in sheets.items()}
+        self._sheets = {_check(name): Served(name, kb) for name, kb in sheets.items()}
 
     @classmethod
     def open(cls, sheets: Sequence[str | Path], **options: Any) -> Self:

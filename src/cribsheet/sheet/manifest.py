@@ -133,7 +133,7 @@ class Manifest(BaseModel):
     fingerprint: Fingerprint
     system: str
     template_options: dict[str, Any]
-    head: str
+    head: str  # the preamble; files keep the keys `head` and `head_tokens`, so that sheets of before open
     task: dict[str, Any]
     guide: Literal["resident", "dropped"]
     guide_tokens: Count
@@ -167,7 +167,7 @@ class Manifest(BaseModel):
             "no layer sees everything": None not in made.windows,
             f"{made.heads} heads share {made.kv_heads} keys": made.heads % made.kv_heads != 0,
             "a document has no id": not all(document.id.strip() for document in self.documents),
-            f"the head's {self.head_tokens} and the documents' {listed} tokens are more than the corpus's "
+            f"the preamble's {self.head_tokens} and the documents' {listed} tokens are more than the corpus's "
             f"{self.corpus_tokens}": self.head_tokens + listed > self.corpus_tokens,
             f"the budget of {self.budget} is more than everything": self.budget
             > self.corpus_tokens + self.guide_tokens,

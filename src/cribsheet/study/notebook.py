@@ -74,12 +74,7 @@ class Notebook:
             for part in _PARTS
             for number, tensor in enumerate(getattr(state, part))
         }
-        told = {
-            "step": state.step,
-            "best_step": state.best_step,
-            "seconds": state.seconds,
-            "curve": state.curve,
-        }
+        told = {"step": state.step, "best_step": state.best_step, "seconds": state.seconds, "curve": state.curve}
         self._write(self.path, tensors, {"told": json.dumps(told)})
 
     def remove(self) -> None:

@@ -71,7 +71,7 @@ def main() -> None:
 def build_costs(model: LoadedModel, case: Case, methods: Sequence[Method], rate: float) -> dict[str, float]:
     """Processor time of one build by each method, over that of a plain forward pass over the corpus."""
     layout = ChatLayout(model.backbone.tokenizer)
-    ids = TokenizedCorpus.build(case.documents, layout.head(case.task.instruction), layout.encoder).ids
+    ids = TokenizedCorpus.build(case.documents, layout.preamble(case.task.instruction), layout.encoder).ids
 
     def plain() -> None:
         with torch.no_grad():

@@ -86,7 +86,7 @@ def report(python: Path, model: LoadedModel, cases: Sequence[Case], rates: Seque
     first = list({case.family: case for case in reversed(cases)}.values())[-_COMPARED:]
     documents = timed_documents(model, cases)
     layout = ChatLayout(model.backbone.tokenizer)
-    long = TokenizedCorpus.build(documents, layout.head(cases[0].task.instruction), layout.encoder)
+    long = TokenizedCorpus.build(documents, layout.preamble(cases[0].task.instruction), layout.encoder)
     told = [prompts(model, case, rates) for case in first]
     timing = {
         "context": long.ids.tolist(),
@@ -123,7 +123,7 @@ def job_of(model: LoadedModel) -> dict[str, Any]:
 def prompts(model: LoadedModel, case: Case, rates: Sequence[float]) -> dict[str, Any]:
     """Token ids of a case exactly as we read them: context, guide, and questions after either."""
     layout = ChatLayout(model.backbone.tokenizer)
-    corpus = TokenizedCorpus.build(case.documents, layout.head(case.task.instruction), layout.encoder)
+    corpus = TokenizedCorpus.build(case.documents, layout.preamble(case.task.instruction), layout.encoder)
 
     def asked(question: str, resident: bool) -> list[int]:
         text = layout.question([{"role": "user", "content": question}], case.task, resident)
@@ -177,7 +177,7 @@ def finch_against(
                 guide="dropped",
                 chunk_tokens=0,
             )
-        except BudgetError as error:  # a head that is pinned may be all of a small budget
+        except BudgetError as error:  # a preamble that is pinned may be all of a small budget
             logger.warning("finch is not compared at %gx: %s", line["rate"], error)
             continue
         for form, layers in line["kept"].items():

@@ -66,8 +66,8 @@ class Sheets:
 
         `how` are the keyword arguments of `build`.
         """
-        head = self._layout.head(task.instruction)
-        whole = len(TokenizedCorpus.build(self._documents, head, self._layout.encoder))
+        preamble = self._layout.preamble(task.instruction)
+        whole = len(TokenizedCorpus.build(self._documents, preamble, self._layout.encoder))
         most = kept_bytes(self._backbone, int(whole / rate), "float16")
         budget = bisect_right(range(whole + 1), most, key=lambda size: kept_bytes(self._backbone, size, dtype)) - 1
         while budget > 0:

@@ -66,14 +66,14 @@ class Case:
         self.sheets = Sheets(model.backbone, corpus.documents)
         self.layout = ChatLayout(model.backbone.tokenizer)
         self.whole = TokenizedCorpus.build(
-            corpus.documents, self.layout.head(corpus.task.instruction), self.layout.encoder
+            corpus.documents, self.layout.preamble(corpus.task.instruction), self.layout.encoder
         )
-        self.fixed = self.whole.head_tokens + len(self.sheets.guide(corpus.task))
+        self.fixed = self.whole.preamble_tokens + len(self.sheets.guide(corpus.task))
         self._finders: dict[str, Found] = {}
         self._last: tuple[Any, CompressedKnowledgeLLM] | None = None
 
     def answers(self, way: Way, rate: float, numbers: Sequence[int]) -> list[Row]:
-        """Rows of the questions of these numbers; raises `BudgetError` if a budget does not hold head and guide."""
+        """Rows of the questions of these numbers; raises `BudgetError` if a budget does not hold preamble and guide."""
         budget = int(len(self.whole) / rate)
         asking: dict[str, Any] = {}
         if way.name == FULL:
@@ -81,7 +81,7 @@ class Case:
         elif way.sheet is None:
             kb, passages = self._bare, 1 if way.name == CLOSED else budget - self._bare.sheet.tokens
             if passages < 1:
-                raise BudgetError(f"{budget} tokens are not more than the {self.fixed} of head and guide.")
+                raise BudgetError(f"{budget} tokens are not more than the {self.fixed} of preamble and guide.")
             asking = {"mode": way.mode, "passage_tokens": passages, "retriever": self._finder(way.retriever)}
         else:
             made, size = way.sheet, min(int(budget * way.share), len(self.whole))
@@ -98,7 +98,7 @@ class Case:
 
     @cached_property
     def _bare(self) -> CompressedKnowledgeLLM:
-        """A sheet of head, guide and hardly anything else: passages that stand alone take the place of documents."""
+        """A sheet of preamble, guide and hardly anything else: passages alone take the place of documents."""
         sheet = self.sheets.build(self.corpus.task, budget=self.fixed + 1, scorer="recent", guide="resident")
         return CompressedKnowledgeLLM(self.model, sheet)
 
@@ -190,7 +190,7 @@ class Case:
             "guide": guide,
             "questions": [[*guide, *encode(text).tolist()] for text in texts],
             "most": max(map(most_tokens, asked)),
-            "budgets": [each for each in budgets if each[1] > self.whole.head_tokens],
+            "budgets": [each for each in budgets if each[1] > self.whole.preamble_tokens],
         }
         job = {**peers.job_of(self.model), "full": False, "presses": ["KVzip"], "cases": [told]}
         rows, left = [], dict(wanted)

@@ -3,9 +3,9 @@
     cribsheet bench real CORPORA --model Qwen/Qwen2.5-0.5B-Instruct --json real.json
 
 CORPORA is a folder of corpora (`corpora.py`), which `real_sets.py` makes from public data sets. A budget is the tokens
-before the question, the template's head and the guide included. The guide stays in every prompt, or forms of answers
-would be compared instead of what a prompt knows; only `zero-shot` leaves out its examples. What was measured is in
-`real_page.py`: full context first, and differences on the same questions.
+before the question, the template's preamble and the guide included. The guide stays in every prompt, or forms of
+answers would be compared instead of what a prompt knows; only `zero-shot` leaves out its examples. What was measured is
+in `real_page.py`: full context first, and differences on the same questions.
 """
 
 from __future__ import annotations

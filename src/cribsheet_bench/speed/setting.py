@@ -85,7 +85,7 @@ class Setting:
         return torch.randint(20, most, (tokens,), generator=self.generator)
 
     def corpus(self, tokens: int) -> TokenizedCorpus:
-        """A corpus of random tokens with a head of 16."""
+        """A corpus of random tokens with a preamble of 16."""
         origins = torch.stack([torch.zeros(tokens), torch.arange(tokens), torch.arange(1, tokens + 1)], 1)
         return TokenizedCorpus((Document(text="x" * tokens, id="random"),), "", self.ids(tokens), origins.int(), 16)
 

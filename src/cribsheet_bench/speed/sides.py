@@ -43,7 +43,7 @@ def build(
         repeat=setting.ids(REPEAT if found.reads.repetition else 0),
         budget=budget,
         chunk_tokens=min(len(corpus), chunk_tokens or usual_chunk(setting.backbone)),
-        head=0,
+        preamble_tokens=0,
         pinned=1,
         allocation=allocation,
         most=len(corpus),

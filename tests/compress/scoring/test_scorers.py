@@ -160,7 +160,7 @@ def test_a_repeated_token_counts_by_the_rows_about_its_repetition(scene, size):
             assert float(found[head, token]) == pytest.approx(float((logits - lse[head, rows]).exp().max()), rel=1e-5)
 
 
-def test_nothing_was_repeated_of_a_chunk_that_is_all_head(scene):
+def test_nothing_was_repeated_of_a_chunk_that_is_all_preamble(scene):
     view = replace(scene.view, repeated=0)
     torch.testing.assert_close(make_scorer("recall")[1].score(view), held(task_peak)(view, scene.weights).float())
 
@@ -183,11 +183,11 @@ def test_tokens_are_equally_likely_to_stay_by_chance_whatever_chunk_they_came_in
         )
         counts = torch.zeros(sheet.manifest.corpus_tokens) if not len(counts) else counts
         counts += torch.bincount(sheet.indices.flatten(), minlength=len(counts))
-        head, budget = sheet.manifest.head_tokens, sheet.manifest.budget
+        preamble, budget = sheet.manifest.head_tokens, sheet.manifest.budget
     draws = 40 * tiny.num_layers * tiny.kv_heads
-    assert (counts[:head] == draws).all()
-    share = counts[head:] / draws
-    expected = (budget - head) / len(share)
+    assert (counts[:preamble] == draws).all()
+    share = counts[preamble:] / draws
+    expected = (budget - preamble) / len(share)
     assert abs(float(share.mean()) - expected) < 1e-6
     thirds = [float(part.mean()) for part in share.tensor_split(3)]
     assert max(thirds) - min(thirds) < 0.12 * expected
@@ -204,7 +204,7 @@ def test_chance_depends_on_seed_layer_and_place_alone(scene):
         assert not torch.equal(first, scorer.score(LayerView(**{**fields, **other})))
 
 
-def test_recent_keeps_the_head_and_the_end(tiny):
+def test_recent_keeps_the_preamble_and_the_end(tiny):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, scorer="recent", guide="dropped", chunk_tokens=25)
     made = sheet.manifest
     tail = made.budget - made.head_tokens
@@ -215,17 +215,17 @@ def test_recent_keeps_the_head_and_the_end(tiny):
 def test_finch_keeps_the_same_tokens_in_every_head_and_pins_nothing(tiny):
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, rate=3, scorer="finch", guide="dropped", chunk_tokens=60)
     assert torch.equal(sheet.indices[:, 0], sheet.indices[:, 1])
-    head = set(range(sheet.manifest.head_tokens))
-    assert any(not head <= set(layer[0].tolist()) for layer in sheet.indices)
+    preamble = set(range(sheet.manifest.head_tokens))
+    assert any(not preamble <= set(layer[0].tolist()) for layer in sheet.indices)
 
 
 @pytest.mark.parametrize("name", sorted(set(SCORERS) - {"finch"}))
-def test_all_scorers_but_finch_pin_the_head(tiny, name):
+def test_all_scorers_but_finch_pin_the_preamble(tiny, name):
     options = {"rate": 5, "guide": "dropped", "chunk_tokens": 33, "allocation": "uniform"}
     sheet = build_sheet(tiny, DOCUMENTS, FEW_SHOT, scorer=name, **options)
-    head = torch.arange(sheet.manifest.head_tokens, dtype=torch.int32)
-    assert len(head) > 3
-    assert (sheet.indices[..., : len(head)] == head).all()
+    preamble = torch.arange(sheet.manifest.head_tokens, dtype=torch.int32)
+    assert len(preamble) > 3
+    assert (sheet.indices[..., : len(preamble)] == preamble).all()
 
 
 @pytest.mark.parametrize("name", ["task", "finch"])
@@ -250,7 +250,7 @@ def test_an_unknown_scorer_is_refused_with_the_names_that_exist():
 def test_a_scorer_of_your_own_needs_one_method(tiny):
     class Earliest:
         reads = Reads()
-        pins_head = False
+        pins_preamble = False
 
         def score(self, view):
             return -view.positions.float()

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def examples(tokenizer: Any) -> list[tuple[Tensor, int]]:
     """Token ids of each prompt with its answer, and where the answer begins."""
     layout = ChatLayout(tokenizer)
-    left = layout.encoder.left(layout.head("Answer from the documents.") + "\n\n".join(DOCUMENTS) + "\n\n")[0]
+    left = layout.encoder.left(layout.preamble("Answer from the documents.") + "\n\n".join(DOCUMENTS) + "\n\n")[0]
     found: list[tuple[Tensor, int]] = []
     for prompt, answer in json.loads((HERE / "pairs.json").read_text(encoding="utf-8")):
         asked = torch.cat([left, layout.encoder.after(prompt)])

@@ -18,7 +18,7 @@ class Finch:
     """Attention mass summed over guide rows and heads, the same for every head of a layer."""
 
     reads: ClassVar[Reads] = Reads(task=True)
-    pins_head: ClassVar[bool] = False
+    pins_preamble: ClassVar[bool] = False
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S), equal in every head."""

@@ -12,10 +12,10 @@ from cribsheet.compress.scoring.view import LayerView, Reads
 
 
 class Recent:
-    """The head and the latest tokens (StreamingLLM, arXiv 2309.17453)."""
+    """The preamble and the latest tokens (StreamingLLM, arXiv 2309.17453)."""
 
     reads: ClassVar[Reads] = Reads()
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""
@@ -30,7 +30,7 @@ class Random:
     """
 
     reads: ClassVar[Reads] = Reads()
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""

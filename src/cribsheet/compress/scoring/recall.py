@@ -31,7 +31,7 @@ class Recall:
     """
 
     reads: ClassVar[Reads] = Reads(task=True, repetition=True)
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""

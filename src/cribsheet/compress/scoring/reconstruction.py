@@ -18,7 +18,7 @@ class Reconstruction:
     """
 
     reads: ClassVar[Reads] = Reads(repetition=True)
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""

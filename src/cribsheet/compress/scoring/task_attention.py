@@ -19,7 +19,7 @@ class TaskAttention:
     """Mean attention of the guide's rows, visible-count weighted, times the value norm."""
 
     reads: ClassVar[Reads] = Reads(task=True)
-    pins_head: ClassVar[bool] = True
+    pins_preamble: ClassVar[bool] = True
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S)."""

@@ -63,15 +63,15 @@ class Scorer(Protocol):
     """How much each cached token matters, per key/value head.
 
     `reads` says what is read after each chunk for this scorer; by its attention the chunk is scored.
-    `pins_head` says whether the template's head (attention sinks among it) is always kept; if heads share a budget, it
-    is the first token only, and the rest of the head competes.
+    `pins_preamble` says whether the template's preamble (attention sinks among it) is always kept; if heads share a
+    budget, it is the first token only, and the rest of the preamble competes.
 
     A scorer may also have `needs(view)`, scores (N, K, S) of zero or more. It is asked instead where heads share a
     budget: of each need a token counts less in each further head (`selection.spread_out`), and its best need counts.
     """
 
     reads: ClassVar[Reads]
-    pins_head: ClassVar[bool]
+    pins_preamble: ClassVar[bool]
 
     def score(self, view: LayerView) -> Tensor:
         """Scores (K, S), higher is more important; finite float32."""

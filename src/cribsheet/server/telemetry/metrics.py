@@ -89,13 +89,8 @@ class Metrics:
         )
         self.seconds = Histogram("cribsheet_request_seconds", "Time from request to the end of the answer.")
         self.first = Histogram("cribsheet_first_token_seconds", "Time from request to the first text.")
-        self._all: Sequence[Counter | Histogram | Gauge] = (
-            self.requests,
-            self.tokens,
-            self.seconds,
-            self.first,
-            *gauges,
-        )
+        counted = (self.requests, self.tokens, self.seconds, self.first)
+        self._all: Sequence[Counter | Histogram | Gauge] = (*counted, *gauges)
 
     def render(self) -> str:
         """All of it in Prometheus' text format."""
