@@ -155,10 +155,11 @@ def test_a_dry_run_is_told_what_the_build_is_told(cli, model, staff, tmp_path, m
     )  # fmt: skip
 
 
-def test_a_dry_run_counts_what_a_correction_takes(cli, model, staff):
-    asked = ("build", staff, "--model", model, "--dry-run", "--json", "--rate", 2, "--scorer", "task")
+def test_a_dry_run_counts_what_a_correction_takes(cli, model, tmp_path):
+    (tmp_path / "long.txt").write_text("Bob Smith lives in Oslo. He enjoys chess and works for Nordwind Labs. " * 80)
+    asked = ("build", tmp_path / "long.txt", "--model", model, "--dry-run", "--json", "--rate", 2, "--scorer", "task")
     plain, corrected = (cli(*asked, "--correction", each).data for each in ("none", "refit"))
-    assert corrected["seconds"] > plain["seconds"] and corrected["peak_bytes"] >= plain["peak_bytes"]
+    assert corrected["peak_bytes"] > 1.2 * plain["peak_bytes"]  # the seconds of so little are noise
 
 
 def test_a_dry_run_needs_no_file_and_minds_none(cli, model, staff, tmp_path, capfd):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -270,8 +270,26 @@ def test_a_model_in_training_mode_gets_its_gradients_back(tiny):
 @pytest.mark.slow
 def test_a_real_sheet_learns_and_its_file_is_an_ordinary_one(tmp_path):
     """The pocket model; minutes on one core."""
-    more = [dataclasses.replace(each, id=f"{each.id}-{n}", text=each.text.replace("extension", word))
-            for n, word in enumerate(("extension", "locker", "room", "badge")) for each in STAFF]  # fmt: skip
+    firsts, lasts = ("Ann", "Bob", "Clara", "Hugo", "Nina", "Ivan"), ("Moreno", "Smith", "Berg", "Ali", "Sato", "Lopez")
+    towns = [
+        "Lisbon",
+        "Oslo",
+        "Cairo",
+        "Quito",
+        "Kyoto",
+        "Riga",
+        "Madrid",
+        "Tunis",
+        "Prague",
+        "Dublin",
+        "Osaka",
+        "Malmo",
+    ]
+    people = [(f"{first} {last}", 4000 + 37 * n) for n, (first, last) in enumerate(product(firsts, lasts))]
+    more = [
+        Document(text=f"{name} lives in {towns[number % 12]}. The extension of {name} is {number}. " * 2, id=name)
+        for name, number in people
+    ]
     kb = CompressedKnowledgeLLM.build(more, TASK, model="pocket", rate=8)
     before = kb.sheet
     came = kb.study(steps=50, seed=0)
