@@ -112,9 +112,13 @@ def make_practice(
     *,
     seed: int = 0,
     until: float | None = None,
+    latest: float | None = None,
+    least: int = 0,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Practice:
     """Exercises about a sheet's documents; the same every time, unless it is `until` (of `time.monotonic`) first.
+
+    While there are fewer than `least` questions, it goes on until the `latest`.
 
     Raises `RequestError` if the sheet has no texts.
     """
@@ -123,7 +127,8 @@ def make_practice(
     maker = _Maker(exam, turns_of(exam, sheet), stretches, seed)
     rounds = [(stretch, turn) for turn in range(_PER_SENTENCE // _AT_ONCE) for stretch in stretches]
     for number, (stretch, turn) in enumerate(rounds):
-        most = None if until is None else _affordable(maker, until, len(stretches) - number % len(stretches))
+        ends = until if len(maker.found) >= least else latest
+        most = None if ends is None else _affordable(maker, ends, len(stretches) - number % len(stretches))
         if most == 0:
             logger.info("time is up for practice after %d of %d stretches", number, len(rounds))
             break

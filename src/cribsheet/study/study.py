@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 LEAST_QUESTIONS = 16  # of fewer, nothing can be learnt and held out
 _MOST_HELD, _HELD = 48, 0.1
 _SINKS = 4  # first tokens of a sheet, on which attention rests: they stay
-_PRACTICE = 0.35  # share of the time in which practice is made
+_PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
 _STEPS = 1000  # more than that only repeats
 _BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
 _SAVED_EVERY = 30.0  # seconds
@@ -124,9 +124,16 @@ def study(
     practice = notebook.practice() if notebook else None
     if practice is None:
         told("practice", 0.0)
-        until = None if minutes is None else began + 60 * minutes * _PRACTICE
+        ends = [None if minutes is None else began + 60 * minutes * share for share in (_PRACTICE, _LATEST)]
         practice = make_practice(
-            session.loaded, session.layout, sheet, seed=seed, until=until, tell=lambda share: told("practice", share)
+            session.loaded,
+            session.layout,
+            sheet,
+            seed=seed,
+            until=ends[0],
+            latest=ends[1],
+            least=LEAST_QUESTIONS,
+            tell=lambda share: told("practice", share),
         )
         _check_enough(practice)
         if notebook:
