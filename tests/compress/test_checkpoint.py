@@ -15,9 +15,9 @@ from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
 from safetensors.torch import save_file
 
 from cribsheet import build_sheet
-from cribsheet.compress.checkpoint import _digest as digest
 from cribsheet.errors import SheetError
 from cribsheet.sheet.tensors import TensorFile
+from cribsheet.sheet.tensors import digest_with as digest
 from cribsheet.testing import tiny_backbone
 
 CHUNK = 40

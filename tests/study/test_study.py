@@ -12,11 +12,12 @@ from cribsheet import CompressedKnowledgeLLM, Task
 from cribsheet.attention.cache import cache_of, prefix_cache
 from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, RequestError, SheetError
+from cribsheet.living.segments import sheet_layers
 from cribsheet.sheet import file
 from cribsheet.study.layer import Learnt, StudiedLayer
 from cribsheet.study.notebook import Notebook
 from cribsheet.study.practice import Exercise, make_practice
-from cribsheet.study.study import float_layers, free_places, study
+from cribsheet.study.study import free_places, study
 from cribsheet.study.trainer import Pace, Trainer
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
@@ -58,14 +59,14 @@ def exercises(kb, count=8, seed=0):
 
 
 def trainer_of(kb, found, seed=0):
-    layers, free = float_layers(kb.backbone, kb.sheet), free_places(kb.backbone, kb.sheet)
+    layers, free = sheet_layers(kb.backbone, kb.sheet, torch.float32), free_places(kb.backbone, kb.sheet)
     return Trainer(kb.backbone, layers, kb.sheet.length, free, found[:4], found[4:6], found[6:], seed)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_a_studied_layer_attends_as_any_other(family, allocation):
     kb = built(family, allocation=allocation)
-    layers, free = float_layers(family, kb.sheet), free_places(family, kb.sheet)
+    layers, free = sheet_layers(family, kb.sheet, torch.float32), free_places(family, kb.sheet)
     ids = torch.arange(7, 29).view(2, 11)
     positions = torch.arange(kb.sheet.length, kb.sheet.length + 11).expand(2, -1)
     wanted = family.step(ids, positions, prefix_cache(kb.prefix.layers, kb.sheet.length), 11)
@@ -105,7 +106,9 @@ def test_the_divergence_falls_and_what_may_not_change_stays(tiny, options):
     state = trainer.run(trainer.begin(), Pace(60))
     assert state.lowest < 0.9 * state.curve[0][1] and state.best_step > 0
     free = free_places(tiny, kb.sheet)
-    for old, new, places in zip(float_layers(tiny, kb.sheet), trainer.best_layers(state), free, strict=True):
+    for old, new, places in zip(
+        sheet_layers(tiny, kb.sheet, torch.float32), trainer.best_layers(state), free, strict=True
+    ):
         size = old.keys.shape[-1]
         for was, is_now in ((old.keys, new.keys), (old.values, new.values)):
             changed = (was != is_now).reshape(-1, size).any(-1)

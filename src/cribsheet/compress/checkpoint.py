@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from cribsheet.compress.kept import Kept
 from cribsheet.compress.loop import State
 from cribsheet.errors import SheetError
 from cribsheet.sheet.atomic import writing
-from cribsheet.sheet.tensors import TensorFile, digest_of
+from cribsheet.sheet.tensors import TensorFile, digest_with
 
 _PARTS = ("keys", "values", "indices", "scores")
 
@@ -41,7 +40,7 @@ class Checkpoint:
             for part in _PARTS
         }
         metadata = {"build": self._digest, "done": str(state.done)}
-        metadata["sha256"] = _digest(metadata, tensors)
+        metadata["sha256"] = digest_with(metadata, tensors)
         with writing(self.path, "The checkpoint") as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
 
@@ -67,7 +66,7 @@ class Checkpoint:
             )
         held = file.read(file.entries)
         file.close()
-        if file.metadata.get("sha256") != _digest(file.metadata, held):
+        if file.metadata.get("sha256") != digest_with(file.metadata, held):
             raise ValueError("it was changed after it was written")
         if not 0 < int(file.metadata["done"]) <= tokens or len(held) != layers * len(_PARTS):
             raise ValueError(f"{file.metadata['done']} of {tokens} tokens were read into {len(held)} tensors")
@@ -77,9 +76,3 @@ class Checkpoint:
     def remove(self) -> None:
         """The build is finished."""
         self.path.unlink(missing_ok=True)
-
-
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Of everything that a checkpoint holds."""
-    told = json.dumps({name: text for name, text in metadata.items() if name != "sha256"}, sort_keys=True)
-    return hashlib.sha256(f"{told}{digest_of(tensors)}".encode()).hexdigest()

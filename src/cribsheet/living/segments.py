@@ -118,7 +118,9 @@ def read_segment(backbone: Backbone, plan: Plan, tell: Tell | None = None) -> Se
     )
 
 
-def placed(backbone: Backbone, layers: Sequence[StoredLayer], length: int) -> list[LayerPrefix]:
+def placed(
+    backbone: Backbone, layers: Sequence[StoredLayer], length: int, dtype: torch.dtype | None = None
+) -> list[LayerPrefix]:
     """Unrotated layers of a sheet of `length` positions as attention reads them, each head's last key at the last."""
     found = []
     for layer, inv_freq in zip(layers, backbone.inv_freqs, strict=True):
@@ -126,16 +128,18 @@ def placed(backbone: Backbone, layers: Sequence[StoredLayer], length: int) -> li
         if layer.window is not None:
             first = max(0, restored.longest - layer.window + 1)
             restored = replace(restored, keys=restored.keys[:, first:], values=restored.values[:, first:])
-        keys = rotate(restored.keys, end_positions(restored, length).to(backbone.device), inv_freq).to(backbone.dtype)
-        found.append(replace(restored, keys=keys, values=restored.values.to(backbone.dtype)))
+        keys = rotate(restored.keys, end_positions(restored, length).to(backbone.device), inv_freq).to(
+            dtype or backbone.dtype
+        )
+        found.append(replace(restored, keys=keys, values=restored.values.to(dtype or backbone.dtype)))
     return found
 
 
-def sheet_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
-    """The layers of any sheet on the model's device and in its dtype."""
+def sheet_layers(backbone: Backbone, sheet: Sheet, dtype: torch.dtype | None = None) -> list[LayerPrefix]:
+    """The layers of any sheet on the model's device, in its dtype or another."""
     if sheet.manifest.rotated:
-        return [layer.restored(backbone.device, backbone.dtype) for layer in sheet.layers]
-    return placed(backbone, sheet.layers, sheet.length)
+        return [layer.restored(backbone.device, dtype or backbone.dtype) for layer in sheet.layers]
+    return placed(backbone, sheet.layers, sheet.length, dtype)
 
 
 def assemble(

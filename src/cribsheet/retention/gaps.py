@@ -17,7 +17,7 @@ _ASKED = 'What is left out of this sentence of the documents: "{}"?'
 _GAP = "___"
 _BEFORE, _AFTER = 150, 50  # characters of a sentence that are shown on both sides of the gap
 _CONTEXT = 5  # words that must stand around it
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _MONTH = r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _NUMBER = (
     rf"(?<![\w.,-])(?:\d{{1,2}} )?(?:{_MONTH} (?:\d{{1,2}}, )?)?\d(?:[\d.,]*\d)?"
@@ -60,7 +60,7 @@ def _goes_on(before: str) -> bool:
 
 def _around(text: str, start: int, stop: int) -> tuple[str, str]:
     """What the sentence says before and after a place, cut at words where it is long."""
-    ends = [each.span() for each in _SENTENCE.finditer(text)]
+    ends = [each.span() for each in SENTENCE.finditer(text)]
     first = max((end for _, end in ends if end <= start), default=0)
     last = min((begin for begin, _ in ends if begin >= stop), default=len(text))
     before, after = text[first:start], text[stop:last]

@@ -142,6 +142,10 @@ class Exam:
 
     def _after(self, question: str) -> Tensor:
         text = question if self.task.few_shot else f"{question} {_SHORTLY}"
+        return self.turn(text)
+
+    def turn(self, text: str) -> Tensor:
+        """Tokens (T,) of a user's turn, as they follow documents and guide."""
         turns = [{"role": "user", "content": text}]
         return self.layout.encoder.after(self.layout.question(turns, self._shown, self.resident))
 

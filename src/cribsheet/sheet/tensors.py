@@ -176,6 +176,12 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def digest_with(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything that a file holds but the digest itself, which stands in its metadata under `sha256`."""
+    told = json.dumps({name: text for name, text in metadata.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(f"{told}{digest_of(tensors)}".encode()).hexdigest()
+
+
 def is_usable(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN, nothing infinite and nothing beyond `LARGEST`; one pass over its bytes."""
     if not tensor.is_floating_point() or not tensor.numel():

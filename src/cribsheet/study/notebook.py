@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cribsheet.errors import SheetError
 from cribsheet.sheet.atomic import writing
-from cribsheet.sheet.tensors import TensorFile, digest_of
+from cribsheet.sheet.tensors import TensorFile, digest_with
 from cribsheet.study.practice import Exercise, Practice
 from cribsheet.study.trainer import State
 
@@ -84,7 +84,7 @@ class Notebook:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         metadata["study"] = self._digest
-        metadata["sha256"] = _digest(metadata, tensors)
+        metadata["sha256"] = digest_with(metadata, tensors)
         with writing(path, "What a study remembers") as unfinished:
             save_file(dict(tensors), unfinished, metadata=metadata)
 
@@ -102,7 +102,7 @@ class Notebook:
                 f"{str(path)!r} belongs to another study (of another sheet, or with other settings); delete it, or "
                 "study with the settings that it was made with."
             )
-        if metadata.get("sha256") != _digest(metadata, tensors):
+        if metadata.get("sha256") != digest_with(metadata, tensors):
             raise SheetError(f"{str(path)!r} was changed after it was written; delete it, and the study begins anew.")
         return metadata, tensors
 
@@ -110,8 +110,3 @@ class Notebook:
 def _exercise(tensors: Mapping[str, Tensor], number: int, asked: int, question: str, answer: str) -> Exercise:
     ids, tops, weights = (tensors[f"{number}.{part}"] for part in ("ids", "tops", "weights"))
     return Exercise(ids, asked, tops, weights, question, answer)
-
-
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    told = json.dumps({name: text for name, text in metadata.items() if name != "sha256"}, sort_keys=True)
-    return hashlib.sha256(f"{told}{digest_of(tensors)}".encode()).hexdigest()

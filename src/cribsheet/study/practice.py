@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +30,12 @@ from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.retention.gaps import gaps
+from cribsheet.retention.gaps import SENTENCE, gaps
 from cribsheet.retention.probes import Exam, agree, is_apt, is_told
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
 
 logger = logging.getLogger(__name__)
-
-Turn = Callable[[str], Tensor]  # tokens (T,) of a user's turn, as they follow the sheet
 
 _STRETCH = 2000  # characters that are read at once
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
@@ -54,7 +51,6 @@ _RARE = 0.1  # share of the stretches that a word which tells them apart is in a
 _TOP = 32  # continuations of each token that are kept
 _ROWS = 16  # answers that are looked at together
 _CUE, _TEXT_TOKENS = (12, 20), 40  # tokens of a text that are shown, and that follow
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 _OPENINGS = (
     *("Who", "When", "What", "Which", "Where", "How many", "What is the name of", "In which", "Why", "How", "What was"),
@@ -95,16 +91,6 @@ class Practice:
     left_out: Counter[str]
 
 
-def turns_of(exam: Exam, sheet: Sheet) -> Turn:
-    """How a user's turn follows a sheet, in tokens."""
-
-    def turn(text: str) -> Tensor:
-        asked = [{"role": "user", "content": text}]
-        return exam.layout.encoder.after(exam.layout.question(asked, sheet.shown_task, sheet.resident))
-
-    return turn
-
-
 def make_practice(
     model: LoadedModel,
     layout: ChatLayout,
@@ -124,7 +110,7 @@ def make_practice(
     """
     stretches = cut_into_passages(_told(sheet), _STRETCH)
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
-    maker = _Maker(exam, turns_of(exam, sheet), stretches, seed)
+    maker = _Maker(exam, stretches, seed)
     rounds = [(stretch, turn) for turn in range(_PER_SENTENCE // _AT_ONCE) for stretch in stretches]
     for number, (stretch, turn) in enumerate(rounds):
         ends = until if len(maker.found) >= least else latest
@@ -170,8 +156,8 @@ def _told(sheet: Sheet) -> list[Document]:
 class _Maker:
     """Makes exercises of one stretch after the other."""
 
-    def __init__(self, exam: Exam, turn: Turn, stretches: Sequence[Passage], seed: int) -> None:
-        self._exam, self._turn, self._stretches, self._seed = exam, turn, stretches, seed
+    def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int) -> None:
+        self._exam, self._stretches, self._seed = exam, stretches, seed
         self._random = random.Random(seed)
         self._guide, self._nothing = exam.guide, read_prefix(exam, exam.documents(""), exam.guide)
         spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
@@ -199,7 +185,7 @@ class _Maker:
 
     def _asked(self, stretch: Passage, documents: Tensor, most: int | None) -> Iterator[str]:
         """Questions about a stretch that may be asked without it."""
-        exam, sentences = self._exam, _SENTENCE.split(stretch.text)
+        exam, sentences = self._exam, SENTENCE.split(stretch.text)
         about = [sentence for sentence in sentences if len(sentence.split()) >= _SHORTEST for _ in range(_AT_ONCE)]
         if most is not None and most < len(about):
             about = self._random.sample(about, most)
@@ -229,7 +215,7 @@ class _Maker:
 
     def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
         """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""
-        turns = {question: self._turn(question) for question in asked}
+        turns = {question: self._exam.turn(question) for question in asked}
         answers = self._exam.answers(prefix, list(turns.values()), [{"logprobs": 0}] * len(turns), _ANSWER_TOKENS)
         said = dict(zip(asked, answers, strict=True))
         serving = [
@@ -285,16 +271,16 @@ class _Maker:
     def texts(self) -> list[Exercise]:
         """As many texts to go on with as there are questions."""
         encoder, found = self._exam.layout.encoder, list[Exercise]()
+        told = [(stretch.text, *encoder.left(stretch.text)) for stretch in self._stretches]
         for number in range(len(self.found)):
-            ids, spans = encoder.left(self._stretches[number % len(self._stretches)].text)
+            text, ids, spans = told[number % len(told)]
             shown = self._random.randint(*_CUE)
             begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
             target = ids[begin + shown : begin + shown + _TEXT_TOKENS]
             if len(target) < _TEXT_TOKENS // 4:
                 continue
-            text = self._stretches[number % len(self._stretches)].text
             cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
-            asked = self._turn(_GO_ON.format(cue))
+            asked = self._exam.turn(_GO_ON.format(cue))
             one = torch.ones(len(target), 1)
             found.append(Exercise(torch.cat([asked, target]), len(asked), target[:, None], one))
         return found

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from cribsheet.asking.session import Session
-from cribsheet.attention.prefix import LayerPrefix, end_positions, turned_back
-from cribsheet.attention.rope import rotate
+from cribsheet.attention.prefix import LayerPrefix, turned_back
 from cribsheet.errors import BudgetError, ModelError, RequestError
+from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet
@@ -139,14 +139,14 @@ def study(
         if notebook:
             notebook.write_practice(practice)
     held, questions = _parted(practice.questions, seed)
-    layers = float_layers(backbone, sheet)
+    layers = sheet_layers(backbone, sheet, torch.float32)
     trainer = Trainer(
         backbone, layers, sheet.length, free_places(backbone, sheet), questions, practice.texts, held, seed
     )
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - (time.monotonic() - began))
     pace = Pace(_STEPS if steps is None else steps, seconds, rate)
-    trainer.run(state, pace, _teller(state, pace, told, notebook))
+    trainer.run(state, pace, _teller(pace, told, notebook))
     learnt = state.lowest < _BETTER * state.curve[0][1]
     came = Study(
         questions=len(questions),
@@ -165,18 +165,6 @@ def study(
     if notebook:
         notebook.remove()
     return (_with_layers(backbone, sheet, trainer.best_layers(state), came) if learnt else sheet), came
-
-
-def float_layers(backbone: Backbone, sheet: Sheet) -> list[LayerPrefix]:
-    """A sheet's layers on the model's device in float32, keys rotated for where they stand."""
-    found = []
-    for stored, inv_freq in zip(sheet.layers, backbone.inv_freqs, strict=True):
-        layer = stored.restored(backbone.device, torch.float32)
-        if not sheet.manifest.rotated:
-            places = end_positions(layer, sheet.length).to(backbone.device)
-            layer = replace(layer, keys=rotate(layer.keys, places, inv_freq))
-        found.append(layer)
-    return found
 
 
 def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
@@ -208,7 +196,7 @@ def _parted(questions: Sequence[Exercise], seed: int) -> tuple[list[Exercise], l
     return mixed[:held], mixed[held:]
 
 
-def _teller(state: State, pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[State], None]:
+def _teller(pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[State], None]:
     saved = time.monotonic()
 
     def tell(state: State) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ class Trainer:
     def run(self, state: State, pace: Pace, tell: Callable[[State], None] = lambda state: None) -> State:
         """Go on from a state until the pace says that it is enough; `tell` is called after each step."""
         self._take(state.shifts)
+        state.shifts = [shift.detach() for shift in self.shifts]  # the same memory, whatever is learnt
         with _weights_fixed(self._backbone):
             while pace.progress(state) < 1:
                 began = time.monotonic()
@@ -200,16 +202,20 @@ def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, r
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
             size = (square / (1 - second**state.step)).sqrt_().add_(1e-8)
             shift.addcdiv_(mean / (1 - first**state.step), size, value=-rate)
-            state.shifts[number] = shift.detach()
 
 
 def _drawn(exercises: Sequence[Exercise], first: int, count: int, seed: int) -> Iterator[Exercise]:
     """Exercises number `first` and on of a row that has all of them, shuffled, again and again."""
     for number in range(first, first + count):
         turn, place = divmod(number, len(exercises))
-        order = list(range(len(exercises)))
-        random.Random(f"{seed}/{turn}").shuffle(order)
-        yield exercises[order[place]]
+        yield exercises[_order(len(exercises), seed, turn)[place]]
+
+
+@lru_cache(maxsize=4)  # a batch ends one turn and begins another at most, of questions and of texts
+def _order(count: int, seed: int, turn: int) -> Sequence[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{turn}").shuffle(order)
+    return order
 
 
 @contextmanager
