@@ -45,6 +45,7 @@ def build_sheet(
     *,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
+    archive_folder: str | Path | None = None,
     read: Reader | None = None,
     **options: Unpack[BuildKeywords],
 ) -> Sheet:
@@ -54,7 +55,10 @@ def build_sheet(
         `True` shows a bar. A function is called as `progress(tokens_read, tokens)` before the first and after each
         chunk, and now and then within one that takes long.
     checkpoint
-        a file that remembers each finished chunk; if it exists, the build goes on from there.
+        a file that remembers each finished chunk; if it exists, the build goes on from there. An archive is then begun
+        beside it, under its name and `.archive.part`.
+    archive_folder
+        where an archive lies until the sheet is saved, without a checkpoint; by default where temporary files go.
     read
         who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
 
@@ -69,12 +73,12 @@ def build_sheet(
         checker = make_checker(backbone, layout, documents, task, how)
         task = checker.task
         if how.retain is not None:
-            return build_retaining(checker, progress=progress, checkpoint=checkpoint)
+            return build_retaining(checker, progress=progress, checkpoint=checkpoint, archive_folder=archive_folder)
     if how.mode == "independent":
         sheet = build_independent(
             backbone, layout, documents, task, how, progress=progress, checkpoint=checkpoint, read=read
         )
     else:
         planned = plan(backbone, layout, documents, task, how)
-        sheet = carry_out(backbone, planned, progress=progress, checkpoint=checkpoint)
+        sheet = carry_out(backbone, planned, progress=progress, checkpoint=checkpoint, archive_folder=archive_folder)
     return sheet if checker is None else checked(checker, sheet)

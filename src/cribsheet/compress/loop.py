@@ -29,6 +29,7 @@ from cribsheet.vocabulary import ABSENT, Allocation, Correction
 
 Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
 Step = Callable[[], None]  # is called after each part of a chunk's work
+Keep = Callable[[Chunk, Sequence[ReadingLayer]], None]  # is given each chunk as all layers read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,11 @@ def compress(
     how: Reading,
     start: State | None = None,
     tell: Tell | None = None,
+    keep_all: Keep | None = None,
 ) -> Iterator[State]:
     """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped.
 
-    `tell` hears of chunks that take long before they are done.
+    `tell` hears of chunks that take long before they are done; `keep_all` is given all that was read of each.
     """
     done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
     how = how.on(corpus)
@@ -112,6 +114,8 @@ def compress(
             continue
         step = steps(backbone, chunk, how, tell)
         layers = read(backbone, kept, chunk, how, step)
+        if keep_all is not None:
+            keep_all(chunk, layers)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
         scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
         indices = [places(old, chunk) for old in kept]

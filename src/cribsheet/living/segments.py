@@ -178,6 +178,7 @@ def assemble(
         "documents": documents,
         "budget": sum(part.kept for part in parts),
         "mode": "independent",
+        "archive": None,
         "segments": [SegmentEntry(documents=len(s.documents), read=s.read, kept=s.kept) for s in segments],
     }
     texts = [text for segment in segments for text in segment.texts] if with_texts else []

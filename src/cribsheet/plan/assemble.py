@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, turned_back
+from cribsheet.compress.archiving import Archiving
 from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.compress.kept import Kept
 from cribsheet.compress.loop import State, as_prefix, compress, kept_tokens, nothing_kept
@@ -19,40 +20,69 @@ from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import describe, identity
 from cribsheet.plan.plan import Plan
 from cribsheet.prompt.chunks import TokenizedCorpus
+from cribsheet.sheet.archive.layout import Layout
+from cribsheet.sheet.archive.writer import ArchiveWriter, unfinished_archive
 from cribsheet.sheet.layers import StoredLayer
-from cribsheet.sheet.sheet import Sheet
+from cribsheet.sheet.sheet import Sheet, with_archive
 from cribsheet.vocabulary import ABSENT
 
 
 def carry_out(
-    backbone: Backbone, plan: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
+    backbone: Backbone,
+    plan: Plan,
+    *,
+    progress: Listener = None,
+    checkpoint: str | Path | None = None,
+    archive_folder: str | Path | None = None,
 ) -> Sheet:
     """The sheet that a plan is for; arguments as in `build_sheet`."""
     began = time.perf_counter()
-    return finish(backbone, plan, read_through(backbone, plan, progress=progress, checkpoint=checkpoint), began)
+    archive = archive_writer(backbone, plan, checkpoint, archive_folder)
+    state = read_through(backbone, plan, progress=progress, checkpoint=checkpoint, archive=archive)
+    return finish(backbone, plan, state, began, archive)
+
+
+def archive_writer(
+    backbone: Backbone, plan: Plan, checkpoint: str | Path | None, folder: str | Path | None
+) -> ArchiveWriter | None:
+    """What writes all that is read for a plan, if it is to be kept: beside the checkpoint, or to a temporary file."""
+    if plan.archive is None:
+        return None
+    runs = [len(chunk.ids) for chunk in plan.corpus.split(plan.reading.chunk_tokens)]
+    shape = backbone.num_layers, backbone.kv_heads, backbone.head_size
+    path = unfinished_archive(checkpoint) if checkpoint is not None else None
+    return ArchiveWriter(Layout.of_runs(*shape, plan.archive, runs), plan.corpus.origins, path, folder)
 
 
 def read_through(
-    backbone: Backbone, plan: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
+    backbone: Backbone,
+    plan: Plan,
+    *,
+    progress: Listener = None,
+    checkpoint: str | Path | None = None,
+    archive: ArchiveWriter | None = None,
 ) -> State:
-    """All that a plan keeps of its corpus, the guide left out."""
+    """All that a plan keeps of its corpus, the guide left out; all that was read goes to an `archive`."""
     saved = Checkpoint(checkpoint, identity(plan, backbone)) if checkpoint is not None else None
     start = saved.load(backbone.device, backbone.num_layers, len(plan.corpus)) if saved else None
     state = start or State(0, nothing_kept(backbone))
+    if archive:
+        archive.begin() if saved is None or start is None else archive.resume(start.done, saved.archive)
+    keep_all = Archiving(backbone, archive) if archive else None
     with shown(progress) as told:
         tell = None if told is None else lambda read: told(read, len(plan.corpus))
         if tell is not None:
             tell(state.done)
-        for state in compress(backbone, plan.corpus, plan.reading, start, tell):
+        for state in compress(backbone, plan.corpus, plan.reading, start, tell, keep_all):
             if saved:
-                saved.save(state)
+                saved.save(state, archive.digest if archive else "")
             if tell is not None:
                 tell(state.done)
     return state
 
 
-def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
-    """The sheet of what was kept, begun at a time of `time.perf_counter`."""
+def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: ArchiveWriter | None = None) -> Sheet:
+    """The sheet of what was kept, begun at a time of `time.perf_counter`, with its archive if that was written."""
     layers, indices = _with_guide(backbone, state.kept, plan.resident)
     if plan.dtype == "int4":
         length = indices.shape[-1]
@@ -61,7 +91,8 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
     manifest = describe(plan, backbone, time.perf_counter() - began)
     manifest.build.update(_storage_loss(stored, layers))
     texts = [document.text for document in plan.corpus.documents]
-    return Sheet(stored, indices, kept_origins(plan.corpus, indices), manifest, texts)
+    sheet = Sheet(stored, indices, kept_origins(plan.corpus, indices), manifest, texts)
+    return sheet if archive is None else with_archive(sheet, archive)
 
 
 def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def describe(plan: Plan, backbone: Backbone, seconds: float) -> Manifest:
 def identity(plan: Plan, backbone: Backbone) -> dict[str, Any]:
     """Everything that decides what is kept, for checkpoints; how it is stored does not."""
     manifest = describe(replace(plan, dtype="float32"), backbone, 0.0)
-    return {**manifest.model_dump(exclude={"created", "build", "dtype"}), "dtype": str(backbone.dtype)}
+    told = manifest.model_dump(exclude={"created", "build", "dtype"})
+    return {**told, "dtype": str(backbone.dtype), "archive": plan.archive}
 
 
 def circumstances(backbone: Backbone, seconds: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import carry_out, finish, read_through
+from cribsheet.plan.assemble import archive_writer, carry_out, finish, read_through
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
 from cribsheet.plan.plan import Plan, plan
 from cribsheet.plan.window import usual_chunk
@@ -188,22 +188,25 @@ class Checker:
         plans: Mapping[float, Plan],
         progress: Listener = None,
         checkpoint: str | Path | None = None,
+        archive_folder: str | Path | None = None,
     ) -> Sheet:
         """The sheet of the highest of these rates, ascending, that retains enough; of the lowest if none does.
 
         Read at the lowest, and cut for the others; found by halving, as what a lower rate loses a higher one loses too.
+        The archive is that of the reading, of which all of them are.
         """
         backbone, began = self.backbone, time.perf_counter()
         rates = list(plans)
         widest = plans[rates[0]]
-        state = read_through(backbone, widest, progress=progress, checkpoint=checkpoint)
+        archive = archive_writer(backbone, widest, checkpoint, archive_folder)
+        state = read_through(backbone, widest, progress=progress, checkpoint=checkpoint, archive=archive)
 
         def sheet_at(rate: float) -> Sheet:
             if rate == rates[0]:
-                return finish(backbone, widest, state, began)
+                return finish(backbone, widest, state, began, archive)
             how = replace(plans[rate].reading, chunk_tokens=widest.reading.chunk_tokens)
             planned = replace(plans[rate], reading=how, cut_from=widest.budget)
-            return finish(backbone, planned, cut(backbone, state, how), began)
+            return finish(backbone, planned, cut(backbone, state, how), began, archive)
 
         best: Sheet | None = None
         low, high = 0, len(rates) - 1
@@ -226,7 +229,8 @@ def make_checker(
 ) -> Checker:
     """What checks the sheets of a build, or finds the one that retains a share; nothing is read yet."""
     guided, held = held_back(task)
-    alone = replace(options, retain=None, check=False, dtype=options.storage(backbone))
+    archive = options.archive if options.retain is not None else False  # a check reads beside the sheet
+    alone = replace(options, retain=None, check=False, dtype=options.storage(backbone), archive=archive)
 
     def plan_at(rate: float) -> Plan:
         return plan(backbone, layout, documents, guided, replace(alone, rate=rate, budget=None))
@@ -235,7 +239,13 @@ def make_checker(
     return Checker(backbone, layout, documents, guided, plan_at, bound, held, options.seed)
 
 
-def build_retaining(checker: Checker, *, progress: Listener, checkpoint: str | Path | None) -> Sheet:
+def build_retaining(
+    checker: Checker,
+    *,
+    progress: Listener,
+    checkpoint: str | Path | None,
+    archive_folder: str | Path | None = None,
+) -> Sheet:
     """The sheet of the highest rate of the ladder that retains the share that the checker is bound to.
 
     Where nothing can be checked, that of the default rate. Raises as `build_sheet`.
@@ -245,9 +255,11 @@ def build_retaining(checker: Checker, *, progress: Listener, checkpoint: str | P
     if not checker.prepare(exam):
         rate = min(plans, key=lambda rate: abs(rate - DEFAULT_RATE))
         checker.why += f"; so the rate is {rate:g}"
-        sheet = carry_out(checker.backbone, plans[rate], progress=progress, checkpoint=checkpoint)
+        sheet = carry_out(
+            checker.backbone, plans[rate], progress=progress, checkpoint=checkpoint, archive_folder=archive_folder
+        )
         return checker.told(sheet, exam, None)
-    sheet = checker.search(plans, progress, checkpoint)
+    sheet = checker.search(plans, progress, checkpoint, archive_folder)
     mine = next(rung for rung in checker.rungs if rung.budget == sheet.manifest.budget)
     return checker.told(sheet, checker.exam(sheet), mine)
 

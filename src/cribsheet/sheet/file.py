@@ -7,8 +7,10 @@ manifest and what says where tokens came from; its keys and values are read, onc
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from cribsheet.corpus.task import Task
 from cribsheet.errors import SheetError
+from cribsheet.sheet.archive.archive import Archive, archive_path, is_archive
 from cribsheet.sheet.atomic import writing
 from cribsheet.sheet.layers import LayersOfFile, StoredLayer, form_of
 from cribsheet.sheet.manifest import FORMATS, Manifest
@@ -26,19 +29,22 @@ from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.sheet.tensors import LARGEST, TensorFile, digest_of, is_usable, unique
 from cribsheet.vocabulary import ABSENT
 
+logger = logging.getLogger(__name__)
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
 _AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
 
 
-def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
-    """Write a sheet atomically; an interrupted write leaves the old file, or none.
+def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = True) -> Path:
+    """Write a sheet atomically, and its archive beside it; an interrupted write leaves the old file, or none.
 
-    `texts=False` leaves the documents' texts out; their ids, sizes and character spans stay. Raises `SheetError` if
-    the folder does not exist or cannot be written.
+    `texts=False` leaves the documents' texts out; their ids, sizes and character spans stay. `archive=False` leaves the
+    archive out. Raises `SheetError` if the folder does not exist or cannot be written, or the archive cannot be read.
     """
-    target = Path(path)
+    target, kept = Path(path), sheet.archive if archive else None
+    if kept is None and sheet.manifest.archive is not None:
+        sheet = replace(sheet, manifest=sheet.manifest.model_copy(update={"archive": None}))
     if not target.parent.is_dir():
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     try:
@@ -61,7 +67,17 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
     metadata = {"format": "pt", _MANIFEST: manifest, _DIGEST: digest_of(contiguous)}
     with writing(target, "The sheet") as unfinished:
         save_file(contiguous, unfinished, metadata=metadata)
+        _put_archive(kept, archive_path(target))
     return target
+
+
+def _put_archive(archive: Archive | None, target: Path) -> None:
+    """Write an archive, or take away the one of the sheet that is replaced: it may hold what that should not leave."""
+    if archive is not None and not archive.is_at(target):
+        with writing(target, "The archive") as unfinished:
+            archive.copy_to(unfinished)
+    elif archive is None and is_archive(target):
+        target.unlink()
 
 
 def load(path: str | Path) -> Sheet:
@@ -170,7 +186,10 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     held = LayersOfFile(layers, partial(_layers_of, file, layers, names, path))
     if file.size <= _AT_ONCE:
         held.read()
-    return Sheet(held, indices, origins, manifest, texts)
+    archive = Archive.beside(path, manifest)
+    if archive is not None and archive.trouble:
+        logger.warning("the sheet is opened without its archive: %s", archive.trouble)
+    return Sheet(held, indices, origins, manifest, texts, archive)
 
 
 def _layers_of(

@@ -1,0 +1,48 @@
+"""All tokens of a corpus to an archive, chunk by chunk, as the loop reads them and before it chooses.
+
+No more than a few blocks are held at once, so memory does not grow with corpus or chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.rope import rotate
+from cribsheet.model.backbone import Backbone
+from cribsheet.prompt.chunks import Chunk
+from cribsheet.sheet.archive.writer import ArchiveWriter
+from cribsheet.sheet.int4 import BLOCK
+from cribsheet.sheet.layers import StoredLayer
+from cribsheet.vocabulary import StorageDtype
+
+_AT_ONCE = 8 * BLOCK  # tokens
+
+
+class Archiving:
+    """Writes what was read, from the token `first` of the corpus on, to `writer`."""
+
+    def __init__(self, backbone: Backbone, writer: ArchiveWriter, first: int = 0) -> None:
+        self._backbone, self._writer, self._first = backbone, writer, first
+
+    def __call__(self, chunk: Chunk, layers: Sequence[ReadingLayer]) -> None:
+        """Write a chunk, as it was read by all layers of the model."""
+        for start in range(max(chunk.start, self._first), chunk.stop, _AT_ONCE):
+            first, stop = start - chunk.start, min(start + _AT_ONCE, chunk.stop) - chunk.start
+            self._writer.append(
+                [
+                    _stored(layer, first, stop, inv_freq, self._writer.layout.dtype)
+                    for layer, inv_freq in zip(layers, self._backbone.inv_freqs, strict=True)
+                ]
+            )
+
+
+def _stored(read: ReadingLayer, first: int, stop: int, inv_freq: Tensor, dtype: StorageDtype) -> StoredLayer:
+    """Tokens `first` to `stop` of a chunk in one layer, keys before rotation."""
+    places = torch.arange(read.start + first, read.start + stop, device=read.chunk_keys.device)
+    keys = rotate(read.chunk_keys[:, first:stop], -places, inv_freq)
+    return StoredLayer.of(LayerPrefix(keys, read.chunk_values[:, first:stop]), dtype)
