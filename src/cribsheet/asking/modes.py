@@ -38,7 +38,7 @@ from cribsheet.errors import RequestError, SheetError
 from cribsheet.prompt.template import Message
 from cribsheet.prompt.turns import as_turns
 from cribsheet.recall.desk import Desk
-from cribsheet.recall.stretches import as_passages, choose_stretches, located
+from cribsheet.recall.stretches import Stretch, as_passages, choose_stretches, located, named
 from cribsheet.retrieval.passages import choose, is_told_already, query_of, says
 from cribsheet.retrieval.retriever import Passage, Search
 
@@ -316,14 +316,18 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
     except (RequestError, SheetError) as error:
         _give_up(retrieval, error)
         return session.submit(*streams)
-    if retrieval.points:
-        trace = partial(pointed, session.sheet, limit=retrieval.top_k or 1 + retrieval.passage_tokens // _SHORT)
-        draft = yield Draft(session, _pointing(session, streams[0], lookup), trace)
-        found = [Passage(each.text, each.document_id, each.start, each.stop) for each in draft.sources]
-    else:
-        found = yield Fetch(session.search(retrieval.retriever), query_of(as_turns(lookup.question)))
+    turns = as_turns(lookup.question)
+    places = [place for turn in reversed(turns) for place in named(session.sheet, str(turn["content"]))]
+    if not places:  # which a retriever of the chain may have named
+        if retrieval.points:
+            trace = partial(pointed, session.sheet, limit=retrieval.top_k or 1 + retrieval.passage_tokens // _SHORT)
+            draft = yield Draft(session, _pointing(session, streams[0], lookup), trace)
+            found = [Passage(each.text, each.document_id, each.start, each.stop) for each in draft.sources]
+        else:
+            found = yield Fetch(session.search(retrieval.retriever), query_of(turns))
+        places = _located(session, found)
     try:
-        question = _recalled(session, desk, streams[0].question, lookup, found)
+        question = _recalled(session, desk, streams[0].question, lookup, places)
     except SheetError as error:
         _give_up(retrieval, error)
         question = None
@@ -347,15 +351,20 @@ def _pointing(session: Session, stream: Stream, lookup: Lookup) -> Prepared:
     return replace(question, cancelled=stream.question.cancelled, asked=stream.question.asked)
 
 
-def _recalled(
-    session: Session, desk: Desk, question: Prepared, lookup: Lookup, found: Sequence[Passage]
-) -> Prepared | None:
-    """The question behind those stretches that were found and fit; none if there are none."""
-    sheet, retrieval = session.sheet, lookup.retrieval
-    places = [place for each in found if (place := located(sheet, lambda: session.known, each))]
+def _located(session: Session, found: Sequence[Passage]) -> list[Stretch]:
+    """Where passages stand in the sheet's documents; tells of those that are not in them."""
+    places = [place for each in found if (place := located(session.sheet, lambda: session.known, each))]
     if len(places) < len(found):
         logger.warning("%d of %d retrieved passages are not in the sheet's documents and cannot be recalled; the mode "
                        "'hybrid' tells any passages", len(found) - len(places), len(found))  # fmt: skip
+    return places
+
+
+def _recalled(
+    session: Session, desk: Desk, question: Prepared, lookup: Lookup, places: Sequence[Stretch]
+) -> Prepared | None:
+    """The question behind those of the stretches that fit; none if there are none."""
+    sheet, retrieval = session.sheet, lookup.retrieval
     longest = min(question.params.max_tokens, _ANSWER_TOKENS)
     tokens = min(retrieval.passage_tokens, session.room - len(question.told.ids) - longest)
     chosen = choose_stretches(desk.archive, places, sheet.texts, tokens=tokens, top_k=retrieval.top_k)

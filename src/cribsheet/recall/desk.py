@@ -30,9 +30,9 @@ class Desk:
     """
 
     def __init__(self, archive: Archive, backbone: Backbone, max_bytes: int = DESK_BYTES) -> None:
-        self.archive, self.max_bytes = archive, max_bytes
+        self.archive = archive
         self.hits = self.reads = 0
-        self._backbone = backbone
+        self._backbone, self._max_bytes = backbone, max_bytes
         self._blocks: OrderedDict[int, _Pair] = OrderedDict()
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
@@ -50,6 +50,16 @@ class Desk:
                 self._lay({number: blocks[number] for number in missing})
         pieces = [piece for first, stop in stretches for piece in _between(blocks, first, stop)]
         return Recalled(pieces, [stop - first for first, stop in stretches], self._backbone.inv_freqs)
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound."""
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, most: int) -> None:
+        self._max_bytes = most
+        self._lay({})
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +87,7 @@ class Desk:
         with self._lock:
             self._blocks |= blocks
             self.reads += len(blocks)
-            while self._blocks and self._bytes() > self.max_bytes:
+            while self._blocks and self._bytes() > self._max_bytes:
                 self._blocks.popitem(last=False)
 
     def _bytes(self) -> int:

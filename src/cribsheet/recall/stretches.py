@@ -14,6 +14,7 @@ from cribsheet.sheet.archive.archive import Archive
 from cribsheet.sheet.sheet import Sheet
 
 _GAP = 2  # tokens between two stretches that are recalled with them: a blank line
+_MARK = re.compile(r"\[recall (\d{1,9}):(\d{1,9})-(\d{1,9})\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,28 @@ def located(sheet: Sheet, known: Callable[[], Known], passage: Passage) -> Stret
         stop = start + len(text) if passage.stop is None else passage.stop
         if not sheet.texts or flattened(sheet.texts[number][start:stop]) == flattened(text):
             return Stretch(number, start, stop)
+    if marked := named(sheet, text):  # a marker stands in the place of a passage
+        return marked[0]
     if not sheet.texts or not text.strip():
         return None
     if number is not None and (at := sheet.texts[number].find(text)) >= 0:
         return Stretch(number, at, at + len(text))
     return _quoted(sheet.texts, known(), flattened(text))
+
+
+def mark(document: int, start: int, stop: int) -> str:
+    """What names characters of a document, by its number, in a prompt: a few tokens in the place of the text."""
+    return f"[recall {document}:{start}-{stop}]"
+
+
+def named(sheet: Sheet, text: str) -> list[Stretch]:
+    """Stretches that marks in a text name, as far as they are in the sheet's documents; their tokens not known yet."""
+    entries, found = sheet.manifest.documents, []
+    for each in _MARK.finditer(text):
+        document, start, stop = map(int, each.groups())
+        if document < len(entries) and start < (stop := min(stop, entries[document].characters)):
+            found.append(Stretch(document, start, stop))
+    return found
 
 
 def choose_stretches(
