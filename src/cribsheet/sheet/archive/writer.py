@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.sheet.archive.layout import DIGEST, SUFFIX, Layout, root_digest
+from cribsheet.sheet.int4 import BLOCK
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.manifest import ArchiveEntry
 from cribsheet.sheet.tensors import LARGEST, TensorFile, is_usable
@@ -45,6 +47,12 @@ class ArchiveWriter:
     def tokens(self) -> int:
         """How many were written."""
         return self.layout.ends[self._block]
+
+    def reach(self, tokens: int) -> int:
+        """Up to where, of so many tokens, the next ones were read in one pass: it ends with a shorter block."""
+        sizes = enumerate(self.layout.blocks[self._block :], self._block + 1)
+        short = next((block for block, size in sizes if size < BLOCK), len(self.layout.blocks))
+        return self.layout.ends[min(short, bisect_right(self.layout.ends, tokens) - 1)]
 
     def begin(self) -> None:
         """Make the file, in the place of what was there. Raises `BudgetError` where the disk has no room for it."""
@@ -176,7 +184,7 @@ def _make_own(path: Path) -> None:
 
 def _temporary(folder: str | Path | None) -> Path:
     try:
-        handle, path = tempfile.mkstemp(prefix="cribsheet-", suffix=SUFFIX, dir=folder)
+        handle, path = tempfile.mkstemp(prefix=".cribsheet-", suffix=SUFFIX, dir=folder)
     except OSError as error:
         raise SheetError(
             f"The archive cannot be begun in {str(folder or tempfile.gettempdir())!r}: {error}; name another folder "
