@@ -20,7 +20,7 @@ from cribsheet.sheet.int4 import BLOCK
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.vocabulary import StorageDtype
 
-_AT_ONCE = 8 * BLOCK  # tokens
+_AT_ONCE = 4 * BLOCK  # tokens
 
 
 class Archiving:

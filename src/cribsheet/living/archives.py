@@ -14,15 +14,12 @@ from pathlib import Path
 import torch
 
 from cribsheet.errors import SheetError
-from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import archive_layout
+from cribsheet.plan.assemble import archive_runs
 from cribsheet.plan.plan import Plan
-from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.archive.archive import Archive
 from cribsheet.sheet.archive.layout import Layout
 from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.sheet import Sheet, with_archive
-from cribsheet.vocabulary import StorageDtype
 
 logger = logging.getLogger(__name__)
 _AT_ONCE = 8  # blocks that are copied at once
@@ -62,18 +59,12 @@ def writable_folder(archive: Archive) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def layout_of(backbone: Backbone, dtype: StorageDtype, plans: Sequence[Plan], preamble: int = 0) -> Layout:
-    """Of the documents of these plans, each without its own preamble, behind a `preamble` of so many tokens."""
+def runs_of(plans: Sequence[Plan], preamble: int = 0) -> list[int]:
+    """`archive_runs` of documents that are read apart, behind one preamble of so many tokens, or none."""
     runs = [preamble] if preamble else []
     for plan in plans:
-        runs += runs_behind(plan.corpus, plan.reading.chunk_tokens)
-    return archive_layout(backbone, dtype, runs)
-
-
-def runs_behind(corpus: TokenizedCorpus, chunk_tokens: int) -> list[int]:
-    """How many tokens of each chunk are behind the preamble."""
-    first, chunks = corpus.preamble_tokens, corpus.split(chunk_tokens)
-    return [chunk.stop - max(chunk.start, first) for chunk in chunks if chunk.stop > first]
+        runs += archive_runs(plan)[plan.corpus.preamble_tokens > 0 :]
+    return runs
 
 
 def origins_of(plans: Sequence[Plan], preamble: int = 0) -> torch.Tensor:

@@ -20,7 +20,7 @@ from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, DocumentError, SheetError
-from cribsheet.living.archives import layout_of, origins_of
+from cribsheet.living.archives import origins_of, runs_of
 from cribsheet.living.segments import (
     Segment,
     assemble,
@@ -31,6 +31,7 @@ from cribsheet.living.segments import (
     write_preamble,
 )
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.assemble import archive_layout
 from cribsheet.plan.describe import circumstances, describe, list_documents
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
 from cribsheet.plan.plan import Plan, plan
@@ -301,7 +302,7 @@ def archive_of(
     if dtype is None:
         return None
     path = unfinished_archive(checkpoint) if checkpoint is not None else None
-    layout = layout_of(backbone, dtype, plans, preamble)
+    layout = archive_layout(backbone, dtype, runs_of(plans, preamble))
     return ArchiveWriter(layout, origins_of(plans, preamble), path, folder)
 
 

@@ -50,11 +50,14 @@ def archive_writer(
     """What writes all that is read for a plan, if it is to be kept: beside the checkpoint, or to a temporary file."""
     if plan.archive is None:
         return None
-    corpus, preamble = plan.corpus, plan.corpus.preamble_tokens
-    bounds = sorted({0, preamble, *(chunk.stop for chunk in corpus.split(plan.reading.chunk_tokens))})
-    layout = archive_layout(backbone, plan.archive, [stop - start for start, stop in pairwise(bounds)])
     path = unfinished_archive(checkpoint) if checkpoint is not None else None
-    return ArchiveWriter(layout, corpus.origins, path, folder)
+    return ArchiveWriter(archive_layout(backbone, plan.archive, archive_runs(plan)), plan.corpus.origins, path, folder)
+
+
+def archive_runs(plan: Plan) -> list[int]:
+    """How many tokens stand one behind the other in an archive: the preamble's, and those of each chunk behind it."""
+    stops = (chunk.stop for chunk in plan.corpus.split(plan.reading.chunk_tokens))
+    return [stop - start for start, stop in pairwise(sorted({0, plan.corpus.preamble_tokens, *stops}))]
 
 
 def archive_layout(backbone: Backbone, dtype: StorageDtype, runs: Sequence[int]) -> Layout:
