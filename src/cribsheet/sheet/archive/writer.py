@@ -85,13 +85,9 @@ class ArchiveWriter:
                 same = same and self.layout.block_digest(self._block_of(file, number)) == _bytes(digests[number])
             file.close()
         except (OSError, ValueError) as error:
-            raise SheetError(
-                f"The archive that was begun at {str(self.path)!r} cannot be read ({error}). {_ANEW}"
-            ) from error
+            raise SheetError(f"The unfinished archive {str(self.path)!r} cannot be read ({error}). {_ANEW}") from error
         if not same:
-            raise SheetError(
-                f"The archive that was begun at {str(self.path)!r} is damaged or of another build. {_ANEW}"
-            )
+            raise SheetError(f"The unfinished archive {str(self.path)!r} is damaged or of another build. {_ANEW}")
         with self._told():
             _make_own(self.path)
         self._digests[:block], self._block = digests, block
