@@ -66,6 +66,8 @@ def build_sheet(
     stands for none, is warned of.
     """
     how = BuildOptions(**options)
+    if how.archive and read is not None:
+        raise BudgetError("What other processes read is in no archive; build in this one, or with archive=False.")
     layout = how.layout(backbone)
     warn_without_task(task, how)
     checker = None
@@ -76,7 +78,15 @@ def build_sheet(
             return build_retaining(checker, progress=progress, checkpoint=checkpoint, archive_folder=archive_folder)
     if how.mode == "independent":
         sheet = build_independent(
-            backbone, layout, documents, task, how, progress=progress, checkpoint=checkpoint, read=read
+            backbone,
+            layout,
+            documents,
+            task,
+            how,
+            progress=progress,
+            checkpoint=checkpoint,
+            archive_folder=archive_folder,
+            read=read,
         )
     else:
         planned = plan(backbone, layout, documents, task, how)

@@ -20,22 +20,22 @@ from cribsheet.sheet.int4 import BLOCK
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.vocabulary import StorageDtype
 
-_AT_ONCE = 8 * BLOCK  # tokens
+_AT_ONCE = 4 * BLOCK  # tokens
 
 
 class Archiving:
-    """Writes what was read, from the token `first` of the corpus on, to `writer`."""
+    """Writes what is read to `writer`, whose next token is the one at `first` of the corpus."""
 
-    def __init__(self, backbone: Backbone, writer: ArchiveWriter, first: int = 0) -> None:
-        self._backbone, self._writer, self._first = backbone, writer, first
+    def __init__(self, backbone: Backbone, writer: ArchiveWriter, first: int) -> None:
+        self._backbone, self._writer, self._ahead = backbone, writer, first - writer.tokens
 
     def __call__(self, chunk: Chunk, layers: Sequence[ReadingLayer]) -> None:
         """Write a chunk, as it was read by all layers of the model."""
-        for start in range(max(chunk.start, self._first), chunk.stop, _AT_ONCE):
-            first, stop = start - chunk.start, min(start + _AT_ONCE, chunk.stop) - chunk.start
+        while (start := self._writer.tokens + self._ahead) < chunk.stop:
+            stop = self._writer.reach(min(start + _AT_ONCE, chunk.stop) - self._ahead) + self._ahead
             self._writer.append(
                 [
-                    _stored(layer, first, stop, inv_freq, self._writer.layout.dtype)
+                    _stored(layer, start - chunk.start, stop - chunk.start, inv_freq, self._writer.layout.dtype)
                     for layer, inv_freq in zip(layers, self._backbone.inv_freqs, strict=True)
                 ]
             )

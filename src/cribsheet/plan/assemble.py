@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,9 +23,10 @@ from cribsheet.plan.plan import Plan
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.archive.layout import Layout
 from cribsheet.sheet.archive.writer import ArchiveWriter, unfinished_archive
+from cribsheet.sheet.int4 import block_sizes
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet, with_archive
-from cribsheet.vocabulary import ABSENT
+from cribsheet.vocabulary import ABSENT, StorageDtype
 
 
 def carry_out(
@@ -48,10 +50,20 @@ def archive_writer(
     """What writes all that is read for a plan, if it is to be kept: beside the checkpoint, or to a temporary file."""
     if plan.archive is None:
         return None
-    runs = [len(chunk.ids) for chunk in plan.corpus.split(plan.reading.chunk_tokens)]
-    shape = backbone.num_layers, backbone.kv_heads, backbone.head_size
     path = unfinished_archive(checkpoint) if checkpoint is not None else None
-    return ArchiveWriter(Layout.of_runs(*shape, plan.archive, runs), plan.corpus.origins, path, folder)
+    return ArchiveWriter(archive_layout(backbone, plan.archive, archive_runs(plan)), plan.corpus.origins, path, folder)
+
+
+def archive_runs(plan: Plan) -> list[int]:
+    """How many tokens stand one behind the other in an archive: the preamble's, and those of each chunk behind it."""
+    stops = (chunk.stop for chunk in plan.corpus.split(plan.reading.chunk_tokens))
+    return [stop - start for start, stop in pairwise(sorted({0, plan.corpus.preamble_tokens, *stops}))]
+
+
+def archive_layout(backbone: Backbone, dtype: StorageDtype, runs: Sequence[int]) -> Layout:
+    """How an archive lies of tokens that are read in runs of these lengths."""
+    shape = backbone.num_layers, backbone.kv_heads, backbone.head_size
+    return Layout(*shape, dtype, block_sizes(runs).tolist())
 
 
 def read_through(
@@ -68,7 +80,7 @@ def read_through(
     state = start or State(0, nothing_kept(backbone))
     if archive:
         archive.begin() if saved is None or start is None else archive.resume(start.done, saved.archive)
-    keep_all = Archiving(backbone, archive) if archive else None
+    keep_all = Archiving(backbone, archive, state.done) if archive else None
     with shown(progress) as told:
         tell = None if told is None else lambda read: told(read, len(plan.corpus))
         if tell is not None:

@@ -173,8 +173,6 @@ class BuildOptions:
             raise BudgetError(
                 f"archive is {self.archive!r}; use True (int4), False, or {', '.join(get_args(StorageDtype))}."
             )
-        if self.archive and self.mode == "independent":
-            raise BudgetError("An independent sheet has no archive; use mode='sequential'.")
         if self.mode == "independent" and self.allocation == "profiled":
             raise BudgetError(
                 "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."

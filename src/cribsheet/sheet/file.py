@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -69,6 +70,17 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = 
         save_file(contiguous, unfinished, metadata=metadata)
         _put_archive(kept, archive_path(target))
     return target
+
+
+def copy(source: str | Path, target: Path) -> None:
+    """Copy a sheet's file, and its archive if that can be read; each is written whole or not at all."""
+    archive = Archive.beside(source, read_manifest(source))
+    if archive is not None and archive.trouble:
+        logger.warning("the sheet is copied without its archive: %s", archive.trouble)
+        archive = None
+    with writing(target, "The sheet") as unfinished:
+        shutil.copyfile(source, unfinished)
+        _put_archive(archive, archive_path(target))
 
 
 def _put_archive(archive: Archive | None, target: Path) -> None:

@@ -199,10 +199,14 @@ class Archive:
             return False
 
     def copy_to(self, unfinished: str) -> None:
-        """Put the file at a path too, where an empty one stands: by a link if nobody else has it, else by copying."""
+        """Put the file at a path too, where an empty one stands: by a link if nobody else has it, else by copying.
+
+        What is copied is verified.
+        """
         self._known()
         if self._owner is not None and _link(self.path, unfinished):
             return
+        self.verify()
         file = self._opened()
         with open(unfinished, "wb") as copy:
             for start in range(0, file.size, _PIECE):

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.sheet.int4 import block_sizes
 from cribsheet.sheet.layers import StoredLayer, form_of
 from cribsheet.sheet.manifest import Manifest
 from cribsheet.sheet.tensors import Kind, header_of
@@ -47,11 +46,6 @@ class Layout:
     head_size: int
     dtype: StorageDtype
     blocks: Sequence[int]
-
-    @classmethod
-    def of_runs(cls, layers: int, heads: int, head_size: int, dtype: StorageDtype, runs: Sequence[int]) -> Layout:
-        """Of a corpus that is read in passes of so many tokens each."""
-        return cls(layers, heads, head_size, dtype, block_sizes(runs).tolist())
 
     @cached_property
     def ends(self) -> list[int]:

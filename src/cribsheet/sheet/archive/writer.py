@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.sheet.archive.layout import DIGEST, SUFFIX, Layout, root_digest
+from cribsheet.sheet.int4 import BLOCK
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.manifest import ArchiveEntry
 from cribsheet.sheet.tensors import LARGEST, TensorFile, is_usable
@@ -45,6 +47,12 @@ class ArchiveWriter:
     def tokens(self) -> int:
         """How many were written."""
         return self.layout.ends[self._block]
+
+    def reach(self, tokens: int) -> int:
+        """Up to where, of so many tokens, the next ones were read in one pass: it ends with a shorter block."""
+        sizes = enumerate(self.layout.blocks[self._block :], self._block + 1)
+        short = next((block for block, size in sizes if size < BLOCK), len(self.layout.blocks))
+        return self.layout.ends[min(short, bisect_right(self.layout.ends, tokens) - 1)]
 
     def begin(self) -> None:
         """Make the file, in the place of what was there. Raises `BudgetError` where the disk has no room for it."""
@@ -77,13 +85,9 @@ class ArchiveWriter:
                 same = same and self.layout.block_digest(self._block_of(file, number)) == _bytes(digests[number])
             file.close()
         except (OSError, ValueError) as error:
-            raise SheetError(
-                f"The archive that was begun at {str(self.path)!r} cannot be read ({error}). {_ANEW}"
-            ) from error
+            raise SheetError(f"The unfinished archive {str(self.path)!r} cannot be read ({error}). {_ANEW}") from error
         if not same:
-            raise SheetError(
-                f"The archive that was begun at {str(self.path)!r} is damaged or of another build. {_ANEW}"
-            )
+            raise SheetError(f"The unfinished archive {str(self.path)!r} is damaged or of another build. {_ANEW}")
         with self._told():
             _make_own(self.path)
         self._digests[:block], self._block = digests, block
@@ -176,7 +180,7 @@ def _make_own(path: Path) -> None:
 
 def _temporary(folder: str | Path | None) -> Path:
     try:
-        handle, path = tempfile.mkstemp(prefix="cribsheet-", suffix=SUFFIX, dir=folder)
+        handle, path = tempfile.mkstemp(prefix=".cribsheet-", suffix=SUFFIX, dir=folder)
     except OSError as error:
         raise SheetError(
             f"The archive cannot be begun in {str(folder or tempfile.gettempdir())!r}: {error}; name another folder "
