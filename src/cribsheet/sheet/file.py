@@ -96,8 +96,16 @@ def load(path: str | Path) -> Sheet:
     """Open a sheet. Raises `SheetError` for anything that is not a sound sheet.
 
     Keys and values of a large one are read when they are first looked at, which raises `SheetError` if the file was
-    written to in between; what was read stays as it is.
+    written to in between; what was read stays as it is. A sheet whose archive cannot be read is opened alone, with a
+    warning.
     """
+    sheet = _loaded(path)
+    if sheet.archive is not None and sheet.archive.trouble:
+        logger.warning("the sheet is opened without its archive: %s", sheet.archive.trouble)
+    return sheet
+
+
+def _loaded(path: str | Path) -> Sheet:
     file = _opened(path)
     manifest = _manifest_of(file, path)
     try:
@@ -111,9 +119,11 @@ def load(path: str | Path) -> Sheet:
 def verify(path: str | Path) -> None:
     """Read every byte of a sheet and compare with the digest that it was saved with; `load` alone compares none.
 
+    Its archive has digests of its own: `Archive.verify`.
+
     Raises `SheetError` if anything differs, or if the file holds no digest.
     """
-    load(path)
+    _loaded(path)
     file = _opened(path)
     written = file.metadata.get(_DIGEST)
     try:
@@ -198,10 +208,7 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     held = LayersOfFile(layers, partial(_layers_of, file, layers, names, path))
     if file.size <= _AT_ONCE:
         held.read()
-    archive = Archive.beside(path, manifest)
-    if archive is not None and archive.trouble:
-        logger.warning("the sheet is opened without its archive: %s", archive.trouble)
-    return Sheet(held, indices, origins, manifest, texts, archive)
+    return Sheet(held, indices, origins, manifest, texts, Archive.beside(path, manifest))
 
 
 def _layers_of(
