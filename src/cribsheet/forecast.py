@@ -16,6 +16,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from cribsheet.compress.archiving import AT_ONCE
 from cribsheet.compress.correction import rows_of
 from cribsheet.compress.loop import Reading, State, compress, earned_budget, nothing_kept, nothing_read
 from cribsheet.corpus.documents import Document
@@ -28,6 +29,7 @@ from cribsheet.plan.assemble import archive_layout, archive_runs
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import Plan, plan, warn_without_task
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.sheet.archive.layout import Layout
 from cribsheet.sheet.int4 import packed_bytes
 from cribsheet.vocabulary import ABSENT, StorageDtype
 
@@ -116,7 +118,7 @@ def forecast(
         chunk_tokens=max(part.reading.chunk_tokens for part in parts),
         sheet_bytes=_sheet_bytes(backbone, tokens, corpus_tokens, plans[0].dtype, documents if texts else ()),
         archive_bytes=archive.nbytes if archive else 0,
-        peak_bytes=_peak_bytes(backbone, longest, tokens, lengths),
+        peak_bytes=_peak_bytes(backbone, longest, tokens, lengths) + _held_bytes(archive),
         seconds=seconds,
         probe_tokens=piece,
         probe_seconds=took,
@@ -213,6 +215,14 @@ def _sheet_bytes(
     tensors = kept_bytes(backbone, tokens, dtype)
     indices = 4 * len(backbone.full) * backbone.kv_heads * tokens
     return tensors + indices + 16 * corpus_tokens + sum(len(document.text.encode()) for document in documents)
+
+
+def _held_bytes(archive: Layout | None) -> int:
+    """Bytes of an archive that are in memory while it is written: of a few blocks, three times, and all origins."""
+    if archive is None:
+        return 0
+    rows = min(AT_ONCE, archive.tokens) * sum(row.nbytes for row in archive.rows.values())
+    return 3 * rows + archive.tensors["origins"].nbytes
 
 
 def _peak_bytes(backbone: Backbone, part: _Part, tokens: int, lengths: Tensor) -> int:

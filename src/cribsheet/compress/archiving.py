@@ -20,7 +20,7 @@ from cribsheet.sheet.int4 import BLOCK
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.vocabulary import StorageDtype
 
-_AT_ONCE = 4 * BLOCK  # tokens
+AT_ONCE = 4 * BLOCK  # tokens that are in memory while they are written
 
 
 class Archiving:
@@ -32,7 +32,7 @@ class Archiving:
     def __call__(self, chunk: Chunk, layers: Sequence[ReadingLayer]) -> None:
         """Write a chunk, as it was read by all layers of the model."""
         while (start := self._writer.tokens + self._ahead) < chunk.stop:
-            stop = self._writer.reach(min(start + _AT_ONCE, chunk.stop) - self._ahead) + self._ahead
+            stop = self._writer.reach(min(start + AT_ONCE, chunk.stop) - self._ahead) + self._ahead
             self._writer.append(
                 [
                     _stored(layer, start - chunk.start, stop - chunk.start, inv_freq, self._writer.layout.dtype)

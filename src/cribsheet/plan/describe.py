@@ -55,8 +55,9 @@ def describe(plan: Plan, backbone: Backbone, seconds: float) -> Manifest:
 def identity(plan: Plan, backbone: Backbone) -> dict[str, Any]:
     """Everything that decides what is kept, for checkpoints; how it is stored does not."""
     manifest = describe(replace(plan, dtype="float32"), backbone, 0.0)
-    told = manifest.model_dump(exclude={"created", "build", "dtype"})
-    return {**told, "dtype": str(backbone.dtype), "archive": plan.archive}
+    told = manifest.model_dump(exclude={"created", "build", "dtype", "archive"})
+    archive = {"archive": plan.archive} if plan.archive else {}
+    return {**told, **archive, "dtype": str(backbone.dtype)}
 
 
 def circumstances(backbone: Backbone, seconds: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,10 @@ class Archive:
     def beside(cls, sheet: str | Path, manifest: Manifest) -> Archive | None:
         """The archive of a sheet's file, or none if its manifest names none."""
         return cls(archive_path(sheet), manifest) if manifest.archive is not None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is opened again, where its file is seen under the same path."""
+        return Archive, (self.path, self._manifest)
 
     def __repr__(self) -> str:
         """One line."""
@@ -191,6 +196,13 @@ class Archive:
         for first in range(0, blocks, _VERIFIED_AT_ONCE):
             self.blocks(first, min(first + _VERIFIED_AT_ONCE, blocks))
 
+    def check(self) -> None:
+        """Raise `SheetError` unless all of it can be read; what was just written need not be."""
+        if self._owner is None:
+            self.verify()
+        else:
+            self._known()
+
     def is_at(self, path: Path) -> bool:
         """Whether a path leads to this very file."""
         try:
@@ -199,14 +211,9 @@ class Archive:
             return False
 
     def copy_to(self, unfinished: str) -> None:
-        """Put the file at a path too, where an empty one stands: by a link if nobody else has it, else by copying.
-
-        What is copied is verified.
-        """
-        self._known()
+        """Put the file at a path too, where an empty one stands: by a link if nobody else has it, else by copying."""
         if self._owner is not None and _link(self.path, unfinished):
             return
-        self.verify()
         file = self._opened()
         with open(unfinished, "wb") as copy:
             for start in range(0, file.size, _PIECE):
@@ -247,7 +254,7 @@ class Archive:
                 file = self._opened()
                 try:
                     self._index = self._read_index(file)
-                except (OSError, ValueError, KeyError, RuntimeError) as error:
+                except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                     if isinstance(error, SheetError):
                         raise
                     raise SheetError(_damaged(self.path, error)) from error
