@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 
 from cribsheet import CompressedKnowledgeLLM, Document, Task
+from cribsheet.cli import run
 from cribsheet.engine import prefill
 from cribsheet.errors import EngineError, RequestError, SheetError
 from cribsheet.prompt.turns import as_turns
@@ -24,7 +26,7 @@ from cribsheet.recall import placing
 from cribsheet.recall.stretches import mark
 from cribsheet.retrieval.passages import with_passages
 from cribsheet.retrieval.retriever import Passage
-from cribsheet.testing import tiny_backbone
+from cribsheet.testing import save_tiny_model, tiny_backbone
 
 HUGO = DOCUMENTS[3].text
 FOUND = [Passage(HUGO, "hugo", 0, len(HUGO)), Passage(DOCUMENTS[0].text[:20], "alice", 0, 20)]
@@ -300,14 +302,14 @@ def test_where_layers_have_windows_stretches_stand_behind_the_guide(caplog):
 
 def test_a_slow_archive_does_not_block_the_event_loop_and_a_cancelled_question_ends(kb, monkeypatch):
     kb.desk.max_bytes, threads = 0, set()
-    stretch = kb.sheet.archive.stretch
+    layers = kb.sheet.archive.layers
 
     def slow(first, stop):
         threads.add(threading.current_thread())
         time.sleep(0.5)
-        return stretch(first, stop)
+        return layers(first, stop)
 
-    monkeypatch.setattr(kb.sheet.archive, "stretch", slow)
+    monkeypatch.setattr(kb.sheet.archive, "layers", slow)
     settings = {"max_tokens": 3, "mode": "recall", "retriever": finds(*FOUND)}
 
     async def both():
@@ -416,3 +418,21 @@ def test_recall_finds_what_the_sheet_has_lost():
     kb = CompressedKnowledgeLLM.build(staff, Task("Who keeps what?"), rate=6, scorer="recent", archive=True)
     assert "turtle" not in kb.ask("What does Person Di keep?", max_tokens=8).text
     assert "turtle" in kb.ask("What does Person Di keep?", max_tokens=8, mode="recall", top_k=1).text
+
+
+def test_the_command_line_recalls_and_says_what(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    options = {"rate": 3, "guide": "dropped", "scorer": "task"}
+    kept = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, archive=True, **options)
+    bare = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=model, **options)
+    sheets = [str(kb.save(tmp_path / f"{name}.sheet")) for name, kb in (("kept", kept), ("bare", bare))]
+    asking = [["ask", sheet, QUESTION, "--max-tokens", "3", "--mode", "recall"] for sheet in sheets]
+    assert run([*asking[0], "--top-k", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["mode"] == "recall" and [each["document_id"] for each in data["passages"]] == ["hugo"]
+    assert run([*asking[0], "--retriever", "sheet", "--top-k", "1", "--sources"]) == 0
+    assert "  retrieved  " in capsys.readouterr().out
+    assert run(asking[1]) == 2
+    assert "archive=True" in capsys.readouterr().err
+    assert run([*asking[1], "--no-archive", "sheet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mode"] == "sheet"

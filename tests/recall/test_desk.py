@@ -54,8 +54,8 @@ def test_a_block_is_read_once_and_counts_as_a_hit_afterwards(desk):
 
 
 def test_neighbouring_blocks_are_read_at_once(archive, desk, monkeypatch):
-    asked, stretch = [], archive.stretch
-    monkeypatch.setattr(archive, "stretch", lambda first, stop: asked.append((first, stop)) or stretch(first, stop))
+    asked, layers = [], archive.layers
+    monkeypatch.setattr(archive, "layers", lambda first, stop: asked.append((first, stop)) or layers(first, stop))
     desk.take([(20, 30)])
     desk.take([(0, 60), (100, 110), (archive.tokens - 1, archive.tokens)])
     assert asked == [(16, 32), (0, 16), (32, 64), (96, 112), (archive.tokens // 16 * 16, archive.tokens)]
@@ -86,14 +86,14 @@ def test_a_block_that_is_let_go_frees_its_memory_though_it_was_read_with_others(
 
 
 def test_many_who_ask_at_once_for_the_same_wait_for_one_read(archive, desk, monkeypatch):
-    asked, stretch = [], archive.stretch
+    asked, layers = [], archive.layers
 
     def slow(first, stop):
         asked.append((first, stop))
         time.sleep(0.05)
-        return stretch(first, stop)
+        return layers(first, stop)
 
-    monkeypatch.setattr(archive, "stretch", slow)
+    monkeypatch.setattr(archive, "layers", slow)
     got = []
     threads = [threading.Thread(target=lambda: got.append(desk.take([(0, 40)]))) for _ in range(12)]
     for thread in threads:

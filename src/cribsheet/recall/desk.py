@@ -76,10 +76,10 @@ class Desk:
             return found
 
     def _fetched(self, run: Sequence[int]) -> dict[int, _Pair]:
-        """Neighbouring blocks, read at once."""
-        layers = self.archive.stretch(run[0] * BLOCK, min((run[-1] + 1) * BLOCK, self.archive.tokens))
-        device, dtype = self._backbone.device, self._backbone.dtype
-        keys, values = (torch.stack(halves).to(device, dtype) for halves in zip(*layers, strict=True))
+        """Neighbouring blocks, read at once, and restored where the model is: fewer bytes go there."""
+        stored = self.archive.layers(run[0] * BLOCK, min((run[-1] + 1) * BLOCK, self.archive.tokens))
+        layers = [layer.restored(self._backbone.device, self._backbone.dtype) for layer in stored]
+        keys, values = torch.stack([each.keys for each in layers]), torch.stack([each.values for each in layers])
         parts = zip(run, keys.split(BLOCK, 2), values.split(BLOCK, 2), strict=True)
         return {number: (key.clone(), value.clone()) for number, key, value in parts}  # each is let go by itself
 

@@ -1,6 +1,6 @@
 """Where recalled tokens stand: moved together, in reading order, between the sheet's documents and the question.
 
-Another placement is another `placed`; why this one: decisions/0029.
+Another placement is another `placed`; why this one: decisions/0030.
 
 Letters: `L` layers, `K` key/value heads, `n` tokens, `D` head size.
 """
