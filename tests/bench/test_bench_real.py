@@ -224,7 +224,7 @@ def corpora(tmp_path_factory):
     return folder
 
 
-METHODS = (FULL, CLOSED, "bm25", "default", "int4", "random", "hybrid-bm25", "auto-bm25")
+METHODS = (FULL, CLOSED, "bm25", "default", "int4", "random", "hybrid-bm25", "auto-bm25", "recall-bm25", "recall-sheet")
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +248,7 @@ def test_every_method_is_asked_every_question_within_its_budget(whole, options):
         most = {FULL: 1.0, "int4": 1.0, CLOSED: 0.4}.get(row.method, 0.5)
         assert 0 < row.tokens <= most * full[row.case], row
     assert {row.mode for row in result.rows if row.method == "bm25"} == {"retrieval"}
+    assert {row.mode for row in result.rows if row.method.startswith("recall")} == {"recall"}
     assert sum(row.score for row in result.rows if row.method == FULL) > 3  # of 6
     assert result.setup["seed"] == 0 and set(result.models["pocket"]) == {"weights", "dtype", "device"}
 

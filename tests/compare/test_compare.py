@@ -114,7 +114,7 @@ def test_intervals_are_drawn_by_document():
 def test_methods_that_cannot_be_are_left_out_and_unknown_ones_refused(model, corpus):
     bare = replace(corpus, task=type(FEW_SHOT)(FEW_SHOT.description))
     left = {each.method for each in compare(model, bare, methods=NAMES, rates=[2], settings=SETTINGS)}
-    assert left == set(NAMES) - {"published few-shot", "few-shot", "hybrid", "auto"}
+    assert left == set(NAMES) - {"published few-shot", "few-shot", "hybrid", "auto", "recall"}
     assert [*compare(model, corpus, methods=["few-shot", "retrieval"], rates=[50], settings=SETTINGS)] == []
     with pytest.raises(RequestError, match="no method 'magic'; use full context"):
         next(compare(model, corpus, methods=["magic"], settings=SETTINGS))
