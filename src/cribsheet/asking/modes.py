@@ -45,7 +45,7 @@ from cribsheet.retrieval.retriever import Passage, Search
 logger = logging.getLogger(__name__)
 
 _BOTH = "the chain and the sheet both have a retriever; leave out one of them"
-_SHORT = 32  # tokens of a stretch that is pointed to, at least: so many of them fill what there is room for
+_POINTED = 3  # stretches that a sheet points to: among so many stood the answer (decisions/0030), and more mislead
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
 
 
@@ -320,7 +320,7 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
     places = [place for turn in reversed(turns) for place in named(session.sheet, str(turn["content"]))]
     if not places:  # which a retriever of the chain may have named
         if retrieval.points:
-            trace = partial(pointed, session.sheet, limit=retrieval.top_k or 1 + retrieval.passage_tokens // _SHORT)
+            trace = partial(pointed, session.sheet, limit=retrieval.top_k or _POINTED)
             draft = yield Draft(session, _pointing(session, streams[0], lookup), trace)
             found = [Passage(each.text, each.document_id, each.start, each.stop) for each in draft.sources]
         else:
