@@ -13,7 +13,7 @@ from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
-from cribsheet.living.independent import Reader, build_independent
+from cribsheet.living.independent import SegmentReader, build_independent
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.assemble import carry_out
 from cribsheet.plan.options import BuildKeywords, BuildOptions
@@ -45,7 +45,7 @@ def build_sheet(
     *,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
-    read: Reader | None = None,
+    read: SegmentReader | None = None,
     **options: Unpack[BuildKeywords],
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet; `options` are the fields of `BuildOptions`.
@@ -56,7 +56,7 @@ def build_sheet(
     checkpoint
         a file that remembers each finished chunk; if it exists, the build goes on from there.
     read
-        who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
+        who reads the documents of an independent sheet, if not this process: see `independent.SegmentReader`.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts. A general task, which is what
     stands for none, is warned of.

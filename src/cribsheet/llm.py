@@ -11,7 +11,7 @@ import torch
 
 from cribsheet.asking import evidence
 from cribsheet.asking.answer import Answer, Conversation, Source
-from cribsheet.asking.modes import begin, begin_later, read, read_later
+from cribsheet.asking.modes import answers_later, answers_of, begin, begin_later
 from cribsheet.asking.prepared import Prepared
 from cribsheet.asking.session import Session
 from cribsheet.asking.sources import LIMIT
@@ -242,7 +242,7 @@ class CompressedKnowledgeLLM:
         `passage_tokens=` and `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's
         `mode` and `passages` say what was used.
         """
-        return read([self.stream(question, **sampling)])[0]
+        return answers_of([self.stream(question, **sampling)])[0]
 
     def stream(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> AnswerStream:
         """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.
@@ -265,7 +265,7 @@ class CompressedKnowledgeLLM:
 
     def ask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
-        return read(begin(self.session, self.session.prepare(question, sampling, n)))
+        return answers_of(begin(self.session, self.session.prepare(question, sampling, n)))
 
     def conversation(self) -> Conversation:
         """A conversation that remembers its turns."""
@@ -273,12 +273,12 @@ class CompressedKnowledgeLLM:
 
     async def aask(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
-        return (await read_later([self.astream(await asyncio.to_thread(self.prepare, question, **sampling))]))[0]
+        return (await answers_later([self.astream(await asyncio.to_thread(self.prepare, question, **sampling))]))[0]
 
     async def aask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
         asked = await asyncio.to_thread(self.session.prepare, question, sampling, n)
-        return await read_later(begin_later(self.session, asked, None))
+        return await answers_later(begin_later(self.session, asked, None))
 
     def astream(
         self,

@@ -121,7 +121,7 @@ def begin_later(
     return streams
 
 
-def read(streams: Sequence[AnswerStream]) -> list[Answer]:
+def answers_of(streams: Sequence[AnswerStream]) -> list[Answer]:
     """The answers of streams, once they are there; one that fails, or an interrupt, ends the others too."""
     try:
         for stream in streams:
@@ -133,8 +133,8 @@ def read(streams: Sequence[AnswerStream]) -> list[Answer]:
     return [stream.answer for stream in streams]
 
 
-async def read_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
-    """`read` without blocking the event loop."""
+async def answers_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
+    """`answers_of` without blocking the event loop."""
     try:
         for stream in streams:
             async for _ in stream:

@@ -26,7 +26,7 @@ from cribsheet.cli.console import (
 from cribsheet.cli.inspect import positions
 from cribsheet.corpus.printable import in_line
 from cribsheet.corpus.task import Task
-from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import Allocation, Correction, GuideKept, SheetKind, StorageDtype
 
 if TYPE_CHECKING:
     from cribsheet.plan.options import BuildKeywords
@@ -64,7 +64,7 @@ ScorerName = Annotated[
     typer.Option(metavar="NAME", help="recall (default), reconstruction, task, finch, recent or random."),
 ]
 Guide = Annotated[
-    GuideMode,
+    GuideKept,
     typer.Option(help="What stays of the task: all, the form of its examples' answers, nothing, or what is small."),
 ]
 ChunkTokens = Annotated[
@@ -87,7 +87,7 @@ Shared = Annotated[
 ]
 Corrected = Annotated[Correction, typer.Option(help="refit: what is kept is made to stand for what was dropped.")]
 Mode = Annotated[
-    BuildMode,
+    SheetKind,
     typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
 ]
 Resume = Annotated[

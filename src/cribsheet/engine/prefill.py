@@ -14,14 +14,14 @@ from cribsheet.attention.cache import PrefixLayer, prefix_cache
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import padded_batch, prefill_cache
-from cribsheet.engine.graphs import find_read
+from cribsheet.engine.graphs import find_prefill
 from cribsheet.engine.request import Answering, Suffix
 from cribsheet.model.backbone import Backbone
 
 PIECE = 1024  # tokens that are read in one step, padding included
 
 
-class Read:
+class Prefill:
     """Questions over one prefix that are read together."""
 
     def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
@@ -67,7 +67,7 @@ class Read:
         return found
 
 
-class ShortRead(Read):
+class ShortPrefill(Prefill):
     """Short questions in one pass, padded to the longest."""
 
     def next(self, backbone: Backbone) -> Tensor:
@@ -85,7 +85,7 @@ class ShortRead(Read):
         if len(self.sequences) > 1 or any(last > first for first, last in told_in(self.sequences)):
             return None  # passages lie elsewhere in each question: no graph fits
         sequence, request = self.sequences[0], self.sequences[0].request
-        graph = find_read(backbone, self.prefix, len(request.question), watches(self.sequences))
+        graph = find_prefill(backbone, self.prefix, len(request.question), watches(self.sequences))
         if graph is None:
             return None
         logits, mass, self.layers = graph.replay(
@@ -97,7 +97,7 @@ class ShortRead(Read):
         return logits
 
 
-class LongRead(Read):
+class LongPrefill(Prefill):
     """One long question, a piece a step."""
 
     def __init__(self, sequence: Answering, prefix: Prefix) -> None:
@@ -129,19 +129,19 @@ def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
     return [each.request.block if each.request.evidence else (0, 0) for each in sequences]
 
 
-def reads(sequences: Sequence[Answering]) -> list[Read]:
+def prefills(sequences: Sequence[Answering]) -> list[Prefill]:
     """How to read new questions: shorter ones together, in passes of bounded padded size over one prefix each."""
-    found: list[Read] = []
+    found: list[Prefill] = []
     for sequence in sorted(sequences, key=lambda each: (id(each.request.prefix), each.length)):
         prefix, last = sequence.request.prefix, found[-1] if found else None
         if sequence.length > PIECE:
-            found.append(LongRead(sequence, prefix))
+            found.append(LongPrefill(sequence, prefix))
         elif (
-            isinstance(last, ShortRead)
+            isinstance(last, ShortPrefill)
             and last.prefix is prefix
             and (len(last.sequences) + 1) * sequence.length <= PIECE
         ):
             last.sequences.append(sequence)
         else:
-            found.append(ShortRead([sequence], prefix))
+            found.append(ShortPrefill([sequence], prefix))
     return found

@@ -11,7 +11,7 @@ from cribsheet.errors import BudgetError
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.manifest import SEEDS
-from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import Allocation, Correction, GuideKept, SheetKind, StorageDtype
 
 DEFAULT_RATE = 4.0  # where nothing was said of the size
 DEFAULT_DTYPE: StorageDtype = "int4"  # where nothing was said of either (decisions/0024)
@@ -24,13 +24,13 @@ class BuildKeywords(TypedDict, total=False):
     rate: float | None
     budget: int | None
     scorer: str | Scorer | None
-    guide: GuideMode
+    guide: GuideKept
     chunk_tokens: int | None
     system: str
     template_options: Mapping[str, Any] | None
     dtype: StorageDtype | None
     seed: int
-    mode: BuildMode
+    mode: SheetKind
     allocation: Allocation | None
     correction: Correction
     retain: float | None
@@ -82,13 +82,13 @@ class BuildOptions:
     rate: float | None = None
     budget: int | None = None
     scorer: str | Scorer | None = None
-    guide: GuideMode = "auto"
+    guide: GuideKept = "auto"
     chunk_tokens: int | None = None
     system: str = ""
     template_options: Mapping[str, Any] | None = None
     dtype: StorageDtype | None = None
     seed: int = 0
-    mode: BuildMode = "sequential"
+    mode: SheetKind = "sequential"
     allocation: Allocation | None = None
     correction: Correction = "none"
     retain: float | None = None
@@ -148,10 +148,10 @@ class BuildOptions:
     def _check_choices(self) -> None:
         """Refuse words that are none of those that an option may be, and two that exclude each other."""
         for name, value, known in (
-            ("guide", self.guide, GuideMode),
+            ("guide", self.guide, GuideKept),
             ("allocation", self.allocation, Allocation),
             ("correction", self.correction, Correction),
-            ("mode", self.mode, BuildMode),
+            ("mode", self.mode, SheetKind),
         ):
             if value not in get_args(known) and (name, value) != ("allocation", None):
                 raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")

@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Guide:
+class _GuideTokens:
     """What a scorer reads after each chunk, `scored` (T,) and `repeat` (R,), and what stays: `resident`, as `form`."""
 
     scored: Tensor
@@ -132,7 +132,7 @@ def warn_without_task(task: Task, options: BuildOptions) -> None:
 
 def _guide(
     layout: ChatLayout, task: Task, options: BuildOptions, scorer: Scorer, budget: int, corpus_tokens: int
-) -> _Guide:
+) -> _GuideTokens:
     """What is read after each chunk, nothing where the scorer reads none, and what stays of it."""
     guide, form, encode = layout.guide(task), task.form, layout.encoder.after
     opening = encode(guide.resident, continues=True)
@@ -143,7 +143,7 @@ def _guide(
     if scorer.reads.task:
         scored = opening if scorer.reads.repetition else encode(guide.scored)  # with a repetition the talk goes on
     resident = _kept_guide(options, opening, in_form, budget, corpus_tokens)
-    return _Guide(scored, repeat, resident, form if resident is in_form else "")
+    return _GuideTokens(scored, repeat, resident, form if resident is in_form else "")
 
 
 def _kept_guide(options: BuildOptions, whole: Tensor, in_form: Tensor, budget: int, corpus_tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ from cribsheet.model.backbone import Backbone
 Buffers = tuple[Rows, list[SlotLayer], StepGraphs]
 
 
-class Group:
+class Batch:
     """The sequences that run over one prefix, in slots 0..B-1 of one batch."""
 
     def __init__(self, prefix: Prefix) -> None:
