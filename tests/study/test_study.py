@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -79,7 +80,7 @@ def test_gradients_are_those_of_the_divergence(tiny):
     kb = built(tiny)
     trainer = trainer_of(kb, exercises(kb))
     state = trainer.begin()
-    before = trainer.run(state, Pace(1, rate=1e-3)).shifts
+    before = trainer.run(state, Pace(1, learning_rate=1e-3)).shifts
     generator = torch.Generator().manual_seed(1)
     ways = [torch.randn(shift.shape, generator=generator) for shift in before]
     held = trainer.held
@@ -222,8 +223,8 @@ def test_practice_is_the_same_every_time_and_comes_back_from_its_file(staff, pra
         ({"minutes": float("nan")}, "minutes is nan"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
-        ({"steps": 3, "rate": 0}, "rate is 0"),
-        ({"steps": 3, "rate": 2}, "rate is 2"),
+        ({"steps": 3, "learning_rate": 0}, "learning_rate is 0"),
+        ({"steps": 3, "learning_rate": 2}, "learning_rate is 2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny, options, message):
@@ -253,12 +254,23 @@ def test_the_command_refuses_in_its_own_words_and_leaves_the_file(cli, tiny, tmp
         ((), "give --minutes, or --steps"),
         (("--minutes", 0), "above 0"),
         (("--steps", 0), "at least 1"),
+        (("--steps", 1, "--learning-rate", 2), "--learning-rate is 2"),
         (("--steps", 1), "may serve, and a study needs 16"),
         (("--steps", 1, "-o", tmp_path / "nowhere" / "b.sheet"), "does not exist"),
     ):
         refused = cli("study", path, *options)
         assert refused.code == 2 and words in refused.err and not refused.out, (options, refused)
     assert path.read_bytes() == before
+
+
+def test_a_sheet_studied_when_the_learning_rate_was_called_rate_opens_and_answers_the_same(tiny, tmp_path):
+    kb = built(tiny)
+    before = {"questions": 40, "before": 0.8, "after": 0.4, "steps": 50, "rate": 0.02, "seed": 0, "seconds": 9.5}
+    manifest = kb.sheet.manifest.model_copy(update={"build": {**kb.sheet.manifest.build, "study": before}})
+    path = file.save(replace(kb.sheet, manifest=manifest), tmp_path / "before.sheet")
+    with CompressedKnowledgeLLM.load(path, model=tiny) as opened:
+        assert opened.sheet.manifest.build["study"] == before and opened.sheet.manifest.digest == manifest.digest
+        assert opened.ask("Where?", max_tokens=4).text == kb.ask("Where?", max_tokens=4).text
 
 
 def test_a_model_in_training_mode_gets_its_gradients_back(tiny):

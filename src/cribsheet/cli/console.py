@@ -28,6 +28,7 @@ FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 OPTIONS = (
     *("allocation", "budget", "check", "chunk_tokens", "correction", "device", "guide"),
     *(
+        "learning_rate",
         "max_tokens",
         "minutes",
         "mode",

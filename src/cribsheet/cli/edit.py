@@ -23,6 +23,7 @@ from cribsheet.corpus.printable import in_line
 if TYPE_CHECKING:
     from cribsheet.compress.progress import Progress
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.study.study import StudyOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,7 @@ def study(
         float | None, typer.Option(metavar="N", help="How long to study, with all that belongs to it.")
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of training, instead or at most.")] = None,
-    rate: Annotated[float, typer.Option(metavar="N", help="Rate of learning.")] = 0.02,
+    learning_rate: Annotated[float, typer.Option(metavar="N", help="How far a step of training goes.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is random in it.")] = 0,
     resume: Annotated[
         bool,
@@ -115,7 +116,8 @@ def study(
     began = time.perf_counter()
     notebook = target.with_name(f"{target.name}.study") if resume else None
     with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
-        came = kb.study(minutes=minutes, steps=steps, rate=rate, seed=seed, resume=notebook, progress=_tenths())
+        how: StudyOptions = {"minutes": minutes, "steps": steps, "learning_rate": learning_rate, "seed": seed}
+        came = kb.study(**how | {"resume": notebook, "progress": _tenths()})
         if came.learnt or options.output is not None:
             kb.save(target)
     done = {"sheet": str(target), "learnt": came.learnt, **dataclasses.asdict(came)}

@@ -1,6 +1,6 @@
 """A layer whose prefix is being learnt: attention in plain operations that gradients pass.
 
-What stands in the sheet is a start plus a learnt shift in units of its own spread, so that one rate of learning suits
+What stands in the sheet is a start plus a learnt shift in units of its own spread, so that one learning rate suits
 all layers; tokens that are not free (preamble, attention sinks, guide) have a spread of zero and stay.
 
 Letters as in `attention/prefix.py`, with `N` tokens of all heads, one head behind the other.

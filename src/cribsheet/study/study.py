@@ -68,7 +68,7 @@ class Study:
     after: float
     steps: int
     best_step: int
-    rate: float
+    learning_rate: float
     seed: int
     seconds: float
 
@@ -90,7 +90,7 @@ class StudyOptions(TypedDict, total=False):
 
     minutes: float | None
     steps: int | None
-    rate: float
+    learning_rate: float
     seed: int
     resume: str | Path | None
     progress: Told | None
@@ -101,25 +101,25 @@ def study(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    rate: float = 0.02,
+    learning_rate: float = 0.02,
     seed: int = 0,
     resume: str | Path | None = None,
     progress: Told | None = None,
 ) -> tuple[Sheet, Study]:
     """A sheet that answers more of what its documents say, of the size of the one given, and what came of it.
 
-    `minutes` are those of all of it, `steps` those of training; at least one is needed. `rate` is that of learning, in
-    units of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
+    `minutes` are those of all of it, `steps` those of training; at least one is needed. `learning_rate` is in units
+    of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
     in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
     `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
 
     If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
     texts or with too few questions in them, `BudgetError` for settings out of range, `ModelError` for a divided model.
     """
-    _check(minutes, steps, rate, session.backbone)
+    _check(minutes, steps, learning_rate, session.backbone)
     began, told = time.monotonic(), progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
-    identity = {"sheet": sheet.manifest.digest, "seed": seed, "rate": rate, "steps": steps}
+    identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     notebook = Notebook(resume, identity) if resume is not None else None
     practice = notebook.practice() if notebook else None
     if practice is None:
@@ -145,7 +145,7 @@ def study(
     )
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - (time.monotonic() - began))
-    pace = Pace(_STEPS if steps is None else steps, seconds, rate)
+    pace = Pace(_STEPS if steps is None else steps, seconds, learning_rate)
     trainer.run(state, pace, _teller(pace, told, notebook))
     learnt = state.lowest < _BETTER * state.curve[0][1]
     came = Study(
@@ -157,7 +157,7 @@ def study(
         after=state.lowest if learnt else state.curve[0][1],
         steps=state.step,
         best_step=state.best_step if learnt else 0,
-        rate=rate,
+        learning_rate=learning_rate,
         seed=seed,
         seconds=time.monotonic() - began,
     )
@@ -209,15 +209,15 @@ def _teller(pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[Stat
     return tell
 
 
-def _check(minutes: float | None, steps: int | None, rate: float, backbone: Backbone) -> None:
+def _check(minutes: float | None, steps: int | None, learning_rate: float, backbone: Backbone) -> None:
     if minutes is None and steps is None:
         raise BudgetError("Nothing says how long to study; give minutes=, or steps= of training.")
     if minutes is not None and not 0 < minutes < math.inf:
         raise BudgetError(f"minutes is {minutes!r}; give a number above 0.")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise BudgetError(f"steps is {steps!r}; give a whole number of at least 1.")
-    if not 0 < rate <= 1:
-        raise BudgetError(f"rate is {rate!r}; give a number above 0 and at most 1, such as 0.02.")
+    if not 0 < learning_rate <= 1:
+        raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
     if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):
         raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
 

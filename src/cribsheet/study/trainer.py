@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 16  # exercises of a step
 _TEXTS = 0.35  # share of them that are texts to go on with
-_WARM_UP = 20  # steps until the rate of learning is what it shall be
+_WARM_UP = 20  # steps until the learning rate is what it shall be
 _FALL = 0.7  # share of the time in which it falls to nothing
 _BETAS = (0.9, 0.95)
 _EVERY = 25  # steps after which the exercises that are held out are tried
@@ -57,20 +57,20 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When a study ends: after so many `steps`, or when `seconds` are spent; `rate` is Adam's, at its highest."""
+    """When a study ends: after so many `steps` or `seconds`; `learning_rate` is Adam's, at its highest."""
 
     steps: int
     seconds: float = float("inf")
-    rate: float = 0.02
+    learning_rate: float = 0.02
 
     def progress(self, state: State) -> float:
         """How much of it is done, 0 to 1."""
         return min(1.0, max(state.step / self.steps, state.seconds / self.seconds))
 
-    def rate_at(self, state: State) -> float:
-        """The rate of learning of the next step."""
+    def learning_rate_at(self, state: State) -> float:
+        """The learning rate of the next step."""
         rising, falling = (state.step + 1) / _WARM_UP, (1 - self.progress(state)) / _FALL
-        return self.rate * min(1.0, rising) * min(1.0, max(0.02, falling))
+        return self.learning_rate * min(1.0, rising) * min(1.0, max(0.02, falling))
 
 
 class Trainer:
@@ -112,7 +112,7 @@ class Trainer:
         with _weights_fixed(self._backbone):
             while pace.progress(state) < 1:
                 began = time.monotonic()
-                self._step(state, pace.rate_at(state))
+                self._step(state, pace.learning_rate_at(state))
                 if state.step % _EVERY == 0:
                     self._measure(state)
                 state.seconds += time.monotonic() - began
@@ -142,10 +142,10 @@ class Trainer:
             for own, given in zip(self.shifts, shifts, strict=True):
                 own.copy_(given)
 
-    def _step(self, state: State, rate: float) -> None:
+    def _step(self, state: State, learning_rate: float) -> None:
         gradients = self.gradients(self._batch(state.step))
         state.step += 1
-        _adam(self.shifts, gradients, state, rate)
+        _adam(self.shifts, gradients, state, learning_rate)
 
     def gradients(self, exercises: Sequence[Exercise]) -> Sequence[Tensor]:
         """Those of the divergence by what is learnt."""
@@ -192,7 +192,7 @@ class Trainer:
         return (weights * (wanted - said)).sum() / len(written)
 
 
-def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, rate: float) -> None:
+def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, learning_rate: float) -> None:
     """One step of Adam (arXiv 1412.6980); written out, so that its state is plain tensors that can be saved."""
     first, second = _BETAS
     with torch.no_grad():
@@ -201,7 +201,7 @@ def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, r
             mean.lerp_(gradient, 1 - first)
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
             size = (square / (1 - second**state.step)).sqrt_().add_(1e-8)
-            shift.addcdiv_(mean / (1 - first**state.step), size, value=-rate)
+            shift.addcdiv_(mean / (1 - first**state.step), size, value=-learning_rate)
 
 
 def _drawn(exercises: Sequence[Exercise], first: int, count: int, seed: int) -> Iterator[Exercise]:
