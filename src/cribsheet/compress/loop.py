@@ -119,9 +119,8 @@ def compress(
         if chunk.start < done:
             continue
         step = steps(backbone, chunk, how, tell)
-        layers = backbone.read(
-            as_prefix(backbone, kept), kept_tokens(backbone, kept), chunk.ids, how.behind(chunk), step
-        )
+        prefix, size = as_prefix(backbone, kept), kept_tokens(backbone, kept)
+        layers = backbone.read(prefix, size, chunk.ids, how.behind(chunk), step)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
         scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
         indices = [places(old, chunk) for old in kept]

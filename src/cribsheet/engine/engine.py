@@ -174,11 +174,14 @@ class Engine:
         if not prefill.sequences:
             return
         try:
-            logits = prefill.next(self.backbone)
+            logits = prefill.replayed(self.backbone)
             if logits is None:
-                queue.append(prefill)
-            else:
+                logits = self.backbone.step(*prefill.inputs(self.backbone))[:, -1]
+                prefill.note()
+            if prefill.is_read:
                 self._enter(prefill, logits)
+            else:
+                queue.append(prefill)
         except Exception as error:
             _fail(prefill.sequences, error)
             self._batch(prefill.prefix).prune()
@@ -209,7 +212,10 @@ class Engine:
         if not batch.running:
             return
         try:
-            logits = batch.decode(self.backbone)
+            logits = batch.replayed(self.backbone)
+            if logits is None:
+                logits = self.backbone.step(*batch.inputs(self.backbone))[:, -1]
+                batch.note()
             self._advance(batch.running, logits)
             batch.prune()
         except Exception as error:
