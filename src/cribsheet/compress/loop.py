@@ -119,8 +119,8 @@ def compress(
         if chunk.start < done:
             continue
         step = steps(backbone, chunk, how, tell)
-        prefix, size = as_prefix(backbone, kept), kept_tokens(backbone, kept)
-        layers = backbone.read(prefix, size, chunk.ids, how.behind(chunk), step)
+        guide, size = how.behind(chunk), kept_tokens(backbone, kept)
+        layers = backbone.read(as_prefix(backbone, kept), size, chunk.ids, guide, step)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
         scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
         indices = [places(old, chunk) for old in kept]

@@ -28,10 +28,11 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
         length = indices.shape[-1]
         layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
     stored = [StoredLayer.of(layer, plan.dtype) for layer in layers]
+    loss, origins = _storage_loss(stored, layers), kept_origins(plan.corpus, indices)
     manifest = describe(plan, backbone, time.perf_counter() - began)
-    manifest.build.update(_storage_loss(stored, layers))
+    manifest.build.update(loss)
     texts = [document.text for document in plan.corpus.documents]
-    return Sheet(stored, indices, kept_origins(plan.corpus, indices), manifest, texts)
+    return Sheet(stored, indices, origins, manifest, texts)
 
 
 def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
