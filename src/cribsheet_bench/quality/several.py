@@ -59,7 +59,7 @@ class Sheets:
     def __init__(self, backbone: Backbone, documents: Sequence[Document]) -> None:
         self._backbone, self._documents = backbone, documents
         self._layout = ChatLayout(backbone.tokenizer)
-        self._known: dict[Any, list[ReadingLayer]] = {}
+        self._found: dict[Any, list[ReadingLayer]] = {}
 
     def fitted(self, task: Task, rate: float, *, dtype: StorageDtype, **how: Any) -> Sheet:
         """A sheet with as many tokens as fit the bytes of a sheet of 16-bit numbers at that rate, or hardly fewer.
@@ -90,5 +90,5 @@ class Sheets:
         """The sheet that `build_sheet` makes with these options, sequentially."""
         planned = plan(self._backbone, self._layout, self._documents, task, BuildOptions(**options))
         began = time.perf_counter()
-        state = read_through(_ReadsOnce(self._backbone, self._known), planned.corpus, planned.reading)
+        state = read_through(_ReadsOnce(self._backbone, self._found), planned.corpus, planned.reading)
         return finish(self._backbone, planned, state, began)
