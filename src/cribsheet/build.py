@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
 import torch
 
+from cribsheet.compress.loop import read_through
 from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
 from cribsheet.living.independent import SegmentReader, build_independent
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.assemble import finish
+from cribsheet.plan.describe import checkpoint_of
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import plan, warn_without_task
 from cribsheet.retention.retention import build_retaining, checked, make_checker
@@ -76,5 +79,7 @@ def build_sheet(
         )
     else:
         planned = plan(backbone, layout, documents, task, how)
-        sheet = carry_out(backbone, planned, progress=progress, checkpoint=checkpoint)
+        began, saved = time.perf_counter(), checkpoint_of(planned, backbone, checkpoint)
+        state = read_through(backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved)
+        sheet = finish(backbone, planned, state, began)
     return sheet if checker is None else checked(checker, sheet)

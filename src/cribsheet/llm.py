@@ -242,7 +242,7 @@ class CompressedKnowledgeLLM:
         `passage_tokens=` and `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's
         `mode` and `passages` say what was used.
         """
-        return answers_of([self.stream(question, **sampling)])[0]
+        return answers_of(begin(self.session, [self.prepare(question, **sampling)]))[0]
 
     def stream(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> AnswerStream:
         """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.

@@ -18,12 +18,14 @@ import asyncio
 import logging
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from cribsheet.asking.answer import Answer
 from cribsheet.asking.certainty import FAITHFUL, Judged, judge, told
 from cribsheet.asking.prepared import Lookup, Prepared
 from cribsheet.asking.session import Session
+from cribsheet.asking.sources import find_sources
 from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream
 from cribsheet.engine.request import tell
 from cribsheet.prompt.template import Message
@@ -46,7 +48,7 @@ class Draft(NamedTuple):
     def now(self) -> Answer:
         """The answer, blocking."""
         stream = AnswerStream(self.question)
-        self.session.submit(stream)
+        submit(self.session, stream)
         for _ in stream:
             pass
         return stream.answer
@@ -54,7 +56,7 @@ class Draft(NamedTuple):
     async def later(self) -> Answer:
         """The answer, without blocking the event loop."""
         stream = AsyncAnswerStream(self.question, asyncio.get_running_loop())
-        await asyncio.to_thread(self.session.submit, stream)
+        await asyncio.to_thread(submit, self.session, stream)
         async for _ in stream:
             pass
         return stream.answer
@@ -87,7 +89,7 @@ def begin(session: Session, asked: Sequence[Prepared]) -> list[AnswerStream]:
         question.claim()
     streams = [AnswerStream(question) for question in asked]
     if asked[0].lookup is None:
-        session.submit(*streams)
+        submit(session, *streams)
         return streams
     steps = _steps(session, streams, asked[0].lookup)
     wait = _go_on(steps)
@@ -115,10 +117,20 @@ def begin_later(
         for stream in streams:
             stream.work = work
     elif loop is not None or session.is_placed:
-        session.submit(*streams)
+        submit(session, *streams)
     else:
         reading.run_in_executor(None, _submit_later, session, streams)
     return streams
+
+
+def submit(session: Session, *streams: Stream) -> None:
+    """Hand one question's streams to the engine. Raises `EngineError` if it takes no more, or once it is closed."""
+    question = streams[0].question
+    prefix = session.prefix_for(question.passages, alone=question.alone)
+    trace = partial(find_sources, session.sheet, passages=question.passages, places=question.told.places)
+    requests = [stream.request(prefix, trace) for stream in streams]
+    session.running.add(streams)
+    session.loaded.engine.submit(*requests)
 
 
 def answers_of(streams: Sequence[AnswerStream]) -> list[Answer]:
@@ -147,7 +159,7 @@ async def answers_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
 
 def _submit_later(session: Session, streams: Sequence[Stream]) -> None:
     try:
-        session.submit(*streams)
+        submit(session, *streams)
     except Exception as error:
         _fail(streams, error)
 
@@ -182,7 +194,7 @@ def _steps(session: Session, streams: Sequence[Stream], lookup: Lookup, is_told:
     """
     turns, retrieval = as_turns(lookup.question), lookup.retrieval
     if _is_told(session, lookup) if is_told is None else is_told:
-        return session.submit(*streams)  # the caller's chain has a retriever of its own; nothing is fetched twice
+        return submit(session, *streams)  # the caller's chain has a retriever of its own; nothing is fetched twice
     draft: Answer | None = None
     judged: Judged | None = None
     if retrieval.mode == "auto":
@@ -237,7 +249,7 @@ def _judge(
 def _take(session: Session, streams: Sequence[Stream], draft: Answer) -> None:
     """Let the draft be the answer; of several answers each is written anew."""
     if len(streams) > 1:
-        return session.submit(*streams)
+        return submit(session, *streams)
     streams[0].take_over(draft)
 
 
@@ -268,7 +280,7 @@ def _tell(
     question = session.prepare_told(turns, lookup.sampling, chosen, alone=alone)  # once for all answers
     for stream in streams:
         stream.ask_instead(question)
-    session.submit(*streams)
+    submit(session, *streams)
 
 
 def _chosen(

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import State
+from cribsheet.compress.kept import Kept, State
 from cribsheet.errors import SheetError
 from cribsheet.sheet.atomic import writing
 from cribsheet.sheet.tensors import TensorFile, digest_with

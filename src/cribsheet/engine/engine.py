@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -98,10 +99,8 @@ class Engine:
             self._cancel_all()
         self._make_room()
         self._admit()
-        self._prefill(self._short)
-        self._prefill_long()
-        for batch in list(self._batches):
-            self._decode(batch)
+        for work in self._due():
+            self._make_pass(work)
         for batch in self._batches:
             if not batch.running:
                 batch.rest()
@@ -165,23 +164,45 @@ class Engine:
         for prefill in prefills(new):
             (self._long if isinstance(prefill, LongPrefill) else self._short).append(prefill)
 
-    def _prefill(self, queue: deque[Prefill]) -> None:
-        """One pass over short questions, or one piece of a long one; those take turns."""
-        if not queue:
-            return
-        prefill = queue.popleft()
-        prefill.drop_those_over()
-        if not prefill.sequences:
-            return
+    def _due(self) -> Iterator[Prefill | Batch]:
+        """What this step reads: short questions in one pass, a piece of a long one, a token for each running sequence.
+
+        Long questions take turns, and wait if the last piece took from running answers more than they have had since.
+        """
+        yield from _next_of(self._short)
+        running = any(batch.running for batch in self._batches)
+        if self._long and not (running and time.monotonic() < self._long_again):
+            began = time.monotonic()
+            yield from _next_of(self._long)
+            ended = time.monotonic()
+            self._long_again = ended + (ended - began)
+        yield from [batch for batch in self._batches if batch.running]
+
+    def _make_pass(self, work: Prefill | Batch) -> None:
+        """Have the model read what is due, and go on with its logits."""
         try:
-            logits = prefill.next(self.backbone)
+            logits = work.replayed(self.backbone)
             if logits is None:
-                queue.append(prefill)
+                logits = self.backbone.step(*work.inputs(self.backbone))[:, -1]
+                work.note()
+            if isinstance(work, Batch):
+                self._advance(work.running, logits)
+                work.prune()
+            elif work.is_read:
+                self._enter(work, logits)
             else:
-                self._enter(prefill, logits)
+                self._long.append(work)
         except Exception as error:
-            _fail(prefill.sequences, error)
-            self._batch(prefill.prefix).prune()
+            self._give_up(work, error)
+
+    def _give_up(self, work: Prefill | Batch, error: Exception) -> None:
+        """Tell those who were read together that it went wrong."""
+        if isinstance(work, Batch):
+            _fail(work.running, error)
+            self._batches.remove(work)
+        else:
+            _fail(work.sequences, error)
+            self._batch(work.prefix).prune()
 
     def _enter(self, prefill: Prefill, logits: Tensor) -> None:
         """Sample the first tokens of questions that were read, and give those that go on a slot each."""
@@ -191,30 +212,8 @@ class Engine:
             if not sequence.finished:
                 batch.insert(sequence, prefill.suffix(row))
 
-    def _prefill_long(self) -> None:
-        """A piece of a long question, unless the last one took from running answers more than they have had since."""
-        running = any(batch.running for batch in self._batches)
-        if not self._long or (running and time.monotonic() < self._long_again):
-            return
-        began = time.monotonic()
-        self._prefill(self._long)
-        ended = time.monotonic()
-        self._long_again = ended + (ended - began)
-
     def _answering(self, request: Request) -> Answering:
         return Answering(request, self.backbone.tokenizer, self._eos)
-
-    def _decode(self, batch: Batch) -> None:
-        """One token for every running sequence of a prefix."""
-        if not batch.running:
-            return
-        try:
-            logits = batch.decode(self.backbone)
-            self._advance(batch.running, logits)
-            batch.prune()
-        except Exception as error:
-            _fail(batch.running, error)
-            self._batches.remove(batch)
 
     def _advance(self, sequences: list[Answering], logits: Tensor) -> None:
         greedy = logits.argmax(-1).tolist() if any(s.request.params.is_greedy for s in sequences) else []
@@ -259,6 +258,15 @@ class Engine:
 
 def _request(each: Request | Answering) -> Request:
     return each.request if isinstance(each, Answering) else each
+
+
+def _next_of(queue: deque[Prefill]) -> Iterator[Prefill]:
+    """The questions that are to be read next, unless nobody waits for any of them any more."""
+    if queue:
+        prefill = queue.popleft()
+        prefill.drop_those_over()
+        if prefill.sequences:
+            yield prefill
 
 
 def _drop(each: Request | Answering) -> None:

@@ -16,7 +16,7 @@ from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import padded_batch, prefill_cache
 from cribsheet.engine.graphs import find_prefill
 from cribsheet.engine.request import Answering, Suffix
-from cribsheet.model.backbone import Backbone
+from cribsheet.model.backbone import Backbone, Inputs
 
 PIECE = 1024  # tokens that are read in one step, padding included
 
@@ -29,9 +29,19 @@ class Prefill:
         self.cache = prefix_cache((), prefix.tokens)
         self.layers: Sequence[object] = ()  # what was read lies in them
         self.spare = 0  # tokens of padding behind the questions
+        self._glance: Glance | None = None
 
-    def next(self, backbone: Backbone) -> Tensor | None:
-        """Read on; logits (B, V) of the first new tokens once everything is read."""
+    @property
+    def is_read(self) -> bool:
+        """Whether the pass that was made last was the last one, so that its logits are of the first new tokens."""
+        return True
+
+    def replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (B, V) by a graph that was captured; none where the model must make the pass."""
+        return None
+
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """What the model reads next; `note` must follow."""
         raise NotImplementedError
 
     def drop_those_over(self) -> None:
@@ -41,19 +51,21 @@ class Prefill:
                 sequence.drop()
         self.sequences = [sequence for sequence in self.sequences if not sequence.finished]
 
-    def step(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Logits (B, V) after new tokens, noting what they look at; `weights` (n,) are of each one's last rows."""
-        glance = None
+    def watched(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Inputs:
+        """New tokens as inputs, watched as they look at things; `weights` (n,) are of each one's last rows."""
         if watches(self.sequences):
             pads = [ids.shape[1] - len(weight) for weight in weights]
             told = [(first + pad, last + pad) for (first, last), pad in zip(told_in(self.sequences), pads, strict=True)]
-            glance = Glance(self.cache.layers, backbone.full, told, weights)
-        logits = backbone.step(ids, positions, self.cache)[:, -1]
+            self._glance = Glance(self.cache.layers, backbone.full, told, weights)
+        return ids, positions, self.cache
+
+    def note(self) -> None:
+        """After the pass: where its keys and values lie, and what was looked at."""
         self.layers = self.cache.layers
-        if glance is not None:
-            for sequence, mass in zip(self.sequences, glance.masses, strict=True):
+        if self._glance is not None:
+            for sequence, mass in zip(self.sequences, self._glance.masses, strict=True):
                 sequence.look(mass)
-        return logits
+            self._glance = None
 
     def suffix(self, row: int) -> Suffix:
         """The keys and values of a question that was read, padding left out."""
@@ -70,17 +82,15 @@ class Prefill:
 class ShortPrefill(Prefill):
     """Short questions in one pass, padded to the longest."""
 
-    def next(self, backbone: Backbone) -> Tensor:
-        """Read them all: logits (B, V)."""
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """All of them."""
         prefix = self.prefix
-        if (logits := self._replayed(backbone)) is not None:
-            return logits
         ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
         self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
         weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
-        return self.step(backbone, ids, positions, weights)
+        return self.watched(backbone, ids, positions, weights)
 
-    def _replayed(self, backbone: Backbone) -> Tensor | None:
+    def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (1, V) of a question that is alone and of a length that was captured."""
         if len(self.sequences) > 1 or any(last > first for first, last in told_in(self.sequences)):
             return None  # passages lie elsewhere in each question: no graph fits
@@ -105,17 +115,21 @@ class LongPrefill(Prefill):
         self.cache = prefix_cache(prefix.layers, prefix.tokens)
         self._done = 0
 
-    def next(self, backbone: Backbone) -> Tensor | None:
-        """Read the next piece; logits (1, V) after the last one."""
+    @property
+    def is_read(self) -> bool:
+        """Whether there is no further piece."""
+        return self._done == len(self.sequences[0].request.question)
+
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """The next piece."""
         request = self.sequences[0].request
         question = request.question
         piece = question[self._done : self._done + PIECE]
         first = self.prefix.tokens + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
         weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
-        logits = self.step(backbone, piece.unsqueeze(0), positions, [weights])
         self._done += len(piece)
-        return logits if self._done == len(question) else None
+        return self.watched(backbone, piece.unsqueeze(0), positions, [weights])
 
 
 def watches(sequences: Sequence[Answering]) -> bool:

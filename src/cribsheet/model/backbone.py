@@ -28,6 +28,7 @@ from cribsheet.model.support import check_supported, head_size, inv_freq, layer_
 
 _LEAST = 256  # tokens from which the time of a read is spent in kernels, not in launching them
 _SAMPLES = 16  # values looked at in each weight tensor
+Inputs = tuple[Tensor, Tensor, Cache]  # of a step: tokens (B, T), their positions (B, T), and what they see
 Keep = int | Tensor | None  # logits wanted: of the last so many tokens, of these places, or of none
 
 
@@ -188,17 +189,16 @@ class Backbone:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
+    def step(
+        self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1, *, grad: bool = False
+    ) -> Tensor:
         """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens.
 
-        As a tensor (n,), `keep` names the places of the tokens whose logits are wanted.
+        As a tensor (n,), `keep` names the places of the tokens whose logits are wanted. With `grad` the caller may take
+        gradients.
         """
-        return self.logits(ids, positions, cache, keep)
-
-    def logits(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
-        """As `step`, for a caller who may need gradients."""
-        with self.announced(ids, positions, keep), self.attached():
+        grad = grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), self.announced(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),

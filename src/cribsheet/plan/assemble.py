@@ -1,54 +1,24 @@
-"""A plan carried out: the corpus read through, and the sheet put together from what was kept."""
+"""The sheet of a plan, put together from what was kept."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, turned_back
-from cribsheet.compress.checkpoint import Checkpoint
-from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import State, as_prefix, compress, kept_tokens, nothing_kept
-from cribsheet.compress.progress import Listener, shown
+from cribsheet.compress.kept import Kept, State
+from cribsheet.compress.loop import as_prefix, kept_tokens
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.describe import describe, identity
+from cribsheet.plan.describe import describe
 from cribsheet.plan.plan import Plan
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.vocabulary import ABSENT
-
-
-def carry_out(
-    backbone: Backbone, plan: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
-) -> Sheet:
-    """The sheet that a plan is for; arguments as in `build_sheet`."""
-    began = time.perf_counter()
-    return finish(backbone, plan, read_through(backbone, plan, progress=progress, checkpoint=checkpoint), began)
-
-
-def read_through(
-    backbone: Backbone, plan: Plan, *, progress: Listener = None, checkpoint: str | Path | None = None
-) -> State:
-    """All that a plan keeps of its corpus, the guide left out."""
-    saved = Checkpoint(checkpoint, identity(plan, backbone)) if checkpoint is not None else None
-    start = saved.load(backbone.device, backbone.num_layers, len(plan.corpus)) if saved else None
-    state = start or State(0, nothing_kept(backbone))
-    with shown(progress) as told:
-        tell = None if told is None else lambda read: told(read, len(plan.corpus))
-        if tell is not None:
-            tell(state.done)
-        for state in compress(backbone, plan.corpus, plan.reading, start, tell):
-            if saved:
-                saved.save(state)
-            if tell is not None:
-                tell(state.done)
-    return state
 
 
 def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
@@ -58,10 +28,11 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
         length = indices.shape[-1]
         layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
     stored = [StoredLayer.of(layer, plan.dtype) for layer in layers]
+    loss, origins = _storage_loss(stored, layers), kept_origins(plan.corpus, indices)
     manifest = describe(plan, backbone, time.perf_counter() - began)
-    manifest.build.update(_storage_loss(stored, layers))
+    manifest.build.update(loss)
     texts = [document.text for document in plan.corpus.documents]
-    return Sheet(stored, indices, kept_origins(plan.corpus, indices), manifest, texts)
+    return Sheet(stored, indices, origins, manifest, texts)
 
 
 def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:

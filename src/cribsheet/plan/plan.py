@@ -10,7 +10,7 @@ from functools import cache, partial
 from torch import Tensor
 
 from cribsheet.compress.loop import Reading
-from cribsheet.compress.profile import profile_of
+from cribsheet.compress.profile import weights_of
 from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
@@ -112,7 +112,7 @@ def plan(
         pinned=_pinned(scorer, allocation, corpus.preamble_tokens),
         allocation=allocation,
         spread=len(corpus) <= keep * _SPREAD_TO,
-        weigh=cache(partial(_weights, backbone, layout, keep / len(corpus))),
+        weigh=cache(partial(weights_of, backbone, layout, keep / len(corpus))),
         correction=options.correction,
         most=most_tokens(backbone, keep, len(resident), guide.tokens + chunk * (2 if twice else 1)),
         seed=options.seed,
@@ -163,12 +163,6 @@ def _too_small(budget: int, fixed: int, guide_tokens: int, corpus_tokens: int) -
     *first, last = ways
     listed = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}" if first else last
     return BudgetError(f"The budget is {budget} tokens, but the template's preamble takes {taken}; pass {listed}.")
-
-
-def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
-    """What each head keeps of a budget that is a share of the corpus, by the model's profile; alike if it has none."""
-    profile = profile_of(backbone, layout)
-    return [1.0] * len(backbone.full) * backbone.kv_heads if profile is None else profile.weights(share)
 
 
 def _pinned(scorer: Scorer, allocation: Allocation, preamble_tokens: int) -> int:

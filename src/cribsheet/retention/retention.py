@@ -19,14 +19,16 @@ from typing import Literal
 import torch
 
 from cribsheet.attention.prefix import Prefix
-from cribsheet.compress.loop import cut, nothing_read
+from cribsheet.compress.kept import State
+from cribsheet.compress.loop import cut, nothing_read, read_through
 from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import carry_out, finish, read_through
+from cribsheet.plan.assemble import finish
+from cribsheet.plan.describe import checkpoint_of
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
 from cribsheet.plan.plan import Plan, plan
 from cribsheet.plan.window import usual_chunk
@@ -183,6 +185,11 @@ class Checker:
             logger.warning("%s", remark)
         return replace(sheet, manifest=sheet.manifest.model_copy(update={"retention": found}))
 
+    def read(self, planned: Plan, progress: Listener, checkpoint: str | Path | None) -> State:
+        """All that a plan keeps of its corpus, the guide left out."""
+        saved = checkpoint_of(planned, self.backbone, checkpoint)
+        return read_through(self.backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved)
+
     def search(
         self,
         plans: Mapping[float, Plan],
@@ -196,7 +203,7 @@ class Checker:
         backbone, began = self.backbone, time.perf_counter()
         rates = list(plans)
         widest = plans[rates[0]]
-        state = read_through(backbone, widest, progress=progress, checkpoint=checkpoint)
+        state = self.read(widest, progress, checkpoint)
 
         def sheet_at(rate: float) -> Sheet:
             if rate == rates[0]:
@@ -245,7 +252,8 @@ def build_retaining(checker: Checker, *, progress: Listener, checkpoint: str | P
     if not checker.prepare(exam):
         rate = min(plans, key=lambda rate: abs(rate - DEFAULT_RATE))
         checker.why += f"; so the rate is {rate:g}"
-        sheet = carry_out(checker.backbone, plans[rate], progress=progress, checkpoint=checkpoint)
+        began = time.perf_counter()
+        sheet = finish(checker.backbone, plans[rate], checker.read(plans[rate], progress, checkpoint), began)
         return checker.told(sheet, exam, None)
     sheet = checker.search(plans, progress, checkpoint)
     mine = next(rung for rung in checker.rungs if rung.budget == sheet.manifest.budget)

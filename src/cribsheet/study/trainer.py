@@ -176,7 +176,7 @@ class Trainer:
         keep = torch.arange(first, ids.shape[1], device=backbone.device)
         pairs = zip(self._layers, self.learnt, strict=True)
         cache = cache_of([StudiedLayer(layer, self._length, learnt) for layer, learnt in pairs])
-        logits = backbone.logits(ids, positions, cache, keep)
+        logits = backbone.step(ids, positions, cache, keep, grad=True)
         rows = [
             row[each.asked - 1 - first : each.asked - 1 - first + len(each.tops)]
             for row, each in zip(logits, batch, strict=True)
