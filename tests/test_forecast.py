@@ -36,6 +36,15 @@ def test_a_forecast_is_what_the_build_then_takes(backbone, scorer, dtype, tmp_pa
     assert told.peak_bytes > sheet.nbytes + sum(weight.nbytes for weight in backbone.model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+@pytest.mark.parametrize("archive", ["float32", "int4"])
+def test_an_archive_takes_the_bytes_that_were_told(backbone, mode, archive):
+    options = {"rate": 4, "scorer": "task", "chunk_tokens": 300, "mode": mode, "allocation": "uniform"}
+    told = forecast(backbone, DOCUMENTS, TASK, archive=archive, **options)
+    assert told.archive_bytes == build_sheet(backbone, DOCUMENTS, TASK, archive=archive, **options).archive.bytes
+    assert forecast(backbone, DOCUMENTS, TASK, **options).archive_bytes == 0
+
+
 def test_more_to_read_takes_longer_than_the_piece_that_was_timed(backbone):
     told = forecast(backbone, DOCUMENTS, TASK, rate=4, scorer="task", chunk_tokens=200)
     assert told.probe_tokens == 200 <= PROBE_TOKENS

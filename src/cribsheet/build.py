@@ -17,7 +17,7 @@ from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
 from cribsheet.living.independent import SegmentReader, build_independent
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import finish
+from cribsheet.plan.assemble import archive_writer, finish
 from cribsheet.plan.describe import checkpoint_of
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import plan, warn_without_task
@@ -48,6 +48,7 @@ def build_sheet(
     *,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
+    archive_folder: str | Path | None = None,
     read: SegmentReader | None = None,
     **options: Unpack[BuildKeywords],
 ) -> Sheet:
@@ -57,7 +58,10 @@ def build_sheet(
         `True` shows a bar. A function is called as `progress(tokens_read, tokens)` before the first and after each
         chunk, and now and then within one that takes long.
     checkpoint
-        a file that remembers each finished chunk; if it exists, the build goes on from there.
+        a file that remembers each finished chunk; if it exists, the build goes on from there. An archive is then begun
+        beside it, under its name and `.archive.part`.
+    archive_folder
+        where an archive lies until the sheet is saved, without a checkpoint; by default where temporary files go.
     read
         who reads the documents of an independent sheet, if not this process: see `independent.SegmentReader`.
 
@@ -65,6 +69,8 @@ def build_sheet(
     stands for none, is warned of.
     """
     how = BuildOptions(**options)
+    if how.archive and read is not None:
+        raise BudgetError("What other processes read is in no archive; build in this one, or with archive=False.")
     layout = how.layout(backbone)
     warn_without_task(task, how)
     checker = None
@@ -72,14 +78,25 @@ def build_sheet(
         checker = make_checker(backbone, layout, documents, task, how)
         task = checker.task
         if how.retain is not None:
-            return build_retaining(checker, progress=progress, checkpoint=checkpoint)
+            return build_retaining(checker, progress=progress, checkpoint=checkpoint, archive_folder=archive_folder)
     if how.mode == "independent":
         sheet = build_independent(
-            backbone, layout, documents, task, how, progress=progress, checkpoint=checkpoint, read=read
+            backbone,
+            layout,
+            documents,
+            task,
+            how,
+            progress=progress,
+            checkpoint=checkpoint,
+            archive_folder=archive_folder,
+            read=read,
         )
     else:
         planned = plan(backbone, layout, documents, task, how)
         began, saved = time.perf_counter(), checkpoint_of(planned, backbone, checkpoint)
-        state = read_through(backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved)
-        sheet = finish(backbone, planned, state, began)
+        archive = archive_writer(backbone, planned, checkpoint, archive_folder)
+        state = read_through(
+            backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved, archive=archive
+        )
+        sheet = finish(backbone, planned, state, began, archive)
     return sheet if checker is None else checked(checker, sheet)

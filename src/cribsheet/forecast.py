@@ -16,17 +16,21 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from cribsheet.compress.archiving import AT_ONCE
 from cribsheet.compress.correction import rows_of
 from cribsheet.compress.kept import State
 from cribsheet.compress.loop import Reading, compress, earned_budget, nothing_kept, nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
+from cribsheet.living.archives import runs_of
 from cribsheet.living.independent import kept_of, plan_each
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.assemble import archive_layout, archive_runs
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import Plan, plan, warn_without_task
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.sheet.archive.layout import Layout
 from cribsheet.sheet.int4 import packed_bytes
 from cribsheet.vocabulary import ABSENT, StorageDtype
 
@@ -37,7 +41,10 @@ _STORED = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Sizes in tokens and bytes, and seconds; `peak_bytes` counts tensors, not Python and its libraries."""
+    """Sizes in tokens and bytes, and seconds; `peak_bytes` counts tensors, not Python and its libraries.
+
+    `archive_bytes` are 0 where there is to be none.
+    """
 
     documents: int
     corpus_tokens: int
@@ -46,6 +53,7 @@ class Forecast:
     chunks: int
     chunk_tokens: int
     sheet_bytes: int
+    archive_bytes: int
     peak_bytes: int
     seconds: float
     probe_tokens: int
@@ -95,6 +103,10 @@ def forecast(
         plans = [plan(backbone, layout, documents, task, how)]
         tokens, preamble_tokens = plans[0].budget, 0
     parts = [_Part.of(each) for each in plans]
+    archive = None
+    if how.archive_dtype is not None:
+        runs = runs_of(plans, preamble_tokens) if how.mode == "independent" else archive_runs(plans[0])
+        archive = archive_layout(backbone, how.archive_dtype, runs)
     corpus_tokens = preamble_tokens + sum(len(each.corpus) - preamble_tokens for each in parts)
     longest = max(parts, key=lambda part: len(part.corpus))
     piece, took, seconds, lengths = _timed(backbone, longest, parts)
@@ -106,7 +118,8 @@ def forecast(
         chunks=sum(part.chunks for part in parts),
         chunk_tokens=max(part.reading.chunk_tokens for part in parts),
         sheet_bytes=_sheet_bytes(backbone, tokens, corpus_tokens, plans[0].dtype, documents if texts else ()),
-        peak_bytes=_peak_bytes(backbone, longest, tokens, lengths),
+        archive_bytes=archive.nbytes if archive else 0,
+        peak_bytes=_peak_bytes(backbone, longest, tokens, lengths) + _held_bytes(archive),
         seconds=seconds,
         probe_tokens=piece,
         probe_seconds=took,
@@ -203,6 +216,14 @@ def _sheet_bytes(
     tensors = kept_bytes(backbone, tokens, dtype)
     indices = 4 * len(backbone.full) * backbone.kv_heads * tokens
     return tensors + indices + 16 * corpus_tokens + sum(len(document.text.encode()) for document in documents)
+
+
+def _held_bytes(archive: Layout | None) -> int:
+    """Bytes of an archive that are in memory while it is written: of a few blocks, three times, and all origins."""
+    if archive is None:
+        return 0
+    rows = min(AT_ONCE, archive.tokens) * sum(row.nbytes for row in archive.rows.values())
+    return 3 * rows + archive.tensors["origins"].nbytes
 
 
 def _peak_bytes(backbone: Backbone, part: _Part, tokens: int, lengths: Tensor) -> int:

@@ -80,20 +80,30 @@ class CompressedKnowledgeLLM:
         model_options: Mapping[str, Any] | None = None,
         progress: Listener = None,
         checkpoint: str | Path | None = None,
+        archive_folder: str | Path | None = None,
         **options: Unpack[BuildKeywords],
     ) -> Self:
         """Condense documents for a task and return the model that answers from them.
 
         `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
-        `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on.
+        `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on;
+        `archive_folder` is where an archive lies until `save`, in place of the folder for temporary files.
         `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...
         """
         BuildOptions(**options)  # refused before a model is loaded
         corpus, purpose = read_documents(documents), Task.of(task)
         with shown(progress) as told:
             loaded = LoadedModel.get(model, **dict(model_options or {}))
-            sheet = build_sheet(loaded.backbone, corpus, purpose, progress=told, checkpoint=checkpoint, **options)
+            sheet = build_sheet(
+                loaded.backbone,
+                corpus,
+                purpose,
+                progress=told,
+                checkpoint=checkpoint,
+                archive_folder=archive_folder,
+                **options,
+            )
             return cls(loaded, sheet)
 
     @classmethod
@@ -118,9 +128,12 @@ class CompressedKnowledgeLLM:
             model, revision = made.model, revision or made.revision
         return cls(LoadedModel.get(model, device=device, dtype=dtype, revision=revision, **model_options), sheet)
 
-    def save(self, path: str | Path, *, texts: bool = True) -> Path:
-        """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out."""
-        return file.save(self.sheet, path, texts=texts)
+    def save(self, path: str | Path, *, texts: bool = True, archive: bool = True) -> Path:
+        """Write the sheet to one file, whole or not at all; `texts=False` leaves the documents' texts out.
+
+        Its archive goes to a second file, `path` and `.archive`, unless `archive=False` leaves it out.
+        """
+        return file.save(self.sheet, path, texts=texts, archive=archive)
 
     def extend(self, documents: Any, **how: Unpack[ExtendOptions]) -> Self:
         """Add documents to an independent sheet (`living/edits.py`); later questions are answered from them too."""

@@ -71,7 +71,7 @@ def test_the_file_holds_what_the_format_says(sheet, file):
         "format", "cribsheet", "created", "fingerprint", "system", "template_options", "head", "task", "guide",
         "guide_tokens", "corpus_digest", "corpus_tokens", "head_tokens", "documents", "scorer", "seed", "budget",
         "chunk_tokens", "dtype", "build", "mode", "allocation", "correction", "document_rate",
-        "document_most", "segments", "history", "cut_from", "retention", "form",
+        "document_most", "segments", "history", "cut_from", "retention", "form", "archive",
     }  # fmt: skip
     assert manifest["format"] == 1
     assert set(manifest["fingerprint"]) == {

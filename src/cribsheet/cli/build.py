@@ -86,6 +86,12 @@ Shared = Annotated[
     ),
 ]
 Corrected = Annotated[Correction, typer.Option(help="refit: what is kept is made to stand for what was dropped.")]
+Archived = Annotated[
+    bool, typer.Option("--archive", help="Keep all that is read too, in FILE.archive, so that it can be recalled.")
+]
+ArchiveDtype = Annotated[
+    StorageDtype | None, typer.Option(help="Type of the archive's keys and values.  [default: int4]")
+]
 Mode = Annotated[
     SheetKind,
     typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
@@ -130,6 +136,8 @@ def build(
     allocation: Shared = None,
     correction: Corrected = "none",
     mode: Mode = "sequential",
+    archive: Archived = False,
+    archive_dtype: ArchiveDtype = None,
     resume: Resume = False,
     dry_run: DryRun = False,
     no_texts: NoTexts = False,
@@ -143,10 +151,13 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Condense documents for a task into one sheet file."""
-    checkpoint = _checked_files(output, resume=resume, force=force or dry_run, dry_run=dry_run)
+    archived = archive_dtype or archive
+    checkpoint = _checked_files(output, resume=resume, force=force or dry_run, dry_run=dry_run, archived=bool(archived))
     purpose = make_task(task, example or [], task_file)
     if dry_run and (ray or check or retain is not None):
         misuse("--dry-run knows what a build without questions takes here; leave --ray, --check and --retain out")
+    if ray and archived:
+        misuse("what a cluster reads is in no archive; leave --ray or --archive out")
     _check_sizes(rate, budget, retain)
     quiet_libraries()
     from cribsheet.corpus.documents import read_documents
@@ -155,6 +166,7 @@ def build(
     options: BuildKeywords = {"rate": rate, "budget": budget, "scorer": scorer or None, "guide": guide}
     options |= {"chunk_tokens": chunk_tokens, "system": system, "dtype": storage_dtype, "seed": seed, "mode": mode}
     options |= {"allocation": allocation, "correction": correction, "retain": retain, "check": check}
+    options["archive"] = archived
     loading = {"device": device, "dtype": dtype, "revision": revision}
     if dry_run or output is None:
         _foretell(documents, purpose, model, loading, options, as_json=as_json, texts=not no_texts)
@@ -173,21 +185,26 @@ def build(
         else:
             from cribsheet.llm import CompressedKnowledgeLLM
 
-            sheet = CompressedKnowledgeLLM.build(documents, purpose, **how, **options).sheet
+            folder = output.absolute().parent  # there is room, if anywhere, and from there it need not be copied
+            sheet = CompressedKnowledgeLLM.build(documents, purpose, archive_folder=folder, **how, **options).sheet
+    from cribsheet.sheet.archive.writer import unfinished_archive
     from cribsheet.sheet.file import save
 
     save(sheet, output, texts=not no_texts)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+        unfinished_archive(checkpoint).unlink(missing_ok=True)
     _report(sheet, output, time.perf_counter() - began, as_json=as_json)
 
 
-def _checked_files(output: Path | None, *, resume: bool, force: bool, dry_run: bool) -> Path | None:
+def _checked_files(output: Path | None, *, resume: bool, force: bool, dry_run: bool, archived: bool) -> Path | None:
     """The checkpoint, if there is one; refuses files that can never be written, before any work."""
     if output is None and not dry_run:
         misuse("no file was named for the sheet; give one with --output (-o), or ask with --dry-run what it would take")
     if output is not None:
         check_output(output, force=force)
+        if archived:
+            check_output(output.with_name(f"{output.name}.archive"), force=force)
     if output is None or not resume:
         return None
     checkpoint = output.with_name(f"{output.name}.partial")
@@ -220,11 +237,12 @@ def _foretell(
     if as_json:
         say_json(dataclasses.asdict(found))
         return
+    archive = f" and archive {found.archive_bytes / 1e6:,.1f} MB" if found.archive_bytes else ""
     say(
         f"{found.corpus_tokens:,} tokens of {found.documents} documents would become {found.tokens:,} (rate "
         f"{found.rate:.1f}) in {found.chunks} chunk{'s' * (found.chunks > 1)} of at most {found.chunk_tokens:,}\n"
-        f"file about {found.sheet_bytes / 1e6:,.1f} MB; memory at most about {found.peak_bytes / 1e6:,.0f} MB besides "
-        f"Python and its libraries\n"
+        f"file about {found.sheet_bytes / 1e6:,.1f} MB{archive}; memory at most about {found.peak_bytes / 1e6:,.0f} MB "
+        f"besides Python and its libraries\n"
         f"about {found.seconds:.1f} s here, as the first {found.probe_tokens:,} tokens took {found.probe_seconds:.2f} s"
     )
 
@@ -274,14 +292,16 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
                 "guide": made.guide,
                 "scorer": made.scorer,
                 "file_bytes": size,
+                "archive_bytes": made.archive.bytes if made.archive else None,
                 "retention": made.retention.model_dump() if made.retention else None,
                 "build_seconds": made.build["seconds"],
                 "seconds": round(seconds, 3),
             }
         )
         return
+    archive = f" and an archive of {made.archive.bytes / 1e6:,.1f} MB" if made.archive else ""
     say(
         f"{in_line(str(output))}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became "
-        f"{sheet.tokens:,} (rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB, {positions(sheet)} of the window, "
+        f"{sheet.tokens:,} (rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB{archive}, {positions(sheet)} of the window, "
         f"in {seconds:.1f} s" + (f"; {made.retention}" if made.retention else "")
     )

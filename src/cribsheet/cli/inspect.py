@@ -37,6 +37,8 @@ def inspect(
     if whole:
         verify(found)
     sheet = load(found)
+    if whole and sheet.archive is not None:
+        sheet.archive.verify()
     if as_json:
         say_json(sheet_data(sheet, found))
         return
@@ -54,6 +56,7 @@ def sheet_data(sheet: Sheet, file: Path) -> dict[str, Any]:
         "window": sheet.window,
         "bytes": sheet.nbytes,
         "file_bytes": file.stat().st_size,
+        "archive_bytes": sheet.archive.bytes if sheet.archive else None,
         "has_texts": bool(sheet.texts),
         "kept_per_document": {id_: round(kept, 2) for id_, kept in sheet.kept_per_document().items()},
         "manifest": sheet.manifest.model_dump(),
@@ -117,6 +120,7 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "window": f"{positions(sheet)}, tokens of the head that keeps most",
         **_checked(made),
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
+        **_archived(sheet),
         "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}"
         + (f", corrected: {made.correction}" if made.correction != "none" else ""),
         "model": f"{print_.model}{f'@{print_.revision}' if print_.revision else ''}, {print_.family}, "
@@ -126,6 +130,16 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "template": print_.template,
         "rotary": print_.rotary,
     }
+
+
+def _archived(sheet: Sheet) -> dict[str, str]:
+    """What lies beside the sheet; nothing if it was built without an archive."""
+    archive = sheet.archive
+    if archive is None:
+        return {}
+    each = archive.bytes / archive.tokens
+    size = f"{archive.bytes:,} bytes of all tokens in {archive.dtype}, {each:,.0f} each, in {archive.path}"
+    return {"archive": f"{size}; {archive.trouble}" if archive.trouble else size}
 
 
 def _took(seconds: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ def push(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name there; the file's own by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add a sheet to a registry as its next version.
+    """Add a sheet, with its archive, to a registry as its next version.
 
     A registry is a folder that holds sheets by name and version, with their digests.
     """
@@ -43,12 +42,12 @@ def pull(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The sheet file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
 ) -> None:
-    """Copy a sheet from a registry or a URL to a file, verified."""
+    """Copy a sheet from a registry or a URL to a file, verified; its archive to a second one."""
     check_output(output, force=force)
-    from cribsheet.sheet.atomic import writing
+    from cribsheet.sheet.file import copy, read_manifest
     from cribsheet.sheet.registry import resolve
 
-    found = resolve(sheet)
-    with writing(output, "The sheet") as unfinished:
-        shutil.copyfile(found, unfinished)
-    say(f"{in_line(str(output))}  {output.stat().st_size} bytes")
+    copy(resolve(sheet), output)
+    archive = read_manifest(output).archive
+    beside = f", and an archive of {archive.bytes}" if archive else ""
+    say(f"{in_line(str(output))}  {output.stat().st_size} bytes{beside}")

@@ -29,16 +29,20 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any]) -> None:
         self.path = Path(path)
+        self.archive = ""  # the digest of what stood in the archive when the state that was loaded was saved
         self._digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
-    def save(self, state: State) -> None:
-        """Remember what is kept so far. Raises `SheetError` if it cannot be written, and leaves what was there."""
+    def save(self, state: State, archive: str = "") -> None:
+        """Remember what is kept so far, and the digest of what stands in an archive.
+
+        Raises `SheetError` if it cannot be written, and leaves what was there.
+        """
         tensors = {
             f"{number}.{part}": getattr(layer, part).detach().cpu().contiguous()
             for number, layer in enumerate(state.kept)
             for part in _PARTS
         }
-        metadata = {"build": self._digest, "done": str(state.done)}
+        metadata = {"build": self._digest, "done": str(state.done), "archive": archive}
         metadata["sha256"] = digest_with(metadata, tensors)
         with writing(self.path, "The checkpoint") as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
@@ -69,6 +73,7 @@ class Checkpoint:
             raise ValueError("it was changed after it was written")
         if not 0 < int(file.metadata["done"]) <= tokens or len(held) != layers * len(_PARTS):
             raise ValueError(f"{file.metadata['done']} of {tokens} tokens were read into {len(held)} tensors")
+        self.archive = file.metadata.get("archive", "")
         kept = [Kept(*(held[f"{number}.{part}"].to(device) for part in _PARTS)) for number in range(layers)]
         return State(int(file.metadata["done"]), kept)
 

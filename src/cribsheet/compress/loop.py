@@ -18,6 +18,7 @@ from torch import Tensor
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.rope import rotate
+from cribsheet.compress.archiving import Archiving
 from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.compress.correction import refitted
 from cribsheet.compress.kept import Kept, State
@@ -26,10 +27,12 @@ from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
 from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.vocabulary import ABSENT, Allocation, Correction
 
 Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
 Step = Callable[[], None]  # is called after each part of a chunk's work
+Keep = Callable[[Chunk, Sequence[ReadingLayer]], None]  # is given each chunk as all layers read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +89,24 @@ def read_through(
     *,
     progress: Listener = None,
     checkpoint: Checkpoint | None = None,
+    archive: ArchiveWriter | None = None,
 ) -> State:
-    """All that is kept of a corpus, going on from a checkpoint if there is one, which remembers each chunk."""
+    """All that is kept of a corpus, going on from a checkpoint if there is one, which remembers each chunk.
+
+    All that was read goes to an `archive`.
+    """
     start = checkpoint.load(backbone.device, backbone.num_layers, len(corpus)) if checkpoint else None
     state = start or State(0, nothing_kept(backbone))
+    if archive:
+        archive.begin() if checkpoint is None or start is None else archive.resume(start.done, checkpoint.archive)
+    keep_all = Archiving(backbone, archive, state.done) if archive else None
     with shown(progress) as told:
         tell = None if told is None else lambda read: told(read, len(corpus))
         if tell is not None:
             tell(state.done)
-        for state in compress(backbone, corpus, how, start, tell):
+        for state in compress(backbone, corpus, how, start, tell, keep_all):
             if checkpoint:
-                checkpoint.save(state)
+                checkpoint.save(state, archive.digest if archive else "")
             if tell is not None:
                 tell(state.done)
     return state
@@ -108,10 +118,11 @@ def compress(
     how: Reading,
     start: State | None = None,
     tell: Tell | None = None,
+    keep_all: Keep | None = None,
 ) -> Iterator[State]:
     """Condense a corpus, yielding the state after each chunk; `start` continues from where another run stopped.
 
-    `tell` hears of chunks that take long before they are done.
+    `tell` hears of chunks that take long before they are done; `keep_all` is given all that was read of each.
     """
     done, kept = (start.done, start.kept) if start else (0, nothing_kept(backbone))
     how = how.on(corpus)
@@ -121,6 +132,8 @@ def compress(
         step = steps(backbone, chunk, how, tell)
         guide, size = how.behind(chunk), kept_tokens(backbone, kept)
         layers = backbone.read(as_prefix(backbone, kept), size, chunk.ids, guide, step)
+        if keep_all is not None:
+            keep_all(chunk, layers)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
         scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
         indices = [places(old, chunk) for old in kept]

@@ -19,8 +19,9 @@ from cribsheet.compress.scoring import Scorer
 from cribsheet.corpus.documents import Document, read_documents
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import DocumentError, SheetError
-from cribsheet.living.independent import Terms, changed, least_most, read_all, refuse_twice
-from cribsheet.living.segments import Segment, assemble, cut
+from cribsheet.living.archives import writable_folder
+from cribsheet.living.independent import Terms, archive_of, changed, least_most, read_all, refuse_twice
+from cribsheet.living.segments import Segment, assemble, cut, in_archive
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.sheet.manifest import Operation
@@ -163,9 +164,12 @@ class _Edit:
         self, documents: Sequence[Document], progress: Listener, checkpoint: str | Path | None = None
     ) -> list[Segment]:
         """New documents on the terms of the sheet."""
-        terms = self.terms.with_scorer(self._scorer)
+        terms, kept = self.terms.with_scorer(self._scorer), self.preamble.archive
         plans = [terms.plan(self.backbone, document) for document in documents]
-        return read_all(self.backbone, terms, plans, self.manifest, self.preamble, progress, checkpoint)
+        folder = writable_folder(kept.archive) if kept else None
+        archive = archive_of(self.backbone, kept.archive.dtype if kept else None, plans, 0, checkpoint, folder)
+        new = read_all(self.backbone, terms, plans, self.manifest, self.preamble, progress, checkpoint, None, archive)
+        return new if archive is None else in_archive(new, archive, self.manifest)
 
     def done(self, segments: Sequence[Segment], operation: Operation, documents: int) -> Sheet:
         """The sheet of these segments."""

@@ -20,8 +20,18 @@ from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, DocumentError, SheetError
-from cribsheet.living.segments import Segment, assemble, check_fits, cut, read_preamble, read_segment
+from cribsheet.living.archives import origins_of, runs_of
+from cribsheet.living.segments import (
+    Segment,
+    assemble,
+    check_fits,
+    cut,
+    read_preamble,
+    read_segment,
+    write_preamble,
+)
 from cribsheet.model.backbone import Backbone
+from cribsheet.plan.assemble import archive_layout
 from cribsheet.plan.describe import circumstances, describe, list_documents
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
 from cribsheet.plan.plan import Plan, plan
@@ -29,8 +39,9 @@ from cribsheet.plan.window import QUESTION_SHARE, usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet import file
+from cribsheet.sheet.archive.writer import ArchiveWriter, unfinished_archive
 from cribsheet.sheet.manifest import Change, Manifest, Operation
-from cribsheet.sheet.sheet import Sheet
+from cribsheet.sheet.sheet import Sheet, with_archive
 from cribsheet.vocabulary import Allocation, StorageDtype
 
 # Tokens that are kept of any document, or all of a shorter one: none vanishes. Heads that share may have fewer each.
@@ -40,6 +51,7 @@ _NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", 
     "corpus_digest",
     "corpus_tokens",
     "retention",
+    "archive",
 }
 
 
@@ -165,6 +177,7 @@ def build_independent(
     *,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
+    archive_folder: str | Path | None = None,
     read: SegmentReader | None = None,
 ) -> Sheet:
     """`build_sheet(mode="independent")`: `rate` is that of each document; preamble and resident guide come on top.
@@ -186,9 +199,11 @@ def build_independent(
         }
     )
     preamble = read_preamble(backbone, terms.preamble, terms.dtype)
-    segments = read_all(backbone, terms, plans, base, preamble, progress, checkpoint, read)
+    archive = archive_of(backbone, options.archive_dtype, plans, len(terms.preamble), checkpoint, archive_folder)
+    segments = read_all(backbone, terms, plans, base, preamble, progress, checkpoint, read, archive)
     made = changed(backbone, base, "built", len(documents), began)
-    return assemble(backbone, made, preamble, segments, terms.guide)
+    sheet = assemble(backbone, made, preamble, segments, terms.guide)
+    return with_archive(sheet, archive) if archive else sheet
 
 
 def plan_each(
@@ -238,15 +253,18 @@ def read_all(
     progress: Listener = None,
     checkpoint: str | Path | None = None,
     read: SegmentReader | None = None,
+    archive: ArchiveWriter | None = None,
 ) -> list[Segment]:
-    """Read documents one by one, or as `read` does, with progress in tokens.
+    """Read documents one by one, or as `read` does, with progress in tokens; all that is read goes to an `archive`.
 
     A checkpoint is a sheet of the documents read so far; it is written whenever a chunk's worth was read.
     """
     lengths = [len(each.corpus) - each.corpus.preamble_tokens for each in plans]
-    finished = _resumed(backbone, base, plans, Path(checkpoint)) if checkpoint is not None else []
+    finished, digest = _resumed(backbone, base, plans, Path(checkpoint)) if checkpoint is not None else ([], "")
     done, saved = sum(lengths[: len(finished)]), 0
     total, preamble_tokens = sum(lengths), len(terms.preamble)
+    if archive is not None:
+        _begin(backbone, terms, archive, archive.layout.tokens - total, done, digest)
     with shown(progress) as told:
 
         def tell(tokens: int) -> None:
@@ -258,17 +276,44 @@ def read_all(
 
         tell(done)
         left = plans[len(finished) :]
-        alone = (read_segment(backbone, each, within if told else None) for each in left)
+        alone = (read_segment(backbone, each, within if told else None, archive) for each in left)
         segments = read(terms, base, left) if read else alone
         for length, segment in zip(lengths[len(finished) :], segments, strict=True):
             finished.append(segment)
             done, saved = done + length, saved + length
             enough = saved >= usual_chunk(backbone) or done == total
             if checkpoint is not None and enough:
-                file.save(assemble(backbone, base, preamble, finished, terms.guide[:0]), checkpoint)
+                so_far = base.model_copy(update={"build": {"archive": archive.digest}}) if archive else base
+                file.save(assemble(backbone, so_far, preamble, finished, terms.guide[:0]), checkpoint)
                 saved = 0
             tell(done)
     return finished
+
+
+def archive_of(
+    backbone: Backbone,
+    dtype: StorageDtype | None,
+    plans: Sequence[Plan],
+    preamble: int = 0,
+    checkpoint: str | Path | None = None,
+    folder: str | Path | None = None,
+) -> ArchiveWriter | None:
+    """What writes all that is read of these plans, behind a preamble of so many tokens; none without a type."""
+    if dtype is None:
+        return None
+    path = unfinished_archive(checkpoint) if checkpoint is not None else None
+    layout = archive_layout(backbone, dtype, runs_of(plans, preamble))
+    return ArchiveWriter(layout, origins_of(plans, preamble), path, folder)
+
+
+def _begin(backbone: Backbone, terms: Terms, archive: ArchiveWriter, preamble: int, done: int, digest: str) -> None:
+    """Begin an archive with the preamble, if it has one, or go on behind `done` tokens of documents."""
+    if done:
+        archive.resume(preamble + done, digest)
+        return
+    archive.begin()
+    if preamble:
+        write_preamble(backbone, terms.preamble, archive)
 
 
 def changed(backbone: Backbone, manifest: Manifest, operation: Operation, documents: int, began: float) -> Manifest:
@@ -336,10 +381,13 @@ def _most(backbone: Backbone, terms: Terms, documents: Sequence[Document]) -> fl
     return round(low, 2) if fits(round(low, 2)) else low
 
 
-def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Path) -> list[Segment]:
-    """What a checkpoint holds, or nothing. Raises `SheetError` if it is damaged or of another build."""
+def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Path) -> tuple[list[Segment], str]:
+    """What a checkpoint holds, or nothing, and the digest of what then stood in an archive.
+
+    Raises `SheetError` if it is damaged or of another build.
+    """
     if not path.exists():
-        return []
+        return [], ""
     file.verify(path)  # one changed bit would become another sheet
     partial = file.load(path)
     found = partial.manifest.documents
@@ -349,7 +397,7 @@ def _resumed(backbone: Backbone, base: Manifest, plans: Sequence[Plan], path: Pa
             f"The checkpoint {str(path)!r} belongs to another build (other documents, task, model or settings); "
             "delete it, or build with the settings that it was made with."
         )
-    return cut(backbone, partial)[1]
+    return cut(backbone, partial)[1], str(partial.manifest.build.get("archive", ""))
 
 
 def _terms_of(manifest: Manifest) -> dict[str, object]:

@@ -23,13 +23,17 @@ from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, end_positions, turned_back
 from cribsheet.attention.rope import rotate
+from cribsheet.compress.archiving import Archiving
 from cribsheet.compress.loop import Tell, compress, nothing_kept, nothing_read
 from cribsheet.errors import BudgetError, SheetError
+from cribsheet.living.archives import ArchivePart, readable, with_joined
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.assemble import kept_origins
 from cribsheet.plan.describe import corpus_digest, list_documents
 from cribsheet.plan.plan import Plan
 from cribsheet.prompt.encoder import Encoder
+from cribsheet.sheet.archive.archive import Archive
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.layers import FloatLayer, StoredLayer
 from cribsheet.sheet.manifest import DocumentEntry, Manifest, SegmentEntry
 from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
@@ -51,6 +55,8 @@ class Segment:
         (U, 4) int32 as in `Sheet`, with indices and documents counted from the segment's first ones.
     read
         how many tokens of the corpus it was.
+    archive
+        where all that was read of it lies in an archive, if it does.
     """
 
     layers: Sequence[StoredLayer]
@@ -60,6 +66,7 @@ class Segment:
     read: int
     documents: Sequence[DocumentEntry] = ()
     texts: Sequence[str] = ()
+    archive: ArchivePart | None = None
 
 
 def read_preamble(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segment:
@@ -78,6 +85,25 @@ def read_preamble(backbone: Backbone, ids: Tensor, dtype: StorageDtype) -> Segme
     )
 
 
+def in_archive(segments: Sequence[Segment], written: ArchiveWriter, manifest: Manifest) -> list[Segment]:
+    """Segments of which an archive was written, of them alone; `manifest` is that of a sheet of the same model."""
+    about = {"archive": written.finish(), "corpus_tokens": written.tokens}
+    archive = Archive(written.path, manifest.model_copy(update=about), owner=written)
+    found: list[Segment] = []
+    first = number = 0
+    for segment in segments:
+        part = ArchivePart(archive, first, first + segment.read, number)
+        found.append(replace(segment, archive=part))
+        first, number = part.stop, number + len(segment.documents)
+    return found
+
+
+def write_preamble(backbone: Backbone, ids: Tensor, archive: ArchiveWriter) -> None:
+    """The preamble's tokens (T,) as the first ones of an archive."""
+    layers = _unrotated(backbone, nothing_read(backbone), 0, ids)
+    archive.append([StoredLayer.of(LayerPrefix(x.keys, x.values), archive.layout.dtype) for x in layers])
+
+
 def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype: StorageDtype) -> Segment:
     """The resident guide's tokens (T,), read behind everything that stands `before` it."""
     joined = _joined_layers(before)
@@ -88,12 +114,18 @@ def read_guide(backbone: Backbone, before: Sequence[Segment], ids: Tensor, dtype
     return Segment(_stored(backbone, layers, len(ids), dtype), _all_heads(backbone, rows), nothing, len(ids), 0)
 
 
-def read_segment(backbone: Backbone, plan: Plan, tell: Tell | None = None) -> Segment:
-    """Condense the documents of a plan, alone behind their preamble, which is left out of the result."""
+def read_segment(
+    backbone: Backbone, plan: Plan, tell: Tell | None = None, archive: ArchiveWriter | None = None
+) -> Segment:
+    """Condense the documents of a plan, alone behind their preamble, which is left out of the result.
+
+    All that is read of them goes to an `archive`.
+    """
     kept = nothing_kept(backbone)
     preamble = plan.corpus.preamble_tokens
     reading = replace(plan.reading, pinned=preamble, least=preamble + 1)  # every head keeps something of every document
-    for state in compress(backbone, plan.corpus, reading, tell=tell):
+    keep_all = Archiving(backbone, archive, preamble) if archive else None
+    for state in compress(backbone, plan.corpus, reading, tell=tell, keep_all=keep_all):
         kept = state.kept
     full = [kept[number].indices.cpu() for number in backbone.full]
     indices = joined_indices([_aligned([torch.where(each < preamble, ABSENT, each - preamble) for each in full])])
@@ -153,8 +185,8 @@ def assemble(
 ) -> Sheet:
     """The sheet of these segments, with the guide (T,), which may be empty, read behind them.
 
-    What `manifest` says of documents, sizes and segments is replaced. Raises `BudgetError` if they do not fit the
-    model's window.
+    What `manifest` says of documents, sizes and segments is replaced, and archives are put together. Raises
+    `BudgetError` if the segments do not fit the model's window.
     """
     parts = [preamble, *segments]
     origins, indices, read, number = [], [], 0, 0
@@ -178,16 +210,19 @@ def assemble(
         "documents": documents,
         "budget": sum(part.kept for part in parts),
         "mode": "independent",
+        "archive": None,
         "segments": [SegmentEntry(documents=len(s.documents), read=s.read, kept=s.kept) for s in segments],
     }
     texts = [text for segment in segments for text in segment.texts] if with_texts else []
-    return Sheet(
+    sheet = Sheet(
         _joined_layers(parts),
         joined,
         torch.cat(origins).to(torch.int32),
         manifest.model_copy(update=made),
         texts,
     )
+    archived = [preamble, *segments]
+    return with_joined(sheet, [part.archive for part in archived], [len(part.documents) for part in archived])
 
 
 def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
@@ -204,6 +239,7 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     bounds = segment_bounds(sheet.indices, manifest.guide_tokens, [read for _, read in stretches])
     layers = sheet.layers if independent else _turned_back(backbone, sheet)
     parts = _parts(layers, bounds, backbone, sheet.length)
+    archive = readable(sheet)
     segments: list[Segment] = []
     read = number = 0
     for place, (documents, tokens) in enumerate(stretches):
@@ -219,11 +255,13 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
                 tokens,
                 manifest.documents[number : number + documents],
                 sheet.texts[number : number + documents] if sheet.texts else [""] * documents,
+                ArchivePart(archive, read, read + tokens, number) if archive else None,
             )
         )
         read, number = read + tokens, number + documents
     is_whole = bool((bounds[..., 1] - bounds[..., 0] == manifest.head_tokens).all())
-    return segments[0] if is_whole else _preamble_of(backbone, sheet), segments[1:]
+    preamble = segments[0] if is_whole else replace(_preamble_of(backbone, sheet), archive=segments[0].archive)
+    return preamble, segments[1:]
 
 
 def check_fits(backbone: Backbone, length: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,38 @@ from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import describe
 from cribsheet.plan.plan import Plan
 from cribsheet.prompt.chunks import TokenizedCorpus
+from cribsheet.sheet.archive.layout import Layout
+from cribsheet.sheet.archive.writer import ArchiveWriter, unfinished_archive
+from cribsheet.sheet.int4 import block_sizes
 from cribsheet.sheet.layers import StoredLayer
-from cribsheet.sheet.sheet import Sheet
-from cribsheet.vocabulary import ABSENT
+from cribsheet.sheet.sheet import Sheet, with_archive
+from cribsheet.vocabulary import ABSENT, StorageDtype
 
 
-def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
-    """The sheet of what was kept, begun at a time of `time.perf_counter`."""
+def archive_writer(
+    backbone: Backbone, plan: Plan, checkpoint: str | Path | None, folder: str | Path | None
+) -> ArchiveWriter | None:
+    """What writes all that is read for a plan, if it is to be kept: beside the checkpoint, or to a temporary file."""
+    if plan.archive is None:
+        return None
+    path = unfinished_archive(checkpoint) if checkpoint is not None else None
+    return ArchiveWriter(archive_layout(backbone, plan.archive, archive_runs(plan)), plan.corpus.origins, path, folder)
+
+
+def archive_runs(plan: Plan) -> list[int]:
+    """How many tokens stand one behind the other in an archive: the preamble's, and those of each chunk behind it."""
+    stops = (chunk.stop for chunk in plan.corpus.split(plan.reading.chunk_tokens))
+    return [stop - start for start, stop in pairwise(sorted({0, plan.corpus.preamble_tokens, *stops}))]
+
+
+def archive_layout(backbone: Backbone, dtype: StorageDtype, runs: Sequence[int]) -> Layout:
+    """How an archive lies of tokens that are read in runs of these lengths."""
+    shape = backbone.num_layers, backbone.kv_heads, backbone.head_size
+    return Layout(*shape, dtype, block_sizes(runs).tolist())
+
+
+def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: ArchiveWriter | None = None) -> Sheet:
+    """The sheet of what was kept, begun at a time of `time.perf_counter`, with its archive if that was written."""
     layers, indices = _with_guide(backbone, state.kept, plan.resident)
     if plan.dtype == "int4":
         length = indices.shape[-1]
@@ -32,7 +59,8 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float) -> Sheet:
     manifest = describe(plan, backbone, time.perf_counter() - began)
     manifest.build.update(loss)
     texts = [document.text for document in plan.corpus.documents]
-    return Sheet(stored, indices, origins, manifest, texts)
+    sheet = Sheet(stored, indices, origins, manifest, texts)
+    return sheet if archive is None else with_archive(sheet, archive)
 
 
 def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:

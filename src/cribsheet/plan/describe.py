@@ -57,7 +57,9 @@ def describe(plan: Plan, backbone: Backbone, seconds: float) -> Manifest:
 def identity(plan: Plan, backbone: Backbone) -> dict[str, Any]:
     """Everything that decides what is kept, for checkpoints; how it is stored does not."""
     manifest = describe(replace(plan, dtype="float32"), backbone, 0.0)
-    return {**manifest.model_dump(exclude={"created", "build", "dtype"}), "dtype": str(backbone.dtype)}
+    told = manifest.model_dump(exclude={"created", "build", "dtype", "archive"})
+    archive = {"archive": plan.archive} if plan.archive else {}
+    return {**told, **archive, "dtype": str(backbone.dtype)}
 
 
 def checkpoint_of(plan: Plan, backbone: Backbone, path: str | Path | None) -> Checkpoint | None:

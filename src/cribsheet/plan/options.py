@@ -35,6 +35,7 @@ class BuildKeywords(TypedDict, total=False):
     correction: Correction
     retain: float | None
     check: bool
+    archive: bool | StorageDtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,9 @@ class BuildOptions:
     check
         ask the finished sheet such probes; what it retains stands in `manifest.retention`, and is warned of if it is
         little. With eight examples or more, every fourth is held back as a probe.
+    archive
+        keep the keys and values of all tokens too, in a file beside the sheet from which stretches can be recalled:
+        True is int4; or one of the storage types.
 
     Raises `BudgetError` for what makes no sense, alone or together.
     """
@@ -93,6 +97,7 @@ class BuildOptions:
     correction: Correction = "none"
     retain: float | None = None
     check: bool = False
+    archive: bool | StorageDtype = False
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -119,6 +124,13 @@ class BuildOptions:
     def keeps_all(self) -> bool:
         """Whether everything is to be kept: the ceiling of the same prompt, so the guide costs no document a token."""
         return self.rate == 1 and self.budget is None
+
+    @property
+    def archive_dtype(self) -> StorageDtype | None:
+        """The type that an archive is stored in; none if there is to be none."""
+        if isinstance(self.archive, bool):
+            return DEFAULT_DTYPE if self.archive else None
+        return self.archive
 
     def layout(self, backbone: Backbone) -> ChatLayout:
         """The model's chat template with the system text and the options for it."""
@@ -157,6 +169,10 @@ class BuildOptions:
                 raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")
         if self.dtype is not None:
             _storage_dtype(self.dtype)
+        if not isinstance(self.archive, bool) and self.archive not in get_args(StorageDtype):
+            raise BudgetError(
+                f"archive is {self.archive!r}; use True (int4), False, or {', '.join(get_args(StorageDtype))}."
+            )
         if self.mode == "independent" and self.allocation == "profiled":
             raise BudgetError(
                 "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."

@@ -47,6 +47,7 @@ class Plan:
     dtype: StorageDtype
     cut_from: int | None = None  # the budget of the reading that the sheet is cut from, if that is a larger one
     form: str = ""
+    archive: StorageDtype | None = None  # the type in which all that is read is kept beside the sheet, if it is
 
     @property
     def rate(self) -> float:
@@ -117,8 +118,10 @@ def plan(
         most=most_tokens(backbone, keep, len(resident), guide.tokens + chunk * (2 if twice else 1)),
         seed=options.seed,
     )
-    dtype = options.storage(backbone)
-    return Plan(layout, task, corpus, preamble, budget, resident, name, reading, dtype, form=guide.form)
+    dtype, archive = options.storage(backbone), options.archive_dtype
+    return Plan(
+        layout, task, corpus, preamble, budget, resident, name, reading, dtype, form=guide.form, archive=archive
+    )
 
 
 def warn_without_task(task: Task, options: BuildOptions) -> None:

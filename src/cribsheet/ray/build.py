@@ -25,7 +25,7 @@ from cribsheet.compress.progress import Listener, shown
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.errors import EngineError
+from cribsheet.errors import BudgetError, EngineError
 from cribsheet.living.independent import Terms
 from cribsheet.living.segments import Segment, read_segment
 from cribsheet.plan.options import BuildKeywords, BuildOptions
@@ -84,7 +84,10 @@ def build_each(
     `options` are the fields of `BuildOptions`. `progress` counts the tokens of all corpora that were begun. Raises what
     the first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.
     """
-    warn_without_task(task, BuildOptions(**options))  # here, as workers warn where nobody looks
+    how = BuildOptions(**options)
+    if how.archive:
+        raise BudgetError("What other processes read is in no archive; build in this one, or with archive=False.")
+    warn_without_task(task, how)  # here, as workers warn where nobody looks
     needs = workers or Workers()
     board = ray.remote(_Board).options(num_cpus=0).remote()
     build = ray.remote(_build).options(**needs.options)

@@ -27,7 +27,7 @@ from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import finish
+from cribsheet.plan.assemble import archive_writer, finish
 from cribsheet.plan.describe import checkpoint_of
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
 from cribsheet.plan.plan import Plan, plan
@@ -35,6 +35,7 @@ from cribsheet.plan.window import usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.probes import Exam, Probe, agree, held_back, make_probes
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.manifest import Retention, Rung
 from cribsheet.sheet.sheet import Sheet
 
@@ -185,32 +186,43 @@ class Checker:
             logger.warning("%s", remark)
         return replace(sheet, manifest=sheet.manifest.model_copy(update={"retention": found}))
 
-    def read(self, planned: Plan, progress: Listener, checkpoint: str | Path | None) -> State:
-        """All that a plan keeps of its corpus, the guide left out."""
+    def read(
+        self,
+        planned: Plan,
+        progress: Listener = None,
+        checkpoint: str | Path | None = None,
+        archive: ArchiveWriter | None = None,
+    ) -> State:
+        """All that a plan keeps of its corpus, the guide left out; all that was read goes to an `archive`."""
         saved = checkpoint_of(planned, self.backbone, checkpoint)
-        return read_through(self.backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved)
+        return read_through(
+            self.backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved, archive=archive
+        )
 
     def search(
         self,
         plans: Mapping[float, Plan],
         progress: Listener = None,
         checkpoint: str | Path | None = None,
+        archive_folder: str | Path | None = None,
     ) -> Sheet:
         """The sheet of the highest of these rates, ascending, that retains enough; of the lowest if none does.
 
         Read at the lowest, and cut for the others; found by halving, as what a lower rate loses a higher one loses too.
+        The archive is that of the reading, of which all of them are.
         """
         backbone, began = self.backbone, time.perf_counter()
         rates = list(plans)
         widest = plans[rates[0]]
-        state = self.read(widest, progress, checkpoint)
+        archive = archive_writer(backbone, widest, checkpoint, archive_folder)
+        state = self.read(widest, progress, checkpoint, archive)
 
         def sheet_at(rate: float) -> Sheet:
             if rate == rates[0]:
-                return finish(backbone, widest, state, began)
+                return finish(backbone, widest, state, began, archive)
             how = replace(plans[rate].reading, chunk_tokens=widest.reading.chunk_tokens)
             planned = replace(plans[rate], reading=how, cut_from=widest.budget)
-            return finish(backbone, planned, cut(backbone, state, how), began)
+            return finish(backbone, planned, cut(backbone, state, how), began, archive)
 
         best: Sheet | None = None
         low, high = 0, len(rates) - 1
@@ -233,7 +245,8 @@ def make_checker(
 ) -> Checker:
     """What checks the sheets of a build, or finds the one that retains a share; nothing is read yet."""
     guided, held = held_back(task)
-    alone = replace(options, retain=None, check=False, dtype=options.storage(backbone))
+    archive = options.archive if options.retain is not None else False  # a check reads beside the sheet
+    alone = replace(options, retain=None, check=False, dtype=options.storage(backbone), archive=archive)
 
     def plan_at(rate: float) -> Plan:
         return plan(backbone, layout, documents, guided, replace(alone, rate=rate, budget=None))
@@ -242,7 +255,13 @@ def make_checker(
     return Checker(backbone, layout, documents, guided, plan_at, bound, held, options.seed)
 
 
-def build_retaining(checker: Checker, *, progress: Listener, checkpoint: str | Path | None) -> Sheet:
+def build_retaining(
+    checker: Checker,
+    *,
+    progress: Listener,
+    checkpoint: str | Path | None,
+    archive_folder: str | Path | None = None,
+) -> Sheet:
     """The sheet of the highest rate of the ladder that retains the share that the checker is bound to.
 
     Where nothing can be checked, that of the default rate. Raises as `build_sheet`.
@@ -253,9 +272,11 @@ def build_retaining(checker: Checker, *, progress: Listener, checkpoint: str | P
         rate = min(plans, key=lambda rate: abs(rate - DEFAULT_RATE))
         checker.why += f"; so the rate is {rate:g}"
         began = time.perf_counter()
-        sheet = finish(checker.backbone, plans[rate], checker.read(plans[rate], progress, checkpoint), began)
+        archive = archive_writer(checker.backbone, plans[rate], checkpoint, archive_folder)
+        state = checker.read(plans[rate], progress, checkpoint, archive)
+        sheet = finish(checker.backbone, plans[rate], state, began, archive)
         return checker.told(sheet, exam, None)
-    sheet = checker.search(plans, progress, checkpoint)
+    sheet = checker.search(plans, progress, checkpoint, archive_folder)
     mine = next(rung for rung in checker.rungs if rung.budget == sheet.manifest.budget)
     return checker.told(sheet, checker.exam(sheet), mine)
 

@@ -7,8 +7,11 @@ manifest and what says where tokens came from; its keys and values are read, onc
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from cribsheet.corpus.task import Task
 from cribsheet.errors import SheetError
+from cribsheet.sheet.archive.archive import Archive, archive_path, is_archive
 from cribsheet.sheet.atomic import writing
 from cribsheet.sheet.layers import LayersOfFile, StoredLayer, form_of
 from cribsheet.sheet.manifest import FORMATS, Manifest
@@ -26,19 +30,23 @@ from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
 from cribsheet.sheet.tensors import LARGEST, TensorFile, digest_of, is_usable, unique
 from cribsheet.vocabulary import ABSENT
 
+logger = logging.getLogger(__name__)
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
 _AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
 
 
-def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
-    """Write a sheet atomically; an interrupted write leaves the old file, or none.
+def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = True) -> Path:
+    """Write a sheet atomically, and its archive beside it; an interrupted write leaves the old file, or none.
 
-    `texts=False` leaves the documents' texts out; their ids, sizes and character spans stay. Raises `SheetError` if
-    the folder does not exist or cannot be written.
+    `texts=False` leaves the documents' texts out; their ids, sizes and character spans stay. `archive=False` leaves the
+    archive out; one that cannot be read is left out with a warning, and is still named. Raises `SheetError` if the
+    folder does not exist or cannot be written.
     """
     target = Path(path)
+    if sheet.archive is None or not archive:
+        sheet = replace(sheet, manifest=sheet.manifest.model_copy(update={"archive": None}))
     if not target.parent.is_dir():
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     try:
@@ -59,17 +67,55 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True) -> Path:
             "overflows in float16; build it in bfloat16 or float32."
         )
     metadata = {"format": "pt", _MANIFEST: manifest, _DIGEST: digest_of(contiguous)}
+    kept = _readable(sheet.archive, target) if archive else None
     with writing(target, "The sheet") as unfinished:
         save_file(contiguous, unfinished, metadata=metadata)
+        _put_archive(kept, archive_path(target))
     return target
+
+
+def _readable(archive: Archive | None, target: Path) -> Archive | None:
+    """An archive that is to be written beside a sheet; none, with a warning, if it cannot be read."""
+    try:
+        if archive is not None and not archive.is_at(archive_path(target)):
+            archive.check()
+        return archive
+    except SheetError as error:
+        logger.warning("the sheet is written without its archive: %s", error)
+        return None
+
+
+def copy(source: str | Path, target: Path) -> None:
+    """Copy a sheet's file, and its archive if that can be read; each is written whole or not at all."""
+    archive = _readable(Archive.beside(source, read_manifest(source)), target)
+    with writing(target, "The sheet") as unfinished:
+        shutil.copyfile(source, unfinished)
+        _put_archive(archive, archive_path(target))
+
+
+def _put_archive(archive: Archive | None, target: Path) -> None:
+    """Write an archive, or take away the one of the sheet that is replaced: it may hold what that should not leave."""
+    if archive is not None and not archive.is_at(target):
+        with writing(target, "The archive") as unfinished:
+            archive.copy_to(unfinished)
+    elif archive is None and is_archive(target):
+        target.unlink()
 
 
 def load(path: str | Path) -> Sheet:
     """Open a sheet. Raises `SheetError` for anything that is not a sound sheet.
 
     Keys and values of a large one are read when they are first looked at, which raises `SheetError` if the file was
-    written to in between; what was read stays as it is.
+    written to in between; what was read stays as it is. A sheet whose archive cannot be read is opened alone, with a
+    warning.
     """
+    sheet = _loaded(path)
+    if sheet.archive is not None and sheet.archive.trouble:
+        logger.warning("the sheet is opened without its archive: %s", sheet.archive.trouble)
+    return sheet
+
+
+def _loaded(path: str | Path) -> Sheet:
     file = _opened(path)
     manifest = _manifest_of(file, path)
     try:
@@ -83,9 +129,11 @@ def load(path: str | Path) -> Sheet:
 def verify(path: str | Path) -> None:
     """Read every byte of a sheet and compare with the digest that it was saved with; `load` alone compares none.
 
+    Its archive has digests of its own: `Archive.verify`.
+
     Raises `SheetError` if anything differs, or if the file holds no digest.
     """
-    load(path)
+    _loaded(path)
     file = _opened(path)
     written = file.metadata.get(_DIGEST)
     try:
@@ -170,7 +218,7 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     held = LayersOfFile(layers, partial(_layers_of, file, layers, names, path))
     if file.size <= _AT_ONCE:
         held.read()
-    return Sheet(held, indices, origins, manifest, texts)
+    return Sheet(held, indices, origins, manifest, texts, Archive.beside(path, manifest))
 
 
 def _layers_of(

@@ -122,6 +122,16 @@ class Retention(BaseModel):
         return f"answers {self.retained} of {self.counted} probes as {whose}"
 
 
+class ArchiveEntry(BaseModel):
+    """The archive that lies beside a sheet: its `digest`, the type that it is stored in, and the bytes of its file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    dtype: StorageDtype
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
 class Manifest(BaseModel):
     """Everything a sheet was made with; stored as JSON in the file's metadata (docs: the sheet format)."""
 
@@ -157,6 +167,7 @@ class Manifest(BaseModel):
     cut_from: Annotated[Count, Field(ge=1)] | None = None
     retention: Retention | None = None
     form: str = ""
+    archive: ArchiveEntry | None = None
 
     def check(self) -> None:
         """Raise `ValueError` where parts of it contradict each other."""
@@ -191,8 +202,11 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made."""
-        told = self.model_dump_json(exclude={"created", "build", "history", "retention"})
+        """What tells two sheets apart: model, corpus, task and settings, but not when and how fast they were made.
+
+        Nor whether there is an archive.
+        """
+        told = self.model_dump_json(exclude={"created", "build", "history", "retention", "archive"})
         if studied := self.build.get("study"):  # its figures are those of no other
             told += json.dumps(studied, sort_keys=True, default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:16]

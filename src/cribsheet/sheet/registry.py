@@ -3,7 +3,7 @@
 A registry is a folder, on a disk or behind a URL, that any web server or bucket can hold:
 
     NAME/index.json        the versions, oldest first, each with file, sha256, bytes, and the sheet's own digest
-    NAME/VERSION.sheet     never written twice
+    NAME/VERSION.sheet     never written twice, and beside it the sheet's archive, if it has one
 
 What comes from a URL is downloaded once for each version of it, and compared with its digest whenever it is used. The
 index is replaced last, so whoever reads sees the old registry or the new one.
@@ -27,7 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cribsheet.errors import SheetError
 from cribsheet.sheet import file
+from cribsheet.sheet.archive.archive import Archive, archive_path
+from cribsheet.sheet.archive.layout import SUFFIX
 from cribsheet.sheet.atomic import replacing
+from cribsheet.sheet.manifest import Manifest
 from cribsheet.sheet.sheet import Sheet
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,29 @@ def local(place: str | Path, *, sha256: str | None = None) -> Path:
                 if sha256 is not None:
                     _expect(Path(unfinished), sha256, _shown(url))
                 file.verify(unfinished)
+    _fetch_archive(filesystem, inside, target, _shown(url))
     return target
+
+
+def _fetch_archive(filesystem: Any, inside: str, sheet: Path, url: str) -> None:
+    """The archive of a sheet that was downloaded, beside it; without one the sheet is opened alone."""
+    manifest, target = file.read_manifest(sheet), archive_path(sheet)
+    if manifest.archive is None or _is_archive_of(manifest, target):
+        return
+    try:
+        with _told(f"The archive of {url!r} cannot be fetched"), replacing(target) as unfinished:
+            filesystem.get_file(f"{inside}{SUFFIX}", unfinished)
+            Archive(unfinished, manifest).verify()
+    except SheetError as error:
+        logger.warning("%s", error)
+
+
+def _is_archive_of(manifest: Manifest, path: Path) -> bool:
+    """Whether the archive that a manifest names lies at a path."""
+    try:
+        return Archive(path, manifest).layout.nbytes == path.stat().st_size
+    except (SheetError, OSError):
+        return False
 
 
 class Registry:
@@ -123,8 +148,14 @@ class Registry:
             raise SheetError(f"The registry {_shown(self.place)!r} has a damaged index of {name!r}: {error}") from error
 
     def push(self, sheet: str | Path, name: str) -> Version:
-        """Add a sheet file as the next version of `name`; the same file again is the version that it is already."""
+        """Add a sheet file as the next version of `name`; the same file again is the version that it is already.
+
+        Its archive goes with it. Raises `SheetError` if that is missing or damaged.
+        """
         file.verify(sheet)
+        archive = Archive.beside(sheet, file.read_manifest(sheet))
+        if archive is not None:
+            archive.verify()
         known = self.versions(name)
         data = Path(sheet).read_bytes()  # once, so that the digest is that of what is pushed
         sha256 = hashlib.sha256(data).hexdigest()
@@ -147,6 +178,8 @@ class Registry:
         )
         with _told(f"The registry {_shown(self.place)!r} cannot be written"):
             filesystem.makedirs(folder, exist_ok=True)
+            if archive is not None:
+                _put(filesystem, archive.path, f"{folder}/{made.file}{SUFFIX}")
             _put(filesystem, data, f"{folder}/{made.file}")
             index = Index(versions=[*known, made]).model_dump_json(indent=1).encode()
             _put(filesystem, index, f"{folder}/{_INDEX}")
@@ -245,11 +278,14 @@ def _filesystem(place: str) -> tuple[Any, str]:
     return filesystem, str(inside).rstrip("/")
 
 
-def _put(filesystem: Any, data: bytes, path: str) -> None:
-    """Write under another name and move, so that no reader sees half of it."""
+def _put(filesystem: Any, data: bytes | Path, path: str) -> None:
+    """Write bytes, or a file, under another name and move, so that no reader sees half of it."""
     unfinished = f"{path}.{os.getpid()}.part"
     try:
-        filesystem.pipe_file(unfinished, data)
+        if isinstance(data, Path):
+            filesystem.put_file(str(data), unfinished)
+        else:
+            filesystem.pipe_file(unfinished, data)
         filesystem.mv(unfinished, path)
     except BaseException:
         with contextlib.suppress(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
+from cribsheet.sheet.archive.archive import Archive
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.html import table
 from cribsheet.sheet.layers import LayersOfFile, StoredLayer
 from cribsheet.sheet.manifest import Manifest
@@ -47,6 +49,8 @@ class Sheet:
         last-plus-one character in the document's text.
     texts
         the documents' texts, or nothing if they were left out when saving.
+    archive
+        keys and values of all tokens that were read, in a file, if the sheet was built with one.
     """
 
     layers: Sequence[StoredLayer]
@@ -54,6 +58,7 @@ class Sheet:
     origins: Tensor
     manifest: Manifest
     texts: Sequence[str] = field(default=())
+    archive: Archive | None = None
 
     def __repr__(self) -> str:
         """One line."""
@@ -174,6 +179,12 @@ class Sheet:
                 found.append(Span(document_id, start, stop, share))
             previous_index = index
         return found
+
+
+def with_archive(sheet: Sheet, written: ArchiveWriter) -> Sheet:
+    """The sheet with the archive that was written, all of it, while it was read."""
+    manifest = sheet.manifest.model_copy(update={"archive": written.finish()})
+    return replace(sheet, manifest=manifest, archive=Archive(written.path, manifest, owner=written))
 
 
 def _documents(count: int) -> str:

@@ -13,6 +13,7 @@ import math
 import os
 import stat
 import struct
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,19 @@ class Entry:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Type and shape of a tensor that is not there yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of such a tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class TensorFile:
     """An open safetensors file. It stays the file that was opened, whatever comes to stand at its path.
 
@@ -61,20 +75,30 @@ class TensorFile:
     def __init__(self, path: str | Path) -> None:
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for ever
         self._file = os.fdopen(os.open(path, flags), "rb", buffering=0)
-        self._closing = weakref.finalize(self, self._file.close)
+        self._closing, self._lock = weakref.finalize(self, self._file.close), threading.Lock()
         found = os.fstat(self._file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is no regular file")
         self.size = found.st_size
-        self._version = self._now()
+        self._version = self.version()
+        self.begin = 0  # of the tensors' bytes
         self.metadata, self.entries = self._header()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, in memory of their own. Raises `ValueError` if the file was written to in between."""
         found = {name: self._tensor(self.entries[name]) for name in names}
-        if self._now() != self._version:
+        if self.version() != self._version:
             raise ValueError("it was written to after it was opened")
         return found
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """Rows `first` to `stop` of a tensor, in memory of their own; several threads may read."""
+        entry = self.entries[name]
+        row = math.prod(entry.shape[1:])
+        tensor = torch.empty((stop - first) * row, dtype=entry.dtype)
+        with self._lock:
+            self._fill(tensor.view(torch.uint8).numpy().data, entry.start + first * row * entry.dtype.itemsize)
+        return tensor.reshape(stop - first, *entry.shape[1:])
 
     def like(self) -> dict[str, Tensor]:
         """Tensors without contents, by name: their types and shapes."""
@@ -84,7 +108,11 @@ class TensorFile:
         """Read nothing more."""
         self._closing()
 
-    def _now(self) -> tuple[int, int]:
+    def is_same(self, path: Path) -> bool:
+        """Whether it is this file that lies at a path."""
+        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
+
+    def version(self) -> tuple[int, int]:
         """What changes when somebody writes to the file."""
         found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns
@@ -105,11 +133,12 @@ class TensorFile:
 
     def _header(self) -> tuple[dict[str, str], dict[str, Entry]]:
         """Metadata and tensors, which must fill the file without gaps and overlaps."""
-        length = struct.unpack("<Q", self._bytes(8, 0))[0]
+        length = struct.unpack("<Q", self.piece(8, 0))[0]
+        self.begin = 8 + length
         if not 2 <= length <= min(self.size - 8, _LONGEST_HEADER):
             raise ValueError(f"its header is said to have {length} bytes")
         try:
-            header = json.loads(self._bytes(length, 8).decode(), object_pairs_hook=unique)
+            header = json.loads(self.piece(length, 8).decode(), object_pairs_hook=unique)
         except RecursionError as error:
             raise ValueError("its header nests too deeply") from error
         if not isinstance(header, dict):
@@ -127,12 +156,28 @@ class TensorFile:
             raise ValueError(f"it has {self.size} bytes, and its header announces {end}")
         return metadata, entries
 
-    def _bytes(self, count: int, start: int) -> bytes:
+    def piece(self, count: int, start: int) -> bytes:
+        """So many of the file."""
         if count > self.size - start:
             raise ValueError(f"it has only {self.size} bytes")
         memory = bytearray(count)
-        self._fill(memoryview(memory), start)
+        with self._lock:
+            self._fill(memoryview(memory), start)
         return bytes(memory)
+
+
+def header_of(tensors: Mapping[str, Kind], metadata: Mapping[str, str]) -> bytes:
+    """What a file of these tensors begins with; they stand behind it in this order, without gaps."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    start = 0
+    for name, kind in tensors.items():
+        stop = start + kind.nbytes
+        header[name] = {"dtype": names[kind.dtype], "shape": list(kind.shape), "data_offsets": [start, stop]}
+        start = stop
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    return struct.pack("<Q", len(written)) + written
 
 
 def _entry(name: str, raw: Any, first: int) -> Entry:
