@@ -15,6 +15,8 @@ from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.rope import move
 from cribsheet.build import build_sheet
 from cribsheet.compress.loop import nothing_read
+from cribsheet.engine.request import Delta, Request
+from cribsheet.engine.sampling import SamplingParams
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import ChatLayout
 
@@ -46,6 +48,36 @@ def test_a_sheet_that_keeps_everything_answers_as_the_full_context_does(family, 
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
     answer = full_context_answer(family, torch.cat([corpus, question]), 12)
     assert kb.ask(QUESTION, max_tokens=12).text == family.tokenizer.decode(answer, skip_special_tokens=True).lstrip(" ")
+
+
+def test_all_of_the_corpus_recalled_and_nothing_read_is_the_full_context(family):
+    """Over no sheet at all: every layer's keys and values come from the archive, those of sliding windows too."""
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=family, rate=4, guide="dropped", scorer="recent", chunk_tokens=0, archive="float32"
+    )
+    corpus, question = whole_prompt(family)
+    recalled = kb.desk.take([(0, 100), (100, kb.sheet.archive.tokens)])
+    assert recalled.tokens == len(corpus)
+    told, end = [], threading.Event()
+
+    def hear(event):
+        told.append(event)
+        if not isinstance(event, Delta):
+            end.set()
+
+    params = SamplingParams(max_tokens=12)
+    kb.session.loaded.engine.submit(Request(kb.session.nothing, question, params, hear, ahead=recalled))
+    assert end.wait(60)
+    answer = full_context_answer(family, torch.cat([corpus, question]), 12)
+    said = "".join(each.text for each in told if isinstance(each, Delta))
+    assert said == family.tokenizer.decode(answer, skip_special_tokens=True).lstrip(" ")
+    cache = prefix_cache(kb.session.nothing.layers, 0)
+    for layer, (keys, values) in zip(cache.layers, recalled.placed(0), strict=True):
+        layer.update(keys.unsqueeze(0), values.unsqueeze(0))
+    positions = torch.arange(len(corpus), len(corpus) + len(question)).unsqueeze(0)
+    logits = family.step(question.unsqueeze(0), positions, cache, keep=len(question))[0]
+    expected = full_context_logits(family, torch.cat([corpus, question]))[len(corpus) :]
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
 
 
 def test_moving_keys_equals_rotating_them_there_in_the_first_place(family):

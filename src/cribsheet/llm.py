@@ -28,6 +28,7 @@ from cribsheet.living.combine import combine
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.prompt.turns import Question
+from cribsheet.recall.desk import Desk
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.retriever import BM25Retriever
 from cribsheet.sheet import file
@@ -232,6 +233,11 @@ class CompressedKnowledgeLLM:
         return self.session.dense
 
     @property
+    def desk(self) -> Desk:
+        """What lies on the device of the sheet's archive (`recall/desk.py`). Raises `RequestError` without one."""
+        return self.session.desk
+
+    @property
     def room(self) -> int:
         """Tokens of the model's window that the sheet leaves for question and answer."""
         return self.session.room
@@ -251,9 +257,11 @@ class CompressedKnowledgeLLM:
         and `EngineError` when time is up.
 
         `retriever=` tells passages as further documents: `"bm25"` or `"dense"` for those of the sheet, or what
-        `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto" or "sheet" (`asking/modes.py`);
-        `passage_tokens=` and `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. The answer's
-        `mode` and `passages` say what was used.
+        `as_retriever` takes. `mode=` is "hybrid", "retrieval", "auto", "recall" or "sheet" (`asking/modes.py`);
+        `passage_tokens=` and `top_k=` bound the passages, and `sure=` is what `auto` asks of a draft. "recall" fetches
+        the passages from the sheet's archive, and nothing of them is read again; its `retriever=` may be "sheet" too,
+        what the question looks at, and with `no_archive="sheet"` the sheet answers alone where there is no archive, or
+        it cannot be read (else `RequestError` or `SheetError`). The answer's `mode` and `passages` say what was used.
         """
         return answers_of(begin(self.session, [self.prepare(question, **sampling)]))[0]
 

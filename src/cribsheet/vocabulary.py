@@ -17,8 +17,11 @@ Correction = Literal["none", "refit"]
 GuideKept = Literal["auto", "resident", "form", "dropped"]
 """What of the guide stays in the sheet."""
 
-Mode = Literal["sheet", "retrieval", "hybrid", "auto"]
+Mode = Literal["sheet", "retrieval", "hybrid", "auto", "recall"]
 """What a question is answered from."""
+
+NoArchive = Literal["error", "sheet"]
+"""What is done about a question that recalls, where there is no archive or it cannot be read."""
 
 StorageDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 """How keys and values are stored."""

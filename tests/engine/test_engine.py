@@ -600,3 +600,63 @@ def test_an_error_comes_to_every_caller_as_an_object_of_its_own(kb, engine):
         hook.remove()
     errors = [events[-1] for _, events in asked]
     assert all(str(error) == "planted" for error in errors) and len({id(error) for error in errors}) == 3
+
+
+class Ahead:
+    """Keys and values of tokens that were read somewhere else."""
+
+    def __init__(self, kb, ids, start):
+        layers = kb.backbone.read(kb.prefix.layers, start, ids, ids[:0])
+        self.tokens, self.read_at = len(ids), start
+        self._layers = [(layer.chunk_keys, layer.chunk_values) for layer in layers]
+
+    def placed(self, start):
+        assert start == self.read_at
+        return self._layers
+
+
+@pytest.mark.parametrize("piece", [PIECE, 16])
+def test_what_stands_ahead_of_a_question_is_as_if_it_had_been_read_with_it_also_among_others(
+    kb, engine, monkeypatch, piece
+):
+    """In passes of several, in pieces, beside questions that have nothing ahead, and parked."""
+    monkeypatch.setattr("cribsheet.engine.prefill.PIECE", piece)
+    ids, start = kb.question_tokens("Where do Hugo, Alice and Bob live, and since when do they?"), kb.prefix.tokens
+    asked = []
+    for cut, begin in ((3, 0), (9, 2), (1, 5), (0, 0), (12, 1)):
+        events, whole = [], []
+        ahead = Ahead(kb, ids[begin : begin + cut], start) if cut else None
+        told = ((0, cut),) if cut else ()
+        params, question = SamplingParams(max_tokens=8, logprobs=0), ids[begin + cut :]
+        request = Request(kb.prefix, question, params, events.append, evidence=True, ahead=ahead, told=told)
+        plain = Request(kb.prefix, ids[begin:], params, whole.append, evidence=True, told=told, lead=cut)
+        asked.append((request, events, plain, whole))
+    for _, _, plain, _ in asked:
+        queue(engine, plain)
+        run(engine)
+    queue(engine, *(request for request, *_ in asked))
+    for _ in range(3):
+        engine.step()
+    for group in engine._groups:
+        for each in list(group.running)[:2]:
+            group.park(each)
+            engine._waiting.append(each)
+    run(engine)
+    for _, events, _, whole in asked:
+        assert text(events) == text(whole)
+        mine, its = (
+            [x.logprob for each in told if isinstance(each, Delta) for x in each.logprobs] for told in (events, whole)
+        )
+        assert mine == pytest.approx(its, abs=1e-4)
+        torch.testing.assert_close(events[-1].looked, whole[-1].looked, atol=1e-4, rtol=1e-3)
+
+
+def test_questions_behind_much_that_was_recalled_are_read_in_passes_of_bounded_size(kb, monkeypatch):
+    monkeypatch.setattr("cribsheet.engine.prefill._MOST_BEFORE", 30)
+    ids = kb.question_tokens("Where?")
+    sizes = [8, 8, 8, 8, 25, 0, 0]
+    made = [Ahead(kb, ids[:1].repeat(size), kb.prefix.tokens) if size else None for size in sizes]
+    asked = [Request(kb.prefix, ids, SamplingParams(), print, ahead=ahead) for ahead in made]
+    passes = prefills([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
+    before = [[each.request.before for each in one.sequences] for one in passes]
+    assert before == [[0, 0], [8, 8, 8], [8], [25]]

@@ -206,7 +206,7 @@ def test_a_long_prompt_is_looked_for_in_the_documents_so_often_and_no_more(kind,
     systems = [{"role": "system", "content": each} for each in words[:2000]]
     asked = "Who?" if kind == "systems" else (" " if kind == "a line" else "\n").join(words) + "\nWho?"
     turns = [*(systems if kind == "systems" else []), {"role": "user", "content": asked}]
-    monkeypatch.setattr(passages, "_flat", lambda text: Searched(" ".join(text.split())))
+    monkeypatch.setattr(passages, "flattened", lambda text: Searched(" ".join(text.split())))
     known = Searched("\n".join(["", BOB, ANA, ""]))
     known.text = known
     Searched.times = 0

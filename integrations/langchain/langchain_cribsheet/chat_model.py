@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 from cribsheet import CompressedKnowledgeLLM, RequestError, Retrieval, Tool, __version__, as_retriever
 from cribsheet.structured.grammar import Grammar
 from cribsheet.structured.tools import Toolbox
-from cribsheet.vocabulary import Mode
+from cribsheet.vocabulary import Mode, NoArchive
 from langchain_cribsheet.call import Call
 from langchain_cribsheet.knowledge import Knowledge
 from langchain_cribsheet.messages import as_conversation
@@ -37,7 +37,7 @@ from langchain_cribsheet.structured import structured
 
 _BATCH = 64  # answers that the engine writes at once
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
-_PASSAGES = ("retriever", "mode", "passage_tokens", "sure")
+_PASSAGES = ("retriever", "mode", "passage_tokens", "sure", "no_archive")
 _PROCESS = uuid.uuid4().hex  # tells objects of this process from those of another that have the same address
 
 
@@ -53,10 +53,11 @@ class ChatCribsheet(BaseChatModel):
     knowledge
         an open `CompressedKnowledgeLLM` instead of a path.
 
-    retriever, mode, passage_tokens, sure
-        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" or "dense" for the
-        sheet's own documents, or any retriever or runnable, and `top_k` then counts passages. In a chain that has a
-        retriever already nothing is retrieved again, and a warning says so.
+    retriever, mode, passage_tokens, sure, no_archive
+        tell passages after the sheet, or recall them, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" or
+        "dense" for the sheet's own documents, "sheet" to recall what that looks at, or any retriever or runnable, and
+        `top_k` then counts passages. In a chain that has a retriever already nothing is retrieved again, and a warning
+        says so; in the mode "recall" the markers of a `CribsheetRetriever` say what is recalled.
     evidence
         whether answers tell what they looked at (`source_documents`); they do unless it is false.
 
@@ -85,6 +86,7 @@ class ChatCribsheet(BaseChatModel):
     mode: Mode | None = None
     passage_tokens: int | None = None
     sure: float | None = None
+    no_archive: NoArchive | None = None
     evidence: bool | None = None
     streaming: bool = False
     max_retries: int | None = None

@@ -16,7 +16,8 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field, model_validator
 
 from cribsheet import CompressedKnowledgeLLM, SheetError, Source
-from cribsheet.sheet.manifest import DocumentEntry
+from cribsheet.recall.stretches import mark
+from cribsheet.sheet.manifest import Manifest
 from langchain_cribsheet.knowledge import Knowledge
 
 
@@ -32,7 +33,8 @@ class CribsheetRetriever(BaseRetriever):
     content
         "text": the passages. "marker": a short note in place of each, for chains whose model answers from the sheet
         anyway and would only read the texts again; ids, metadata and order are the same. Passages of a sheet that was
-        saved without texts are markers.
+        saved without texts are markers. Where the sheet has an archive, a marker also names its place, so that a
+        `ChatCribsheet(mode="recall")` recalls it.
 
     What it costs: each question is read once to see where the sheet looks, whatever `content` is. With texts, the model
     of the chain then reads k passages again that the sheet holds already, so a question takes longer than with the
@@ -71,13 +73,14 @@ class CribsheetRetriever(BaseRetriever):
         llm: CompressedKnowledgeLLM = self.knowledge.llm
         asked = query if query.strip() else llm.sheet.task.description  # agents search for nothing now and then
         found = llm.passages(asked, limit=self.k if k is None else k, characters=self.characters)
-        entries = {entry.id: entry for entry in llm.sheet.manifest.documents}
-        made = [self._document(each, entries[each.document_id]) for each in found if each.document_id in entries]
-        return made or [
-            Document(page_content=self.marker, metadata={"source": llm.sheet.manifest.digest, "score": 0.0})
-        ]
+        sheet = llm.sheet.manifest
+        numbers = {entry.id: number for number, entry in enumerate(sheet.documents)}
+        made = [self._document(each, numbers[each.document_id], sheet) for each in found if each.document_id in numbers]
+        return made or [Document(page_content=self.marker, metadata={"source": sheet.digest, "score": 0.0})]
 
-    def _document(self, passage: Source, entry: DocumentEntry) -> Document:
+    def _document(self, passage: Source, number: int, sheet: Manifest) -> Document:
+        entry = sheet.documents[number]
+        named = f" {mark(number, passage.start, passage.stop)}" if sheet.archive else ""
         whole = passage.stop - passage.start >= entry.characters
         place = {
             "document_id": entry.id,
@@ -86,7 +89,7 @@ class CribsheetRetriever(BaseRetriever):
             "score": passage.weight,
         }
         return Document(
-            page_content=(passage.text if self.content == "text" else "") or self.marker,
+            page_content=(passage.text if self.content == "text" else "") or self.marker + named,
             id=entry.id if whole else f"{entry.id}:{passage.start}",
             metadata={"source": entry.id, **entry.metadata, **place},
         )

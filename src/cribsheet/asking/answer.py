@@ -23,7 +23,7 @@ _SNIPPET = 160  # characters of a source in a table
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one answer; `cached_tokens` of the prompt are the sheet's and were not read again.
+    """Token counts of one answer; `cached_tokens` of the prompt are the sheet's or recalled, and were not read again.
 
     Both count positions of the model's window, of which a sheet may take more than it keeps tokens (`Sheet.length`).
     """
@@ -63,8 +63,9 @@ class Answer:
 
     `first_token_seconds` and `seconds` run from the moment of asking to the first text and to the end. `sources` are
     the documents that question and answer looked at most in the sheet, and every passage that was told, by weight.
-    `mode` is how it was found: from the sheet, which it is too where "hybrid" found nothing to tell, from `passages`
-    that were retrieved, or from both; `certainty`, 0 to 1, is how certain mode "auto" is that they add nothing.
+    `mode` is how it was found: from the sheet, which it is too where "hybrid" found nothing to tell and "recall"
+    nothing to fetch, from `passages` that were retrieved, from both, or from sheet and `passages` that were recalled as
+    they had been read; `certainty`, 0 to 1, is how certain mode "auto" is that they add nothing.
     """
 
     text: str
@@ -75,7 +76,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     sources: tuple[Source, ...] = ()
-    mode: Literal["sheet", "retrieval", "hybrid"] = "sheet"
+    mode: Literal["sheet", "retrieval", "hybrid", "recall"] = "sheet"
     passages: tuple[Passage, ...] = ()
     certainty: float | None = None
 

@@ -19,6 +19,7 @@ from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.errors import RequestError
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.turns import Question
+from cribsheet.recall.placing import Recalled
 from cribsheet.retrieval.placing import Told
 
 
@@ -52,14 +53,24 @@ def passages(
     return find_passages(session.sheet, of_sheet(session.sheet, looked.masses, looked.asked.places), limit, characters)
 
 
-def looked_at(backbone: Backbone, prefix: Prefix, asked: Told, answered: Tensor) -> Tensor:
-    """What an answer of tokens (A,) to a question looks at, as the engine notes it while it writes: (M, K, P + N)."""
+def looked_at(
+    backbone: Backbone, prefix: Prefix, asked: Told, answered: Tensor, recalled: Recalled | None = None
+) -> Tensor:
+    """What an answer of tokens (A,) to a question looks at, as the engine notes it while it writes: (M, K, P + N).
+
+    The question may stand behind what is `recalled`.
+    """
     size, places = len(asked.ids), asked.places
     ids = torch.cat([asked.ids, answered[:-1]])  # the row of the last token would write the next one
     weights = torch.cat([question_weights(size, asked.lead), torch.ones(len(ids) - size)])
     cache = prefix_cache(prefix.layers, prefix.tokens)
     glance = Glance(cache.layers, backbone.full, [(places[0][0], places[-1][1]) if places else (0, 0)], [weights])
-    positions = torch.arange(prefix.tokens, prefix.tokens + len(ids))
+    start = prefix.tokens
+    if recalled:
+        for layer, (keys, values) in zip(cache.layers, recalled.placed(start), strict=True):
+            layer.update(keys.unsqueeze(0), values.unsqueeze(0))
+        start += recalled.tokens
+    positions = torch.arange(start, start + len(ids))
     backbone.step(ids.unsqueeze(0), positions.unsqueeze(0), cache)
     return glance.masses[0]
 
@@ -68,8 +79,9 @@ def _look_again(session: Session, question: Question, answer: Answer | str) -> _
     passages = answer.passages if isinstance(answer, Answer) else ()
     alone = isinstance(answer, Answer) and answer.mode == "retrieval"
     session.check_long(question, None, 0)
-    asked = session.render(question, passages=passages, alone=alone)
+    recalled = session.recall(passages) if isinstance(answer, Answer) and answer.mode == "recall" else None
+    asked = session.render(question, passages=passages, alone=alone, recalled=recalled)
     answered = session.layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
     prefix = session.prefix_for(passages, alone=alone)
-    session.check_room(len(asked.ids) + len(answered) - 1, prefix.tokens)
-    return _Looked(looked_at(session.backbone, prefix, asked, answered), asked)
+    session.check_room(len(asked.ids) + len(answered) - 1, prefix.tokens + (recalled.tokens if recalled else 0))
+    return _Looked(looked_at(session.backbone, prefix, asked, answered, recalled), asked)

@@ -6,10 +6,15 @@ Modes:
     retrieval   passages alone, where the documents would stand, within the tokens of sheet and passages together
     hybrid      passages after the sheet's documents, as further documents, before the guide and the question
     auto        the sheet's own answer if it is certain that passages add nothing to it, else hybrid
+    recall      stretches of the documents from the sheet's archive, as they were read when it was built, where `hybrid`
+                has passages: nothing is read but the question
 
 `auto` asks the sheet first, searches, and measures the draft (`asking/certainty.py`): it stands if the best passages
 tell it, as they would say the same again; or if it is probable, and was read elsewhere than where the question looks,
 so that a search for the question would not find it.
+
+`recall` fetches what a search finds, or what the sheet itself points to: the question is read over it once, to see
+where it looks.
 """
 
 from __future__ import annotations
@@ -25,30 +30,36 @@ from cribsheet.asking.answer import Answer
 from cribsheet.asking.certainty import FAITHFUL, Judged, judge, told
 from cribsheet.asking.prepared import Lookup, Prepared
 from cribsheet.asking.session import Session
-from cribsheet.asking.sources import find_sources
-from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream
+from cribsheet.asking.settings import Retrieval
+from cribsheet.asking.sources import find_sources, pointed
+from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream, Trace
 from cribsheet.engine.request import tell
+from cribsheet.errors import RequestError, SheetError
 from cribsheet.prompt.template import Message
 from cribsheet.prompt.turns import as_turns
+from cribsheet.recall.desk import Desk
+from cribsheet.recall.stretches import Stretch, as_passages, choose_stretches, located, named
 from cribsheet.retrieval.passages import choose, is_told_already, query_of, says
 from cribsheet.retrieval.retriever import Passage, Search
 
 logger = logging.getLogger(__name__)
 
 _BOTH = "the chain and the sheet both have a retriever; leave out one of them"
+_SHORT = 32  # tokens of a stretch that is pointed to, at least: so many of them fill what there is room for
 _ANSWER_TOKENS = 256  # kept free for an answer that may be longer than the window leaves anyway
 
 
 class Draft(NamedTuple):
-    """A step that waits for the sheet's own answer."""
+    """A step that waits for the sheet's own answer; `trace` finds its sources, by default as in all answers."""
 
     session: Session
     question: Prepared
+    trace: Trace | None = None
 
     def now(self) -> Answer:
         """The answer, blocking."""
         stream = AnswerStream(self.question)
-        submit(self.session, stream)
+        submit(self.session, stream, trace=self.trace)
         for _ in stream:
             pass
         return stream.answer
@@ -56,7 +67,7 @@ class Draft(NamedTuple):
     async def later(self) -> Answer:
         """The answer, without blocking the event loop."""
         stream = AsyncAnswerStream(self.question, asyncio.get_running_loop())
-        await asyncio.to_thread(submit, self.session, stream)
+        await asyncio.to_thread(partial(submit, self.session, stream, trace=self.trace))
         async for _ in stream:
             pass
         return stream.answer
@@ -123,11 +134,14 @@ def begin_later(
     return streams
 
 
-def submit(session: Session, *streams: Stream) -> None:
-    """Hand one question's streams to the engine. Raises `EngineError` if it takes no more, or once it is closed."""
+def submit(session: Session, *streams: Stream, trace: Trace | None = None) -> None:
+    """Hand one question's streams to the engine. Raises `EngineError` if it takes no more, or once it is closed.
+
+    `trace` finds sources in what was looked at, by default as all answers have them.
+    """
     question = streams[0].question
     prefix = session.prefix_for(question.passages, alone=question.alone)
-    trace = partial(find_sources, session.sheet, passages=question.passages, places=question.told.places)
+    trace = trace or partial(find_sources, session.sheet, passages=question.passages, places=question.told.places)
     requests = [stream.request(prefix, trace) for stream in streams]
     session.running.add(streams)
     session.loaded.engine.submit(*requests)
@@ -195,6 +209,8 @@ def _steps(session: Session, streams: Sequence[Stream], lookup: Lookup, is_told:
     turns, retrieval = as_turns(lookup.question), lookup.retrieval
     if _is_told(session, lookup) if is_told is None else is_told:
         return submit(session, *streams)  # the caller's chain has a retriever of its own; nothing is fetched twice
+    if retrieval.mode == "recall":
+        return (yield from _recall(session, streams, lookup))
     draft: Answer | None = None
     judged: Judged | None = None
     if retrieval.mode == "auto":
@@ -303,6 +319,76 @@ def _chosen(
     order, encoder = [document.id for document in made.documents], session.layout.encoder
     heading = session.tells_in_turn and not alone
     return tokens, choose(found, turns, order, encoder, tokens=tokens, top_k=retrieval.top_k, heading=heading)
+
+
+def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Steps:
+    """Have one question answered behind stretches that are fetched; where that cannot be, by choice without them."""
+    retrieval = lookup.retrieval
+    try:
+        desk = session.desk
+    except (RequestError, SheetError) as error:
+        _give_up(retrieval, error)
+        return submit(session, *streams)
+    turns = as_turns(lookup.question)
+    places = [place for turn in reversed(turns) for place in named(session.sheet, str(turn["content"]))]
+    if not places:  # which a retriever of the chain may have named
+        if retrieval.points:
+            trace = partial(pointed, session.sheet, limit=retrieval.top_k or 1 + retrieval.passage_tokens // _SHORT)
+            draft = yield Draft(session, _pointing(session, streams[0], lookup), trace)
+            found = [Passage(each.text, each.document_id, each.start, each.stop) for each in draft.sources]
+        else:
+            found = yield Fetch(session.search(retrieval.retriever), query_of(turns))
+        places = _located(session, found)
+    try:
+        question = _recalled(session, desk, streams[0].question, lookup, places)
+    except SheetError as error:
+        _give_up(retrieval, error)
+        question = None
+    if question is not None:
+        for stream in streams:
+            stream.ask_instead(question)
+    submit(session, *streams)
+
+
+def _give_up(retrieval: Retrieval, error: Exception) -> None:
+    """Raise what is wrong with the archive, unless the sheet alone will do."""
+    if retrieval.no_archive == "error":
+        raise error
+    logger.warning("nothing is recalled, and the sheet alone is asked: %s", error)
+
+
+def _pointing(session: Session, stream: Stream, lookup: Lookup) -> Prepared:
+    """The stream's question, to be read and hardly answered: what counts is where it looks."""
+    settings = {"max_tokens": 1, "evidence": True, "timeout": lookup.sampling.get("timeout")}
+    question = session.prepare_told(lookup.question, settings)
+    return replace(question, cancelled=stream.question.cancelled, asked=stream.question.asked)
+
+
+def _located(session: Session, found: Sequence[Passage]) -> list[Stretch]:
+    """Where passages stand in the sheet's documents; tells of those that are not in them."""
+    places = [place for each in found if (place := located(session.sheet, lambda: session.known, each))]
+    if len(places) < len(found):
+        logger.warning("%d of %d retrieved passages are not in the sheet's documents and cannot be recalled; the mode "
+                       "'hybrid' tells any passages", len(found) - len(places), len(found))  # fmt: skip
+    return places
+
+
+def _recalled(
+    session: Session, desk: Desk, question: Prepared, lookup: Lookup, places: Sequence[Stretch]
+) -> Prepared | None:
+    """The question behind those of the stretches that fit; none if there are none."""
+    sheet, retrieval = session.sheet, lookup.retrieval
+    longest = min(question.params.max_tokens, _ANSWER_TOKENS)
+    tokens = min(retrieval.passage_tokens, session.room - len(question.told.ids) - longest)
+    chosen = choose_stretches(desk.archive, places, sheet.texts, tokens=tokens, top_k=retrieval.top_k)
+    if not chosen:
+        if places:
+            logger.warning("of %d stretches none is recalled: %d tokens hold none of them", len(places), tokens)
+        return None
+    recalled = desk.take([(each.first, each.last) for each in chosen])
+    return session.prepare_told(
+        as_turns(lookup.question), lookup.sampling, as_passages(sheet, chosen), recalled=recalled
+    )
 
 
 def is_cut(found: Sequence[Passage], chosen: Sequence[Passage]) -> bool:

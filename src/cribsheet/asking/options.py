@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cribsheet.compress.progress import Listener
     from cribsheet.compress.scoring import Scorer
     from cribsheet.structured.grammar import Grammar
-    from cribsheet.vocabulary import Mode
+    from cribsheet.vocabulary import Mode, NoArchive
 
 
 class ReplaceOptions(TypedDict, total=False):
@@ -44,6 +44,7 @@ class _Sampling(TypedDict, total=False):
     retriever: Any
     passage_tokens: int | None
     sure: float | None
+    no_archive: NoArchive | None
     evidence: bool | None
 
 

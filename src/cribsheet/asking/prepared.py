@@ -14,6 +14,7 @@ from cribsheet.engine.request import Request, Sink, is_late
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.errors import RequestError
 from cribsheet.prompt.turns import Question
+from cribsheet.recall.placing import Recalled
 from cribsheet.retrieval.placing import Told
 from cribsheet.retrieval.retriever import Passage
 from cribsheet.structured.grammar import Constraint
@@ -32,8 +33,9 @@ class Lookup(NamedTuple):
 class Prepared:
     """A question that only needs to be asked, once; see `CompressedKnowledgeLLM.prepare`.
 
-    `told` is the question in tokens with its `passages`, which stand behind the sheet or, `alone`, instead of it;
-    `before` is how many tokens the prefix has. Whoever asks may cancel it, and its `timeout` runs, from now on.
+    `told` is the question in tokens with its `passages`, which stand behind the sheet or, `alone`, instead of it; what
+    is `recalled` of them is not among these tokens. `before` is how many tokens the prefix has. Whoever asks may cancel
+    it, and its `timeout` runs, from now on.
     """
 
     told: Told
@@ -46,6 +48,7 @@ class Prepared:
     evidence: bool = False
     passages: tuple[Passage, ...] = ()
     alone: bool = False
+    recalled: Recalled | None = None
     lookup: Lookup | None = None
     choice: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -53,8 +56,10 @@ class Prepared:
     _unasked: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def mode(self) -> Literal["sheet", "retrieval", "hybrid"]:
+    def mode(self) -> Literal["sheet", "retrieval", "hybrid", "recall"]:
         """What it is answered from."""
+        if self.recalled:
+            return "recall"
         return "retrieval" if self.alone else "hybrid" if self.passages else "sheet"
 
     @property
@@ -98,4 +103,5 @@ class Prepared:
             evidence=self.evidence,
             told=self.told.places,
             lead=self.told.lead,
+            ahead=self.recalled,
         )

@@ -20,9 +20,12 @@ from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.encoder import LONG
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.prompt.turns import Question, as_turns
+from cribsheet.recall.desk import Desk
+from cribsheet.recall.placing import Recalled
+from cribsheet.recall.stretches import located
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.passages import known_of
-from cribsheet.retrieval.placing import Told, after_sheet, beside_documents, instead_of_documents
+from cribsheet.retrieval.placing import Told, after_sheet, behind_recalled, beside_documents, instead_of_documents
 from cribsheet.retrieval.quoted import Known
 from cribsheet.retrieval.retriever import BM25Retriever, Passage, Search, as_retriever
 from cribsheet.sheet.sheet import Sheet
@@ -47,6 +50,7 @@ class Session:
         self._nothing: Prefix | None = None
         self._retrievers: dict[type, Any] = {}
         self._known: Known | None = None
+        self._desk: Desk | None = None
         self._lock, self._indexing = threading.Lock(), threading.Lock()
 
     @classmethod
@@ -66,7 +70,7 @@ class Session:
         """Cancel running answers and let go of keys and values; safe to call twice."""
         self.running.close()
         with self._lock:  # not the other one: an index may take a while
-            self._prefix = self._unguided = self._nothing = self._known = None
+            self._prefix = self._unguided = self._nothing = self._known = self._desk = None
             self._retrievers = {}
 
     @property
@@ -164,6 +168,26 @@ class Session:
             retriever: BuiltIn = retrievers[kind]
             return retriever
 
+    @property
+    def desk(self) -> Desk:
+        """What of the sheet's archive lies on the device. Raises `RequestError` for a sheet without one."""
+        archive = self.sheet.archive
+        if archive is None:
+            raise RequestError(
+                "This sheet has no archive to recall from; build it with build(..., archive=True), or ask with another "
+                'mode or no_archive="sheet".'
+            )
+        with self._lock:
+            if self._desk is None:
+                self._desk = Desk(archive, self.backbone)
+            return self._desk
+
+    def recall(self, passages: Sequence[Passage]) -> Recalled:
+        """Passages of the sheet's documents, in reading order, as they were read. Raises as `desk`, or `SheetError`."""
+        archive = self.desk.archive
+        places = [place for each in passages if (place := located(self.sheet, lambda: self.known, each))]
+        return self.desk.take([archive.places(each.document, each.start, each.stop) for each in places])
+
     # ---- questions
 
     def prepare(self, question: Question, sampling: Mapping[str, Any], n: int = 1) -> list[Prepared]:
@@ -174,6 +198,8 @@ class Session:
         if not isinstance(n, int) or n < 1:
             raise RequestError(f"n is {n!r}; ask for at least 1 answer.")
         retrieval, rest = Retrieval.taken_from(sampling)
+        if retrieval and retrieval.mode == "recall" and retrieval.no_archive == "error":
+            _ = self.desk
         lookup = Lookup(question, retrieval, rest) if retrieval else None
         first = self.prepare_told(question, rest, lookup=lookup)
         return [first, *(first.again(choice) for choice in range(1, n))]
@@ -185,15 +211,20 @@ class Session:
         passages: Sequence[Passage] = (),
         *,
         alone: bool = False,
+        recalled: Recalled | None = None,
         lookup: Lookup | None = None,
     ) -> Prepared:
-        """A question over the sheet that is told passages, or over these `alone`; settings are those of an answer."""
+        """A question over the sheet that is told passages, or over these `alone`; settings are those of an answer.
+
+        Of passages that are `recalled` nothing is read.
+        """
         check_settings(sampling)
         toolbox = Toolbox.of(sampling.get("tools"), sampling.get("tool_choice"))
         given = with_form(sampling, toolbox)
         before = 0 if alone else self.sheet.length - self._guide_after(passages)
+        before += recalled.tokens if recalled else 0
         self.check_long(question, toolbox, before)
-        told = self.render(question, toolbox, passages, alone=alone)
+        told = self.render(question, toolbox, passages, alone=alone, recalled=recalled)
         left = self.check_room(len(told.ids), before)
         params = SamplingParams(**given)
         if params.max_tokens > left:
@@ -210,6 +241,7 @@ class Session:
             evidence=sampling.get("evidence") is None or bool(sampling["evidence"]),
             passages=tuple(passages),
             alone=alone,
+            recalled=recalled,
             lookup=lookup,
         )
 
@@ -220,9 +252,16 @@ class Session:
         passages: Sequence[Passage] = (),
         *,
         alone: bool = False,
+        recalled: Recalled | None = None,
     ) -> Told:
-        """A question in tokens, with passages beside the sheet's documents, or `alone` where those would stand."""
+        """A question in tokens, with passages beside the sheet's documents, or `alone` where those would stand.
+
+        What is `recalled` stands before these tokens.
+        """
         turns = as_turns(question, toolbox)
+        if recalled:
+            guided = bool(self._guide_after(passages))
+            return behind_recalled(self.layout, self.task, self.sheet, turns, recalled.sizes, guided=guided)
         if passages and not alone and not self.tells_in_turn:
             return beside_documents(self.layout, self.task, self.sheet, turns, passages)
         if alone:

@@ -113,6 +113,25 @@ def per_stretch(sheet: Sheet, looked: Tensor) -> Tensor:
     return peaks.sum((0, 1))[:count]
 
 
+def pointed(sheet: Sheet, looked: Tensor, *, limit: int) -> tuple[Source, ...]:
+    """The `limit` stretches that were looked at most (M, K, P), as `per_stretch` counts; they are what is recalled."""
+    number, start = sheet.origins[:, 1].long(), sheet.origins[:, 2].long()
+    _, stretches = (number * _LONGEST + start // PASSAGE_CHARACTERS).unique(return_inverse=True)
+    weights = per_stretch(sheet, looked)
+    best = weights.topk(min(limit, len(weights)))
+    found = []
+    for weight, stretch in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        if weight <= 0:
+            break
+        row = int((stretches == stretch).nonzero()[0])
+        entry = sheet.manifest.documents[int(number[row])]
+        first = int(start[row]) // PASSAGE_CHARACTERS * PASSAGE_CHARACTERS
+        last = min(first + PASSAGE_CHARACTERS, entry.characters)
+        text = sheet.texts[int(number[row])][first:last] if sheet.texts else ""
+        found.append(Source(entry.id, first, last, weight, text))
+    return tuple(found)
+
+
 def _most_of_a_head(sheet: Sheet, looked: Tensor) -> Tensor:
     """The largest attention (U,) that any head pays to each token of `sheet.origins` (M, K, P).
 

@@ -43,7 +43,8 @@ class Stream:
 
     def request(self, prefix: Prefix, trace: Trace | None = None) -> Request:
         """What the engine is to answer, over a prefix; `trace` finds the sources in what was looked at."""
-        self._cached, self._trace = prefix.tokens, trace
+        recalled = self.question.recalled
+        self._cached, self._trace = prefix.tokens + (recalled.tokens if recalled else 0), trace
         return self.question.over(prefix, self.sink)
 
     def ask_instead(self, question: Prepared) -> None:

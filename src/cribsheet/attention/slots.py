@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -130,14 +131,22 @@ class SlotLayer(PrefixLayer):
 
 
 class PaddedLayer(PrefixLayer):
-    """One layer of a prefill of questions of different lengths, padded on the left; one forward pass only."""
+    """One layer of a prefill of questions of different lengths, padded on the left; one forward pass only.
 
-    def __init__(self, prefix: LayerPrefix, start: int, mask: Tensor | None) -> None:
+    Keys and values (B, K, n, D) that are `ahead` of the questions were read elsewhere.
+    """
+
+    def __init__(
+        self, prefix: LayerPrefix, start: int, mask: Tensor | None, ahead: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         super().__init__(prefix, start)
-        self.mask = mask
+        self.mask, self.ahead = mask, ahead
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values as they are."""
+        """Keep the new keys and values, behind those that are ahead."""
+        if self.ahead is not None:
+            keys, values = self.ahead
+            key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
         return self.tag(key_states), value_states
 
@@ -146,34 +155,58 @@ class PaddedLayer(PrefixLayer):
         return self.mask
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Positions (B or 1, T) of the question's tokens, counted from the end of the prefix; padding is negative."""
-        places = torch.arange(columns, device=device).unsqueeze(0)
-        if self.mask is not None:  # the last row sees all tokens that are no padding
-            places = places - (columns - self.mask[:, 0, -1].sum(-1, keepdim=True))
-        return places, places
+        """Positions (B or 1, T) and (B or 1, n), counted from the end of the prefix; of padding, that before it."""
+        if self.mask is None:
+            places = torch.arange(columns, device=device).unsqueeze(0)
+        else:  # the last row sees all tokens that are no padding
+            places = self.mask[:, 0, -1].cumsum(-1) - 1
+        return places[:, columns - rows :], places
 
 
-def padded_batch(questions: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids (B, T) padded on the left, their positions (B, T), and the mask (B, 1, T, T), none if nothing is padded."""
-    longest = max(len(ids) for ids in questions)
+def padded_batch(
+    questions: Sequence[Tensor], start: int, before: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids (B, T) padded on the left, their positions (B, T), and the mask (B, 1, T, N + T), none if rows see all.
+
+    Each question stands behind so many tokens `before` it, of which N is the most, also padded on the left.
+    """
+    before = before or [0] * len(questions)
+    longest, most = max(len(ids) for ids in questions), max(before)
     ids = torch.zeros(len(questions), longest, dtype=torch.int64)
     positions = torch.full_like(ids, start)
     pads = torch.tensor([longest - len(question) for question in questions])
-    for row, question in enumerate(questions):
+    for row, (question, ahead) in enumerate(zip(questions, before, strict=True)):
         ids[row, longest - len(question) :] = question
-        positions[row, longest - len(question) :] = torch.arange(start, start + len(question))
-    if not pads.any():
+        positions[row, longest - len(question) :] = torch.arange(start + ahead, start + ahead + len(question))
+    if not pads.any() and not most:
         return ids, positions, None
     column = torch.arange(longest)
     mask = (column <= column[:, None]) & (column >= pads[:, None, None])  # (B, T, T)
-    return ids, positions, mask.unsqueeze(1)
+    seen = torch.arange(most) >= most - torch.tensor(before)[:, None]  # (B, N)
+    return ids, positions, torch.cat([seen[:, None].expand(-1, longest, -1), mask], 2).unsqueeze(1)
 
 
-def prefill_cache(layers: Sequence[LayerPrefix], start: int, mask: Tensor | None) -> Cache:
-    """A cache for one padded prefill."""
+def prefill_cache(
+    layers: Sequence[LayerPrefix],
+    start: int,
+    mask: Tensor | None,
+    ahead: Sequence[Sequence[tuple[Tensor, Tensor]]] = (),
+) -> Cache:
+    """A cache for one padded prefill; keys and values (K, n, D) of each layer may stand `ahead` of each question."""
     device = layers[0].keys.device
     placed = None if mask is None else mask.to(device)
-    return Cache(layers=[PaddedLayer(layer, start, placed) for layer in layers])
+    before = _padded(ahead) if any(ahead) else [None] * len(layers)
+    return Cache(layers=[PaddedLayer(layer, start, placed, each) for layer, each in zip(layers, before, strict=True)])
+
+
+def _padded(ahead: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (B, K, N, D) of each layer, of sequences that have (K, n, D), padded on the left with zeros."""
+    longest = max(sequence[0][0].shape[1] for sequence in ahead)
+
+    def padded(halves: Sequence[Tensor]) -> Tensor:
+        return torch.stack([F.pad(half, (0, 0, longest - half.shape[1], 0)) for half in halves])
+
+    return [(padded([k for k, _ in layer]), padded([v for _, v in layer])) for layer in zip(*ahead, strict=True)]
 
 
 def step_cache(layers: Sequence[SlotLayer]) -> Cache:

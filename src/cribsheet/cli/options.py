@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import typer
 
 from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse
+from cribsheet.vocabulary import Mode, NoArchive
 
 T = TypeVar("T")
 SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
@@ -105,14 +106,22 @@ class PassageOptions:
     """What is searched beside the sheet, and what answers."""
 
     retriever: Annotated[
-        Literal["bm25", "dense"] | None,
+        Literal["bm25", "dense", "sheet"] | None,
         typer.Option(
-            help="Search the documents, by words or by an embedding model, and tell passages after the sheet."
+            help="Search the documents, by words or by an embedding model, and tell passages after the sheet; or "
+            "recall what the sheet itself looks at."
         ),
     ] = None
     mode: Annotated[
-        Literal["sheet", "retrieval", "hybrid", "auto"] | None,
-        typer.Option(help="What answers; auto retrieves if passages may help.  [default: hybrid with --retriever]"),
+        Mode | None,
+        typer.Option(
+            help="What answers; auto retrieves if passages may help, recall fetches them from the archive.  [default: "
+            "hybrid with --retriever]"
+        ),
+    ] = None
+    no_archive: Annotated[
+        NoArchive | None,
+        typer.Option(help="What recall does where there is no archive, or it cannot be read.  [default: error]"),
     ] = None
     passage_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Most tokens of passages.  [default: 512]")

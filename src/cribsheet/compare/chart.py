@@ -20,6 +20,7 @@ _COLOURS = {
     "retrieval": "#d1495b",
     "hybrid": "#1a9850",
     "auto": "#7b3fa0",
+    "recall": "#e08214",
 }
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 14, 40

@@ -60,6 +60,7 @@ METHODS = (
     Method("retrieval", "recent", examples=True, mode="retrieval"),
     Method("hybrid", examples=True, mode="hybrid"),
     Method("auto", examples=True, mode="auto"),
+    Method("recall", examples=True, mode="recall"),
 )
 NAMES = tuple(method.name for method in METHODS)
 
@@ -136,7 +137,7 @@ def compare(
     sheets = _Sheets(model, corpus, settings)
     for name, rate in _plan(methods, rates):
         method = METHODS[NAMES.index(name)]
-        if method.mode in ("hybrid", "auto", "sheet") and method.examples and name != FULL and not corpus.task.few_shot:
+        if method.mode != "retrieval" and method.examples and name != FULL and not corpus.task.few_shot:
             logger.info("%s is left out: the task has no examples", name)
             continue
         try:
@@ -172,7 +173,8 @@ class _Sheets:
     def get(self, method: Method, budget: int) -> CompressedKnowledgeLLM:
         """The sheet of a method with so many tokens; of everything, with the guide on top as sheets have it."""
         scorer = method.scorer or self.settings.scorer
-        key = scorer, method.examples, budget
+        archive = method.mode == "recall"
+        key = scorer, method.examples, budget, archive
         if self._last is None or self._last[0] != key:
             if self._last is not None:
                 self._last[1].close()
@@ -187,6 +189,7 @@ class _Sheets:
                 seed=self.settings.seed,
                 rate=1 if budget >= self.corpus_tokens else None,
                 budget=None if budget >= self.corpus_tokens else budget,
+                archive=archive,
             )
             self._last = key, made
         return self._last[1]

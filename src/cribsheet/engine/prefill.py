@@ -19,6 +19,7 @@ from cribsheet.engine.request import Answering, Suffix
 from cribsheet.model.backbone import Backbone, Inputs
 
 PIECE = 1024  # tokens that are read in one step, padding included
+_MOST_BEFORE = 16 * PIECE  # recalled tokens that stand before questions of one step, padding included
 
 
 class Prefill:
@@ -30,6 +31,7 @@ class Prefill:
         self.layers: Sequence[object] = ()  # what was read lies in them
         self.spare = 0  # tokens of padding behind the questions
         self._glance: Glance | None = None
+        self.ahead: list[Suffix] = []  # what stands before each question, once it is placed
 
     @property
     def is_read(self) -> bool:
@@ -51,11 +53,16 @@ class Prefill:
                 sequence.drop()
         self.sequences = [sequence for sequence in self.sequences if not sequence.finished]
 
+    def place(self) -> None:
+        """Place what stands before the questions."""
+        asked = [each.request for each in self.sequences]
+        self.ahead = [each.ahead.placed(self.prefix.tokens) if each.ahead else [] for each in asked]
+
     def watched(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Inputs:
         """New tokens as inputs, watched as they look at things; `weights` (n,) are of each one's last rows."""
         if watches(self.sequences):
             pads = [ids.shape[1] - len(weight) for weight in weights]
-            told = [(first + pad, last + pad) for (first, last), pad in zip(told_in(self.sequences), pads, strict=True)]
+            told = [self._padded(each, pad) for each, pad in zip(self.sequences, pads, strict=True)]
             self._glance = Glance(self.cache.layers, backbone.full, told, weights)
         return ids, positions, self.cache
 
@@ -67,15 +74,26 @@ class Prefill:
                 sequence.look(mass)
             self._glance = None
 
+    def _padded(self, sequence: Answering, pad: int) -> tuple[int, int]:
+        """Where passages begin and end among all that is behind the prefix, a question with so much padding before it.
+
+        What is recalled stands at the end of the longest that is before any of the questions.
+        """
+        (first, last), before = told_in([sequence])[0], sequence.request.before
+        shift = max(each.request.before for each in self.sequences) - before + (pad if first >= before else 0)
+        return first + shift, last + shift
+
     def suffix(self, row: int) -> Suffix:
-        """The keys and values of a question that was read, padding left out."""
-        length = self.sequences[row].length
+        """The keys and values of what stands before a question and of the question that was read, padding left out."""
+        length = len(self.sequences[row].request.question)
         found: Suffix = []
         for layer in self.layers:
             assert isinstance(layer, PrefixLayer)
             last = layer.length - self.spare
-            first = last - length
-            found.append((layer.keys[row, :, first:last], layer.values[row, :, first:last]))
+            found.append((layer.keys[row, :, last - length : last], layer.values[row, :, last - length : last]))
+        if self.ahead and self.ahead[row]:
+            both = zip(self.ahead[row], found, strict=True)
+            found = [(torch.cat([k, keys], 1), torch.cat([v, values], 1)) for (k, v), (keys, values) in both]
         return found
 
 
@@ -85,16 +103,18 @@ class ShortPrefill(Prefill):
     def inputs(self, backbone: Backbone) -> Inputs:
         """All of them."""
         prefix = self.prefix
-        ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens)
-        self.cache = prefill_cache(prefix.layers, prefix.tokens, mask)
+        self.place()
+        before = [each.request.before for each in self.sequences]
+        ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens, before)
+        self.cache = prefill_cache(prefix.layers, prefix.tokens, mask, self.ahead)
         weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
         return self.watched(backbone, ids, positions, weights)
 
     def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (1, V) of a question that is alone and of a length that was captured."""
-        if len(self.sequences) > 1 or any(last > first for first, last in told_in(self.sequences)):
-            return None  # passages lie elsewhere in each question: no graph fits
         sequence, request = self.sequences[0], self.sequences[0].request
+        if len(self.sequences) > 1 or request.ahead or any(last > first for first, last in told_in(self.sequences)):
+            return None  # passages lie elsewhere in each question: no graph fits
         graph = find_prefill(backbone, self.prefix, len(request.question), watches(self.sequences))
         if graph is None:
             return None
@@ -124,8 +144,12 @@ class LongPrefill(Prefill):
         """The next piece."""
         request = self.sequences[0].request
         question = request.question
+        if request.ahead and not self._done:
+            self.place()
+            for layer, (keys, values) in zip(self.cache.layers, self.ahead[0], strict=True):
+                layer.update(keys.unsqueeze(0), values.unsqueeze(0))
         piece = question[self._done : self._done + PIECE]
-        first = self.prefix.tokens + self._done
+        first = self.prefix.tokens + request.before + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
         weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
         self._done += len(piece)
@@ -146,16 +170,25 @@ def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
 def prefills(sequences: Sequence[Answering]) -> list[Prefill]:
     """How to read new questions: shorter ones together, in passes of bounded padded size over one prefix each."""
     found: list[Prefill] = []
-    for sequence in sorted(sequences, key=lambda each: (id(each.request.prefix), each.length)):
+    for sequence in sorted(sequences, key=_alike):
         prefix, last = sequence.request.prefix, found[-1] if found else None
-        if sequence.length > PIECE:
+        if len(sequence.request.question) > PIECE:
             found.append(LongPrefill(sequence, prefix))
-        elif (
-            isinstance(last, ShortPrefill)
-            and last.prefix is prefix
-            and (len(last.sequences) + 1) * sequence.length <= PIECE
-        ):
+        elif isinstance(last, ShortPrefill) and last.prefix is prefix and _fits([*last.sequences, sequence]):
             last.sequences.append(sequence)
         else:
             found.append(ShortPrefill([sequence], prefix))
     return found
+
+
+def _alike(sequence: Answering) -> tuple[int, bool, int]:
+    """Those that are read together well come one after the other."""
+    request = sequence.request
+    return id(request.prefix), request.before > 0, len(request.question)
+
+
+def _fits(sequences: Sequence[Answering]) -> bool:
+    """Whether questions, the longest last, may be read in one step: all with something before them, or none."""
+    before = [each.request.before for each in sequences]
+    longest, count = len(sequences[-1].request.question), len(sequences)
+    return count * longest <= PIECE and count * max(before) <= _MOST_BEFORE and (min(before) > 0) == (max(before) > 0)

@@ -49,6 +49,17 @@ Event = Delta | Finished | BaseException
 Sink = Callable[[Event], None]
 
 
+class Ahead(Protocol):
+    """Tokens that were read elsewhere and stand between a prefix and a question (`recall/placing.py`)."""
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+
+    def placed(self, start: int) -> Suffix:
+        """Their keys and values on the model's device, keys rotated for the positions from `start` on."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)  # no two are the same, whatever they ask
 class Request:
     """A question in tokens (T,), over a prefix; events go to `sink` from the engine's thread, which must not block."""
@@ -64,8 +75,14 @@ class Request:
     timeout: float | None = None  # seconds from now on until the caller gets an error instead
     asked: float = field(default_factory=time.monotonic)
     evidence: bool = False  # whether the end tells what was looked at
-    told: tuple[tuple[int, int], ...] = ()  # first and last-plus-one token of passages in the question
+    told: tuple[tuple[int, int], ...] = ()  # first and last-plus-one token of passages behind the prefix
     lead: int = 0  # tokens of the question before what is asked, passages included
+    ahead: Ahead | None = None  # what stands before the question and is not read again
+
+    @property
+    def before(self) -> int:
+        """Tokens between the prefix and the question."""
+        return self.ahead.tokens if self.ahead else 0
 
     @property
     def block(self) -> tuple[int, int]:
@@ -105,7 +122,7 @@ class Answering:
         self.sampler = Sampler(request.params, request.choice)
         form = request.constraint
         self.text = TextStream(form or tokenizer, request.params.stops, ends=request.ends, exact=form is not None)
-        self.length = len(request.question)  # tokens in the suffix whenever it has no slot
+        self.length = request.before + len(request.question)  # tokens in the suffix whenever it has no slot
         self.suffix: Suffix = []  # keys and values (K, n, D) of each layer while it is parked
         self.produced = 0
         self.turn = 0  # tokens since it got its slot

@@ -14,7 +14,7 @@ from cribsheet.retrieval.retriever import Passage
 HEADING = "Passages:"
 GAP = "\n\n"
 _OVERLAP = 20  # characters that the end of a passage and the beginning of the next share when they were cut so
-_SHORTEST_CUT = 8  # tokens; less of a passage says nothing
+SHORTEST_CUT = 8  # tokens; less of a passage says nothing
 _WHOLE = 20  # characters of a passage that nobody writes by chance
 # Characters of documents that show that somebody has retrieved already: in lines of their own, and anywhere in a row.
 _APART, _QUOTED = 150, 300
@@ -54,7 +54,7 @@ def choose(
     fit is cut at a word, and the rest is left out. Unless all are known to be in the documents of `order`, ids in the
     order of the sheet, they keep the retriever's. With a `heading` it counts, too.
     """
-    said = [_flat("\n".join(str(turn["content"]) for turn in turns))]
+    said = [flattened("\n".join(str(turn["content"]) for turn in turns))]
     left = tokens - (encoder.count([HEADING + GAP]) if heading else 0)
     chosen: list[Passage] = []
     for passage in found:
@@ -66,7 +66,7 @@ def choose(
         fitting = _fitting(new, left, encoder)
         if fitting is not None:
             chosen.append(fitting)
-            said.append(_flat(fitting.text))
+            said.append(flattened(fitting.text))
         if fitting is not new:
             break
         left -= _tokens(new.text, encoder)
@@ -75,7 +75,7 @@ def choose(
 
 def known_of(texts: Sequence[str]) -> Known:
     """Texts of documents to be looked in, a line each; takes some 0.05 s for each megabyte, so make it once."""
-    return Known("\n".join(["", *map(_flat, texts), ""]))
+    return Known("\n".join(["", *map(flattened, texts), ""]))
 
 
 def is_told_already(turns: Sequence[Message], known: Known) -> bool:
@@ -93,7 +93,7 @@ def is_told_already(turns: Sequence[Message], known: Known) -> bool:
         return False
     if any(_tells(each, known, _SYSTEM_APART) or _quotes(each, known, _SYSTEM_QUOTED) for each in systems):
         return True
-    if _flat(asked) in known:  # such as a question that stands in a list of questions
+    if flattened(asked) in known:  # such as a question that stands in a list of questions
         return False
     before, _, _ = asked.rstrip().rpartition("\n")
     return _tells(before, known, _APART) or _quotes(asked, known, _QUOTED)
@@ -101,9 +101,9 @@ def is_told_already(turns: Sequence[Message], known: Known) -> bool:
 
 def says(turns: Sequence[Message], passage: Passage) -> bool:
     """Whether the prompt holds all of a passage, in lines of its own."""
-    flat = _flat(passage.text)
+    flat = flattened(passage.text)
     lines = (_piece(line, flat) or "" for part in _asked(turns) for line in part.splitlines())
-    return len(flat) >= _WHOLE and flat in _flat(" ".join(lines))
+    return len(flat) >= _WHOLE and flat in flattened(" ".join(lines))
 
 
 def _asked(turns: Sequence[Message]) -> list[str]:
@@ -143,13 +143,13 @@ def _told(paragraph: str, known: Known, least: int) -> int:
 
 def _piece(line: str, known: Known | str) -> str | None:
     """What of a line is known: all, or all but a label, which is nothing of a line that is a label only; or none."""
-    flat = _flat(line)
+    flat = flattened(line)
     return next((piece for piece in dict.fromkeys((flat, _LABEL.sub("", flat))) if piece in known), None)
 
 
 def _quotes(prompt: str, known: Known, least: int) -> bool:
     """Whether so many characters of a prompt in a row are known; found by a part, then grown."""
-    asked, part = _flat(prompt), least // 2
+    asked, part = flattened(prompt), least // 2
     for at in range(0, min(len(asked) - part + 1, _LINES * part), part):
         found = known.find(asked[at : at + part])
         if found >= 0:
@@ -174,7 +174,7 @@ def block_of(passages: Sequence[Passage]) -> str:
 def _unsaid(passage: Passage, said: Sequence[str], chosen: Sequence[Passage]) -> Passage | None:
     """What of a passage is new: nothing if a flat text has said it, without the part where it overlaps another."""
     text = passage.text
-    flat = _flat(text)
+    flat = flattened(text)
     if any(flat in each for each in said):
         return None
     for each in chosen:
@@ -206,7 +206,7 @@ def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
     while kept and _tokens(kept, encoder) > tokens:
         room -= 1
         kept = encoder.first(kept, room)
-    if not kept or encoder.count([kept]) < _SHORTEST_CUT:
+    if not kept or encoder.count([kept]) < SHORTEST_CUT:
         return None
     text = passage.text[: len(kept)]
     return replace(passage, text=text, stop=None if passage.start is None else passage.start + len(text))
@@ -225,5 +225,6 @@ def _in_order(passages: list[Passage], order: Sequence[str]) -> list[Passage]:
     return sorted(passages, key=lambda each: (numbers[each.document_id], each.start or 0))
 
 
-def _flat(text: str) -> str:
+def flattened(text: str) -> str:
+    """In one line, whatever blanks and breaks there are."""
     return " ".join(text.split())

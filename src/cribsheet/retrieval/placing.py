@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from cribsheet.sheet.sheet import Sheet
 class Told(NamedTuple):
     """Token ids (T,) of a question with its passages.
 
-    `places` are the first and last-plus-one token of each passage; `lead` is how many tokens come before what is asked.
+    `places` are the first and last-plus-one token of each passage, counted from the end of the prefix; `lead` is how
+    many of these tokens come before what is asked.
     """
 
     ids: Tensor
@@ -50,6 +52,19 @@ def beside_documents(
     """
     ids, spans = layout.encoder.placed(_as_documents(layout, passages), continues=True)
     return _asked_behind(_guided(layout, task, sheet, ids), _places(spans, passages, 0), layout, task, sheet, turns)
+
+
+def behind_recalled(
+    layout: ChatLayout, task: Task, sheet: Sheet, turns: Sequence[Message], sizes: Sequence[int], *, guided: bool
+) -> Told:
+    """A conversation behind recalled stretches of so many tokens, which are not among its own.
+
+    Where it is `guided`, the guide is read again behind them.
+    """
+    nothing = torch.empty(0, dtype=torch.int64)
+    ends = [0, *accumulate(sizes)]
+    lead = _guided(layout, task, sheet, nothing) if guided else nothing
+    return _asked_behind(lead, tuple(pairwise(ends)), layout, task, sheet, turns)
 
 
 def instead_of_documents(

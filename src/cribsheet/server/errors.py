@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from cribsheet.errors import EngineError, RequestError, TemplateError, WindowError
+from cribsheet.errors import EngineError, RequestError, SheetError, TemplateError, WindowError
 from cribsheet.server.telemetry.record import record_of
+
+logger = logging.getLogger(__name__)
 
 # status -> the type and the code that OpenAI's clients know
 _KINDS = {
@@ -109,6 +112,10 @@ def refusal_of(
         return Refusal(400, _ODD_TURNS, param="messages")
     if isinstance(error, EngineError):
         return Refusal(504 if late else 503, str(error))
+    if isinstance(error, SheetError):
+        logger.error("an archive cannot be read: %s", error)  # not told to callers: it names files of this machine
+        told = "The sheet's archive cannot be read; use another mode, or no_archive 'sheet'."
+        return Refusal(503, told, param="cribsheet.mode", code="archive_unavailable")
     return Refusal(500, "The server failed on this request; its log tells more under the request's id.")
 
 

@@ -75,6 +75,7 @@ class Method:
     correction: Correction = "none"
     dtype: StorageDtype | None = None
     chunk_tokens: int | None = None
+    archive: bool = False
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""

@@ -21,7 +21,7 @@ from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
 from cribsheet.forecast import kept_bytes
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import finish
+from cribsheet.plan.assemble import archive_writer, finish
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import plan
 from cribsheet.prompt.chunks import TokenizedCorpus
@@ -90,5 +90,7 @@ class Sheets:
         """The sheet that `build_sheet` makes with these options, sequentially."""
         planned = plan(self._backbone, self._layout, self._documents, task, BuildOptions(**options))
         began = time.perf_counter()
-        state = read_through(_ReadsOnce(self._backbone, self._found), planned.corpus, planned.reading)
-        return finish(self._backbone, planned, state, began)
+        archive = archive_writer(self._backbone, planned, None, None)
+        once = _ReadsOnce(self._backbone, self._found)
+        state = read_through(once, planned.corpus, planned.reading, archive=archive)
+        return finish(self._backbone, planned, state, began, archive)

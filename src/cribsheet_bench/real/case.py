@@ -12,6 +12,7 @@ from typing import Any
 
 from cribsheet.asking.answer import Answer
 from cribsheet.asking.session import Session
+from cribsheet.asking.settings import POINTING
 from cribsheet.compare.compare import CLOSED, FULL, Corpus, size_before
 from cribsheet.compare.metrics import normalise
 from cribsheet.compare.questions import CHOICE, SUMMARY, Asked
@@ -92,7 +93,7 @@ class Case:
 
     def _build(self, made: Method, budget: int, minutes: float = 0.0) -> Sheet:
         task = self.corpus.task if made.examples else replace(self.corpus.task, examples=())
-        how = {name: getattr(made, name) for name in ("scorer", "guide", "allocation", "dtype")}
+        how = {name: getattr(made, name) for name in ("scorer", "guide", "allocation", "dtype", "archive")}
         sheet = self.sheets.build(task, budget=budget, **how)
         return study(Session.open(self.model, sheet), minutes=minutes)[0] if minutes else sheet
 
@@ -122,7 +123,9 @@ class Case:
             del self._bare
         self.sheets = Sheets(self.model.backbone, self.corpus.documents)
 
-    def _finder(self, name: str) -> Callable[[str], list[Passage]]:
+    def _finder(self, name: str) -> Callable[[str], list[Passage]] | str:
+        if name == POINTING:
+            return name
         if not name:
             return lambda query: []
         if name not in self._finders:

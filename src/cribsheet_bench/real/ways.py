@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cribsheet.compare.compare import CLOSED, FULL
@@ -36,7 +36,7 @@ def _sheet(name: str, scorer: str | None = None, *, share: float = 1.0, minutes:
 
 
 def _both(name: str, mode: Mode, retriever: str) -> Way:
-    return Way(name, _OUR_DEFAULT, mode, retriever, share=0.5)
+    return Way(name, replace(_OUR_DEFAULT, archive=mode == "recall"), mode, retriever, share=0.5)
 
 
 WAYS = (
@@ -60,6 +60,9 @@ WAYS = (
     _both("hybrid-dense", "hybrid", "dense"),
     _both("auto-bm25", "auto", "bm25"),
     _both("auto-dense", "auto", "dense"),
+    _both("recall-bm25", "recall", "bm25"),
+    _both("recall-dense", "recall", "dense"),
+    _both("recall-sheet", "recall", "sheet"),
 )
 BY_NAME = {way.name: way for way in WAYS}
 NAMES = tuple(BY_NAME)

@@ -29,6 +29,7 @@ from cribsheet.structured.tools import Toolbox, closed
 _READ_AGAIN = (
     60  # sources of all answers to a request, where they are more than answers carry: each answer is read again
 )
+_MODES = {"sure": "auto", "retriever": "recall", "no_archive": "recall"}  # settings that mean nothing in others
 _SAME = ("frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p", "seed", "stop")
 
 
@@ -141,17 +142,26 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM, retriever: str) 
         "top_k": extension.top_k,
         "passage_tokens": extension.passage_tokens,
         "sure": extension.sure,
+        "retriever": extension.retriever,
+        "no_archive": extension.no_archive,
     }
     given = {name: value for name, value in of_passages.items() if value is not None}
     if given and not extension.retrieves:
         name = next(iter(given))
         raise Refusal(400, f"{name} is about passages; give a mode that retrieves with it.", param=f"cribsheet.{name}")
-    if "sure" in given and extension.mode != "auto":
-        raise Refusal(400, "sure is for the mode 'auto' only.", param="cribsheet.sure")
+    for name, mode in _MODES.items():
+        if name in given and extension.mode != mode:
+            raise Refusal(400, f"{name} is for the mode {mode!r} only.", param=f"cribsheet.{name}")
+    if extension.mode == "recall" and kb.sheet.manifest.archive is None and extension.no_archive != "sheet":
+        raise Refusal(
+            400,
+            "This sheet has no archive to recall from; use another mode, or no_archive 'sheet'.",
+            param="cribsheet.mode",
+        )
     settings: dict[str, Any] = {"evidence": bool(extension.evidence or extension.sources)}
     if not extension.retrieves:
         return settings
-    if not any(kb.sheet.texts):
+    if not any(kb.sheet.texts) and extension.retriever is None:
         raise Refusal(
             400,
             f"The mode {extension.mode!r} searches the sheet's documents, but it was saved without their texts; use "
@@ -159,7 +169,8 @@ def _extended(extension: Extension, kb: CompressedKnowledgeLLM, retriever: str) 
             param="cribsheet.mode",
         )
     assert extension.mode is not None
-    return {**settings, "mode": Retrieval(extension.mode, retriever, **given)}
+    with naming("cribsheet.mode"):
+        return {**settings, "mode": Retrieval(extension.mode, **{"retriever": retriever, **given})}
 
 
 def _schema(form: AsJsonObject | AsJsonSchema | Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from cribsheet.engine.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
 from cribsheet.prompt.turns import TEXTS, is_not_said, not_read
-from cribsheet.vocabulary import Mode
+from cribsheet.vocabulary import Mode, NoArchive
 
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 _StopText = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -248,7 +248,9 @@ class Extension(_Strict):
     """What sheets can do beyond OpenAI's API.
 
     `evidence` tells what an answer looked at, and `sources` does for so many documents. Other modes than "sheet" tell
-    passages of the sheet's own documents after it, at most `top_k` in `passage_tokens`; `sure` is for "auto".
+    passages of the sheet's own documents after it, at most `top_k` in `passage_tokens`; `sure` is for "auto". For
+    "recall", the `retriever` "sheet" lets the sheet itself point to them, and with the `no_archive` "sheet" it answers
+    alone where nothing can be recalled.
     """
 
     evidence: bool | None = None
@@ -257,6 +259,8 @@ class Extension(_Strict):
     top_k: int | None = Field(default=None, ge=1, le=_MAX_PASSAGES)
     passage_tokens: int | None = Field(default=None, ge=1)
     sure: float | None = Field(default=None, ge=0, le=1)
+    retriever: Literal["sheet"] | None = None
+    no_archive: NoArchive | None = None
 
     @property
     def retrieves(self) -> bool:

@@ -83,7 +83,7 @@ class Extended(Reply):
     """The answer's extension field; `certainty` is how certain "auto" is that passages add nothing."""
 
     sources: list[Evidence] = []
-    mode: Literal["sheet", "retrieval", "hybrid"]
+    mode: Literal["sheet", "retrieval", "hybrid", "recall"]
     certainty: float | None = None
 
 

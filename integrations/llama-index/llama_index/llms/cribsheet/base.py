@@ -55,7 +55,7 @@ from cribsheet import (
 )
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
-_PASSAGES = ("retriever", "mode", "passage_tokens", "sure")
+_PASSAGES = ("retriever", "mode", "passage_tokens", "sure", "no_archive")
 
 
 class CribsheetLLM(SchemaBoundLLM):
@@ -70,9 +70,10 @@ class CribsheetLLM(SchemaBoundLLM):
     digest
         the sheet must be this one (`Manifest.digest`); known as soon as it is open.
 
-    retriever, mode, passage_tokens, sure
-        tell passages after the sheet, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" or "dense" for the
-        sheet's own documents, or any retriever; `top_k` then counts passages.
+    retriever, mode, passage_tokens, sure, no_archive
+        tell passages after the sheet, or recall them, as in `CompressedKnowledgeLLM.ask`: `retriever` is "bm25" or
+        "dense" for the sheet's own documents, "sheet" to recall what that looks at, or any retriever; `top_k` then
+        counts passages.
     evidence
         whether responses tell what the answer looked at, in `raw["sources"]`; they do unless it is false.
 
@@ -99,9 +100,10 @@ class CribsheetLLM(SchemaBoundLLM):
     retriever: Any = Field(
         default=None, description="What finds passages; bm25 or dense for the sheet's own documents."
     )
-    mode: str | None = Field(default=None, description="sheet, retrieval, hybrid or auto.")
+    mode: str | None = Field(default=None, description="sheet, retrieval, hybrid, auto or recall.")
     passage_tokens: int | None = Field(default=None, description="Most tokens of passages.")
     sure: float | None = Field(default=None, description="How certain a draft must be in mode auto.")
+    no_archive: str | None = Field(default=None, description="What recall does without an archive: error or sheet.")
     evidence: bool | None = Field(default=None, description="Whether responses tell what was looked at.")
 
     _opened: CompressedKnowledgeLLM | None = PrivateAttr(default=None)

@@ -38,7 +38,7 @@ _OF_SYNTHESIZER = (
 )
 
 
-_OF_CORE = ("mode", "passage_tokens", "sure")
+_OF_CORE = ("mode", "passage_tokens", "sure", "no_archive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ class CompressedKnowledgeQueryEngine(RetrieverQueryEngine):
     retriever
         where passages beside the sheet come from (`index.as_retriever()`); none by default. They are retrieved first,
         and told as many as the window holds.
-    mode, passage_tokens, sure
-        leave it to the core instead when and how much is retrieved ("hybrid", "auto", "retrieval": see
+    mode, passage_tokens, sure, no_archive
+        leave it to the core instead when and how much is retrieved ("hybrid", "auto", "retrieval", "recall": see
         `CompressedKnowledgeLLM.ask`), from `retriever`, which may be of any kind then, or from the sheet's own
         documents. What was told becomes source nodes, in a stream when it has ended.
     similarity_top_k

@@ -1,0 +1,47 @@
+"""Where recalled tokens stand: moved together, in reading order, between the sheet's documents and the question.
+
+Another placement is another `placed`; why this one: decisions/0030.
+
+Letters: `L` layers, `K` key/value heads, `n` tokens, `D` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cribsheet.attention.rope import rotate
+from cribsheet.engine.request import Suffix
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recalled:
+    """Stretches as they were read: keys before rotation and values, (L, K, n, D) of each, on the model's device.
+
+    `sizes` are the tokens of each stretch, which may be in several `pieces`, and `inv_freqs` (R/2,) those of each
+    layer. The tensors are shared and never written to.
+    """
+
+    pieces: Sequence[tuple[Tensor, Tensor]]
+    sizes: Sequence[int]
+    inv_freqs: Sequence[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return sum(self.sizes)
+
+    def placed(self, start: int) -> Suffix:
+        """Keys and values (K, n, D) of each layer, one piece behind the other, keys at positions from `start` on."""
+        keys, values = (torch.cat(halves, 2) for halves in zip(*self.pieces, strict=True))
+        positions = torch.arange(start, start + self.tokens, device=keys.device)
+        alike: dict[tuple[float, ...], list[int]] = {}  # layers that turn alike are turned at once
+        for layer, inv_freq in enumerate(self.inv_freqs):
+            alike.setdefault(tuple(inv_freq.tolist()), []).append(layer)
+        turned = torch.empty_like(keys)
+        for layers in alike.values():
+            turned[layers] = rotate(keys[layers], positions, self.inv_freqs[layers[0]].to(keys.device)).to(keys.dtype)
+        return list(zip(turned, values, strict=True))
