@@ -637,9 +637,9 @@ def test_what_stands_ahead_of_a_question_is_as_if_it_had_been_read_with_it_also_
     queue(engine, *(request for request, *_ in asked))
     for _ in range(3):
         engine.step()
-    for group in engine._groups:
-        for each in list(group.running)[:2]:
-            group.park(each)
+    for batch in engine._batches:
+        for each in list(batch.running)[:2]:
+            batch.park(each)
             engine._waiting.append(each)
     run(engine)
     for _, events, _, whole in asked:
