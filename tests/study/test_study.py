@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
@@ -15,9 +17,10 @@ from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, RequestError, SheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.sheet import file
+from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.layer import Learnt, StudiedLayer
-from cribsheet.study.notebook import Notebook
-from cribsheet.study.practice import Exercise, make_practice
+from cribsheet.study.notebook import Notebook, read_practice, write_practice
+from cribsheet.study.practice import make_practice
 from cribsheet.study.study import free_places, study
 from cribsheet.study.trainer import Pace, Trainer
 from cribsheet.testing import save_tiny_model
@@ -205,14 +208,60 @@ def test_texts_to_go_on_with_are_the_documents(staff, practice):
 def test_practice_is_the_same_every_time_and_comes_back_from_its_file(staff, practice, tmp_path):
     again = make_practice(staff.session.loaded, staff.session.layout, staff.sheet)
     assert [each.question for each in again.questions] == [each.question for each in practice.questions]
-    notebook = Notebook(tmp_path / "a.study", {"seed": 0})
-    assert notebook.practice() is None
-    notebook.write_practice(practice)
-    read = notebook.practice()
-    assert (read.tried, read.left_out) == (practice.tried, practice.left_out)
+    path = tmp_path / "a.practice"
+    assert read_practice(path) is None
+    write_practice(path, practice)
+    read = read_practice(path)
+    for part in ("tried", "left_out", "of", "seconds", "digest"):
+        assert getattr(read, part) == getattr(practice, part), part
     for one, other in zip([*read.questions, *read.texts], [*practice.questions, *practice.texts], strict=True):
         assert (one.asked, one.question, one.answer) == (other.asked, other.question, other.answer)
         assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("ids", "tops", "weights"))
+
+
+def test_with_time_left_rounds_go_on_until_they_give_hardly_anything_and_ask_nothing_twice():
+    with CompressedKnowledgeLLM.build(STAFF[:2], TASK, model="pocket", rate=4) as kb:
+        usual = make_practice(kb.session.loaded, kb.session.layout, kb.sheet, seed=3)
+        late = time.monotonic() + 600
+        more = make_practice(kb.session.loaded, kb.session.layout, kb.sheet, seed=3, until=late, latest=late)
+    assert more.tried > usual.tried and len(more.questions) > len(usual.questions)
+    assert [each.question for each in more.questions[: len(usual.questions)]] == [e.question for e in usual.questions]
+    assert len({each.question.lower() for each in more.questions}) == len(more.questions)
+    assert more.seconds < 500
+
+
+def practice_for(kb):
+    found = exercises(kb, 24)
+    return Practice(found[:20], found[20:], 24, Counter(), practice_of(kb.sheet), 7.0)
+
+
+def test_one_practice_serves_sheets_of_any_size_and_storage_and_no_others(tiny, tmp_path):
+    kb, path = built(tiny, guide="resident", budget=120), tmp_path / "night.practice"
+    write_practice(path, practice_for(kb))
+    before = path.read_bytes()
+    for options in ({"budget": 140}, {"budget": 140, "dtype": "int4"}, INDEPENDENT):
+        other = built(tiny, guide="resident", **options)
+        came = other.study(steps=2, practice=path)
+        assert came.questions + came.held_out == 20 and came.tried == 24
+        assert came.seconds < 7.0  # of training alone
+    assert path.read_bytes() == before
+    for changed in ({"system": "Be brief."}, {"guide": "dropped"}):
+        with pytest.raises(SheetError, match=r"night\.practice' is of other documents than the sheet's, or of another"):
+            built(tiny, **changed).study(steps=2, practice=path)
+    others = CompressedKnowledgeLLM.build(STAFF, FEW_SHOT, model=tiny, budget=60)
+    with pytest.raises(SheetError, match=r"^The practice is of other documents"):
+        others.study(steps=2, practice=practice_for(kb))
+    path.write_bytes(before[:-9])
+    with pytest.raises(SheetError, match="damaged"):
+        kb.study(steps=2, practice=path)
+
+
+def test_a_notebook_remembers_its_practice_beside_it_and_takes_both_away(tiny, tmp_path):
+    kb, path = built(tiny), tmp_path / "a.study"
+    write_practice(tmp_path / "a.study.practice", practice_for(kb))
+    came = kb.study(steps=2, resume=path)
+    assert came.tried == 24 and came.seconds > 7.0  # those of practice are its own
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

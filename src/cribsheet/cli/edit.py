@@ -101,6 +101,14 @@ def study(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of training, instead or at most.")] = None,
     learning_rate: Annotated[float, typer.Option(metavar="N", help="How far a step of training goes.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is random in it.")] = 0,
+    practice: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What it practises on, for all sheets of the same documents, task, guide and model: read if it "
+            "exists, else written.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -110,6 +118,8 @@ def study(
 ) -> None:
     """Let a sheet practise on its documents until it answers more of what they say, at the same size."""
     target = _target(file, options.output)
+    if practice is not None:
+        check_output(practice, force=True)
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM
 
@@ -117,7 +127,7 @@ def study(
     notebook = target.with_name(f"{target.name}.study") if resume else None
     with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
         how: StudyOptions = {"minutes": minutes, "steps": steps, "learning_rate": learning_rate, "seed": seed}
-        came = kb.study(**how | {"resume": notebook, "progress": _tenths()})
+        came = kb.study(**how | {"practice": practice, "resume": notebook, "progress": _tenths()})
         if came.learnt or options.output is not None:
             kb.save(target)
     done = {"sheet": str(target), "learnt": came.learnt, **dataclasses.asdict(came)}

@@ -17,7 +17,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,13 +33,15 @@ from cribsheet.retention.gaps import SENTENCE, gaps
 from cribsheet.retention.probes import Exam, agree, is_apt, is_told
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
+from cribsheet.study.exercises import Exercise, Practice, padded, practice_of
 
 logger = logging.getLogger(__name__)
 
 _STRETCH = 2000  # characters that are read at once
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
-_PER_SENTENCE = 6  # questions that are tried
-_AT_ONCE = 2  # of them in a round, so that all stretches have some when time is up
+_AT_ONCE = 2  # questions about a sentence that are tried in a round, so that all stretches have some when time is up
+_ROUNDS = 3  # at least; more only while there is time
+_WORTH = 0.25  # of what questions of the first round gave, which those of another must give for it not to be the last
 _FIRST, _FEWEST = 12, 4  # questions about the first stretch, and about any, where time is short
 _SHORTEST = 4  # words of a sentence
 _LONGEST = 400  # characters of a sentence that are shown
@@ -65,32 +66,6 @@ _ALIKE = "Questions look like these: {}\n\n"
 _GO_ON = "Continue the documents where they read: {}"
 
 
-@dataclass(frozen=True, slots=True)
-class Exercise:
-    """A user's turn and what to write after it, in tokens.
-
-    `ids` (T,) are both, `asked` those of the turn; `tops` (n, k) and `weights` (n, k) are the teacher's best
-    continuations and their probabilities for each of the n tokens to write.
-    """
-
-    ids: Tensor
-    asked: int
-    tops: Tensor
-    weights: Tensor
-    question: str = ""
-    answer: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Practice:
-    """Questions with answers, and texts to go on with; `tried` and `left_out` say what became of the questions."""
-
-    questions: Sequence[Exercise]
-    texts: Sequence[Exercise]
-    tried: int
-    left_out: Counter[str]
-
-
 def make_practice(
     model: LoadedModel,
     layout: ChatLayout,
@@ -102,25 +77,37 @@ def make_practice(
     least: int = 0,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Practice:
-    """Exercises about a sheet's documents; the same every time, unless it is `until` (of `time.monotonic`) first.
+    """Exercises about a sheet's documents: round after round `until` then (of `time.monotonic`), or as they give much.
 
-    While there are fewer than `least` questions, it goes on until the `latest`.
+    While there are fewer than `least` questions, it goes on until the `latest`. Without a time there are a few rounds,
+    the same every time.
 
     Raises `RequestError` if the sheet has no texts.
     """
     stretches = cut_into_passages(_told(sheet), _STRETCH)
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, seed)
-    rounds = [(stretch, turn) for turn in range(_PER_SENTENCE // _AT_ONCE) for stretch in stretches]
-    for number, (stretch, turn) in enumerate(rounds):
-        ends = until if len(maker.found) >= least else latest
-        most = None if ends is None else _affordable(maker, ends, len(stretches) - number % len(stretches))
-        if most == 0:
-            logger.info("time is up for practice after %d of %d stretches", number, len(rounds))
-            break
-        maker.take(stretch, turn, most)
-        tell((number + 1) / len(rounds))
-    return Practice(maker.found, maker.texts(), maker.tried, maker.left_out)
+    gave: list[float] = []  # by each question that was tried, in each round
+    while len(gave) < _ROUNDS or (until is not None and gave[-1] > _WORTH * gave[0]):
+        found, tried = len(maker.found), maker.tried
+        for number, stretch in enumerate(stretches):
+            ends = until if len(maker.found) >= least else latest
+            most = None if ends is None else _affordable(maker, ends, len(stretches) - number)
+            if most == 0:
+                logger.info("time is up for practice after %d of %d stretches", number, len(stretches))
+                return maker.practice(sheet)
+            maker.take(stretch, len(gave), most)
+            tell(_share(maker.began, ends, len(gave) + (number + 1) / len(stretches)))
+        gave.append((len(maker.found) - found) / max(1, maker.tried - tried))
+        logger.info("practice: %d questions after round %d", len(maker.found), len(gave))
+    return maker.practice(sheet)
+
+
+def _share(began: float, until: float | None, rounds: float) -> float:
+    """How much of practice is done after so many rounds, 0 to 1."""
+    if until is None:
+        return rounds / _ROUNDS
+    return min(1.0, (time.monotonic() - began) / max(1.0, until - began))
 
 
 def _affordable(maker: _Maker, until: float, stretches: int) -> int:
@@ -154,7 +141,7 @@ def _told(sheet: Sheet) -> list[Document]:
 
 
 class _Maker:
-    """Makes exercises of one stretch after the other."""
+    """Makes exercises of one stretch after the other, again and again: never the same question twice."""
 
     def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int) -> None:
         self._exam, self._stretches, self._seed = exam, stretches, seed
@@ -172,7 +159,7 @@ class _Maker:
     def take(self, stretch: Passage, turn: int, most: int | None = None) -> None:
         """Ask some questions about each sentence of a stretch, at most so many, and in the first round gaps too."""
         documents = self._exam.documents(stretch.text)
-        asked = dict.fromkeys(self._asked(stretch, documents, most), "")
+        asked = dict.fromkeys(self._asked(stretch, documents, turn, most), "")
         if turn == 0:
             left = list(gaps(stretch, self._rare))
             self._random.shuffle(left)
@@ -180,18 +167,23 @@ class _Maker:
             asked |= {gap.question: gap.answer for gap in left[:few]}
         fresh = {question: right for question, right in asked.items() if " ".join(words(question)) not in self._taken}
         self._taken |= {" ".join(words(question)) for question in fresh}
+        self.left_out["asked before"] += len(asked) - len(fresh)
         if fresh:
             self.found += self._answered(stretch, fresh, read_prefix(self._exam, documents, self._guide))
 
-    def _asked(self, stretch: Passage, documents: Tensor, most: int | None) -> Iterator[str]:
+    def _asked(self, stretch: Passage, documents: Tensor, turn: int, most: int | None) -> Iterator[str]:
         """Questions about a stretch that may be asked without it."""
         exam, sentences = self._exam, SENTENCE.split(stretch.text)
-        about = [sentence for sentence in sentences if len(sentence.split()) >= _SHORTEST for _ in range(_AT_ONCE)]
+        about = [
+            (sentence, opening)
+            for sentence in sentences
+            if len(sentence.split()) >= _SHORTEST
+            for opening in self._openings(sentence, turn)
+        ]
         if most is not None and most < len(about):
             about = self._random.sample(about, most)
-        openings = [self._random.choice(_OPENINGS) for _ in about]
         begun = []
-        for number, (sentence, opening) in enumerate(zip(about, openings, strict=True)):
+        for number, (sentence, opening) in enumerate(about):
             text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if number % 2 else "")
             turns = exam.layout.question([{"role": "user", "content": text}], exam.task, False)
             gap = "" if turns[-1:].isspace() else " "
@@ -206,12 +198,18 @@ class _Maker:
             temperature=_TEMPERATURE,
             seed=seed,
         )
-        for opening, text in zip(openings, written, strict=True):
+        for (_, opening), text in zip(about, written, strict=True):
             question = f"{opening} {text}?" if text else ""
             if is_apt(question, stretch, self._rare):
                 yield question
             else:
                 self.left_out["not apt"] += 1
+
+    def _openings(self, sentence: str, turn: int) -> list[str]:
+        """Those of a round for a sentence: others each time, until it has had them all."""
+        order = list(_OPENINGS)
+        random.Random(f"{self._seed}/{sentence}").shuffle(order)
+        return [order[(turn * _AT_ONCE + number) % len(order)] for number in range(_AT_ONCE)]
 
     def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
         """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""
@@ -268,15 +266,20 @@ class _Maker:
                 found.append(Exercise(whole, len(asked), best.indices, best.values.exp(), question, answer))
         return found
 
-    def texts(self) -> list[Exercise]:
+    def practice(self, sheet: Sheet) -> Practice:
+        """All that was made, and texts."""
+        texts, left_out = self._texts(), +self.left_out
+        return Practice(self.found, texts, self.tried, left_out, practice_of(sheet), time.monotonic() - self.began)
+
+    def _texts(self) -> list[Exercise]:
         """As many texts to go on with as there are questions."""
         encoder, found = self._exam.layout.encoder, list[Exercise]()
         told = [(stretch.text, *encoder.left(stretch.text)) for stretch in self._stretches]
         for number in range(len(self.found)):
             text, ids, spans = told[number % len(told)]
-            shown = self._random.randint(*_CUE)
+            shown = min(self._random.randint(*_CUE), len(ids) // 2)
             begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
-            target = ids[begin + shown : begin + shown + _TEXT_TOKENS]
+            target = ids[begin + shown : begin + shown + _TEXT_TOKENS].clone()  # files take no memory that is shared
             if len(target) < _TEXT_TOKENS // 4:
                 continue
             cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
@@ -284,8 +287,3 @@ class _Maker:
             one = torch.ones(len(target), 1)
             found.append(Exercise(torch.cat([asked, target]), len(asked), target[:, None], one))
         return found
-
-
-def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Token ids (B, T) of rows of different lengths, with anything behind the shorter ones, which nobody looks at."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

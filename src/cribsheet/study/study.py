@@ -23,13 +23,14 @@ from torch import Tensor
 
 from cribsheet.asking.session import Session
 from cribsheet.attention.prefix import LayerPrefix, turned_back
-from cribsheet.errors import BudgetError, ModelError, RequestError
+from cribsheet.errors import BudgetError, ModelError, RequestError, SheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.study.notebook import Notebook
-from cribsheet.study.practice import Exercise, Practice, make_practice
+from cribsheet.study.exercises import Exercise, Practice, practice_of
+from cribsheet.study.notebook import Notebook, read_practice, write_practice
+from cribsheet.study.practice import make_practice
 from cribsheet.study.trainer import Pace, State, Trainer
 from cribsheet.vocabulary import ABSENT
 
@@ -93,6 +94,7 @@ class StudyOptions(TypedDict, total=False):
     learning_rate: float
     seed: int
     resume: str | Path | None
+    practice: Practice | str | Path | None
     progress: Told | None
 
 
@@ -104,6 +106,7 @@ def study(
     learning_rate: float = 0.02,
     seed: int = 0,
     resume: str | Path | None = None,
+    practice: Practice | str | Path | None = None,
     progress: Told | None = None,
 ) -> tuple[Sheet, Study]:
     """A sheet that answers more of what its documents say, of the size of the one given, and what came of it.
@@ -111,60 +114,101 @@ def study(
     `minutes` are those of all of it, `steps` those of training; at least one is needed. `learning_rate` is in units
     of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
     in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
+    `practice` is what is practised on, made before (`practise`) for any sheet of the same documents, task, guide and
+    model, or a file of it: one that exists is read, and takes none of the minutes; else it is written.
     `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
 
     If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
-    texts or with too few questions in them, `BudgetError` for settings out of range, `ModelError` for a divided model.
+    texts or with too few questions in them, `SheetError` for a practice or notebook that belongs to others,
+    `BudgetError` for settings out of range, `ModelError` for a divided model.
     """
     _check(minutes, steps, learning_rate, session.backbone)
-    began, told = time.monotonic(), progress or (lambda what, share: None)
+    told = progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
+    exercises, spent = _exercises(session, practice, resume, minutes, seed, told)
+    _check_enough(exercises)
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
-    notebook = Notebook(resume, identity) if resume is not None else None
-    practice = notebook.practice() if notebook else None
-    if practice is None:
-        told("practice", 0.0)
-        ends = [None if minutes is None else began + 60 * minutes * share for share in (_PRACTICE, _LATEST)]
-        practice = make_practice(
-            session.loaded,
-            session.layout,
-            sheet,
-            seed=seed,
-            until=ends[0],
-            latest=ends[1],
-            least=LEAST_QUESTIONS,
-            tell=lambda share: told("practice", share),
-        )
-        _check_enough(practice)
-        if notebook:
-            notebook.write_practice(practice)
-    held, questions = _parted(practice.questions, seed)
+    notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
+    held, questions = _parted(exercises.questions, seed)
     layers = sheet_layers(backbone, sheet, torch.float32)
     trainer = Trainer(
-        backbone, layers, sheet.length, free_places(backbone, sheet), questions, practice.texts, held, seed
+        backbone, layers, sheet.length, free_places(backbone, sheet), questions, exercises.texts, held, seed
     )
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
-    seconds = math.inf if minutes is None else max(1.0, 60 * minutes - (time.monotonic() - began))
+    seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
     pace = Pace(_STEPS if steps is None else steps, seconds, learning_rate)
     trainer.run(state, pace, _teller(pace, told, notebook))
     learnt = state.lowest < _BETTER * state.curve[0][1]
     came = Study(
         questions=len(questions),
-        texts=len(practice.texts),
+        texts=len(exercises.texts),
         held_out=len(held),
-        tried=practice.tried,
+        tried=exercises.tried,
         before=state.curve[0][1],
         after=state.lowest if learnt else state.curve[0][1],
         steps=state.step,
         best_step=state.best_step if learnt else 0,
         learning_rate=learning_rate,
         seed=seed,
-        seconds=time.monotonic() - began,
+        seconds=spent + state.seconds,
     )
     logger.info("%s", came)
     if notebook:
         notebook.remove()
+        _beside(notebook.path).unlink(missing_ok=True)
     return (_with_layers(backbone, sheet, trainer.best_layers(state), came) if learnt else sheet), came
+
+
+def practise(
+    session: Session, *, minutes: float | None = None, seed: int = 0, progress: Told | None = None
+) -> Practice:
+    """What sheets of these documents, of whatever size, may practise on.
+
+    `minutes` are those of a whole study, of which it takes its share; without them it is the same every time.
+    """
+    told = progress or (lambda what, share: None)
+    began = time.monotonic()
+    ends = [None if minutes is None else began + 60 * minutes * share for share in (_PRACTICE, _LATEST)]
+    told("practice", 0.0)
+    return make_practice(
+        session.loaded,
+        session.layout,
+        session.sheet,
+        seed=seed,
+        until=ends[0],
+        latest=ends[1],
+        least=LEAST_QUESTIONS,
+        tell=lambda share: told("practice", share),
+    )
+
+
+def _exercises(
+    session: Session,
+    practice: Practice | str | Path | None,
+    resume: str | Path | None,
+    minutes: float | None,
+    seed: int,
+    told: Told,
+) -> tuple[Practice, float]:
+    """What is practised on: as given, or as a file has it, or new; and the seconds of it that are this study's."""
+    if isinstance(practice, Practice):
+        _check_of(practice, session.sheet, "The practice")
+        return practice, 0.0
+    own = practice is None
+    path = Path(practice) if practice is not None else None if resume is None else _beside(Path(resume))
+    found = None if path is None else read_practice(path)
+    if found is not None:
+        _check_of(found, session.sheet, f"The practice in {str(path)!r}")
+        return found, found.seconds if own else 0.0
+    made = practise(session, minutes=minutes, seed=seed, progress=told)
+    if path is not None and len(made.questions) >= LEAST_QUESTIONS:
+        write_practice(path, made)
+    return made, made.seconds
+
+
+def _beside(notebook: Path) -> Path:
+    """Where a study that can be resumed remembers its practice."""
+    return notebook.with_name(f"{notebook.name}.practice")
 
 
 def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
@@ -220,6 +264,14 @@ def _check(minutes: float | None, steps: int | None, learning_rate: float, backb
         raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
     if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):
         raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
+
+
+def _check_of(practice: Practice, sheet: Sheet, what: str) -> None:
+    if practice.of != practice_of(sheet):
+        raise SheetError(
+            f"{what} is of other documents than the sheet's, or of another task, guide or model; give one of the same, "
+            "or a file that does not exist yet, and it is written."
+        )
 
 
 def _check_enough(practice: Practice) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from cribsheet.attention.cache import cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.model.backbone import Backbone
+from cribsheet.study.exercises import Exercise, padded
 from cribsheet.study.layer import Learnt, StudiedLayer
-from cribsheet.study.practice import Exercise, padded
 
 logger = logging.getLogger(__name__)
 
