@@ -13,6 +13,7 @@ from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM, Task
 from cribsheet.attention.cache import cache_of, prefix_cache
+from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, RequestError, SheetError
 from cribsheet.living.segments import sheet_layers
@@ -21,7 +22,7 @@ from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.layer import Learnt, StudiedLayer
 from cribsheet.study.notebook import Notebook, read_practice, write_practice
 from cribsheet.study.practice import make_practice
-from cribsheet.study.study import free_places, study
+from cribsheet.study.study import free_places, study, with_layers
 from cribsheet.study.trainer import Pace, Trainer
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
@@ -62,9 +63,9 @@ def exercises(kb, count=8, seed=0):
     return made
 
 
-def trainer_of(kb, found, seed=0):
+def trainer_of(kb, found, seed=0, rounded=False):
     layers, free = sheet_layers(kb.backbone, kb.sheet, torch.float32), free_places(kb.backbone, kb.sheet)
-    return Trainer(kb.backbone, layers, kb.sheet.length, free, found[:4], found[4:6], found[6:], seed)
+    return Trainer(kb.backbone, layers, kb.sheet.length, free, found[:4], found[4:6], found[6:], seed, rounded)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
@@ -117,6 +118,39 @@ def test_the_divergence_falls_and_what_may_not_change_stays(tiny, options):
         for was, is_now in ((old.keys, new.keys), (old.values, new.values)):
             changed = (was != is_now).reshape(-1, size).any(-1)
             assert changed[places].any() and not changed[~places].any()
+
+
+@pytest.mark.parametrize("options", [{"allocation": "uniform"}, {"budget": 200}, INDEPENDENT])
+def test_what_is_learnt_in_four_bits_is_what_is_stored(tiny, options):
+    kb = built(tiny, dtype="int4", **options)
+    for rounded in (True, False):
+        trainer = trainer_of(kb, exercises(kb), rounded=rounded)
+        state = trainer.run(trainer.begin(), Pace(25))
+        assert state.best_step > 0 and state.lowest < state.curve[0][1]
+        stored = with_layers(tiny, kb.sheet, trainer.best_layers(state))
+        layers, free = sheet_layers(tiny, stored, torch.float32), free_places(tiny, stored)
+        as_stored = Trainer(tiny, layers, stored.length, free, [], [], trainer.held).divergence(trainer.held)
+        # what learnt without it is rounded afterwards, and is another
+        assert (as_stored == pytest.approx(state.lowest, rel=1e-3)) is rounded
+
+
+def test_an_empty_layer_is_attended_like_any_other(tiny):
+    ids = torch.arange(7, 29).view(2, 11)
+    positions = torch.arange(11).expand(2, -1)
+    for window in (None, 4):
+        nothing = [replace(layer, window=window) for layer in nothing_read(tiny)]
+        wanted = tiny.step(ids, positions, prefix_cache(nothing, 0), 11)
+        found = tiny.step(ids, positions, cache_of([StudiedLayer(layer, 0) for layer in nothing]), 11)
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_it_ends_where_what_is_held_out_becomes_no_better(tiny):
+    kb = built(tiny)
+    trainer = trainer_of(kb, exercises(kb))
+    state = trainer.begin()
+    state.curve[0] = 0, 0.0  # better than that it cannot become
+    trainer.run(state, Pace(1000, learning_rate=1e-3))
+    assert state.step == 150 and state.best_step == 0 and len(state.curve) == 7
 
 
 def test_the_preamble_the_first_tokens_and_the_guide_may_not_change(tiny):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -131,9 +131,8 @@ def study(
     notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
     held, questions = _parted(exercises.questions, seed)
     layers = sheet_layers(backbone, sheet, torch.float32)
-    trainer = Trainer(
-        backbone, layers, sheet.length, free_places(backbone, sheet), questions, exercises.texts, held, seed
-    )
+    free, rounded = free_places(backbone, sheet), sheet.manifest.dtype == "int4"
+    trainer = Trainer(backbone, layers, sheet.length, free, questions, exercises.texts, held, seed, rounded)
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
     pace = Pace(_STEPS if steps is None else steps, seconds, learning_rate)
@@ -156,7 +155,9 @@ def study(
     if notebook:
         notebook.remove()
         _beside(notebook.path).unlink(missing_ok=True)
-    return (_with_layers(backbone, sheet, trainer.best_layers(state), came) if learnt else sheet), came
+    if not learnt:
+        return sheet, came
+    return _told(with_layers(backbone, sheet, trainer.best_layers(state)), came), came
 
 
 def practise(
@@ -220,16 +221,22 @@ def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
     return found
 
 
-def _with_layers(backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix], came: Study) -> Sheet:
-    """The sheet with other keys and values in the layers that were learnt."""
+def with_layers(backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix]) -> Sheet:
+    """The sheet with other keys and values, in its storage type, in the layers that are learnt."""
     stored = list(sheet.layers)
     for number in backbone.full:
         layer = layers[number]
         if not sheet.manifest.rotated:
             layer = turned_back(layer, sheet.length, backbone.inv_freqs[number])
         stored[number] = StoredLayer.of(layer, sheet.manifest.dtype)
-    told: dict[str, Any] = {**sheet.manifest.build, "study": asdict(came)}
-    return replace(sheet, layers=stored, manifest=sheet.manifest.model_copy(update={"build": told}))
+    return replace(sheet, layers=stored)
+
+
+def _told(sheet: Sheet, came: Study) -> Sheet:
+    """The sheet with what came of its study in the manifest; what a check found is true of it no more."""
+    made = sheet.manifest
+    told = {"build": {**made.build, "study": asdict(came)}, "retention": None}
+    return replace(sheet, manifest=made.model_copy(update=told))
 
 
 def _parted(questions: Sequence[Exercise], seed: int) -> tuple[list[Exercise], list[Exercise]]:
