@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
@@ -22,7 +22,7 @@ from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.layer import Learnt, StudiedLayer
 from cribsheet.study.notebook import Notebook, read_practice, write_practice
 from cribsheet.study.practice import make_practice
-from cribsheet.study.study import free_places, study, with_layers
+from cribsheet.study.study import Study, free_places, study, with_layers
 from cribsheet.study.trainer import Pace, Trainer
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
@@ -354,6 +354,61 @@ def test_a_sheet_studied_when_the_learning_rate_was_called_rate_opens_and_answer
     with CompressedKnowledgeLLM.load(path, model=tiny) as opened:
         assert opened.sheet.manifest.build["study"] == before and opened.sheet.manifest.digest == manifest.digest
         assert opened.ask("Where?", max_tokens=4).text == kb.ask("Where?", max_tokens=4).text
+
+
+def test_a_forecast_is_counted_from_a_few_questions_and_exercises(staff):
+    before, weights = staff.sheet, [weight.requires_grad for weight in staff.backbone.model.parameters()]
+    by_steps = staff.forecast_study(steps=10)
+    assert by_steps.steps == 10 and by_steps.step_seconds > 0
+    assert by_steps.seconds == pytest.approx(by_steps.practice_seconds + 10 * by_steps.step_seconds)
+    assert by_steps.tried == 3 * 2 * 2 * len(STAFF)  # rounds, openings, sentences
+    by_time = staff.forecast_study(minutes=2)
+    assert by_time.practice_seconds == pytest.approx(42) and 1 <= by_time.steps <= 1000
+    assert by_time.seconds <= 120 + by_time.step_seconds and by_time.tried > 0
+    held = sum(weight.nbytes for weight in staff.backbone.model.parameters())
+    assert held < by_time.peak_bytes < 40 * held
+    assert "estimated from a few questions" in str(by_time)
+    assert staff.sheet is before and [w.requires_grad for w in staff.backbone.model.parameters()] == weights
+    with pytest.raises(BudgetError, match="give minutes"):
+        staff.forecast_study()
+
+
+def test_a_build_that_cannot_study_is_a_build_with_a_warning(tiny, caplog):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, budget=40, study_steps=1)
+    assert "The sheet is as it was built: Of" in caplog.text and "study" not in kb.sheet.manifest.build
+    for options, message in (
+        ({"study": 0}, "minutes is 0"),
+        ({"study_steps": 1, "check": True}, "leave check= and retain= out"),
+        ({"study": 1, "retain": 0.9, "budget": None}, "leave check= and retain= out"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, **{"budget": 40, **options})
+
+
+def test_commands_tell_of_a_study_and_what_one_would_take(cli, tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(each.text for each in STAFF[:3]))
+    path = tmp_path / "a.sheet"
+    asked = ("build", tmp_path / "a.txt", "-o", path, "--task", "Answer.", "--rate", 4)
+    for options, words in (
+        (("--study", 0), "number of minutes above 0"),
+        (("--study-steps", 0), "at least 1"),
+        (("--study", 1, "--dry-run"), "--study is for a build here"),
+        (("--study", 1, "--check"), "leave --check and --retain out, or --study and --study-steps"),
+    ):
+        refused = cli(*asked, *options)
+        assert refused.code == 2 and words in refused.err, (options, refused)
+    assert cli(*asked).code == 0
+    before = path.read_bytes()
+    told = cli("study", path, "--steps", 3, "--dry-run")
+    assert told.code == 0 and "then 3 steps of" in told.out and path.read_bytes() == before
+    assert cli("inspect", path, "--json").data["study"] is None and "studied" not in cli("inspect", path).out
+    sheet = file.load(path)
+    came = asdict(Study(30, 28, 4, 90, 0.8, 0.4, 50, 25, 0.02, 0, 61.2))
+    manifest = sheet.manifest.model_copy(update={"build": {**sheet.manifest.build, "study": came}})
+    file.save(replace(sheet, manifest=manifest), path)
+    assert cli("inspect", path, "--json").data["study"] == came
+    line = "30 questions of 90 tried, 50 steps (best after 25), 61 s; divergence on held-out questions 0.800 -> 0.400"
+    assert line in cli("inspect", path).out
 
 
 def test_a_model_in_training_mode_gets_its_gradients_back(tiny):

@@ -109,6 +109,9 @@ def study(
             "exists, else written.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Study nothing; say what it would take: seconds, steps and memory.")
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -126,6 +129,10 @@ def study(
     began = time.perf_counter()
     notebook = target.with_name(f"{target.name}.study") if resume else None
     with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
+        if dry_run:
+            forecast = kb.forecast_study(minutes=minutes, steps=steps)
+            say_json(dataclasses.asdict(forecast)) if options.as_json else say(str(forecast))
+            return
         how: StudyOptions = {"minutes": minutes, "steps": steps, "learning_rate": learning_rate, "seed": seed}
         came = kb.study(**how | {"practice": practice, "resume": notebook, "progress": _tenths()})
         if came.learnt or options.output is not None:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _STRETCH = 2000  # characters that are read at once
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
 _AT_ONCE = 2  # questions about a sentence that are tried in a round, so that all stretches have some when time is up
-_ROUNDS = 3  # at least; more only while there is time
+ROUNDS = 3  # at least; more only while there is time
 _WORTH = 0.25  # of what questions of the first round gave, which those of another must give for it not to be the last
 _FIRST, _FEWEST = 12, 4  # questions about the first stretch, and about any, where time is short
 _SHORTEST = 4  # words of a sentence
@@ -88,7 +88,7 @@ def make_practice(
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, seed)
     gave: list[float] = []  # by each question that was tried, in each round
-    while len(gave) < _ROUNDS or (until is not None and gave[-1] > _WORTH * gave[0]):
+    while len(gave) < ROUNDS or (until is not None and gave[-1] > _WORTH * gave[0]):
         found, tried = len(maker.found), maker.tried
         for number, stretch in enumerate(stretches):
             ends = until if len(maker.found) >= least else latest
@@ -103,10 +103,31 @@ def make_practice(
     return maker.practice(sheet)
 
 
+def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[Exercise], int, float]:
+    """Some exercises about the longest stretch; how many questions a round tries, and seconds that one of these took.
+
+    Raises as `make_practice`.
+    """
+    stretches = cut_into_passages(_told(sheet), _STRETCH)
+    exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
+    maker = _Maker(exam, stretches, 0)
+    longest = max(stretches, key=lambda stretch: len(stretch.text))
+    maker.take(longest, 0, _FIRST)
+    each = (time.monotonic() - maker.began) / max(1, maker.tried)
+    made = maker.practice(sheet)
+    tried = sum(_AT_ONCE for stretch in stretches for sentence in SENTENCE.split(stretch.text) if _says(sentence))
+    return [*made.questions, *made.texts], tried, each
+
+
+def _says(sentence: str) -> bool:
+    """Whether there is something to be asked about a sentence."""
+    return len(sentence.split()) >= _SHORTEST
+
+
 def _share(began: float, until: float | None, rounds: float) -> float:
     """How much of practice is done after so many rounds, 0 to 1."""
     if until is None:
-        return rounds / _ROUNDS
+        return rounds / ROUNDS
     return min(1.0, (time.monotonic() - began) / max(1.0, until - began))
 
 
@@ -177,7 +198,7 @@ class _Maker:
         about = [
             (sentence, opening)
             for sentence in sentences
-            if len(sentence.split()) >= _SHORTEST
+            if _says(sentence)
             for opening in self._openings(sentence, turn)
         ]
         if most is not None and most < len(about):
@@ -272,18 +293,18 @@ class _Maker:
         return Practice(self.found, texts, self.tried, left_out, practice_of(sheet), time.monotonic() - self.began)
 
     def _texts(self) -> list[Exercise]:
-        """As many texts to go on with as there are questions."""
-        encoder, found = self._exam.layout.encoder, list[Exercise]()
-        told = [(stretch.text, *encoder.left(stretch.text)) for stretch in self._stretches]
-        for number in range(len(self.found)):
-            text, ids, spans = told[number % len(told)]
-            shown = min(self._random.randint(*_CUE), len(ids) // 2)
-            begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
-            target = ids[begin + shown : begin + shown + _TEXT_TOKENS].clone()  # files take no memory that is shared
-            if len(target) < _TEXT_TOKENS // 4:
-                continue
-            cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
-            asked = self._exam.turn(_GO_ON.format(cue))
-            one = torch.ones(len(target), 1)
-            found.append(Exercise(torch.cat([asked, target]), len(asked), target[:, None], one))
-        return found
+        """As many texts to go on with as there are questions, but where a stretch is too short for one."""
+        told = [(stretch.text, *self._exam.layout.encoder.left(stretch.text)) for stretch in self._stretches]
+        texts = [self._text(*told[number % len(told)]) for number in range(len(self.found))]
+        return [text for text in texts if text is not None]
+
+    def _text(self, text: str, ids: Tensor, spans: Tensor) -> Exercise | None:
+        """A place of a text, of which each token (T,) has a span (T, 2), to go on from."""
+        shown = min(self._random.randint(*_CUE), len(ids) // 2)
+        begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
+        target = ids[begin + shown : begin + shown + _TEXT_TOKENS].clone()  # files take no memory that is shared
+        if len(target) < _TEXT_TOKENS // 4:
+            return None
+        cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
+        asked = self._exam.turn(_GO_ON.format(cue))
+        return Exercise(torch.cat([asked, target]), len(asked), target[:, None], torch.ones(len(target), 1))

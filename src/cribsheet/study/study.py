@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 LEAST_QUESTIONS = 16  # of fewer, nothing can be learnt and held out
 _MOST_HELD, _HELD = 48, 0.1
 _SINKS = 4  # first tokens of a sheet, on which attention rests: they stay
-_PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
-_STEPS = 1000  # more than that only repeats
+PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
+MOST_STEPS = 1000  # more than that only repeats
 _BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
 _SAVED_EVERY = 30.0  # seconds
 
@@ -122,7 +122,9 @@ def study(
     texts or with too few questions in them, `SheetError` for a practice or notebook that belongs to others,
     `BudgetError` for settings out of range, `ModelError` for a divided model.
     """
-    _check(minutes, steps, learning_rate, session.backbone)
+    check(minutes, steps, session.backbone)
+    if not 0 < learning_rate <= 1:
+        raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
     told = progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
     exercises, spent = _exercises(session, practice, resume, minutes, seed, told)
@@ -130,12 +132,10 @@ def study(
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
     held, questions = _parted(exercises.questions, seed)
-    layers = sheet_layers(backbone, sheet, torch.float32)
-    free, rounded = free_places(backbone, sheet), sheet.manifest.dtype == "int4"
-    trainer = Trainer(backbone, layers, sheet.length, free, questions, exercises.texts, held, seed, rounded)
+    trainer = trainer_of(backbone, sheet, questions, exercises.texts, held, seed)
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
-    pace = Pace(_STEPS if steps is None else steps, seconds, learning_rate)
+    pace = Pace(MOST_STEPS if steps is None else steps, seconds, learning_rate)
     trainer.run(state, pace, _teller(pace, told, notebook))
     learnt = state.lowest < _BETTER * state.curve[0][1]
     came = Study(
@@ -169,7 +169,7 @@ def practise(
     """
     told = progress or (lambda what, share: None)
     began = time.monotonic()
-    ends = [None if minutes is None else began + 60 * minutes * share for share in (_PRACTICE, _LATEST)]
+    ends = [None if minutes is None else began + 60 * minutes * share for share in (PRACTICE, _LATEST)]
     told("practice", 0.0)
     return make_practice(
         session.loaded,
@@ -210,6 +210,19 @@ def _exercises(
 def _beside(notebook: Path) -> Path:
     """Where a study that can be resumed remembers its practice."""
     return notebook.with_name(f"{notebook.name}.practice")
+
+
+def trainer_of(
+    backbone: Backbone,
+    sheet: Sheet,
+    questions: Sequence[Exercise],
+    texts: Sequence[Exercise],
+    held: Sequence[Exercise],
+    seed: int = 0,
+) -> Trainer:
+    """What learns the layers of a sheet, seen as it is stored."""
+    layers, rounded = sheet_layers(backbone, sheet, torch.float32), sheet.manifest.dtype == "int4"
+    return Trainer(backbone, layers, sheet.length, free_places(backbone, sheet), questions, texts, held, seed, rounded)
 
 
 def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
@@ -260,15 +273,14 @@ def _teller(pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[Stat
     return tell
 
 
-def _check(minutes: float | None, steps: int | None, learning_rate: float, backbone: Backbone) -> None:
+def check(minutes: float | None, steps: int | None, backbone: Backbone) -> None:
+    """Raise `BudgetError` for a time that is none, and `ModelError` for a model that cannot study."""
     if minutes is None and steps is None:
         raise BudgetError("Nothing says how long to study; give minutes=, or steps= of training.")
     if minutes is not None and not 0 < minutes < math.inf:
         raise BudgetError(f"minutes is {minutes!r}; give a number above 0.")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise BudgetError(f"steps is {steps!r}; give a whole number of at least 1.")
-    if not 0 < learning_rate <= 1:
-        raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
     if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):
         raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
 

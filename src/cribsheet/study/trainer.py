@@ -27,7 +27,7 @@ from cribsheet.study.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 16  # exercises of a step
+BATCH = 16  # exercises of a step
 _TEXTS = 0.35  # share of them that are texts to go on with
 _WARM_UP = 20  # steps until the learning rate is what it shall be
 _FALL = 0.7  # share of the time in which it falls to nothing
@@ -123,7 +123,7 @@ class Trainer:
         """Go on from a state until the pace says that it is enough, or nothing comes; `tell` hears of each step."""
         self._take(state.shifts)
         state.shifts = [shift.detach() for shift in self.shifts]  # the same memory, whatever is learnt
-        with _weights_fixed(self._backbone):
+        with weights_fixed(self._backbone):
             while pace.progress(state) < 1 and not state.is_stale:
                 began = time.monotonic()
                 self._step(state, pace.learning_rate_at(state))
@@ -145,8 +145,8 @@ class Trainer:
     def divergence(self, exercises: Sequence[Exercise]) -> float:
         """Of the teacher's distribution from the sheet's as it is now, in nats a token."""
         total, tokens = 0.0, 0
-        for first in range(0, len(exercises), _BATCH):
-            batch = exercises[first : first + _BATCH]
+        for first in range(0, len(exercises), BATCH):
+            batch = exercises[first : first + BATCH]
             count = sum(len(each.tops) for each in batch)
             total, tokens = total + float(self._loss(batch)) * count, tokens + count
         return total / max(1, tokens)
@@ -174,8 +174,8 @@ class Trainer:
 
     def _batch(self, step: int) -> list[Exercise]:
         """The exercises of a step; those of a number are the same whatever was before."""
-        texts = round(_BATCH * _TEXTS) if self._texts else 0
-        questions = _BATCH - texts
+        texts = round(BATCH * _TEXTS) if self._texts else 0
+        questions = BATCH - texts
         return [
             *_drawn(self._questions, step * questions, questions, self._seed),
             *_drawn(self._texts, step * texts, texts, self._seed + 1),
@@ -236,7 +236,7 @@ def _order(count: int, seed: int, turn: int) -> Sequence[int]:
 
 
 @contextmanager
-def _weights_fixed(backbone: Backbone) -> Iterator[None]:
+def weights_fixed(backbone: Backbone) -> Iterator[None]:
     """The model's weights need no gradients inside."""
     changing = [weight for weight in backbone.model.parameters() if weight.requires_grad]
     for weight in changing:
