@@ -24,13 +24,12 @@ from torch import Tensor
 from cribsheet.asking.answer import Answer
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import Prefix
-from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.gaps import SENTENCE, gaps
-from cribsheet.retention.probes import Exam, agree, is_apt, is_told
+from cribsheet.retention.probes import Exam, agree, is_apt, is_told, rare_words
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.study.exercises import Exercise, Practice, padded, practice_of
@@ -142,16 +141,6 @@ def _affordable(maker: _Maker, until: float, stretches: int) -> int:
     return max(_FEWEST, int((until - now) / each / stretches))
 
 
-def read_prefix(exam: Exam, *parts: Tensor) -> Prefix:
-    """Tokens (T,) plainly read, one part behind the other."""
-    layers, ids = nothing_read(exam.backbone), torch.cat(parts)
-    if not len(ids):
-        return Prefix(layers, 0)
-    read = exam.backbone.read(layers, 0, ids, ids[:0])
-    found = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-    return Prefix(found, len(ids))
-
-
 def _told(sheet: Sheet) -> list[Document]:
     if not sheet.texts:
         raise RequestError(
@@ -167,9 +156,8 @@ class _Maker:
     def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int) -> None:
         self._exam, self._stretches, self._seed = exam, stretches, seed
         self._random = random.Random(seed)
-        self._guide, self._nothing = exam.guide, read_prefix(exam, exam.documents(""), exam.guide)
-        spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
-        self._rare = {word for word, places in spread.items() if places <= max(1, _RARE * len(stretches))}
+        self._guide, self._nothing = exam.guide, exam.read(torch.cat([exam.documents(""), exam.guide]))
+        self._rare = rare_words(stretches, _RARE)
         shown = " / ".join(question for question, _ in exam.task.examples[:3])
         self._alike = _ALIKE.format(shown) if shown else ""
         self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
@@ -190,7 +178,7 @@ class _Maker:
         self._taken |= {" ".join(words(question)) for question in fresh}
         self.left_out["asked before"] += len(asked) - len(fresh)
         if fresh:
-            self.found += self._answered(stretch, fresh, read_prefix(self._exam, documents, self._guide))
+            self.found += self._answered(stretch, fresh, self._exam.read(torch.cat([documents, self._guide])))
 
     def _asked(self, stretch: Passage, documents: Tensor, turn: int, most: int | None) -> Iterator[str]:
         """Questions about a stretch that may be asked without it."""
@@ -212,7 +200,7 @@ class _Maker:
         seed = self._seed + self.tried
         self.tried += len(begun)
         written = exam.written(
-            read_prefix(exam, documents),
+            exam.read(documents),
             begun,
             stop=("?", "？", "\n"),
             most=_QUESTION_TOKENS,
