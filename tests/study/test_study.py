@@ -15,8 +15,8 @@ from cribsheet import CompressedKnowledgeLLM, Task
 from cribsheet.attention.cache import cache_of, prefix_cache
 from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
-from cribsheet.errors import BudgetError, RequestError, SheetError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.errors import BudgetError, DocumentError, RequestError, SheetError
+from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.sheet import file
 from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.layer import Learnt, StudiedLayer
@@ -290,6 +290,45 @@ def test_one_practice_serves_sheets_of_any_size_and_storage_and_no_others(tiny, 
         kb.study(steps=2, practice=path)
 
 
+@pytest.mark.parametrize("options", [{"dtype": "int4"}, {"dtype": "bfloat16"}, {"guide": "resident"}])
+def test_a_document_that_was_replaced_studies_alone_and_all_others_stay_bit_for_bit(tiny, options):
+    kb = built(tiny, **INDEPENDENT, **options)
+    changed, new = DOCUMENTS[1].id, DOCUMENTS[1].text + " Hugo Ali lives in Quito."
+    kb.replace(changed, Document(text=new, id="x"))
+    before = kb.sheet
+    found = exercises(kb, 24)
+    practice = Practice(found[:20], found[20:], 24, Counter(), practice_of(before, [changed]), 7.0)
+    with pytest.raises(SheetError, match="The practice is of other documents"):
+        kb.study(steps=2, practice=practice)
+    came = kb.study(steps=25, practice=practice, documents=[changed])
+    assert came.learnt and came.documents == 1
+    (preamble, olds), (other, news) = cut(tiny, before), cut(tiny, kb.sheet)
+    assert same(preamble, other)
+    for old, fresh in zip(olds, news, strict=True):
+        assert same(old, fresh) is (old.documents[0].id != changed)
+    with pytest.raises(DocumentError, match="no document 'gone' in the sheet"):
+        kb.study(steps=2, documents=[changed, "gone"])
+
+
+def same(one, other):
+    pairs = zip(one.layers, other.layers, strict=True)
+    return all(torch.equal(a, b[name]) for x, y in pairs for b in [y.tensors()] for name, a in x.tensors().items())
+
+
+def test_of_a_sequential_sheet_only_the_tokens_of_a_document_may_change(tiny):
+    kb = built(tiny, budget=120)
+    chosen = DOCUMENTS[2].id
+    places = free_places(tiny, kb.sheet, [chosen])
+    whole = free_places(tiny, kb.sheet)
+    number = [entry.id for entry in kb.sheet.manifest.documents].index(chosen)
+    first = kb.sheet.manifest.head_tokens + sum(entry.tokens for entry in kb.sheet.manifest.documents[:number])
+    last = first + kb.sheet.manifest.documents[number].tokens
+    for own, every, indices in zip(places, whole, kb.sheet.indices, strict=True):
+        held = indices[indices != ABSENT]
+        assert own.any() and (every | ~own).all()
+        assert ((held[own] >= first - 8) & (held[own] < last + 8)).all() and not own[held >= last + 8].any()
+
+
 def test_a_notebook_remembers_its_practice_beside_it_and_takes_both_away(tiny, tmp_path):
     kb, path = built(tiny), tmp_path / "a.study"
     write_practice(tmp_path / "a.study.practice", practice_for(kb))
@@ -403,7 +442,7 @@ def test_commands_tell_of_a_study_and_what_one_would_take(cli, tmp_path):
     assert told.code == 0 and "then 3 steps of" in told.out and path.read_bytes() == before
     assert cli("inspect", path, "--json").data["study"] is None and "studied" not in cli("inspect", path).out
     sheet = file.load(path)
-    came = asdict(Study(30, 28, 4, 90, 0.8, 0.4, 50, 25, 0.02, 0, 61.2))
+    came = asdict(Study(30, 28, 4, 1, 90, 0.8, 0.4, 50, 25, 0.02, 0, 61.2))
     manifest = sheet.manifest.model_copy(update={"build": {**sheet.manifest.build, "study": came}})
     file.save(replace(sheet, manifest=manifest), path)
     assert cli("inspect", path, "--json").data["study"] == came

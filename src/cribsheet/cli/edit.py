@@ -109,6 +109,10 @@ def study(
             "exists, else written.",
         ),
     ] = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Study this document alone, as `inspect` lists it; repeatable."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Study nothing; say what it would take: seconds, steps and memory.")
     ] = False,
@@ -134,7 +138,8 @@ def study(
             say_json(dataclasses.asdict(forecast)) if options.as_json else say(str(forecast))
             return
         how: StudyOptions = {"minutes": minutes, "steps": steps, "learning_rate": learning_rate, "seed": seed}
-        came = kb.study(**how | {"practice": practice, "resume": notebook, "progress": _tenths()})
+        how |= {"practice": practice, "documents": document or (), "resume": notebook, "progress": _tenths()}
+        came = kb.study(**how)
         if came.learnt or options.output is not None:
             kb.save(target)
     done = {"sheet": str(target), "learnt": came.learnt, **dataclasses.asdict(came)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +55,13 @@ class Practice:
         return digest.hexdigest()
 
 
-def practice_of(sheet: Sheet) -> str:
-    """What decides whether a practice is one for a sheet: documents, task, guide, template and model."""
-    return hashlib.sha256(sheet.manifest.model_dump_json(include=_DECIDES).encode()).hexdigest()
+def practice_of(sheet: Sheet, documents: Collection[str] = ()) -> str:
+    """What decides whether a practice is one for a sheet: documents, task, guide, template and model.
+
+    `documents` are the ids of those that alone are practised on, if not all are.
+    """
+    told = sheet.manifest.model_dump_json(include=_DECIDES) + "".join(f"\n{each}" for each in sorted(documents))
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def padded(rows: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,16 +74,17 @@ def make_practice(
     until: float | None = None,
     latest: float | None = None,
     least: int = 0,
+    documents: Collection[str] = (),
     tell: Callable[[float], None] = lambda share: None,
 ) -> Practice:
     """Exercises about a sheet's documents: round after round `until` then (of `time.monotonic`), or as they give much.
 
     While there are fewer than `least` questions, it goes on until the `latest`. Without a time there are a few rounds,
-    the same every time.
+    the same every time. `documents` are the ids of those that it is about, if not all.
 
     Raises `RequestError` if the sheet has no texts.
     """
-    stretches = cut_into_passages(_told(sheet), _STRETCH)
+    stretches = cut_into_passages(_told(sheet, documents), _STRETCH)
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, seed)
     gave: list[float] = []  # by each question that was tried, in each round
@@ -94,12 +95,12 @@ def make_practice(
             most = None if ends is None else _affordable(maker, ends, len(stretches) - number)
             if most == 0:
                 logger.info("time is up for practice after %d of %d stretches", number, len(stretches))
-                return maker.practice(sheet)
+                return maker.practice(practice_of(sheet, documents))
             maker.take(stretch, len(gave), most)
             tell(_share(maker.began, ends, len(gave) + (number + 1) / len(stretches)))
         gave.append((len(maker.found) - found) / max(1, maker.tried - tried))
         logger.info("practice: %d questions after round %d", len(maker.found), len(gave))
-    return maker.practice(sheet)
+    return maker.practice(practice_of(sheet, documents))
 
 
 def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[Exercise], int, float]:
@@ -113,7 +114,7 @@ def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[
     longest = max(stretches, key=lambda stretch: len(stretch.text))
     maker.take(longest, 0, _FIRST)
     each = (time.monotonic() - maker.began) / max(1, maker.tried)
-    made = maker.practice(sheet)
+    made = maker.practice(practice_of(sheet))
     tried = sum(_AT_ONCE for stretch in stretches for sentence in SENTENCE.split(stretch.text) if _says(sentence))
     return [*made.questions, *made.texts], tried, each
 
@@ -141,13 +142,13 @@ def _affordable(maker: _Maker, until: float, stretches: int) -> int:
     return max(_FEWEST, int((until - now) / each / stretches))
 
 
-def _told(sheet: Sheet) -> list[Document]:
+def _told(sheet: Sheet, documents: Collection[str] = ()) -> list[Document]:
     if not sheet.texts:
         raise RequestError(
             "The sheet was saved without its documents' texts, and there is nothing to study; build it again and save "
             "it with them."
         )
-    return sheet.documents
+    return [document for document in sheet.documents if not documents or document.id in documents]
 
 
 class _Maker:
@@ -275,10 +276,10 @@ class _Maker:
                 found.append(Exercise(whole, len(asked), best.indices, best.values.exp(), question, answer))
         return found
 
-    def practice(self, sheet: Sheet) -> Practice:
+    def practice(self, of: str) -> Practice:
         """All that was made, and texts."""
         texts, left_out = self._texts(), +self.left_out
-        return Practice(self.found, texts, self.tried, left_out, practice_of(sheet), time.monotonic() - self.began)
+        return Practice(self.found, texts, self.tried, left_out, of, time.monotonic() - self.began)
 
     def _texts(self) -> list[Exercise]:
         """As many texts to go on with as there are questions, but where a stretch is too short for one."""

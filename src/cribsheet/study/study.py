@@ -23,8 +23,8 @@ from torch import Tensor
 
 from cribsheet.asking.session import Session
 from cribsheet.attention.prefix import LayerPrefix, turned_back
-from cribsheet.errors import BudgetError, ModelError, RequestError, SheetError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.errors import BudgetError, DocumentError, ModelError, RequestError, SheetError
+from cribsheet.living.segments import exchanged, segments_of, sheet_layers
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet
@@ -52,7 +52,7 @@ class Study:
     """What came of a study; it stands in the sheet's manifest, under `build`, if the sheet was changed.
 
     questions, texts
-        exercises that were practised on, and `held_out` those that were not.
+        exercises that were practised on, and `held_out` those that were not; about so many `documents`.
     tried
         questions that the model wrote.
     before, after
@@ -64,6 +64,7 @@ class Study:
     questions: int
     texts: int
     held_out: int
+    documents: int
     tried: int
     before: float
     after: float
@@ -95,6 +96,7 @@ class StudyOptions(TypedDict, total=False):
     seed: int
     resume: str | Path | None
     practice: Practice | str | Path | None
+    documents: Sequence[str]
     progress: Told | None
 
 
@@ -107,6 +109,7 @@ def study(
     seed: int = 0,
     resume: str | Path | None = None,
     practice: Practice | str | Path | None = None,
+    documents: Sequence[str] = (),
     progress: Told | None = None,
 ) -> tuple[Sheet, Study]:
     """A sheet that answers more of what its documents say, of the size of the one given, and what came of it.
@@ -116,23 +119,26 @@ def study(
     in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
     `practice` is what is practised on, made before (`practise`) for any sheet of the same documents, task, guide and
     model, or a file of it: one that exists is read, and takes none of the minutes; else it is written.
+    `documents` are the ids of those that are studied, if not all: of an independent sheet all others stay as they are.
     `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
 
     If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
     texts or with too few questions in them, `SheetError` for a practice or notebook that belongs to others,
-    `BudgetError` for settings out of range, `ModelError` for a divided model.
+    `DocumentError` for a document that is not in the sheet, `BudgetError` for settings out of range, and `ModelError`
+    for a divided model.
     """
     check(minutes, steps, session.backbone)
     if not 0 < learning_rate <= 1:
         raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
     told = progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
-    exercises, spent = _exercises(session, practice, resume, minutes, seed, told)
+    _check_documents(sheet, documents)
+    exercises, spent = _exercises(session, practice, resume, minutes, seed, documents, told)
     _check_enough(exercises)
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
     held, questions = _parted(exercises.questions, seed)
-    trainer = trainer_of(backbone, sheet, questions, exercises.texts, held, seed)
+    trainer = trainer_of(backbone, sheet, questions, exercises.texts, held, seed, documents)
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
     pace = Pace(MOST_STEPS if steps is None else steps, seconds, learning_rate)
@@ -142,6 +148,7 @@ def study(
         questions=len(questions),
         texts=len(exercises.texts),
         held_out=len(held),
+        documents=len(set(documents)) or len(sheet.manifest.documents),
         tried=exercises.tried,
         before=state.curve[0][1],
         after=state.lowest if learnt else state.curve[0][1],
@@ -157,13 +164,18 @@ def study(
         _beside(notebook.path).unlink(missing_ok=True)
     if not learnt:
         return sheet, came
-    return _told(with_layers(backbone, sheet, trainer.best_layers(state)), came), came
+    return _told(with_layers(backbone, sheet, trainer.best_layers(state), documents), came), came
 
 
 def practise(
-    session: Session, *, minutes: float | None = None, seed: int = 0, progress: Told | None = None
+    session: Session,
+    *,
+    minutes: float | None = None,
+    seed: int = 0,
+    documents: Sequence[str] = (),
+    progress: Told | None = None,
 ) -> Practice:
-    """What sheets of these documents, of whatever size, may practise on.
+    """What sheets of these documents, of whatever size, may practise on; `documents` are the ids of some alone.
 
     `minutes` are those of a whole study, of which it takes its share; without them it is the same every time.
     """
@@ -179,6 +191,7 @@ def practise(
         until=ends[0],
         latest=ends[1],
         least=LEAST_QUESTIONS,
+        documents=documents,
         tell=lambda share: told("practice", share),
     )
 
@@ -189,19 +202,20 @@ def _exercises(
     resume: str | Path | None,
     minutes: float | None,
     seed: int,
+    documents: Sequence[str],
     told: Told,
 ) -> tuple[Practice, float]:
     """What is practised on: as given, or as a file has it, or new; and the seconds of it that are this study's."""
     if isinstance(practice, Practice):
-        _check_of(practice, session.sheet, "The practice")
+        _check_of(practice, session.sheet, documents, "The practice")
         return practice, 0.0
     own = practice is None
     path = Path(practice) if practice is not None else None if resume is None else _beside(Path(resume))
     found = None if path is None else read_practice(path)
     if found is not None:
-        _check_of(found, session.sheet, f"The practice in {str(path)!r}")
+        _check_of(found, session.sheet, documents, f"The practice in {str(path)!r}")
         return found, found.seconds if own else 0.0
-    made = practise(session, minutes=minutes, seed=seed, progress=told)
+    made = practise(session, minutes=minutes, seed=seed, documents=documents, progress=told)
     if path is not None and len(made.questions) >= LEAST_QUESTIONS:
         write_practice(path, made)
     return made, made.seconds
@@ -219,22 +233,33 @@ def trainer_of(
     texts: Sequence[Exercise],
     held: Sequence[Exercise],
     seed: int = 0,
+    documents: Sequence[str] = (),
 ) -> Trainer:
-    """What learns the layers of a sheet, seen as it is stored."""
-    layers, rounded = sheet_layers(backbone, sheet, torch.float32), sheet.manifest.dtype == "int4"
-    return Trainer(backbone, layers, sheet.length, free_places(backbone, sheet), questions, texts, held, seed, rounded)
+    """What learns the layers of a sheet, or of some of its documents, seen as it is stored."""
+    layers, free = sheet_layers(backbone, sheet, torch.float32), free_places(backbone, sheet, documents)
+    return Trainer(
+        backbone, layers, sheet.length, free, questions, texts, held, seed, rounded=sheet.manifest.dtype == "int4"
+    )
 
 
-def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
+def free_places(backbone: Backbone, sheet: Sheet, documents: Sequence[str] = ()) -> list[Tensor | None]:
     """Of each layer that is learnt, which tokens (N,) may change: those of documents, and not the first few."""
     first = max(_SINKS, sheet.manifest.head_tokens)
+    numbers = [number for number, entry in enumerate(sheet.manifest.documents) if entry.id in documents]
+    inside = torch.full((sheet.manifest.corpus_tokens,), -1)
+    inside[sheet.origins[:, 0].long()] = sheet.origins[:, 1].long()
     found: list[Tensor | None] = [None] * backbone.num_layers
-    for number, indices in zip(backbone.full, sheet.indices, strict=True):
-        found[number] = indices[indices != ABSENT] >= first
+    for layer, indices in zip(backbone.full, sheet.indices, strict=True):
+        held = indices[indices != ABSENT].long()
+        found[layer] = held >= first
+        if documents:
+            found[layer] = (held >= first) & torch.isin(inside[held.clamp(min=0)], torch.tensor(numbers))
     return found
 
 
-def with_layers(backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix]) -> Sheet:
+def with_layers(
+    backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix], documents: Sequence[str] = ()
+) -> Sheet:
     """The sheet with other keys and values, in its storage type, in the layers that are learnt."""
     stored = list(sheet.layers)
     for number in backbone.full:
@@ -242,6 +267,8 @@ def with_layers(backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix])
         if not sheet.manifest.rotated:
             layer = turned_back(layer, sheet.length, backbone.inv_freqs[number])
         stored[number] = StoredLayer.of(layer, sheet.manifest.dtype)
+    if documents and sheet.manifest.mode == "independent":
+        stored = exchanged(backbone, sheet, stored, segments_of(sheet.manifest, documents))
     return replace(sheet, layers=stored)
 
 
@@ -285,8 +312,13 @@ def check(minutes: float | None, steps: int | None, backbone: Backbone) -> None:
         raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
 
 
-def _check_of(practice: Practice, sheet: Sheet, what: str) -> None:
-    if practice.of != practice_of(sheet):
+def _check_documents(sheet: Sheet, documents: Sequence[str]) -> None:
+    for missing in set(documents) - {entry.id for entry in sheet.manifest.documents}:
+        raise DocumentError(f"There is no document {missing!r} in the sheet; `kb.sheet.documents` lists them.")
+
+
+def _check_of(practice: Practice, sheet: Sheet, documents: Sequence[str], what: str) -> None:
+    if practice.of != practice_of(sheet, documents):
         raise SheetError(
             f"{what} is of other documents than the sheet's, or of another task, guide or model; give one of the same, "
             "or a file that does not exist yet, and it is written."
