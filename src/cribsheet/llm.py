@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -22,7 +23,7 @@ from cribsheet.compress.progress import Listener, shown
 from cribsheet.corpus.documents import read_documents
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.errors import RequestError, SheetError, integration
+from cribsheet.errors import BudgetError, RequestError, SheetError, integration
 from cribsheet.living import edits
 from cribsheet.living.combine import combine
 from cribsheet.model.backbone import Backbone
@@ -35,7 +36,8 @@ from cribsheet.sheet import file
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.structured.tools import Toolbox
-from cribsheet.study.study import Study, StudyOptions, study
+from cribsheet.study.forecast import StudyForecast, forecast_study
+from cribsheet.study.study import Study, StudyOptions, check, study
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
         RetrieverOptions,
         ToolOptions,
     )
+
+logger = logging.getLogger(__name__)
 
 _LANGCHAIN = "langchain_cribsheet", "langchain-cribsheet"  # module and distribution
 _LLAMA_INDEX = "llama_index.llms.cribsheet", "llama-index-llms-cribsheet"
@@ -82,6 +86,8 @@ class CompressedKnowledgeLLM:
         progress: Listener = None,
         checkpoint: str | Path | None = None,
         archive_folder: str | Path | None = None,
+        study: float | None = None,
+        study_steps: int | None = None,
         **options: Unpack[BuildKeywords],
     ) -> Self:
         """Condense documents for a task and return the model that answers from them.
@@ -90,12 +96,22 @@ class CompressedKnowledgeLLM:
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
         `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on;
         `archive_folder` is where an archive lies until `save`, in place of the folder for temporary files.
+        `study` minutes, or `study_steps` of training, the sheet then studies; where it cannot, because the model writes
+        too few questions that may serve, a warning says so, and the sheet is as it was built.
         `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...
         """
-        BuildOptions(**options)  # refused before a model is loaded
+        how = BuildOptions(**options)  # refused before a model is loaded
+        studies = study is not None or study_steps is not None
+        if studies and (how.check or how.retain is not None):
+            raise BudgetError(
+                "A check asks the sheet as it is built, and a study changes it; leave check= and retain= out, or "
+                "study= and study_steps=."
+            )
         corpus, purpose = read_documents(documents), Task.of(task)
         with shown(progress) as told:
             loaded = LoadedModel.get(model, **dict(model_options or {}))
+            if studies:
+                check(study, study_steps, loaded.backbone)
             sheet = build_sheet(
                 loaded.backbone,
                 corpus,
@@ -105,7 +121,10 @@ class CompressedKnowledgeLLM:
                 archive_folder=archive_folder,
                 **options,
             )
-            return cls(loaded, sheet)
+            kb = cls(loaded, sheet)
+        if studies:
+            kb._study_built(study, study_steps, checkpoint)
+        return kb
 
     @classmethod
     def load(
@@ -161,6 +180,18 @@ class CompressedKnowledgeLLM:
         sheet, came = study(self.session, **how)
         self._become(sheet)
         return came
+
+    def _study_built(self, minutes: float | None, steps: int | None, checkpoint: str | Path | None) -> None:
+        """Study what was just built, beside whose checkpoint it is remembered how far that is."""
+        resume = None if checkpoint is None else Path(f"{checkpoint}.study")
+        try:
+            self.study(minutes=minutes, steps=steps, resume=resume)
+        except RequestError as error:
+            logger.warning("The sheet is as it was built: %s", error)
+
+    def forecast_study(self, *, minutes: float | None = None, steps: int | None = None) -> StudyForecast:
+        """What `study` would take, from a few questions and exercises that are tried; the sheet stays as it is."""
+        return forecast_study(self.session, minutes=minutes, steps=steps)
 
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None

@@ -39,6 +39,8 @@ OPTIONS = (
         "scorer",
         "seed",
         "steps",
+        "study",
+        "study_steps",
         "system",
     ),
     *("task", "temperature", "timeout", "top_k", "top_p"),

@@ -20,7 +20,7 @@ import torch
 
 from cribsheet.attention.prefix import Prefix
 from cribsheet.compress.kept import State
-from cribsheet.compress.loop import cut, nothing_read, read_through
+from cribsheet.compress.loop import cut, read_through
 from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
@@ -86,17 +86,10 @@ def full_context(exam: Exam, documents: Sequence[Document]) -> Prefix | None:
     ids = TokenizedCorpus.build(documents, exam.opening, exam.layout.encoder).ids
     if len(ids) + len(guide) + _ROOM > backbone.window:
         return None
-    layers, done = nothing_read(backbone), 0
     try:
-        for piece in (*ids.split(usual_chunk(backbone)), guide):
-            if not len(piece):
-                continue
-            read = backbone.read(layers, done, piece, piece[:0])
-            layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-            done += len(piece)
+        return exam.read(*ids.split(usual_chunk(backbone)), guide)
     except (MemoryError, torch.OutOfMemoryError):
         return None
-    return Prefix(layers, done)
 
 
 def retained(found: Reference, answers: Sequence[str]) -> list[bool]:

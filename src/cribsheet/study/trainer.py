@@ -21,17 +21,19 @@ from torch import Tensor
 from cribsheet.attention.cache import cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.model.backbone import Backbone
+from cribsheet.study.exercises import Exercise, padded
 from cribsheet.study.layer import Learnt, StudiedLayer
-from cribsheet.study.practice import Exercise, padded
+from cribsheet.study.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 16  # exercises of a step
+BATCH = 16  # exercises of a step
 _TEXTS = 0.35  # share of them that are texts to go on with
 _WARM_UP = 20  # steps until the learning rate is what it shall be
 _FALL = 0.7  # share of the time in which it falls to nothing
 _BETAS = (0.9, 0.95)
 _EVERY = 25  # steps after which the exercises that are held out are tried
+_PATIENCE = 6  # times that they may come out no better before it ends
 
 
 @dataclass
@@ -54,6 +56,11 @@ class State:
         """The divergence of the best."""
         return min(divergence for _, divergence in self.curve)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether what is held out has not become better for long."""
+        return self.step - self.best_step >= _PATIENCE * _EVERY
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -74,7 +81,11 @@ class Pace:
 
 
 class Trainer:
-    """Learns the layers of a sheet of `length` positions on a model; `free` (N,) of each layer says what may change."""
+    """Learns the layers of a sheet of `length` positions on a model; `free` (N,) of each layer says what may change.
+
+    A sheet that is stored in four bits is `rounded` to them in all that it writes, so that what is learnt is what is
+    stored.
+    """
 
     def __init__(
         self,
@@ -86,11 +97,14 @@ class Trainer:
         texts: Sequence[Exercise],
         held: Sequence[Exercise],
         seed: int = 0,
+        rounded: bool = False,
     ) -> None:
         self._backbone, self._layers, self._length = backbone, layers, length
         self.learnt = [
-            None if places is None else Learnt(layer, places.to(layer.keys.device))
-            for layer, places in zip(layers, free, strict=True)
+            None
+            if places is None
+            else Learnt(layer, places.to(layer.keys.device), Rounding(layer, length, inv_freq) if rounded else None)
+            for layer, places, inv_freq in zip(layers, free, backbone.inv_freqs, strict=True)
         ]
         self._questions, self._texts, self.held, self._seed = questions, texts, held, seed
 
@@ -106,11 +120,11 @@ class Trainer:
         return State(nothing, moments, [each.clone() for each in nothing], curve=[(0, self.divergence(self.held))])
 
     def run(self, state: State, pace: Pace, tell: Callable[[State], None] = lambda state: None) -> State:
-        """Go on from a state until the pace says that it is enough; `tell` is called after each step."""
+        """Go on from a state until the pace says that it is enough, or nothing comes; `tell` hears of each step."""
         self._take(state.shifts)
         state.shifts = [shift.detach() for shift in self.shifts]  # the same memory, whatever is learnt
-        with _weights_fixed(self._backbone):
-            while pace.progress(state) < 1:
+        with weights_fixed(self._backbone):
+            while pace.progress(state) < 1 and not state.is_stale:
                 began = time.monotonic()
                 self._step(state, pace.learning_rate_at(state))
                 if state.step % _EVERY == 0:
@@ -131,8 +145,8 @@ class Trainer:
     def divergence(self, exercises: Sequence[Exercise]) -> float:
         """Of the teacher's distribution from the sheet's as it is now, in nats a token."""
         total, tokens = 0.0, 0
-        for first in range(0, len(exercises), _BATCH):
-            batch = exercises[first : first + _BATCH]
+        for first in range(0, len(exercises), BATCH):
+            batch = exercises[first : first + BATCH]
             count = sum(len(each.tops) for each in batch)
             total, tokens = total + float(self._loss(batch)) * count, tokens + count
         return total / max(1, tokens)
@@ -160,8 +174,8 @@ class Trainer:
 
     def _batch(self, step: int) -> list[Exercise]:
         """The exercises of a step; those of a number are the same whatever was before."""
-        texts = round(_BATCH * _TEXTS) if self._texts else 0
-        questions = _BATCH - texts
+        texts = round(BATCH * _TEXTS) if self._texts else 0
+        questions = BATCH - texts
         return [
             *_drawn(self._questions, step * questions, questions, self._seed),
             *_drawn(self._texts, step * texts, texts, self._seed + 1),
@@ -170,6 +184,9 @@ class Trainer:
     def _loss(self, batch: Sequence[Exercise]) -> Tensor:
         """Mean divergence of the tokens to write."""
         backbone = self._backbone
+        for each in self.learnt:
+            if each is not None:
+                each.round()
         ids = padded([each.ids[:-1] for each in batch])
         positions = torch.arange(self._length, self._length + ids.shape[1]).expand_as(ids).to(backbone.device)
         first = min(each.asked for each in batch) - 1
@@ -219,7 +236,7 @@ def _order(count: int, seed: int, turn: int) -> Sequence[int]:
 
 
 @contextmanager
-def _weights_fixed(backbone: Backbone) -> Iterator[None]:
+def weights_fixed(backbone: Backbone) -> Iterator[None]:
     """The model's weights need no gradients inside."""
     changing = [weight for weight in backbone.model.parameters() if weight.requires_grad]
     for weight in changing:
