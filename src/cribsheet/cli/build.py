@@ -90,6 +90,10 @@ Mode = Annotated[
     BuildMode,
     typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
 ]
+ForEngines = Annotated[
+    bool,
+    typer.Option("--for-engines", help="A sheet that llama.cpp and other engines can read too: see `cribsheet export`."),
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -130,6 +134,7 @@ def build(
     allocation: Shared = None,
     correction: Corrected = "none",
     mode: Mode = "sequential",
+    for_engines: ForEngines = False,
     resume: Resume = False,
     dry_run: DryRun = False,
     no_texts: NoTexts = False,
@@ -155,6 +160,7 @@ def build(
     options: BuildKeywords = {"rate": rate, "budget": budget, "scorer": scorer or None, "guide": guide}
     options |= {"chunk_tokens": chunk_tokens, "system": system, "dtype": storage_dtype, "seed": seed, "mode": mode}
     options |= {"allocation": allocation, "correction": correction, "retain": retain, "check": check}
+    options |= {"for_engines": for_engines}
     loading = {"device": device, "dtype": dtype, "revision": revision}
     if dry_run or output is None:
         _foretell(documents, purpose, model, loading, options, as_json=as_json, texts=not no_texts)
