@@ -118,8 +118,10 @@ def _text(text: str) -> bytes:
 
 def _value(value: Any) -> bytes:
     if isinstance(value, list):
-        kind, parts = (8, [_text(each) for each in value]) if isinstance(value[0], str) else (
-            5, [struct.pack("<i", each) for each in value]
+        kind, parts = (
+            (8, [_text(each) for each in value])
+            if isinstance(value[0], str)
+            else (5, [struct.pack("<i", each) for each in value])
         )
         return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(parts)
     if isinstance(value, bool):

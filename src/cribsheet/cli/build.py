@@ -92,7 +92,9 @@ Mode = Annotated[
 ]
 ForEngines = Annotated[
     bool,
-    typer.Option("--for-engines", help="A sheet that llama.cpp and other engines can read too: see `cribsheet export`."),
+    typer.Option(
+        "--for-engines", help="A sheet that llama.cpp and other engines can read too: see `cribsheet export`."
+    ),
 ]
 Resume = Annotated[
     bool,

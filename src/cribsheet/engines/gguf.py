@@ -62,7 +62,9 @@ class Gguf:
             with place.open("rb") as file:
                 values, tensors = _Header(file).read()
         except (OSError, ValueError, struct.error, MemoryError) as error:
-            raise ModelError(f"{str(path)!r} is no readable GGUF file: {error}; download or convert it again.") from error
+            raise ModelError(
+                f"{str(path)!r} is no readable GGUF file: {error}; download or convert it again."
+            ) from error
         return cls(place, values, tensors)
 
     @property
@@ -105,7 +107,9 @@ class _Header:
             raise ValueError("it does not begin with GGUF")
         version = self._number("I")
         if version not in _VERSIONS:
-            raise ValueError(f"its version is {version}, and {' and '.join(map(str, _VERSIONS))} are read, little-endian")
+            raise ValueError(
+                f"its version is {version}, and {' and '.join(map(str, _VERSIONS))} are read, little-endian"
+            )
         tensors, values = self._count("Q"), self._count("Q")
         told = {self._text(): self._value(self._number("I")) for _ in range(values)}
         announced = [self._tensor() for _ in range(tensors)]

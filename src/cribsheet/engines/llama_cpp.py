@@ -1,7 +1,7 @@
 """A sheet as a sequence state of llama.cpp: what its `llama_state_seq_load_file` and its server's slots restore.
 
-Written as `llama-server` and `llama_state_seq_save_file` write it, of a cache in float16 with flash attention on (values
-are not transposed then). A file, all numbers little-endian:
+Written as `llama-server` and `llama_state_seq_save_file` write it, of a cache in float16 with flash attention on, which
+leaves values as they are. A file, all numbers little-endian:
 
     magic ggsq, version, P, P token ids      what the state is of
     1, P, and for each cell: position, 1, 0  one stream of P cells, each of sequence 0
@@ -71,7 +71,7 @@ def placeholders(digest: str, tokens: int) -> list[int]:
 
 def _rows(heads: Tensor) -> Tensor:
     """(K, P, D) as rows of all heads (P, K * D), float16. Raises `SheetError` if that does not hold them."""
-    rows = heads.transpose(0, 1).flatten(1).to(torch.float16).contiguous()
+    rows: Tensor = heads.transpose(0, 1).flatten(1).to(torch.float16).contiguous()
     if not rows.isfinite().all():
         raise SheetError(
             f"The sheet has numbers up to {float(heads.abs().max()):.0f}, and caches of llama.cpp are float16, which "
@@ -82,4 +82,5 @@ def _rows(heads: Tensor) -> Tensor:
 
 def _interleaved(keys: Tensor) -> Tensor:
     """Keys (..., D) with the channels that turn together, half a head apart in transformers, side by side."""
-    return keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    pairs: Tensor = keys.unflatten(-1, (2, -1)).transpose(-1, -2)
+    return pairs.flatten(-2)

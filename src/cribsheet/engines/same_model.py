@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-
 from cribsheet.engines.gguf import Gguf
 from cribsheet.errors import MismatchError
 from cribsheet.model.fingerprint import Fingerprint, probe_places
@@ -121,6 +120,6 @@ def _module(name: str) -> str | None:
 
 def _refuse(gguf: Gguf, made: Fingerprint, what: str, ours: object, theirs: object) -> None:
     raise MismatchError(
-        f"{str(gguf.path)!r} is another model than the sheet's ({made.model}), by its {what}: the sheet has {ours}, the "
-        f"file {theirs}. Give the GGUF of the model that made the sheet, or build the sheet with that file's model."
+        f"{str(gguf.path)!r} is another model than the sheet's ({made.model}), by its {what}: the sheet has {ours}, "
+        f"the file {theirs}. Give the GGUF of the model that made the sheet, or build the sheet with that file's model."
     )

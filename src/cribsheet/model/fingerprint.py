@@ -107,9 +107,7 @@ def probe_places(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
 
     As the number of the weight and the place in it, all of its numbers in a row.
     """
-    samples = [
-        (number, int(place)) for number, shape in enumerate(shapes) for place in sample_places(math.prod(shape))
-    ]
+    samples = [(number, int(place)) for number, shape in enumerate(shapes) for place in sample_places(math.prod(shape))]
     return list(_probes(samples))
 
 

@@ -7,12 +7,11 @@ Where an answer looked is not known: that takes our attention.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cribsheet.asking.answer import Answer, Usage
 from cribsheet.asking.llama_cpp.server import LlamaServer, ServerOptions
@@ -28,9 +27,13 @@ from cribsheet.retrieval.placing import after_sheet
 from cribsheet.sheet.registry import load
 from cribsheet.sheet.sheet import Sheet
 
+if TYPE_CHECKING:
+    from cribsheet.asking.options import LlamaCppSampling
+
 _STATE = "sheet.state"
 _SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "frequency_penalty", "presence_penalty")
 SETTINGS = (*_SAMPLED, "json_schema", "timeout")
+OPTIONS = ("slots", "room", "threads", "gpu_layers")
 _REASONS: dict[str, Any] = {"limit": "length"}
 
 
@@ -42,7 +45,7 @@ class LlamaCpp:
     gguf
         the file of the model that made it, of any quantisation.
     tokenizer
-        that model's; loaded from where the sheet says by default, without its weights.
+        that model's, or its folder or hub id; loaded from where the sheet says by default, without its weights.
     slots, room, threads, gpu_layers
         questions at a time, positions for each of question and answer, and what llama.cpp runs on.
 
@@ -68,6 +71,8 @@ class LlamaCpp:
         made = self.sheet.manifest
         if tokenizer is None:
             tokenizer = load_tokenizer(made.fingerprint.model, made.fingerprint.revision)
+        elif isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(str(tokenizer))
         self._layout = _layout(self.sheet, tokenizer)
         self._prefix = placeholders(made.digest, self.sheet.length)
         self.room = room
@@ -77,8 +82,8 @@ class LlamaCpp:
             file = Gguf.open(gguf)
             if file.vocabulary and file.vocabulary < len(tokenizer):
                 raise MismatchError(
-                    f"{str(gguf)!r} knows {file.vocabulary} tokens and the sheet's tokenizer {len(tokenizer)}; give the "
-                    "GGUF of the model that made the sheet."
+                    f"{str(gguf)!r} knows {file.vocabulary} tokens and the sheet's tokenizer {len(tokenizer)}; give "
+                    "the GGUF of the model that made the sheet."
                 )
             self.sheet.export(folder / _STATE, to="llama.cpp", gguf=gguf)
             positions = self.sheet.length + room
@@ -89,7 +94,7 @@ class LlamaCpp:
             raise
         self._filled: set[int] = set()
 
-    def ask(self, question: Question, **settings: Any) -> Answer:
+    def ask(self, question: Question, **settings: Unpack[LlamaCppSampling]) -> Answer:
         """Answer a question, or the last turn of a conversation.
 
         `settings` are those of `SamplingParams` that llama.cpp has, `json_schema` and `timeout`. Raises `RequestError`
@@ -100,9 +105,9 @@ class LlamaCpp:
                 pass
         return stream.answer
 
-    def stream(self, question: Question, **settings: Any) -> LlamaStream:
+    def stream(self, question: Question, **settings: Unpack[LlamaCppSampling]) -> LlamaStream:
         """As `ask`, but the text as it is written: iterate for pieces, then read `.answer`."""
-        wanted = {name: value for name, value in settings.items() if value is not None}
+        wanted: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
         if unknown := sorted(set(wanted) - set(SETTINGS)):
             raise RequestError(
                 f"llama.cpp answers without {', '.join(unknown)}; use {', '.join(SETTINGS)}, or ask the sheet here."
@@ -127,7 +132,7 @@ class LlamaCpp:
             if slot not in self._filled:
                 server.restore(slot, _STATE)
                 self._filled.add(slot)
-            with contextlib.closing(server.complete(slot, prompt, told)) as said:
+            with server.complete(slot, prompt, told) as said:
                 for piece in said:
                     if piece.get("timings", {}).get("cache_n", len(self._prefix)) < len(self._prefix):
                         self._filled.discard(slot)  # it would read placeholders as if they were text
@@ -138,9 +143,7 @@ class LlamaCpp:
 
     def count_tokens(self, question: Question) -> int:
         """Tokens that a question or conversation takes of `room`, the template's included."""
-        return len(
-            after_sheet(self._layout, self.sheet.shown_task, self.sheet.resident, as_turns(question)).ids
-        )
+        return len(after_sheet(self._layout, self.sheet.shown_task, self.sheet.resident, as_turns(question)).ids)
 
     def close(self) -> None:
         """End llama.cpp and remove the exported state; safe to call twice."""
@@ -166,7 +169,8 @@ class LlamaStream:
     def __init__(self, said: Iterator[dict[str, Any]], cached: int, asked: int, timeout: float | None) -> None:
         self._said, self._cached, self._asked, self._timeout = said, cached, asked, timeout
         self._began, self._first = time.perf_counter(), 0.0
-        self._text, self._answer = "", None
+        self._text = ""
+        self._answer: Answer | None = None
 
     @property
     def answer(self) -> Answer:
@@ -208,6 +212,15 @@ class LlamaStream:
         close = getattr(self._said, "close", None)
         if close is not None:
             close()
+
+
+def in_engine(kb: Any, engine: str | None, gguf: str | Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a chat model over `kb` with the engine started, as `served`, in the place of what it was given."""
+    if engine != "llama.cpp" or gguf is None:
+        raise RequestError(f"engine is {engine!r} and gguf {gguf!r}; use engine='llama.cpp' and the path of a GGUF.")
+    how = {name: value for name, value in settings.items() if name in OPTIONS}
+    sampling = {name: value for name, value in settings.items() if name not in OPTIONS}
+    return {"served": kb.in_llama_cpp(gguf, **how), **sampling}
 
 
 def _layout(sheet: Sheet, tokenizer: Any) -> ChatLayout:

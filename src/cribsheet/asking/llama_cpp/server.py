@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import logging
 import queue
 import secrets
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,6 @@ from urllib.parse import urlsplit
 
 from cribsheet.errors import EngineError, integration
 
-_LOGGER = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 
 
@@ -58,21 +56,17 @@ class LlamaServer:
             self.free.put(slot)
 
     def restore(self, slot: int, state: str) -> int:
-        """Fill a slot from a file of the folder; returns how many tokens it holds. Raises `EngineError` if it cannot."""
+        """Fill a slot from a file of the folder: how many tokens it then holds. Raises `EngineError` if it cannot."""
         with self._asked(f"/slots/{slot}?action=restore", {"filename": state}) as reply:
             restored: int = json.loads(reply.read())["n_restored"]
         return restored
 
-    def complete(self, slot: int, prompt: list[int], settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """What the server says of a completion, piece by piece; closing the iterator stops it."""
+    @contextlib.contextmanager
+    def complete(self, slot: int, prompt: list[int], settings: Mapping[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """What the server says of a completion, piece by piece; leaving the block stops it."""
         told = {**settings, "prompt": prompt, "id_slot": slot, "cache_prompt": True, "stream": True}
         with self._asked("/completion", {**told, "timings_per_token": True}) as reply:
-            for line in reply:
-                if line.startswith(b"data: "):
-                    said = json.loads(line.removeprefix(b"data: "))
-                    if "error" in said:
-                        raise EngineError(f"llama.cpp failed: {said['error'].get('message', said['error'])}")
-                    yield said
+            yield _pieces(reply)
 
     def close(self) -> None:
         """End it and let go of its memory; safe to call twice."""
@@ -108,6 +102,16 @@ def _parameters(library: Any, gguf: Path, folder: Path, options: ServerOptions, 
     if options.threads is not None:
         given.cpuparams.n_threads = given.cpuparams_batch.n_threads = options.threads
     return given
+
+
+def _pieces(reply: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The events of a reply. Raises `EngineError` with the server's words if it fails on the way."""
+    for line in reply:
+        if line.startswith(b"data: "):
+            said = json.loads(line.removeprefix(b"data: "))
+            if "error" in said:
+                raise EngineError(f"llama.cpp failed: {said['error'].get('message', said['error'])}")
+            yield said
 
 
 def _message(body: bytes) -> str:
