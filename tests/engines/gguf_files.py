@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cribsheet.model.backbone import Backbone
+from cribsheet.testing import tiny_backbone
 
 MODULES = {
     "input_layernorm": "attn_norm",
@@ -26,6 +27,18 @@ MODULES = {
 }
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _KINDS = {torch.float32: 0, torch.float16: 1}
+
+
+def plain_backbone(family: str, seed: int = 0) -> Backbone:
+    """A tiny model without sliding windows, whose norms and biases differ from those of another seed."""
+    full = {"use_sliding_window": False, "layer_types": ["full_attention"] * 3} if family == "qwen2" else {}
+    backbone = tiny_backbone(family, seed=seed, **full)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in backbone.model.named_parameters():
+            if weight.dim() == 1:
+                weight.copy_(torch.rand(weight.shape, generator=draw) * 0.5 + (0.75 if "norm" in name else -0.25))
+    return backbone
 
 
 def settings_of(backbone: Backbone) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class LlamaCpp:
     slots, room, threads, gpu_layers
         questions at a time, positions for each of question and answer, and what llama.cpp runs on.
 
+    Attributes: `sheet`, `room`; `prefix`, the ids that stand for the sheet in a prompt; `server`, and the `folder` with
+    the exported state.
+
     Raises `SheetError` for a sheet that llama.cpp cannot take, `MismatchError` for another model or tokenizer,
     `IntegrationError` without the extra `llama-cpp`, and `EngineError` for what llama.cpp cannot load.
     """
@@ -74,10 +77,10 @@ class LlamaCpp:
         elif isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(str(tokenizer))
         self._layout = _layout(self.sheet, tokenizer)
-        self._prefix = placeholders(made.digest, self.sheet.length)
+        self.prefix = placeholders(made.digest, self.sheet.length)
         self.room = room
-        self._folder = tempfile.TemporaryDirectory(prefix="cribsheet-")
-        folder = Path(self._folder.name)
+        self._temporary = tempfile.TemporaryDirectory(prefix="cribsheet-")
+        self.folder = Path(self._temporary.name)
         try:
             file = Gguf.open(gguf)
             if file.vocabulary and file.vocabulary < len(tokenizer):
@@ -85,12 +88,12 @@ class LlamaCpp:
                     f"{str(gguf)!r} knows {file.vocabulary} tokens and the sheet's tokenizer {len(tokenizer)}; give "
                     "the GGUF of the model that made the sheet."
                 )
-            self.sheet.export(folder / _STATE, to="llama.cpp", gguf=gguf)
+            self.sheet.export(self.folder / _STATE, to="llama.cpp", gguf=gguf)
             positions = self.sheet.length + room
             how = ServerOptions(slots=slots, positions=positions, threads=threads, gpu_layers=gpu_layers)
-            self._server = LlamaServer(Path(gguf), folder, how)
+            self.server = LlamaServer(Path(gguf), self.folder, how)
         except BaseException:
-            self._folder.cleanup()
+            self._temporary.cleanup()
             raise
         self._filled: set[int] = set()
 
@@ -122,11 +125,11 @@ class LlamaCpp:
                 f"the sheet of {self.sheet.length}; ask a shorter question, or open it with more room."
             )
         told = _completion(params, min(params.max_tokens, left)) | ({"json_schema": schema} if schema else {})
-        return LlamaStream(self._pieces(ids, told), len(self._prefix), len(ids), timeout)
+        return LlamaStream(self._pieces(ids, told), len(self.prefix), len(ids), timeout)
 
     def _pieces(self, ids: list[int], told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """What llama.cpp says of an answer, on a slot that is then free again."""
-        server, prompt = self._server, [*self._prefix, *ids]
+        server, prompt = self.server, [*self.prefix, *ids]
         slot = server.free.get()
         try:
             if slot not in self._filled:
@@ -134,7 +137,7 @@ class LlamaCpp:
                 self._filled.add(slot)
             with server.complete(slot, prompt, told) as said:
                 for piece in said:
-                    if piece.get("timings", {}).get("cache_n", len(self._prefix)) < len(self._prefix):
+                    if piece.get("timings", {}).get("cache_n", len(self.prefix)) < len(self.prefix):
                         self._filled.discard(slot)  # it would read placeholders as if they were text
                         raise EngineError("llama.cpp lost the sheet of this slot; ask again.")
                     yield piece
@@ -147,8 +150,8 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End llama.cpp and remove the exported state; safe to call twice."""
-        self._server.close()
-        self._folder.cleanup()
+        self.server.close()
+        self._temporary.cleanup()
 
     def __enter__(self) -> Self:
         """Itself."""
