@@ -171,7 +171,7 @@ def test_another_model_tokenizer_or_sheet_is_refused_before_llama_cpp_starts(qwe
     other = save_gguf(plain_backbone("qwen3", seed=1), tmp_path / "other.gguf")
     with pytest.raises(MismatchError, match="by its weights"):
         LlamaCpp(qwen3_sheet, other, tokenizer=qwen3.tokenizer)
-    with pytest.raises(MismatchError, match="made with another chat template: the sheet has .*, the tokenizer given"):
+    with pytest.raises(MismatchError, match=r"made with another chat template: the sheet has .*, the tokenizer given"):
         LlamaCpp(qwen3_sheet, qwen3_gguf, tokenizer=tiny_tokenizer(qwen3.tokenizer.chat_template + " "))
     with pytest.raises(ModelError, match="There is no GGUF file"):
         LlamaCpp(qwen3_sheet, tmp_path / "nothing.gguf", tokenizer=qwen3.tokenizer)

@@ -220,9 +220,10 @@ class Backbone:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model, without its weights. Raises `ModelError` if there is none."""
+    """The tokenizer of a model, or of a folder that holds nothing else. Raises `ModelError` if there is none."""
+    source = name if Path(name).is_dir() else located(name)
     try:
-        return AutoTokenizer.from_pretrained(located(name), revision=revision)
+        return AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"There is no usable tokenizer at {name!r}: {_first_line(error)}") from error
 
