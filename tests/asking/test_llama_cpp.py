@@ -219,6 +219,18 @@ def test_the_command_asks_llama_cpp_without_loading_weights(wheel, tmp_path, cap
     assert "--sources is of our own engine" in capsys.readouterr().err
 
 
+def test_the_pocket_model_says_what_it_says_here(wheel, tmp_path):
+    """A model that learnt to answer, and ends its answers by itself."""
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model="pocket", rate=2, for_engines=True)
+    asked = [f"Where does {name} live?" for name in ("Alice Moreno", "Bob Smith", "Clara Berg", "Hugo Ali")]
+    ours = [kb.ask(question, max_tokens=12, evidence=False) for question in asked]
+    assert {answer.finish_reason for answer in ours} == {"stop"}
+    with kb.in_llama_cpp(save_gguf(kb.backbone, tmp_path / "pocket.gguf"), threads=1) as llama:
+        theirs = [llama.ask(question, max_tokens=12) for question in asked]
+    assert [answer.text for answer in theirs] == [answer.text for answer in ours]
+    assert {answer.finish_reason for answer in theirs} == {"stop"}
+
+
 @pytest.mark.slow
 def test_a_real_model_says_the_same_in_llama_cpp(wheel, tmp_path):
     """CRIBSHEET_GGUF_MODEL: a folder of a model that can talk; CRIBSHEET_GGUF: its file in float16 or finer."""

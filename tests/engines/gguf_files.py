@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ def plain_backbone(family: str, seed: int = 0) -> Backbone:
 
 
 def settings_of(backbone: Backbone) -> dict[str, Any]:
-    """What the header says of a model, and of its byte-level tokenizer."""
+    """What the header says of a model, and of its tokenizer: of bytes, or of pieces with a mark for the blank."""
     config, name = backbone.config, ARCHITECTURES[backbone.config.model_type]
     state = json.loads(backbone.tokenizer.backend_tokenizer.to_str())
     tokens = [text for text, _ in sorted(backbone.tokenizer.get_vocab().items(), key=lambda each: each[1])]
     special = {each["content"] for each in state["added_tokens"] if each["special"]}
+    pieces = "\u2581a" in tokens
+    merges = [" ".join(pair) for pair in state["model"]["merges"]]
     return {
         "general.architecture": name,
         "general.name": "tiny",
@@ -62,14 +65,14 @@ def settings_of(backbone: Backbone) -> dict[str, Any]:
         f"{name}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
         f"{name}.rope.dimension_count": backbone.head_size,
         f"{name}.vocab_size": len(tokens),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.model": "llama" if pieces else "gpt2",
+        "tokenizer.ggml.pre": "default" if pieces else "gpt-2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if text in special else 1 for text in tokens],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in state["model"]["merges"]],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.token_type": [_kind(text, special) for text in tokens],
+        **({"tokenizer.ggml.scores": [0.0] * len(tokens)} if pieces else {"tokenizer.ggml.merges": merges}),
+        "tokenizer.ggml.bos_token_id": config.bos_token_id,
+        "tokenizer.ggml.eos_token_id": config.eos_token_id,
+        "tokenizer.ggml.padding_token_id": config.pad_token_id,
         "tokenizer.ggml.add_bos_token": False,
     }
 
@@ -129,16 +132,21 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(held)) + held
 
 
+def _kind(text: str, special: set[str]) -> int:
+    """llama.cpp's number for control tokens, single bytes, and all others."""
+    return 3 if text in special else 6 if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else 1
+
+
 def _value(value: Any) -> bytes:
     if isinstance(value, list):
-        kind, parts = (
-            (8, [_text(each) for each in value])
-            if isinstance(value[0], str)
-            else (5, [struct.pack("<i", each) for each in value])
-        )
-        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(parts)
+        parts = [
+            struct.pack("<Ii", 5, x) if isinstance(x, int) else _value(x) for x in value
+        ]  # each with its kind before it, which is said once of a list
+        return struct.pack("<I", 9) + parts[0][:4] + struct.pack("<Q", len(value)) + b"".join(x[4:] for x in parts)
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
-    return struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
+    return (
+        struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<Ii", 5 if value < 0 else 4, value)
+    )

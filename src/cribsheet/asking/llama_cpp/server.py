@@ -48,7 +48,7 @@ class LlamaServer:
         except RuntimeError as error:
             raise EngineError(
                 f"llama.cpp cannot load {str(gguf)!r} for {options.slots} slots of {options.positions} positions: "
-                f"{error}; give another GGUF, or less room."
+                f"{error} What it wrote to stderr says more; give another GGUF, or less room."
             ) from error
         self._port = urlsplit(self._server.listening_address).port
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -98,7 +98,8 @@ def _parameters(library: Any, gguf: Path, folder: Path, options: ServerOptions, 
     given.slot_save_path, given.endpoint_slots = f"{folder}/", True
     given.port, given.api_keys = 0, [key]
     given.n_gpu_layers, given.fit_params, given.warmup = options.gpu_layers, False, False
-    given.cache_ram_mib, given.verbosity = 0, 0
+    given.cache_ram_mib = 0
+    given.verbosity = 1  # its errors, on stderr: they say more than what it raises
     if options.threads is not None:
         given.cpuparams.n_threads = given.cpuparams_batch.n_threads = options.threads
     return given
