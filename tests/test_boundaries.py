@@ -25,9 +25,9 @@ BENCH = {
     path.relative_to(ROOT.parent).as_posix(): path for path in sorted((ROOT.parent / "cribsheet_bench").rglob("*.py"))
 }
 UPPER = ("cli/", "compare/", "demo/", "server/", "ray/")
-LINE = """errors vocabulary kernels | corpus attention | structured | prompt | model | sheet engine | compress retrieval
-    | plan recall | living | asking | retention | study | build forecast | llm | compare demo server | ray | cli
-    | testing"""
+LINE = """errors vocabulary kernels | corpus attention | structured | prompt | model | sheet engine engines
+    | compress retrieval | plan recall | living | asking | retention | study | build forecast | llm
+    | compare demo server | ray | cli | testing"""
 FLOOR = {room: number for number, floor in enumerate(LINE.split("|")) for room in floor.split()}
 CORE = sorted(
     "cribsheet." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")

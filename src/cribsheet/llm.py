@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import torch
 
 from cribsheet.asking import evidence
 from cribsheet.asking.answer import Answer, Conversation, Source
+from cribsheet.asking.llama_cpp.llm import LlamaCpp, in_engine
 from cribsheet.asking.modes import answers_later, answers_of, begin, begin_later
 from cribsheet.asking.prepared import Prepared
 from cribsheet.asking.session import Session
@@ -41,9 +42,9 @@ from cribsheet.study.study import Study, StudyOptions, check, study
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
-    from langchain_cribsheet import ChatCribsheet
+    from langchain_cribsheet import ChatCribsheet, ChatCribsheetLlamaCpp
     from langchain_cribsheet import CribsheetRetriever as ChainRetriever
-    from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLLM
+    from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLlamaCppLLM, CribsheetLLM
     from llama_index.llms.cribsheet import CribsheetRetriever as IndexRetriever
 
     from cribsheet.asking.options import (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         ExtendOptions,
         IndexLLMOptions,
         IndexRetrieverOptions,
+        LlamaCppOptions,
         QueryEngineOptions,
         ReplaceOptions,
         RetrieverOptions,
@@ -378,10 +380,27 @@ class CompressedKnowledgeLLM:
         """
         return evidence.passages(self.session, question, answer, limit=limit, characters=characters)
 
-    def as_chat_model(self, **settings: Unpack[ChatModelOptions]) -> ChatCribsheet:
-        """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
-        made: ChatCribsheet = integration(*_LANGCHAIN).ChatCribsheet(knowledge=self, **settings)
-        return made
+    def in_llama_cpp(self, gguf: str | Path, **how: Unpack[LlamaCppOptions]) -> LlamaCpp:
+        """llama.cpp with this sheet, answering by a GGUF of the same model (`asking/llama_cpp/llm.py`)."""
+        return LlamaCpp(self.sheet, gguf, tokenizer=self.backbone.tokenizer, **how)
+
+    @overload
+    def as_chat_model(
+        self, *, engine: Literal["llama.cpp"], gguf: str | Path, **settings: Any
+    ) -> ChatCribsheetLlamaCpp: ...
+
+    @overload
+    def as_chat_model(self, **settings: Unpack[ChatModelOptions]) -> ChatCribsheet: ...
+
+    def as_chat_model(self, *, engine: str | None = None, gguf: str | Path | None = None, **settings: Any) -> Any:
+        """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`).
+
+        With `engine="llama.cpp"` and a GGUF, llama.cpp answers (`langchain_cribsheet.ChatCribsheetLlamaCpp`).
+        """
+        frame = integration(*_LANGCHAIN)
+        if engine is None and gguf is None:
+            return frame.ChatCribsheet(knowledge=self, **settings)
+        return frame.ChatCribsheetLlamaCpp(**in_engine(self, engine, gguf, settings))
 
     def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> ChainRetriever:
         """A LangChain retriever of the places that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`).
@@ -396,10 +415,23 @@ class CompressedKnowledgeLLM:
         """A LangChain tool that answers questions from this sheet, for another model's agent."""
         return self.as_chat_model(**settings).as_tool(name=name, description=description)
 
-    def as_llama_index_llm(self, **settings: Unpack[IndexLLMOptions]) -> CribsheetLLM:
-        """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`)."""
-        made: CribsheetLLM = integration(*_LLAMA_INDEX).CribsheetLLM(knowledge=self, **settings)
-        return made
+    @overload
+    def as_llama_index_llm(
+        self, *, engine: Literal["llama.cpp"], gguf: str | Path, **settings: Any
+    ) -> CribsheetLlamaCppLLM: ...
+
+    @overload
+    def as_llama_index_llm(self, **settings: Unpack[IndexLLMOptions]) -> CribsheetLLM: ...
+
+    def as_llama_index_llm(self, *, engine: str | None = None, gguf: str | Path | None = None, **settings: Any) -> Any:
+        """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`).
+
+        With `engine="llama.cpp"` and a GGUF, llama.cpp answers (`llama_index.llms.cribsheet.CribsheetLlamaCppLLM`).
+        """
+        index = integration(*_LLAMA_INDEX)
+        if engine is None and gguf is None:
+            return index.CribsheetLLM(knowledge=self, **settings)
+        return index.CribsheetLlamaCppLLM(**in_engine(self, engine, gguf, settings))
 
     def as_query_engine(self, **settings: Unpack[QueryEngineOptions]) -> CompressedKnowledgeQueryEngine:
         """A LlamaIndex query engine over this sheet, where `index.as_query_engine()` was."""

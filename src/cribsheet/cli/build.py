@@ -97,6 +97,12 @@ Mode = Annotated[
     SheetKind,
     typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
 ]
+ForEngines = Annotated[
+    bool,
+    typer.Option(
+        "--for-engines", help="A sheet that llama.cpp and other engines can read too: see `cribsheet export`."
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -148,6 +154,7 @@ def build(
     mode: Mode = "sequential",
     archive: Archived = False,
     archive_dtype: ArchiveDtype = None,
+    for_engines: ForEngines = False,
     resume: Resume = False,
     dry_run: DryRun = False,
     no_texts: NoTexts = False,
@@ -177,7 +184,7 @@ def build(
     options: BuildKeywords = {"rate": rate, "budget": budget, "scorer": scorer or None, "guide": guide}
     options |= {"chunk_tokens": chunk_tokens, "system": system, "dtype": storage_dtype, "seed": seed, "mode": mode}
     options |= {"allocation": allocation, "correction": correction, "retain": retain, "check": check}
-    options["archive"] = archived
+    options |= {"archive": archived, "for_engines": for_engines}
     loading = {"device": device, "dtype": dtype, "revision": revision}
     if dry_run or output is None:
         _foretell(documents, purpose, model, loading, options, as_json=as_json, texts=not no_texts)

@@ -219,6 +219,15 @@ class Backbone:
         return scaling
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model, or of a folder that holds nothing else. Raises `ModelError` if there is none."""
+    source = name if Path(name).is_dir() else located(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"There is no usable tokenizer at {name!r}: {_first_line(error)}") from error
+
+
 def _weight_samples(model: Any) -> Iterator[Tensor]:
     for _, weight in sorted(model.named_parameters()):
         if weight.device.type == "meta" or not weight.is_floating_point():
@@ -229,8 +238,12 @@ def _weight_samples(model: Any) -> Iterator[Tensor]:
         if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
             plain = plain.dequantize()
         flat = plain.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        yield flat[places.to(flat.device)].float().cpu()
+        yield flat[sample_places(flat.numel()).to(flat.device)].float().cpu()
+
+
+def sample_places(numbers: int) -> Tensor:
+    """Which of a weight's numbers, in a row, are its samples."""
+    return torch.linspace(0, numbers - 1, _SAMPLES, dtype=torch.float64).long()
 
 
 def _first_line(error: Exception) -> str:
