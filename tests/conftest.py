@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from engine_sheets import engine_family, qwen3, qwen3_gguf, qwen3_sheet  # noqa: F401
 from no_network import no_network  # noqa: F401
 from support import SupportTable
 

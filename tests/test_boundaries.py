@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ast
+import sys
+import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType, FrameType
 
 import pytest
+from corpus import DOCUMENTS, FEW_SHOT, QUESTION
 from test_public_api import in_a_fresh_python
 
 import cribsheet
+from cribsheet import CompressedKnowledgeLLM
+from cribsheet.engine.engine import Engine
+from cribsheet.testing import tiny_backbone
 
 ROOT = Path(cribsheet.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
@@ -17,9 +25,9 @@ BENCH = {
     path.relative_to(ROOT.parent).as_posix(): path for path in sorted((ROOT.parent / "cribsheet_bench").rglob("*.py"))
 }
 UPPER = ("cli/", "compare/", "demo/", "server/", "ray/")
-LINE = """errors vocabulary kernels | corpus attention | structured | prompt | model | sheet engine | compress retrieval
-    | plan recall | living | asking | retention | study | build forecast | llm | compare demo server | ray | cli
-    | testing"""
+LINE = """errors vocabulary kernels | corpus attention | structured | prompt | model | sheet engine engines
+    | compress retrieval | plan recall | living | asking | retention | study | build forecast | llm
+    | compare demo server | ray | cli | testing"""
 FLOOR = {room: number for number, floor in enumerate(LINE.split("|")) for room in floor.split()}
 CORE = sorted(
     "cribsheet." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -120,6 +128,67 @@ def test_no_files_import_each_other_in_a_circle():
         for name in free:
             del left[name]
     assert sorted(left) == []
+
+
+Way = tuple[tuple[str, str], ...]  # file and function of ours, from the outermost inwards
+
+
+def ways_to(reached: Callable[[CodeType], bool], run: Callable[[], object]) -> set[Way]:
+    """The ways by which functions of the library come, in any thread, to code that is `reached` and not left again."""
+    ways = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event != "call" or not reached(frame.f_code):
+            return
+        outer, way = frame.f_back, []
+        while outer is not None:
+            if reached(outer.f_code):
+                return
+            if outer.f_code.co_filename.startswith(str(ROOT)):
+                file = Path(outer.f_code.co_filename).relative_to(ROOT).as_posix()
+                way.append((file, outer.f_code.co_qualname))
+            outer = outer.f_back
+        ways.add(tuple(reversed(way)))
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return ways
+
+
+def is_of_transformers(code: CodeType) -> bool:
+    return "transformers" in Path(code.co_filename).parts and "models" in Path(code.co_filename).parts
+
+
+def test_a_document_comes_to_the_model_by_six_functions_in_four_files_and_a_question_by_eight_in_four():
+    model = tiny_backbone()
+
+    def build() -> CompressedKnowledgeLLM:
+        return CompressedKnowledgeLLM.build(
+            DOCUMENTS, FEW_SHOT, model=model, rate=2, chunk_tokens=40, guide="resident", dtype="int4"
+        )
+
+    build()  # measures the model's profile, which is done once for a model and reads no document
+    ways = ways_to(is_of_transformers, build)
+    assert len(ways) == 2, ways  # of the documents, and of the guide on top of them
+    for way in ways:
+        assert way[0] == ("llm.py", "CompressedKnowledgeLLM.build") and len(way) <= 6, way
+        assert len({file for file, _ in way}) <= 4, way
+
+    with build() as kb:
+        submitted = ways_to(lambda code: code is Engine.submit.__code__, lambda: kb.ask(QUESTION, max_tokens=3))
+        (asked,) = submitted
+        assert asked[0] == ("llm.py", "CompressedKnowledgeLLM.ask"), asked
+    with build() as kb:
+        ways = ways_to(is_of_transformers, lambda: kb.ask(QUESTION, max_tokens=3))
+    assert ways
+    for way in ways:  # by which the question is read, and each token
+        whole = (*asked, ("engine/engine.py", "Engine.submit"), *way)
+        assert len(whole) <= 8 and len({file for file, _ in whole}) <= 4, whole
 
 
 @pytest.mark.parametrize("room", ["ray", "server"])

@@ -30,7 +30,7 @@ def kb():
 
 def running(kb):
     engine = kb.session.loaded.engine
-    return sum(len(group.running) for group in engine._groups) + len(engine._waiting)
+    return sum(len(batch.running) for batch in engine._batches) + len(engine._waiting)
 
 
 def settle(kb, seconds=5.0):

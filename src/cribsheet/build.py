@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Unpack
 
 import torch
 
+from cribsheet.compress.loop import read_through
 from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
-from cribsheet.living.independent import Reader, build_independent
+from cribsheet.living.independent import SegmentReader, build_independent
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.assemble import archive_writer, finish
+from cribsheet.plan.describe import checkpoint_of
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import plan, warn_without_task
 from cribsheet.retention.retention import build_retaining, checked, make_checker
@@ -46,7 +49,7 @@ def build_sheet(
     progress: Listener = None,
     checkpoint: str | Path | None = None,
     archive_folder: str | Path | None = None,
-    read: Reader | None = None,
+    read: SegmentReader | None = None,
     **options: Unpack[BuildKeywords],
 ) -> Sheet:
     """Condense `documents` for `task` into a sheet; `options` are the fields of `BuildOptions`.
@@ -60,7 +63,7 @@ def build_sheet(
     archive_folder
         where an archive lies until the sheet is saved, without a checkpoint; by default where temporary files go.
     read
-        who reads the documents of an independent sheet, if not this process: see `independent.Reader`.
+        who reads the documents of an independent sheet, if not this process: see `independent.SegmentReader`.
 
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts. A general task, which is what
     stands for none, is warned of.
@@ -90,5 +93,10 @@ def build_sheet(
         )
     else:
         planned = plan(backbone, layout, documents, task, how)
-        sheet = carry_out(backbone, planned, progress=progress, checkpoint=checkpoint, archive_folder=archive_folder)
+        began, saved = time.perf_counter(), checkpoint_of(planned, backbone, checkpoint)
+        archive = archive_writer(backbone, planned, checkpoint, archive_folder)
+        state = read_through(
+            backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved, archive=archive
+        )
+        sheet = finish(backbone, planned, state, began, archive)
     return sheet if checker is None else checked(checker, sheet)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cribsheet.compress.archiving import AT_ONCE
 from cribsheet.compress.correction import rows_of
-from cribsheet.compress.loop import Reading, State, compress, earned_budget, nothing_kept, nothing_read
+from cribsheet.compress.kept import State
+from cribsheet.compress.loop import Reading, compress, earned_budget, nothing_kept, nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError

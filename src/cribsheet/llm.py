@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import torch
 
 from cribsheet.asking import evidence
 from cribsheet.asking.answer import Answer, Conversation, Source
-from cribsheet.asking.modes import begin, begin_later, read, read_later
+from cribsheet.asking.llama_cpp.llm import LlamaCpp, in_engine
+from cribsheet.asking.modes import answers_later, answers_of, begin, begin_later
 from cribsheet.asking.prepared import Prepared
 from cribsheet.asking.session import Session
 from cribsheet.asking.sources import LIMIT
@@ -22,7 +24,7 @@ from cribsheet.compress.progress import Listener, shown
 from cribsheet.corpus.documents import read_documents
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.errors import RequestError, SheetError, integration
+from cribsheet.errors import BudgetError, RequestError, SheetError, integration
 from cribsheet.living import edits
 from cribsheet.living.combine import combine
 from cribsheet.model.backbone import Backbone
@@ -35,13 +37,14 @@ from cribsheet.sheet import file
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.structured.tools import Toolbox
-from cribsheet.study.study import Study, StudyOptions, study
+from cribsheet.study.forecast import StudyForecast, forecast_study
+from cribsheet.study.study import Study, StudyOptions, check, study
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
-    from langchain_cribsheet import ChatCribsheet
+    from langchain_cribsheet import ChatCribsheet, ChatCribsheetLlamaCpp
     from langchain_cribsheet import CribsheetRetriever as ChainRetriever
-    from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLLM
+    from llama_index.llms.cribsheet import CompressedKnowledgeQueryEngine, CribsheetLlamaCppLLM, CribsheetLLM
     from llama_index.llms.cribsheet import CribsheetRetriever as IndexRetriever
 
     from cribsheet.asking.options import (
@@ -50,11 +53,14 @@ if TYPE_CHECKING:
         ExtendOptions,
         IndexLLMOptions,
         IndexRetrieverOptions,
+        LlamaCppOptions,
         QueryEngineOptions,
         ReplaceOptions,
         RetrieverOptions,
         ToolOptions,
     )
+
+logger = logging.getLogger(__name__)
 
 _LANGCHAIN = "langchain_cribsheet", "langchain-cribsheet"  # module and distribution
 _LLAMA_INDEX = "llama_index.llms.cribsheet", "llama-index-llms-cribsheet"
@@ -82,6 +88,8 @@ class CompressedKnowledgeLLM:
         progress: Listener = None,
         checkpoint: str | Path | None = None,
         archive_folder: str | Path | None = None,
+        study: float | None = None,
+        study_steps: int | None = None,
         **options: Unpack[BuildKeywords],
     ) -> Self:
         """Condense documents for a task and return the model that answers from them.
@@ -90,12 +98,22 @@ class CompressedKnowledgeLLM:
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
         `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on;
         `archive_folder` is where an archive lies until `save`, in place of the folder for temporary files.
+        `study` minutes, or `study_steps` of training, the sheet then studies; where it cannot, because the model writes
+        too few questions that may serve, a warning says so, and the sheet is as it was built.
         `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...
         """
-        BuildOptions(**options)  # refused before a model is loaded
+        how = BuildOptions(**options)  # refused before a model is loaded
+        studies = study is not None or study_steps is not None
+        if studies and (how.check or how.retain is not None):
+            raise BudgetError(
+                "A check asks the sheet as it is built, and a study changes it; leave check= and retain= out, or "
+                "study= and study_steps=."
+            )
         corpus, purpose = read_documents(documents), Task.of(task)
         with shown(progress) as told:
             loaded = LoadedModel.get(model, **dict(model_options or {}))
+            if studies:
+                check(study, study_steps, loaded.backbone)
             sheet = build_sheet(
                 loaded.backbone,
                 corpus,
@@ -105,7 +123,10 @@ class CompressedKnowledgeLLM:
                 archive_folder=archive_folder,
                 **options,
             )
-            return cls(loaded, sheet)
+            kb = cls(loaded, sheet)
+        if studies:
+            kb._study_built(study, study_steps, checkpoint)
+        return kb
 
     @classmethod
     def load(
@@ -161,6 +182,18 @@ class CompressedKnowledgeLLM:
         sheet, came = study(self.session, **how)
         self._become(sheet)
         return came
+
+    def _study_built(self, minutes: float | None, steps: int | None, checkpoint: str | Path | None) -> None:
+        """Study what was just built, beside whose checkpoint it is remembered how far that is."""
+        resume = None if checkpoint is None else Path(f"{checkpoint}.study")
+        try:
+            self.study(minutes=minutes, steps=steps, resume=resume)
+        except RequestError as error:
+            logger.warning("The sheet is as it was built: %s", error)
+
+    def forecast_study(self, *, minutes: float | None = None, steps: int | None = None) -> StudyForecast:
+        """What `study` would take, from a few questions and exercises that are tried; the sheet stays as it is."""
+        return forecast_study(self.session, minutes=minutes, steps=steps)
 
     def combine(
         self, *others: Sheet | CompressedKnowledgeLLM, task: Task | str | None = None
@@ -263,7 +296,7 @@ class CompressedKnowledgeLLM:
         what the question looks at, and with `no_archive="sheet"` the sheet answers alone where there is no archive, or
         it cannot be read (else `RequestError` or `SheetError`). The answer's `mode` and `passages` say what was used.
         """
-        return read([self.stream(question, **sampling)])[0]
+        return answers_of(begin(self.session, [self.prepare(question, **sampling)]))[0]
 
     def stream(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> AnswerStream:
         """As `ask`, but the text as it is written: iterate for pieces of text, then read `.answer`.
@@ -286,7 +319,7 @@ class CompressedKnowledgeLLM:
 
     def ask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`n` answers to one question, sampled side by side; with a seed they are the same every time."""
-        return read(begin(self.session, self.session.prepare(question, sampling, n)))
+        return answers_of(begin(self.session, self.session.prepare(question, sampling, n)))
 
     def conversation(self) -> Conversation:
         """A conversation that remembers its turns."""
@@ -294,12 +327,12 @@ class CompressedKnowledgeLLM:
 
     async def aask(self, question: Question | Prepared, **sampling: Unpack[AskOptions]) -> Answer:
         """`ask` without blocking the event loop; cancelling the task stops the work within one token."""
-        return (await read_later([self.astream(await asyncio.to_thread(self.prepare, question, **sampling))]))[0]
+        return (await answers_later([self.astream(await asyncio.to_thread(self.prepare, question, **sampling))]))[0]
 
     async def aask_many(self, question: Question, n: int, **sampling: Unpack[AskOptions]) -> list[Answer]:
         """`ask_many` without blocking the event loop."""
         asked = await asyncio.to_thread(self.session.prepare, question, sampling, n)
-        return await read_later(begin_later(self.session, asked, None))
+        return await answers_later(begin_later(self.session, asked, None))
 
     def astream(
         self,
@@ -347,10 +380,27 @@ class CompressedKnowledgeLLM:
         """
         return evidence.passages(self.session, question, answer, limit=limit, characters=characters)
 
-    def as_chat_model(self, **settings: Unpack[ChatModelOptions]) -> ChatCribsheet:
-        """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`)."""
-        made: ChatCribsheet = integration(*_LANGCHAIN).ChatCribsheet(knowledge=self, **settings)
-        return made
+    def in_llama_cpp(self, gguf: str | Path, **how: Unpack[LlamaCppOptions]) -> LlamaCpp:
+        """llama.cpp with this sheet, answering by a GGUF of the same model (`asking/llama_cpp/llm.py`)."""
+        return LlamaCpp(self.sheet, gguf, tokenizer=self.backbone.tokenizer, **how)
+
+    @overload
+    def as_chat_model(
+        self, *, engine: Literal["llama.cpp"], gguf: str | Path, **settings: Any
+    ) -> ChatCribsheetLlamaCpp: ...
+
+    @overload
+    def as_chat_model(self, **settings: Unpack[ChatModelOptions]) -> ChatCribsheet: ...
+
+    def as_chat_model(self, *, engine: str | None = None, gguf: str | Path | None = None, **settings: Any) -> Any:
+        """A LangChain chat model that answers from this sheet (`langchain_cribsheet.ChatCribsheet`).
+
+        With `engine="llama.cpp"` and a GGUF, llama.cpp answers (`langchain_cribsheet.ChatCribsheetLlamaCpp`).
+        """
+        frame = integration(*_LANGCHAIN)
+        if engine is None and gguf is None:
+            return frame.ChatCribsheet(knowledge=self, **settings)
+        return frame.ChatCribsheetLlamaCpp(**in_engine(self, engine, gguf, settings))
 
     def as_retriever(self, **settings: Unpack[RetrieverOptions]) -> ChainRetriever:
         """A LangChain retriever of the places that the sheet looks at (`langchain_cribsheet.CribsheetRetriever`).
@@ -365,10 +415,23 @@ class CompressedKnowledgeLLM:
         """A LangChain tool that answers questions from this sheet, for another model's agent."""
         return self.as_chat_model(**settings).as_tool(name=name, description=description)
 
-    def as_llama_index_llm(self, **settings: Unpack[IndexLLMOptions]) -> CribsheetLLM:
-        """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`)."""
-        made: CribsheetLLM = integration(*_LLAMA_INDEX).CribsheetLLM(knowledge=self, **settings)
-        return made
+    @overload
+    def as_llama_index_llm(
+        self, *, engine: Literal["llama.cpp"], gguf: str | Path, **settings: Any
+    ) -> CribsheetLlamaCppLLM: ...
+
+    @overload
+    def as_llama_index_llm(self, **settings: Unpack[IndexLLMOptions]) -> CribsheetLLM: ...
+
+    def as_llama_index_llm(self, *, engine: str | None = None, gguf: str | Path | None = None, **settings: Any) -> Any:
+        """A LlamaIndex LLM that answers from this sheet (`llama_index.llms.cribsheet.CribsheetLLM`).
+
+        With `engine="llama.cpp"` and a GGUF, llama.cpp answers (`llama_index.llms.cribsheet.CribsheetLlamaCppLLM`).
+        """
+        index = integration(*_LLAMA_INDEX)
+        if engine is None and gguf is None:
+            return index.CribsheetLLM(knowledge=self, **settings)
+        return index.CribsheetLlamaCppLLM(**in_engine(self, engine, gguf, settings))
 
     def as_query_engine(self, **settings: Unpack[QueryEngineOptions]) -> CompressedKnowledgeQueryEngine:
         """A LlamaIndex query engine over this sheet, where `index.as_query_engine()` was."""

@@ -8,13 +8,13 @@ Allocation = Literal["uniform", "profiled", "adaptive"]
 """How heads share a budget: all keep equally many tokens; half of it goes where the model's profile says
 (`compress/profile.py`) and half where scores are higher; or all of it where scores are higher."""
 
-BuildMode = Literal["sequential", "independent"]
-"""How documents are read: each on top of those before, or each alone."""
+SheetKind = Literal["sequential", "independent"]
+"""What a build makes: a sheet of documents that were read each on top of those before, or each alone."""
 
 Correction = Literal["none", "refit"]
 """Whether what is kept is made to stand for what was dropped."""
 
-GuideMode = Literal["auto", "resident", "form", "dropped"]
+GuideKept = Literal["auto", "resident", "form", "dropped"]
 """What of the guide stays in the sheet."""
 
 Mode = Literal["sheet", "retrieval", "hybrid", "auto", "recall"]

@@ -25,7 +25,7 @@ from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.retrieval.retriever import bm25s_without_jax
-from cribsheet.vocabulary import BuildMode
+from cribsheet.vocabulary import SheetKind
 from cribsheet_bench.command import begin, options
 from cribsheet_bench.quality.run import setup
 
@@ -105,7 +105,7 @@ def demo_case() -> Case:
     return Case("demo", documents, script.task, asked)
 
 
-def measure(model: LoadedModel, case: Case, rate: float, mode: BuildMode) -> Iterator[Row]:
+def measure(model: LoadedModel, case: Case, rate: float, mode: SheetKind) -> Iterator[Row]:
     """Ask every question of a case on a sheet of that rate and mode."""
     options = {"scorer": "recent"} if rate == 1 and mode == "sequential" else {}
     with CompressedKnowledgeLLM.build(case.documents, case.task, model=model, rate=rate, mode=mode, **options) as kb:  # type: ignore[arg-type]

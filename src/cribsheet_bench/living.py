@@ -28,13 +28,13 @@ from cribsheet.living import edits
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.vocabulary import Allocation, BuildMode
+from cribsheet.vocabulary import Allocation, SheetKind
 from cribsheet_bench.command import begin, options
 from cribsheet_bench.quality.run import Case, held_out_cases, setup
 
 logger = logging.getLogger(__name__)
 
-FORMS: tuple[tuple[BuildMode, Allocation], ...] = (
+FORMS: tuple[tuple[SheetKind, Allocation], ...] = (
     ("sequential", "adaptive"),
     ("independent", "adaptive"),
     ("independent", "uniform"),
@@ -45,7 +45,7 @@ FORMS: tuple[tuple[BuildMode, Allocation], ...] = (
 class Row:
     """One answer by one form of sheet."""
 
-    mode: BuildMode
+    mode: SheetKind
     allocation: Allocation
     rate: float
     budget: int
@@ -121,7 +121,7 @@ def measure_loss(model: LoadedModel, cases: Sequence[Case], rates: Sequence[floa
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One line for each form and rate: the share of answerable questions retained, with its 95 % interval."""
-    groups: dict[tuple[BuildMode, Allocation, float], list[Row]] = {}
+    groups: dict[tuple[SheetKind, Allocation, float], list[Row]] = {}
     for row in rows:
         if row.retained:
             groups.setdefault((row.mode, row.allocation, row.rate), []).append(row)

@@ -30,7 +30,7 @@ from cribsheet_bench.real.case import Case, Means
 from cribsheet_bench.real.corpora import find_corpora, read_corpus, write_corpus
 from cribsheet_bench.real.page import Result, Row, View, merged, page, read_result, result_of
 from cribsheet_bench.real.run import Options, merge, run, shard_file
-from cribsheet_bench.real.ways import NAMES
+from cribsheet_bench.real.ways import BY_NAME, NAMES
 
 QUIET = Console(quiet=True)
 SENTENCES = (
@@ -362,6 +362,20 @@ def test_passages_are_searched_once_for_each_question(corpora):
     first = case._finder("bm25")(query)
     assert first and case._finder("bm25")(query) is first
     case.close()
+
+
+@pytest.mark.slow
+def test_all_studies_of_a_corpus_practise_on_the_same(corpora, caplog):
+    """The pocket model; three minutes of one core."""
+    corpus = read_corpus(corpora / "people", "people")
+    case = Case("pocket", LoadedModel.get("pocket"), corpus, Means())
+    with caplog.at_level("INFO", "cribsheet.study"):
+        for rate in (4.0, 8.0):
+            assert case.answers(replace(BY_NAME["study"], minutes=1.5), rate, [0])
+    case.close()
+    told = [record.message for record in caplog.records]
+    assert sum(message.endswith("questions after round 1") for message in told) == 1
+    assert sum("held out is" in message for message in told) >= 2
 
 
 def test_an_example_s_answer_given_for_the_document_s_is_told(corpora):

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from cribsheet.attention.rope import rotate
-from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import State, compress, earned_budget, nothing_kept
+from cribsheet.compress.kept import Kept, State
+from cribsheet.compress.loop import compress, earned_budget, nothing_kept
 from cribsheet.corpus.documents import Document
 from cribsheet.plan.options import BuildOptions
 from cribsheet.plan.plan import plan

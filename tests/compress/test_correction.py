@@ -13,7 +13,7 @@ from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention.rope import rotate
 from cribsheet.build import build_sheet
 from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import choose, condense, correct, kept_tokens, nothing_kept, places, read, score
+from cribsheet.compress.loop import choose, condense, correct, kept_tokens, nothing_kept, nothing_read, places, score
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.living.combine import combine
 from cribsheet.plan.options import BuildOptions
@@ -30,7 +30,7 @@ def read_and_kept(backbone, rate=4.0):
     made = plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, options)
     (chunk,) = made.corpus.split(made.reading.chunk_tokens)
     before = nothing_kept(backbone)
-    layers = read(backbone, before, chunk, made.reading)
+    layers = backbone.read(nothing_read(backbone), 0, chunk.ids, made.reading.behind(chunk))
     scores = [score(backbone, layers[n], old, chunk, made.reading, n) for n, old in enumerate(before)]
     indices = [places(old, chunk) for old in before]
     keep = choose(backbone, scores, indices, made.reading, made.reading.budget)

@@ -17,7 +17,7 @@ from reference import full_context_answer, full_context_logits
 from cribsheet import CompressedKnowledgeLLM
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.engine import _QUANTUM, Engine
-from cribsheet.engine.prefill import PIECE, LongRead, reads
+from cribsheet.engine.prefill import PIECE, LongPrefill, prefills
 from cribsheet.engine.request import Answering, Delta, Finished, Request
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.errors import EngineError
@@ -123,7 +123,7 @@ def test_a_cancelled_answer_is_over_at_the_next_token(kb, engine):
     request.cancel()
     assert not engine.step()
     assert isinstance(events[-1], Finished) and events[-1].reason == "cancelled"
-    assert events[-1].completion_tokens == 5 and engine._groups == []
+    assert events[-1].completion_tokens == 5 and engine._batches == []
     assert len(text(events)) >= before
 
 
@@ -197,7 +197,7 @@ def test_no_more_than_max_batch_run_at_once_and_the_rest_follow_in_order(kb):
     requests = [ask(kb, sink=noting(n), max_tokens=3 + n % 2)[0] for n in range(7)]
     queue(engine, *requests)
     while engine.step():
-        assert sum(len(group.running) for group in engine._groups) <= 2
+        assert sum(len(batch.running) for batch in engine._batches) <= 2
     assert sorted(ended) == list(range(7))
     assert all(abs(place - number) <= 1 for place, number in enumerate(ended))
 
@@ -229,7 +229,7 @@ def test_closing_cancels_what_runs_and_what_waits_and_returns_when_all_is_over(k
     engine.close()
     for _, events in asked:
         assert events[-1].reason == "cancelled" and events[-1].completion_tokens < 900
-    assert engine._thread is None and engine._groups == []
+    assert engine._thread is None and engine._batches == []
 
 
 def test_closing_right_after_asking_cancels_also_what_is_being_read(kb):
@@ -382,16 +382,15 @@ def test_questions_are_read_in_passes_of_bounded_size_over_one_prefix_each(kb):
         for n in lengths
         for prefix in (here, there)
     ]
-    found = reads([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
+    found = prefills([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
     for prefix in (here, there):
-        mine = [read for read in found if read.prefix is prefix]
-        sizes = [[sequence.length for sequence in read.sequences] for read in mine]
+        mine = [prefill for prefill in found if prefill.prefix is prefix]
+        sizes = [[sequence.length for sequence in prefill.sequences] for prefill in mine]
         assert sizes == [[1, 2], [400, 400], [400], [1024], [1100]]
-        assert [isinstance(read, LongRead) for read in mine] == [max(size) > PIECE for size in sizes]
-        assert all(
-            len(size) * max(size) <= PIECE or isinstance(read, LongRead) for read, size in zip(mine, sizes, strict=True)
-        )
-        assert all(sequence.request.prefix is prefix for read in mine for sequence in read.sequences)
+        assert [isinstance(prefill, LongPrefill) for prefill in mine] == [max(size) > PIECE for size in sizes]
+        short = [size for prefill, size in zip(mine, sizes, strict=True) if not isinstance(prefill, LongPrefill)]
+        assert all(len(size) * max(size) <= PIECE for size in short)
+        assert all(sequence.request.prefix is prefix for prefill in mine for sequence in prefill.sequences)
 
 
 def test_many_questions_at_once_do_not_hold_up_running_answers(kb, engine, monkeypatch):
@@ -403,10 +402,10 @@ def test_many_questions_at_once_do_not_hold_up_running_answers(kb, engine, monke
     queue(engine, *(request for request, _ in others))
     for _ in range(10):
         before = sum(bool(events) for _, events in others)
-        said_before = engine._groups[0].running[0].produced
+        said_before = engine._batches[0].running[0].produced
         engine.step()
         assert sum(bool(events) for _, events in others) - before <= 64 // len(running.question)
-        assert engine._groups[0].running[0].produced == said_before + 1
+        assert engine._batches[0].running[0].produced == said_before + 1
     run(engine)
     assert all(events[-1] == Finished("length", 2) for _, events in others)
     assert running_events[-1] == Finished("length", 20)
@@ -542,9 +541,9 @@ def test_nobody_is_parked_while_nobody_waits(kb):
     request, _ = ask(kb, max_tokens=3 * _QUANTUM)
     queue(engine, request)
     engine.step()
-    group = engine._groups[0]
+    batch = engine._batches[0]
     while engine.step():
-        assert engine._groups == [group] and len(group.running) == 1
+        assert engine._batches == [batch] and len(batch.running) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "smollm3"])
@@ -638,9 +637,9 @@ def test_what_stands_ahead_of_a_question_is_as_if_it_had_been_read_with_it_also_
     queue(engine, *(request for request, *_ in asked))
     for _ in range(3):
         engine.step()
-    for group in engine._groups:
-        for each in list(group.running)[:2]:
-            group.park(each)
+    for batch in engine._batches:
+        for each in list(batch.running)[:2]:
+            batch.park(each)
             engine._waiting.append(each)
     run(engine)
     for _, events, _, whole in asked:
@@ -658,6 +657,6 @@ def test_questions_behind_much_that_was_recalled_are_read_in_passes_of_bounded_s
     sizes = [8, 8, 8, 8, 25, 0, 0]
     made = [Ahead(kb, ids[:1].repeat(size), kb.prefix.tokens) if size else None for size in sizes]
     asked = [Request(kb.prefix, ids, SamplingParams(), print, ahead=ahead) for ahead in made]
-    passes = reads([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
+    passes = prefills([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
     before = [[each.request.before for each in one.sequences] for one in passes]
     assert before == [[0, 0], [8, 8, 8], [8], [25]]

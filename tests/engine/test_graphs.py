@@ -12,7 +12,7 @@ from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
-from cribsheet.engine.graphs import find_read, fixed_step, padded_read
+from cribsheet.engine.graphs import find_prefill, fixed_step, padded_prefill
 from cribsheet.testing import tiny_backbone
 
 TOKENS = 40
@@ -47,7 +47,7 @@ def test_padding_behind_a_question_changes_nothing(backbone, prefix):
     wanted = backbone.step(question.unsqueeze(0), positions, cache)[:, -1]
     inputs = torch.cat([question, torch.full((7,), 33), torch.tensor([8])])
     padded = torch.cat([weights, torch.zeros(7)])
-    logits, mass, found = padded_read(backbone, prefix, inputs, padded, evidence=True)
+    logits, mass, found = padded_prefill(backbone, prefix, inputs, padded, evidence=True)
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mass, glance.masses[0], atol=1e-5, rtol=1e-4)
     for mine, other in zip(found, cache.layers, strict=True):
@@ -82,7 +82,7 @@ def test_a_step_that_does_not_know_lengths_is_one_that_does(backbone, prefix):
 
 
 def test_nothing_is_captured_on_a_cpu(backbone, prefix):
-    assert [find_read(backbone, prefix, 9, True) for _ in range(5)] == [None] * 5 and not prefix.reads
+    assert [find_prefill(backbone, prefix, 9, True) for _ in range(5)] == [None] * 5 and not prefix.prefills
 
 
 def test_what_cannot_be_captured_is_told_once_and_what_can_is_made_once(caplog):

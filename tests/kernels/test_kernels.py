@@ -19,8 +19,8 @@ from cribsheet.attention.attend import column_mass, column_peak
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
-from cribsheet.engine.group import Group
-from cribsheet.engine.prefill import ShortRead
+from cribsheet.engine.batch import Batch
+from cribsheet.engine.prefill import ShortPrefill
 from cribsheet.engine.request import Answering, Request
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.kernels import columns as kernels
@@ -62,6 +62,13 @@ def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
     assert dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
 
 
+def passed(backbone, work):
+    """Logits of one pass, as the engine makes it."""
+    logits = backbone.step(*work.inputs(backbone))[:, -1]
+    work.note()
+    return logits
+
+
 def steps(backbone, prefix, told=((0, 0), (0, 0))):
     """Logits and masses of two questions of different lengths, read together and two tokens decoded."""
     generator = torch.Generator().manual_seed(2)
@@ -74,12 +81,12 @@ def steps(backbone, prefix, told=((0, 0), (0, 0))):
             told=(passages,) if passages[1] else (), lead=passages[1],
         )  # fmt: skip
         sequences.append(Answering(request, backbone.tokenizer, frozenset()))
-    read, group = ShortRead(sequences, prefix), Group(prefix)
-    found.append(read.next(backbone))
+    prefill, batch = ShortPrefill(sequences, prefix), Batch(prefix)
+    found.append(passed(backbone, prefill))
     for row, sequence in enumerate(sequences):
         sequence.last = 30 + row
-        group.insert(sequence, read.suffix(row))
-    found += [group.decode(backbone) for _ in range(2)]
+        batch.insert(sequence, prefill.suffix(row))
+    found += [passed(backbone, batch) for _ in range(2)]
     return found, [sequence.looked for sequence in sequences]
 
 

@@ -11,12 +11,13 @@ from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT, OneHead
 from cribsheet import CompressedKnowledgeLLM, Document, build_sheet, load_sheet, save_sheet
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.rope import rotate
+from cribsheet.compress.loop import read_through
 from cribsheet.compress.scoring import SCORERS
 from cribsheet.errors import BudgetError, DocumentError, MismatchError, SheetError
 from cribsheet.living import edits
 from cribsheet.living.independent import LEAST, share
 from cribsheet.living.segments import cut, sheet_layers
-from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.assemble import finish
 from cribsheet.plan.options import BuildOptions
 from cribsheet.plan.plan import plan
 from cribsheet.prompt.chunks import TokenizedCorpus
@@ -145,7 +146,8 @@ def test_one_document_alone_is_kept_as_a_sequential_build_keeps_it_that_pins_the
     options = BuildOptions(budget=alone.tokens, **settings)
     made = plan(family, ChatLayout(family.tokenizer), [BOB], FEW_SHOT, options)
     preamble = made.corpus.preamble_tokens
-    usual = carry_out(family, replace(made, reading=replace(made.reading, pinned=preamble, least=preamble + 1)))
+    reading = replace(made.reading, pinned=preamble, least=preamble + 1)
+    usual = finish(family, made, read_through(family, made.corpus, reading), 0.0)
     assert torch.equal(alone.indices, usual.indices) and torch.equal(alone.origins, usual.origins)
     for mine, theirs in zip(sheet_layers(family, alone), sheet_layers(family, usual), strict=True):
         assert mine.window is not None or mine.counts == theirs.counts

@@ -33,6 +33,13 @@ from cribsheet.forecast import forecast
         ({"retain": 0.9, "rate": 4}, r"Both retain 0\.9 and rate 4 were given"),
         ({"retain": 0.9, "mode": "independent"}, "or mode='sequential'"),
         ({"retain": 0.9, "correction": "refit"}, "with correction and check=True"),
+        ({"for_engines": True, "budget": 100}, "blocks of 16; with for_engines=True pass 96 or 112"),
+        ({"for_engines": True, "budget": 7}, "with for_engines=True pass 16"),
+        ({"for_engines": True, "allocation": "adaptive"}, "allocation='adaptive' was given with for_engines=True"),
+        ({"for_engines": True, "mode": "independent"}, "mode='independent' was given with for_engines=True"),
+        ({"for_engines": True, "dtype": "int4"}, "dtype='int4' was given with for_engines=True"),
+        ({"for_engines": True, "retain": 0.9}, "retain=0.9 was given with for_engines=True"),
+        ({"for_engines": True, "rate": 1}, "rate=1 was given with for_engines=True, .* leave one of the two out"),
     ],
     ids=str,
 )

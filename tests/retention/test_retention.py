@@ -13,11 +13,11 @@ from test_probes import STAFF, TASK
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet, load_sheet, save_sheet
 from cribsheet.cli import run
-from cribsheet.compress.loop import cut
+from cribsheet.compress.loop import cut, read_through
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import BudgetError
-from cribsheet.plan.assemble import carry_out, read_through
+from cribsheet.plan.assemble import finish
 from cribsheet.plan.options import BuildOptions
 from cribsheet.plan.plan import plan
 from cribsheet.prompt.template import ChatLayout
@@ -44,10 +44,14 @@ def planned(backbone, rate, scorer="task", allocation="uniform", **options):
     return plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, how)
 
 
+def read_of(backbone, made):
+    return read_through(backbone, made.corpus, made.reading)
+
+
 @pytest.mark.parametrize(("scorer", "allocation"), [("task", "uniform"), ("random", "uniform"), ("recall", "adaptive")])
 def test_a_sheet_cut_from_a_reading_in_one_chunk_is_that_of_a_reading_of_its_own(family, scorer, allocation):
     wide, narrow = (planned(family, rate, scorer, allocation) for rate in (1.5, 4))
-    whole, alone = read_through(family, wide), read_through(family, narrow)
+    whole, alone = read_of(family, wide), read_of(family, narrow)
     for own, theirs in zip(cut(family, whole, narrow.reading).kept, alone.kept, strict=True):
         for name in ("keys", "values", "indices", "scores"):
             mine, wanted = getattr(own, name), getattr(theirs, name)
@@ -59,7 +63,7 @@ def test_a_sheet_cut_from_a_reading_in_one_chunk_is_that_of_a_reading_of_its_own
 
 def test_a_cut_to_the_same_budget_changes_nothing_and_several_chunks_lose_nothing_that_is_better(tiny):
     wide, narrow = (planned(tiny, rate, chunk_tokens=20) for rate in (1.5, 4))
-    state = read_through(tiny, wide)
+    state = read_of(tiny, wide)
     for own, theirs in zip(cut(tiny, state, wide.reading).kept, state.kept, strict=True):
         torch.testing.assert_close(own.keys, theirs.keys, atol=0, rtol=0)
         assert own.indices.equal(theirs.indices)
@@ -95,7 +99,7 @@ def test_probes_are_asked_behind_the_guide_that_a_sheet_has(tiny):
         options = BuildOptions(rate=1.2, guide=guide, scorer="recent")
         made = plan(tiny, layout, DOCUMENTS, FEW_SHOT, options)
         checker = make_checker(tiny, layout, DOCUMENTS, FEW_SHOT, options)
-        exams = [checker.exam(made), checker.exam(carry_out(tiny, made))]
+        exams = [checker.exam(made), checker.exam(finish(tiny, made, read_of(tiny, made), 0.0))]
         assert all(exam.guide.equal(made.resident) for exam in exams)
         guides.append(len(made.resident))
     assert guides[0] > 0 and guides[1] > 0 and guides[2] == 0

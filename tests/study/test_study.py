@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
@@ -10,14 +13,16 @@ from corpus import DOCUMENTS, FEW_SHOT
 
 from cribsheet import CompressedKnowledgeLLM, Task
 from cribsheet.attention.cache import cache_of, prefix_cache
+from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
-from cribsheet.errors import BudgetError, RequestError, SheetError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.errors import BudgetError, DocumentError, RequestError, SheetError
+from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.sheet import file
+from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.layer import Learnt, StudiedLayer
-from cribsheet.study.notebook import Notebook
-from cribsheet.study.practice import Exercise, make_practice
-from cribsheet.study.study import free_places, study
+from cribsheet.study.notebook import Notebook, read_practice, write_practice
+from cribsheet.study.practice import make_practice
+from cribsheet.study.study import Study, free_places, study, with_layers
 from cribsheet.study.trainer import Pace, Trainer
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
@@ -58,9 +63,9 @@ def exercises(kb, count=8, seed=0):
     return made
 
 
-def trainer_of(kb, found, seed=0):
+def trainer_of(kb, found, seed=0, rounded=False):
     layers, free = sheet_layers(kb.backbone, kb.sheet, torch.float32), free_places(kb.backbone, kb.sheet)
-    return Trainer(kb.backbone, layers, kb.sheet.length, free, found[:4], found[4:6], found[6:], seed)
+    return Trainer(kb.backbone, layers, kb.sheet.length, free, found[:4], found[4:6], found[6:], seed, rounded)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
@@ -79,7 +84,7 @@ def test_gradients_are_those_of_the_divergence(tiny):
     kb = built(tiny)
     trainer = trainer_of(kb, exercises(kb))
     state = trainer.begin()
-    before = trainer.run(state, Pace(1, rate=1e-3)).shifts
+    before = trainer.run(state, Pace(1, learning_rate=1e-3)).shifts
     generator = torch.Generator().manual_seed(1)
     ways = [torch.randn(shift.shape, generator=generator) for shift in before]
     held = trainer.held
@@ -113,6 +118,39 @@ def test_the_divergence_falls_and_what_may_not_change_stays(tiny, options):
         for was, is_now in ((old.keys, new.keys), (old.values, new.values)):
             changed = (was != is_now).reshape(-1, size).any(-1)
             assert changed[places].any() and not changed[~places].any()
+
+
+@pytest.mark.parametrize("options", [{"allocation": "uniform"}, {"budget": 200}, INDEPENDENT])
+def test_what_is_learnt_in_four_bits_is_what_is_stored(tiny, options):
+    kb = built(tiny, dtype="int4", **options)
+    for rounded in (True, False):
+        trainer = trainer_of(kb, exercises(kb), rounded=rounded)
+        state = trainer.run(trainer.begin(), Pace(25))
+        assert state.best_step > 0 and state.lowest < state.curve[0][1]
+        stored = with_layers(tiny, kb.sheet, trainer.best_layers(state))
+        layers, free = sheet_layers(tiny, stored, torch.float32), free_places(tiny, stored)
+        as_stored = Trainer(tiny, layers, stored.length, free, [], [], trainer.held).divergence(trainer.held)
+        # what learnt without it is rounded afterwards, and is another
+        assert (as_stored == pytest.approx(state.lowest, rel=1e-3)) is rounded
+
+
+def test_an_empty_layer_is_attended_like_any_other(tiny):
+    ids = torch.arange(7, 29).view(2, 11)
+    positions = torch.arange(11).expand(2, -1)
+    for window in (None, 4):
+        nothing = [replace(layer, window=window) for layer in nothing_read(tiny)]
+        wanted = tiny.step(ids, positions, prefix_cache(nothing, 0), 11)
+        found = tiny.step(ids, positions, cache_of([StudiedLayer(layer, 0) for layer in nothing]), 11)
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_it_ends_where_what_is_held_out_becomes_no_better(tiny):
+    kb = built(tiny)
+    trainer = trainer_of(kb, exercises(kb))
+    state = trainer.begin()
+    state.curve[0] = 0, 0.0  # better than that it cannot become
+    trainer.run(state, Pace(1000, learning_rate=1e-3))
+    assert state.step == 150 and state.best_step == 0 and len(state.curve) == 7
 
 
 def test_the_preamble_the_first_tokens_and_the_guide_may_not_change(tiny):
@@ -156,12 +194,12 @@ def test_a_notebook_of_another_study_or_a_damaged_one_is_refused(tiny, tmp_path)
     trainer = trainer_of(kb, exercises(kb))
     path = tmp_path / "a.study"
     Notebook(path, {"seed": 0}).write_state(trainer.begin())
-    with pytest.raises(SheetError, match="another study"):
+    with pytest.raises(SheetError, match=r"The notebook .* belongs to another study"):
         Notebook(path, {"seed": 1}).state(trainer.shifts)
     held = bytearray(path.read_bytes())
     held[-3] ^= 1
     path.write_bytes(bytes(held))
-    with pytest.raises(SheetError, match="changed after"):
+    with pytest.raises(SheetError, match="changed after it was written"):
         Notebook(path, {"seed": 0}).state(trainer.shifts)
     path.write_bytes(bytes(held[:50]))
     with pytest.raises(SheetError, match="damaged"):
@@ -204,14 +242,99 @@ def test_texts_to_go_on_with_are_the_documents(staff, practice):
 def test_practice_is_the_same_every_time_and_comes_back_from_its_file(staff, practice, tmp_path):
     again = make_practice(staff.session.loaded, staff.session.layout, staff.sheet)
     assert [each.question for each in again.questions] == [each.question for each in practice.questions]
-    notebook = Notebook(tmp_path / "a.study", {"seed": 0})
-    assert notebook.practice() is None
-    notebook.write_practice(practice)
-    read = notebook.practice()
-    assert (read.tried, read.left_out) == (practice.tried, practice.left_out)
+    path = tmp_path / "a.practice"
+    assert read_practice(path) is None
+    write_practice(path, practice)
+    read = read_practice(path)
+    for part in ("tried", "left_out", "of", "seconds", "digest"):
+        assert getattr(read, part) == getattr(practice, part), part
     for one, other in zip([*read.questions, *read.texts], [*practice.questions, *practice.texts], strict=True):
         assert (one.asked, one.question, one.answer) == (other.asked, other.question, other.answer)
         assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("ids", "tops", "weights"))
+
+
+def test_with_time_left_rounds_go_on_until_they_give_hardly_anything_and_ask_nothing_twice():
+    with CompressedKnowledgeLLM.build(STAFF[:2], TASK, model="pocket", rate=4) as kb:
+        usual = make_practice(kb.session.loaded, kb.session.layout, kb.sheet, seed=3)
+        late = time.monotonic() + 600
+        more = make_practice(kb.session.loaded, kb.session.layout, kb.sheet, seed=3, until=late, latest=late)
+    assert more.tried > usual.tried and len(more.questions) > len(usual.questions)
+    assert [each.question for each in more.questions[: len(usual.questions)]] == [e.question for e in usual.questions]
+    assert len({each.question.lower() for each in more.questions}) == len(more.questions)
+    assert more.seconds < 500
+
+
+def practice_for(kb):
+    found = exercises(kb, 24)
+    return Practice(found[:20], found[20:], 24, Counter(), practice_of(kb.sheet), 7.0)
+
+
+def test_one_practice_serves_sheets_of_any_size_and_storage_and_no_others(tiny, tmp_path):
+    kb, path = built(tiny, guide="resident", budget=120), tmp_path / "night.practice"
+    write_practice(path, practice_for(kb))
+    before = path.read_bytes()
+    for options in ({"budget": 140}, {"budget": 140, "dtype": "int4"}, INDEPENDENT):
+        other = built(tiny, guide="resident", **options)
+        came = other.study(steps=2, practice=path)
+        assert came.questions + came.held_out == 20 and came.tried == 24
+        assert came.seconds < 7.0  # of training alone
+    assert path.read_bytes() == before
+    for changed in ({"system": "Be brief."}, {"guide": "dropped"}):
+        with pytest.raises(SheetError, match=r"night\.practice' is of other documents than the sheet's, or of another"):
+            built(tiny, **changed).study(steps=2, practice=path)
+    others = CompressedKnowledgeLLM.build(STAFF, FEW_SHOT, model=tiny, budget=60)
+    with pytest.raises(SheetError, match=r"^The practice is of other documents"):
+        others.study(steps=2, practice=practice_for(kb))
+    path.write_bytes(before[:-9])
+    with pytest.raises(SheetError, match="damaged"):
+        kb.study(steps=2, practice=path)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int4"}, {"dtype": "bfloat16"}, {"guide": "resident"}])
+def test_a_document_that_was_replaced_studies_alone_and_all_others_stay_bit_for_bit(tiny, options):
+    kb = built(tiny, **INDEPENDENT, **options)
+    changed, new = DOCUMENTS[1].id, DOCUMENTS[1].text + " Hugo Ali lives in Quito."
+    kb.replace(changed, Document(text=new, id="x"))
+    before = kb.sheet
+    found = exercises(kb, 24)
+    practice = Practice(found[:20], found[20:], 24, Counter(), practice_of(before, [changed]), 7.0)
+    with pytest.raises(SheetError, match="The practice is of other documents"):
+        kb.study(steps=2, practice=practice)
+    came = kb.study(steps=25, practice=practice, documents=[changed])
+    assert came.learnt and came.documents == 1
+    (preamble, olds), (other, news) = cut(tiny, before), cut(tiny, kb.sheet)
+    assert same(preamble, other)
+    for old, fresh in zip(olds, news, strict=True):
+        assert same(old, fresh) is (old.documents[0].id != changed)
+    with pytest.raises(DocumentError, match="no document 'gone' in the sheet"):
+        kb.study(steps=2, documents=[changed, "gone"])
+
+
+def same(one, other):
+    pairs = zip(one.layers, other.layers, strict=True)
+    return all(torch.equal(a, b[name]) for x, y in pairs for b in [y.tensors()] for name, a in x.tensors().items())
+
+
+def test_of_a_sequential_sheet_only_the_tokens_of_a_document_may_change(tiny):
+    kb = built(tiny, budget=120)
+    chosen = DOCUMENTS[2].id
+    places = free_places(tiny, kb.sheet, [chosen])
+    whole = free_places(tiny, kb.sheet)
+    number = [entry.id for entry in kb.sheet.manifest.documents].index(chosen)
+    first = kb.sheet.manifest.head_tokens + sum(entry.tokens for entry in kb.sheet.manifest.documents[:number])
+    last = first + kb.sheet.manifest.documents[number].tokens
+    for own, every, indices in zip(places, whole, kb.sheet.indices, strict=True):
+        held = indices[indices != ABSENT]
+        assert own.any() and (every | ~own).all()
+        assert ((held[own] >= first - 8) & (held[own] < last + 8)).all() and not own[held >= last + 8].any()
+
+
+def test_a_notebook_remembers_its_practice_beside_it_and_takes_both_away(tiny, tmp_path):
+    kb, path = built(tiny), tmp_path / "a.study"
+    write_practice(tmp_path / "a.study.practice", practice_for(kb))
+    came = kb.study(steps=2, resume=path)
+    assert came.tried == 24 and came.seconds > 7.0  # those of practice are its own
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -222,8 +345,8 @@ def test_practice_is_the_same_every_time_and_comes_back_from_its_file(staff, pra
         ({"minutes": float("nan")}, "minutes is nan"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
-        ({"steps": 3, "rate": 0}, "rate is 0"),
-        ({"steps": 3, "rate": 2}, "rate is 2"),
+        ({"steps": 3, "learning_rate": 0}, "learning_rate is 0"),
+        ({"steps": 3, "learning_rate": 2}, "learning_rate is 2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny, options, message):
@@ -253,12 +376,78 @@ def test_the_command_refuses_in_its_own_words_and_leaves_the_file(cli, tiny, tmp
         ((), "give --minutes, or --steps"),
         (("--minutes", 0), "above 0"),
         (("--steps", 0), "at least 1"),
+        (("--steps", 1, "--learning-rate", 2), "--learning-rate is 2"),
         (("--steps", 1), "may serve, and a study needs 16"),
         (("--steps", 1, "-o", tmp_path / "nowhere" / "b.sheet"), "does not exist"),
     ):
         refused = cli("study", path, *options)
         assert refused.code == 2 and words in refused.err and not refused.out, (options, refused)
     assert path.read_bytes() == before
+
+
+def test_a_sheet_studied_when_the_learning_rate_was_called_rate_opens_and_answers_the_same(tiny, tmp_path):
+    kb = built(tiny)
+    before = {"questions": 40, "before": 0.8, "after": 0.4, "steps": 50, "rate": 0.02, "seed": 0, "seconds": 9.5}
+    manifest = kb.sheet.manifest.model_copy(update={"build": {**kb.sheet.manifest.build, "study": before}})
+    path = file.save(replace(kb.sheet, manifest=manifest), tmp_path / "before.sheet")
+    with CompressedKnowledgeLLM.load(path, model=tiny) as opened:
+        assert opened.sheet.manifest.build["study"] == before and opened.sheet.manifest.digest == manifest.digest
+        assert opened.ask("Where?", max_tokens=4).text == kb.ask("Where?", max_tokens=4).text
+
+
+def test_a_forecast_is_counted_from_a_few_questions_and_exercises(staff):
+    before, weights = staff.sheet, [weight.requires_grad for weight in staff.backbone.model.parameters()]
+    by_steps = staff.forecast_study(steps=10)
+    assert by_steps.steps == 10 and by_steps.step_seconds > 0
+    assert by_steps.seconds == pytest.approx(by_steps.practice_seconds + 10 * by_steps.step_seconds)
+    assert by_steps.tried == 3 * 2 * 2 * len(STAFF)  # rounds, openings, sentences
+    by_time = staff.forecast_study(minutes=2)
+    assert by_time.practice_seconds == pytest.approx(42) and 1 <= by_time.steps <= 1000
+    assert by_time.seconds <= 120 + by_time.step_seconds and by_time.tried > 0
+    held = sum(weight.nbytes for weight in staff.backbone.model.parameters())
+    assert held < by_time.peak_bytes < 40 * held
+    assert "estimated from a few questions" in str(by_time)
+    assert staff.sheet is before and [w.requires_grad for w in staff.backbone.model.parameters()] == weights
+    with pytest.raises(BudgetError, match="give minutes"):
+        staff.forecast_study()
+
+
+def test_a_build_that_cannot_study_is_a_build_with_a_warning(tiny, caplog):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, budget=40, study_steps=1)
+    assert "The sheet is as it was built: Of" in caplog.text and "study" not in kb.sheet.manifest.build
+    for options, message in (
+        ({"study": 0}, "minutes is 0"),
+        ({"study_steps": 1, "check": True}, "leave check= and retain= out"),
+        ({"study": 1, "retain": 0.9, "budget": None}, "leave check= and retain= out"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, **{"budget": 40, **options})
+
+
+def test_commands_tell_of_a_study_and_what_one_would_take(cli, tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(each.text for each in STAFF[:3]))
+    path = tmp_path / "a.sheet"
+    asked = ("build", tmp_path / "a.txt", "-o", path, "--task", "Answer.", "--rate", 4)
+    for options, words in (
+        (("--study", 0), "number of minutes above 0"),
+        (("--study-steps", 0), "at least 1"),
+        (("--study", 1, "--dry-run"), "--study is for a build here"),
+        (("--study", 1, "--check"), "leave --check and --retain out, or --study and --study-steps"),
+    ):
+        refused = cli(*asked, *options)
+        assert refused.code == 2 and words in refused.err, (options, refused)
+    assert cli(*asked).code == 0
+    before = path.read_bytes()
+    told = cli("study", path, "--steps", 3, "--dry-run")
+    assert told.code == 0 and "then 3 steps of" in told.out and path.read_bytes() == before
+    assert cli("inspect", path, "--json").data["study"] is None and "studied" not in cli("inspect", path).out
+    sheet = file.load(path)
+    came = asdict(Study(30, 28, 4, 1, 90, 0.8, 0.4, 50, 25, 0.02, 0, 61.2))
+    manifest = sheet.manifest.model_copy(update={"build": {**sheet.manifest.build, "study": came}})
+    file.save(replace(sheet, manifest=manifest), path)
+    assert cli("inspect", path, "--json").data["study"] == came
+    line = "30 questions of 90 tried, 50 steps (best after 25), 61 s; divergence on held-out questions 0.800 -> 0.400"
+    assert line in cli("inspect", path).out
 
 
 def test_a_model_in_training_mode_gets_its_gradients_back(tiny):

@@ -7,7 +7,8 @@ llm.invoke("Where does Alice work?").content
 """
 
 from langchain_cribsheet.chat_model import ChatCribsheet
+from langchain_cribsheet.llama_cpp import ChatCribsheetLlamaCpp
 from langchain_cribsheet.messages import source_documents
 from langchain_cribsheet.retriever import CribsheetRetriever
 
-__all__ = ["ChatCribsheet", "CribsheetRetriever", "source_documents"]
+__all__ = ["ChatCribsheet", "ChatCribsheetLlamaCpp", "CribsheetRetriever", "source_documents"]

@@ -17,14 +17,14 @@ from cribsheet.structured.tools import Toolbox, closed
 from langchain_cribsheet.schemas import as_json_schema, as_openai_tool
 
 if TYPE_CHECKING:
-    from langchain_cribsheet.chat_model import ChatCribsheet
+    from langchain_core.language_models import BaseChatModel
 
 METHODS = ("json_schema", "function_calling", "json_mode")
 _SAYS = {"type", "properties", "anyOf", "oneOf", "allOf", "$ref", "enum", "const"}
 
 
 def structured(
-    model: ChatCribsheet,
+    model: BaseChatModel,
     schema: dict[str, Any] | type,
     *,
     method: str,

@@ -52,9 +52,9 @@ def busy(kb):
 
 def settle(kb):
     deadline = time.monotonic() + 30
-    while (busy(kb) or kb.session.loaded.engine._groups) and time.monotonic() < deadline:
+    while (busy(kb) or kb.session.loaded.engine._batches) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert busy(kb) == 0 and kb.session.loaded.engine._groups == []
+    assert busy(kb) == 0 and kb.session.loaded.engine._batches == []
 
 
 def test_an_answer_comes_with_usage_and_metadata(llm, kb):

@@ -62,7 +62,7 @@ async def test_clients_who_leave_free_the_engine_and_those_who_stay_get_their_an
         for out in leaving:
             out.close()
         assert (await short).usage_metadata["output_tokens"] <= 5
-        await until(lambda: not engine._started() and not engine._groups)
+        await until(lambda: not engine._started() and not engine._batches)
 
 
 async def test_a_timeout_of_the_caller_frees_the_engine(writer, engine):
@@ -77,7 +77,7 @@ async def test_a_timeout_of_the_caller_frees_the_engine(writer, engine):
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
             await llm.agenerate([[HumanMessage("Who?")]], n=3)
-    await until(lambda: not engine._started() and not engine._groups)
+    await until(lambda: not engine._started() and not engine._batches)
 
 
 async def test_one_caller_s_mistake_or_departure_is_nobody_else_s(writer):

@@ -31,7 +31,7 @@ from cribsheet.asking.certainty import FAITHFUL, Judged, judge, told
 from cribsheet.asking.prepared import Lookup, Prepared
 from cribsheet.asking.session import Session
 from cribsheet.asking.settings import Retrieval
-from cribsheet.asking.sources import pointed
+from cribsheet.asking.sources import find_sources, pointed
 from cribsheet.asking.streams import AnswerStream, AsyncAnswerStream, Stream, Trace
 from cribsheet.engine.request import tell
 from cribsheet.errors import RequestError, SheetError
@@ -59,7 +59,7 @@ class Draft(NamedTuple):
     def now(self) -> Answer:
         """The answer, blocking."""
         stream = AnswerStream(self.question)
-        self.session.submit(stream, trace=self.trace)
+        submit(self.session, stream, trace=self.trace)
         for _ in stream:
             pass
         return stream.answer
@@ -67,7 +67,7 @@ class Draft(NamedTuple):
     async def later(self) -> Answer:
         """The answer, without blocking the event loop."""
         stream = AsyncAnswerStream(self.question, asyncio.get_running_loop())
-        await asyncio.to_thread(partial(self.session.submit, stream, trace=self.trace))
+        await asyncio.to_thread(partial(submit, self.session, stream, trace=self.trace))
         async for _ in stream:
             pass
         return stream.answer
@@ -100,7 +100,7 @@ def begin(session: Session, asked: Sequence[Prepared]) -> list[AnswerStream]:
         question.claim()
     streams = [AnswerStream(question) for question in asked]
     if asked[0].lookup is None:
-        session.submit(*streams)
+        submit(session, *streams)
         return streams
     steps = _steps(session, streams, asked[0].lookup)
     wait = _go_on(steps)
@@ -128,13 +128,26 @@ def begin_later(
         for stream in streams:
             stream.work = work
     elif loop is not None or session.is_placed:
-        session.submit(*streams)
+        submit(session, *streams)
     else:
         reading.run_in_executor(None, _submit_later, session, streams)
     return streams
 
 
-def read(streams: Sequence[AnswerStream]) -> list[Answer]:
+def submit(session: Session, *streams: Stream, trace: Trace | None = None) -> None:
+    """Hand one question's streams to the engine. Raises `EngineError` if it takes no more, or once it is closed.
+
+    `trace` finds sources in what was looked at, by default as all answers have them.
+    """
+    question = streams[0].question
+    prefix = session.prefix_for(question.passages, alone=question.alone)
+    trace = trace or partial(find_sources, session.sheet, passages=question.passages, places=question.told.places)
+    requests = [stream.request(prefix, trace) for stream in streams]
+    session.running.add(streams)
+    session.loaded.engine.submit(*requests)
+
+
+def answers_of(streams: Sequence[AnswerStream]) -> list[Answer]:
     """The answers of streams, once they are there; one that fails, or an interrupt, ends the others too."""
     try:
         for stream in streams:
@@ -146,8 +159,8 @@ def read(streams: Sequence[AnswerStream]) -> list[Answer]:
     return [stream.answer for stream in streams]
 
 
-async def read_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
-    """`read` without blocking the event loop."""
+async def answers_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
+    """`answers_of` without blocking the event loop."""
     try:
         for stream in streams:
             async for _ in stream:
@@ -160,7 +173,7 @@ async def read_later(streams: Sequence[AsyncAnswerStream]) -> list[Answer]:
 
 def _submit_later(session: Session, streams: Sequence[Stream]) -> None:
     try:
-        session.submit(*streams)
+        submit(session, *streams)
     except Exception as error:
         _fail(streams, error)
 
@@ -195,7 +208,7 @@ def _steps(session: Session, streams: Sequence[Stream], lookup: Lookup, is_told:
     """
     turns, retrieval = as_turns(lookup.question), lookup.retrieval
     if _is_told(session, lookup) if is_told is None else is_told:
-        return session.submit(*streams)  # the caller's chain has a retriever of its own; nothing is fetched twice
+        return submit(session, *streams)  # the caller's chain has a retriever of its own; nothing is fetched twice
     if retrieval.mode == "recall":
         return (yield from _recall(session, streams, lookup))
     draft: Answer | None = None
@@ -252,7 +265,7 @@ def _judge(
 def _take(session: Session, streams: Sequence[Stream], draft: Answer) -> None:
     """Let the draft be the answer; of several answers each is written anew."""
     if len(streams) > 1:
-        return session.submit(*streams)
+        return submit(session, *streams)
     streams[0].take_over(draft)
 
 
@@ -283,7 +296,7 @@ def _tell(
     question = session.prepare_told(turns, lookup.sampling, chosen, alone=alone)  # once for all answers
     for stream in streams:
         stream.ask_instead(question)
-    session.submit(*streams)
+    submit(session, *streams)
 
 
 def _chosen(
@@ -315,7 +328,7 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
         desk = session.desk
     except (RequestError, SheetError) as error:
         _give_up(retrieval, error)
-        return session.submit(*streams)
+        return submit(session, *streams)
     turns = as_turns(lookup.question)
     places = [place for turn in reversed(turns) for place in named(session.sheet, str(turn["content"]))]
     if not places:  # which a retriever of the chain may have named
@@ -334,7 +347,7 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
     if question is not None:
         for stream in streams:
             stream.ask_instead(question)
-    session.submit(*streams)
+    submit(session, *streams)
 
 
 def _give_up(retrieval: Retrieval, error: Exception) -> None:

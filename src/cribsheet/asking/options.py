@@ -93,6 +93,30 @@ class ChatModelOptions(ToolOptions, total=False):
     name: str | None
 
 
+class LlamaCppSampling(TypedDict, total=False):
+    """Those of `LlamaCpp.ask`."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    json_schema: Mapping[str, Any] | None
+    timeout: float | None
+
+
+class LlamaCppOptions(TypedDict, total=False):
+    """Those of `LlamaCpp` beside the sheet, the GGUF and the tokenizer."""
+
+    slots: int
+    room: int
+    threads: int | None
+    gpu_layers: int
+
+
 class RetrieverOptions(TypedDict, total=False):
     """The fields of LangChain's retriever over a sheet."""
 

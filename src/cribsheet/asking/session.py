@@ -1,16 +1,14 @@
-"""A sheet on a loaded model, ready to be asked: its prefix, questions in tokens, and the way to the engine."""
+"""A sheet on a loaded model, ready to be asked: its prefix, its retrievers, and questions in tokens."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Self, TypeVar
 
 from cribsheet.asking.prepared import Lookup, Prepared
 from cribsheet.asking.settings import Retrieval, check_settings, with_form
-from cribsheet.asking.sources import find_sources
-from cribsheet.asking.streams import Running, Stream, Trace
+from cribsheet.asking.streams import Running
 from cribsheet.attention.prefix import Prefix
 from cribsheet.compress.loop import nothing_read
 from cribsheet.engine.pool import LoadedModel
@@ -298,15 +296,3 @@ class Session:
         backbone = self.backbone
         tokens = GrammarTokens.of(backbone.tokenizer, backbone.eos_ids, backbone.config.vocab_size)
         return Constraint(params.grammar, tokens, params.max_tokens)
-
-    # ---- to the engine
-
-    def submit(self, *streams: Stream, trace: Trace | None = None) -> None:
-        """Hand one question's streams to the engine. Raises `EngineError` if it takes no more, or once it is closed.
-
-        `trace` finds sources in what was looked at, by default as all answers have them.
-        """
-        question = streams[0].question
-        prefix = self.prefix_for(question.passages, alone=question.alone)
-        trace = trace or partial(find_sources, self.sheet, passages=question.passages, places=question.told.places)
-        self.running.submit(streams, [stream.request(prefix, trace) for stream in streams])

@@ -222,12 +222,11 @@ class Running:
         if self._closed:
             raise EngineError("This sheet is closed; load it again to ask more questions.")
 
-    def submit(self, streams: Sequence[Stream], requests: Sequence[Request]) -> None:
-        """Hand requests to the engine, and remember who listens. Raises `EngineError` if it takes no more."""
+    def add(self, streams: Sequence[Stream]) -> None:
+        """Remember who listens to what is asked now. Raises `EngineError` once it is closed."""
         with self._lock:
             self.check_open()
             self._streams.update(streams)
-        self.loaded.engine.submit(*requests)
 
     def close(self) -> None:
         """Cancel whatever runs; safe to call twice."""

@@ -53,23 +53,23 @@ def attend_shared(
 ) -> tuple[Tensor, Tensor]:
     """`attend` of B sequences over one prefix that they share: `k` and `v` are (1, K, S, D).
 
-    Query heads of a group and all sequences are packed as rows of one key/value head, so the prefix is read once
+    Query heads of one key/value head and all sequences are rows of one product, so the prefix is read once
     however many sequences ask. `mask` (B or 1, T, S) is true where a row may look.
     """
     b, h, t, d = q.shape
     if b == 1 and t >= _LONG and mask is None and backends.on_cuda(q) and softcap is None:
         return _attend_long(q, k, v, scale)
     kv_heads = k.shape[1]
-    group = h // kv_heads
+    shared_by = h // kv_heads
     if b == 1 and mask is None:  # rows of a head lie together as they are
-        out, lse = attend(q.reshape(1, kv_heads, group * t, d), k, v, scale=scale, softcap=softcap)
+        out, lse = attend(q.reshape(1, kv_heads, shared_by * t, d), k, v, scale=scale, softcap=softcap)
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
-    packed = q.reshape(b, kv_heads, group, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * group * t, d)
+    rows = q.reshape(b, kv_heads, shared_by, t, d).permute(1, 0, 2, 3, 4).reshape(1, kv_heads, b * shared_by * t, d)
     if mask is not None:
-        mask = mask.unsqueeze(1).expand(b, group, t, -1).reshape(1, 1, b * group * t, -1)
-    out, lse = attend(packed, k, v, scale=scale, mask=mask, softcap=softcap)
-    out = out.reshape(kv_heads, b, group, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
-    lse = lse.reshape(kv_heads, b, group, t).permute(1, 0, 2, 3).reshape(b, h, t)
+        mask = mask.unsqueeze(1).expand(b, shared_by, t, -1).reshape(1, 1, b * shared_by * t, -1)
+    out, lse = attend(rows, k, v, scale=scale, mask=mask, softcap=softcap)
+    out = out.reshape(kv_heads, b, shared_by, t, d).permute(1, 0, 2, 3, 4).reshape(b, h, t, d)
+    lse = lse.reshape(kv_heads, b, shared_by, t).permute(1, 0, 2, 3).reshape(b, h, t)
     return out, lse
 
 
@@ -91,7 +91,7 @@ def _attend_long(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
 def attend_ragged(
     q: Tensor,
     heads: Callable[[], Sequence[tuple[Tensor, Tensor]]],
-    packed: tuple[Tensor, Tensor, Tensor],
+    ragged: tuple[Tensor, Tensor, Tensor],
     counts: Sequence[int],
     *,
     scale: float,
@@ -99,23 +99,23 @@ def attend_ragged(
 ) -> tuple[Tensor, Tensor]:
     """`attend_shared` over a prefix whose K heads hold different numbers of tokens.
 
-    `packed` are keys and values (N, D) of all heads, one behind the other, and where each begins (K + 1,), as
+    `ragged` are keys and values (N, D) of all heads, one behind the other, and where each begins (K + 1,), as
     `flash_ragged` takes them; `counts` how many each holds, and `heads` makes keys and values (P, D) of each.
     """
     b, h, t, d = q.shape
     kv_heads = len(counts)
-    group = h // kv_heads
-    rows = q.reshape(b, kv_heads, group, t, d).transpose(0, 1).reshape(kv_heads, b * group * t, d)
+    shared_by = h // kv_heads
+    rows = q.reshape(b, kv_heads, shared_by, t, d).transpose(0, 1).reshape(kv_heads, b * shared_by * t, d)
     if softcap is None and backends.on_cuda(q):
-        out, lse = backends.flash_ragged(rows, *packed, max(counts), scale)
+        out, lse = backends.flash_ragged(rows, *ragged, max(counts), scale)
     else:
         found = [
             attend(own[None, None], keys[None, None], values[None, None], scale=scale, softcap=softcap)
             for own, (keys, values) in zip(rows, heads(), strict=True)
         ]
         out, lse = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
-    out = out.reshape(kv_heads, b, group, t, d).transpose(0, 1).reshape(b, h, t, d)
-    return out, lse.reshape(kv_heads, b, group, t).transpose(0, 1).reshape(b, h, t)
+    out = out.reshape(kv_heads, b, shared_by, t, d).transpose(0, 1).reshape(b, h, t, d)
+    return out, lse.reshape(kv_heads, b, shared_by, t).transpose(0, 1).reshape(b, h, t)
 
 
 def attend_each(

@@ -78,42 +78,42 @@ Check = Callable[[torch.device, torch.dtype, int, int], dict[str, float]]
 
 
 @functools.cache
-def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
+def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
     """Whether kernels can be compiled for such heads and give what the plain path gives."""
-    return agrees(f"our kernels on {device}", lambda: check(device, dtype, size, group), _BOUND)
+    return agrees(f"our kernels on {device}", lambda: check(device, dtype, size, shared_by), _BOUND)
 
 
-def check(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
+def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all kernels on small random examples, by case."""
-    return _attending(device, dtype, size, group) | _merging(device, dtype, size, group)
+    return _attending(device, dtype, size, shared_by) | _merging(device, dtype, size, shared_by)
 
 
-def _attending(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
+def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     found: dict[str, float] = {}
     scale, random = size**-0.5, _Random(device, dtype)
     for rows in (1, 70):
-        q, k, v = random(2 * group, rows, size), random(2, 300, size), random(2, 300, size)
+        q, k, v = random(2 * shared_by, rows, size), random(2, 300, size), random(2, 300, size)
         lse = plain.attend_plain(q[None], k[None], v[None], scale=scale)[1][0]
         weight = torch.linspace(0, 1, rows + 1, device=device)[1:]
         for name, peak, reference in (("mass", False, plain.plain_mass), ("peak", True, plain.plain_peak)):
             got = columns(q, k, lse, scale, weight, peak=peak)
             found[f"{name} of {rows}"] = relative_error(got, reference(q, k, lse, scale, weight, None))
-    found["mass of 33 sequences"] = relative_error(*_on_heads(random, size, group))
-    q, keys, values = random(3, 2 * group, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
+    found["mass of 33 sequences"] = relative_error(*_on_heads(random, size, shared_by))
+    q, keys, values = random(3, 2 * shared_by, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
     index = torch.tensor([0, 70, 129], device=device)
     mask = (torch.arange(130, device=device) <= index[:, None])[:, None, None]
     suffix = plain.attend_plain(q, keys[:3], values[:3], scale=scale, mask=mask)
-    before = random(3, 2 * group, 1, size), random(3, 2 * group, 1).float() + suffix[1]
+    before = random(3, 2 * shared_by, 1, size), random(3, 2 * shared_by, 1).float() + suffix[1]
     cases = {"suffix": (None, suffix), "suffix and prefix": (before, plain.plain_merge(before, suffix))}
     for name, (given, wanted) in cases.items():
         found[name] = _worse(newest(q, keys, values, index, scale, given), wanted)
     return found
 
 
-def _on_heads(random: _Random, size: int, group: int) -> tuple[Tensor, Tensor]:
+def _on_heads(random: _Random, size: int, shared_by: int) -> tuple[Tensor, Tensor]:
     """What 33 sequences look at in a prefix of two heads of different lengths, by the kernel and by definition."""
-    q, keys, scale = random(33, 2 * group, 1, size), random(200, size), size**-0.5
-    heads = list(zip(q.split(group, 1), keys.split([130, 70]), strict=True))
+    q, keys, scale = random(33, 2 * shared_by, 1, size), random(200, size), size**-0.5
+    heads = list(zip(q.split(shared_by, 1), keys.split([130, 70]), strict=True))
     logits = [rows.float() @ own.float().t() * scale for rows, own in heads]  # (B, G, 1, S)
     lse = torch.cat([each.logsumexp(-1) for each in logits], 1)
     masses = [each.softmax(-1).sum((1, 2)) for each in logits]
@@ -122,10 +122,10 @@ def _on_heads(random: _Random, size: int, group: int) -> tuple[Tensor, Tensor]:
     return on_prefix(q, lse, keys, starts, 130, 140, scale), wanted
 
 
-def _merging(device: torch.device, dtype: torch.dtype, size: int, group: int) -> dict[str, float]:
+def _merging(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     random = _Random(device, dtype)
-    first = random(2, 37, 3 * group, size).transpose(1, 2), random(2, 3 * group, 37).float()
-    second = random(2, 3 * group, 37, size), random(2, 3 * group, 37).float()
+    first = random(2, 37, 3 * shared_by, size).transpose(1, 2), random(2, 3 * shared_by, 37).float()
+    second = random(2, 3 * shared_by, 37, size), random(2, 3 * shared_by, 37).float()
     second[1][:, 0] = float("-inf")  # a part in which rows saw nothing
     return {"merge": _worse(merge(first, second), plain.plain_merge(first, second))}
 

@@ -89,8 +89,8 @@ def _weight_blocks(
 ) -> Iterator[Tensor]:
     """Attention weights (H, rows, S) in float32, for blocks of rows of bounded size.
 
-    Query heads of a group are rows of one product, so keys are not repeated for them; a row's weight goes into its
-    log-sum-exp, so what is of size rows x keys is gone over only twice.
+    Query heads of one key/value head are rows of one product, so keys are not repeated for them; a row's weight goes
+    into its log-sum-exp, so what is of size rows x keys is gone over only twice.
     """
     h, t, d = q.shape
     kv_heads, s, _ = k.shape

@@ -68,8 +68,8 @@ class LayerPrefix:
         if window is not None or all(count == longest for count in counts):
             return cls(keys, values, window)
         heads = [(head, longest - count) for head, count in enumerate(counts)]
-        packed = [torch.cat([half[head, first:] for head, first in heads]) for half in (keys, values)]
-        return cls(packed[0], packed[1], None, tuple(counts))
+        ragged = [torch.cat([half[head, first:] for head, first in heads]) for half in (keys, values)]
+        return cls(ragged[0], ragged[1], None, tuple(counts))
 
     @property
     def heads(self) -> int:
@@ -98,8 +98,8 @@ class LayerPrefix:
     def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""
         if self.counts:
-            packed = self.keys, self.values, self.starts
-            return attend_ragged(query, lambda: self.each, packed, self.counts, scale=scale, softcap=softcap)
+            ragged = self.keys, self.values, self.starts
+            return attend_ragged(query, lambda: self.each, ragged, self.counts, scale=scale, softcap=softcap)
         return attend_shared(query, self.keys.unsqueeze(0), self.values.unsqueeze(0), scale=scale, softcap=softcap)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:
@@ -117,7 +117,8 @@ class LayerPrefix:
     def without_last(self, tokens: int) -> LayerPrefix:
         """Without the last tokens of every head, of a layer without a window.
 
-        It shares its storage where it can: where heads are packed, and for kernels, they must lie close together.
+        It shares its storage where it can: heads that stand one behind the other, and kernels, need them close
+        together.
         """
         if self.counts:
             each = [(keys[: len(keys) - tokens], values[: len(values) - tokens]) for keys, values in self.each]
@@ -133,14 +134,14 @@ class LayerPrefix:
 class Prefix:
     """A sheet as it lies on the model's device: layers and their length in tokens.
 
-    `resting` are the buffers of a batch over it that ended, with what was captured of its steps (`engine/group.py`);
-    `reads` is what was captured of reading questions on it (`engine/graphs.py`).
+    `resting` are the buffers of a batch over it that ended, with what was captured of its steps (`engine/batch.py`);
+    `prefills` is what was captured of reading questions on it (`engine/graphs.py`).
     """
 
     layers: Sequence[LayerPrefix]
     tokens: int
     resting: list[Any] = field(default_factory=list, compare=False, repr=False)
-    reads: Captures[Any] = field(default_factory=Captures, compare=False, repr=False)
+    prefills: Captures[Any] = field(default_factory=Captures, compare=False, repr=False)
 
     def without_last(self, tokens: int) -> Prefix:
         """A prefix without its last tokens, of layers without windows."""

@@ -74,9 +74,9 @@ class Glance:
         if dispatch.usable(query, prefix.heads, softcap):
             self._masses.append(self._at_once(layer, query, lse, scale))
             return
-        groups = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
-        sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in groups]  # query heads of each
-        parts = zip(query.split(sizes, 1), groups, lse.split(sizes, 1), strict=True)
+        heads = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
+        sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in heads]  # query heads of each
+        parts = zip(query.split(sizes, 1), heads, lse.split(sizes, 1), strict=True)
         masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
         self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
 
@@ -97,7 +97,7 @@ class Glance:
         return self._weights or ()
 
     def _mass(self, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """(B, G, P) of a group of heads with keys (G, P, D)."""
+        """(B, G, P) of heads that hold equally many keys (G, P, D)."""
         if self._weights is None:
             return one_row(query, keys, lse, scale, softcap)
         return torch.stack([self._mass_of(n, query, keys, lse, scale, softcap) for n in range(len(self._weights))])

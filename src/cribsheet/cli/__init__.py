@@ -21,7 +21,7 @@ from cribsheet.cli.console import Debug, Verbose, guarded, misuse
 from cribsheet.cli.demo import demo
 from cribsheet.cli.edit import extend, merge, remove, replace, study
 from cribsheet.cli.inspect import inspect
-from cribsheet.cli.registry import pull, push
+from cribsheet.cli.registry import export, pull, push
 from cribsheet.cli.serve import serve
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ for _command in (
     serve,
     push,
     pull,
+    export,
     demo,
 ):
     app.command()(_command)

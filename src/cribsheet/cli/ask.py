@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from cribsheet.errors import RequestError
 
 if TYPE_CHECKING:
     from cribsheet.asking.answer import Answer, Source
+    from cribsheet.asking.llama_cpp.llm import LlamaCpp
     from cribsheet.llm import CompressedKnowledgeLLM
 
 
@@ -28,14 +30,23 @@ def ask(
     passages: PassageOptions,
     sources: Annotated[bool, typer.Option("--sources", help="Show where in the documents the answer looked.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the answer while it is written.")] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Let llama.cpp answer, by this GGUF of the sheet's model."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask one question."""
     if stream and as_json:
         misuse("--json prints one object at the end, so it cannot be combined with --stream")
-    kb, settings = _opened(file, model, sampling, passages)
-    settings["evidence"] = sources
-    answer = _streamed(kb, question, settings) if stream else kb.ask(question, **settings)
+    kb: CompressedKnowledgeLLM | LlamaCpp
+    if gguf is not None:
+        kb, settings = _opened_in_llama_cpp(file, gguf, model, sampling, passages, sources=sources)
+    else:
+        kb, settings = _opened(file, model, sampling, passages)
+        settings["evidence"] = sources
+    with contextlib.closing(kb):
+        answer = _streamed(kb, question, settings) if stream else kb.ask(question, **settings)
     looked_at = list(answer.sources)
     if as_json:
         say_json(_answer_data(question, answer) | ({"sources": [asdict(x) for x in looked_at]} if sources else {}))
@@ -103,7 +114,27 @@ def _opened(
     return kb, settings
 
 
-def _streamed(kb: CompressedKnowledgeLLM, question: Any, settings: dict[str, Any]) -> Answer:
+def _opened_in_llama_cpp(
+    file: str,
+    gguf: str,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    passages: PassageOptions,
+    *,
+    sources: bool,
+) -> tuple[LlamaCpp, dict[str, Any]]:
+    """A sheet in llama.cpp, and what is to be asked with; refuses what only our own engine has."""
+    ours = {"sources": True} if sources else {}
+    if given(passages) or ours or model.device or model.dtype:
+        named = [*given(passages), *ours, *(name for name in ("device", "dtype") if getattr(model, name))]
+        misuse(f"--{named[0].replace('_', '-')} is of our own engine, and with --gguf llama.cpp answers; leave one out")
+    quiet_libraries()
+    from cribsheet.asking.llama_cpp.llm import LlamaCpp
+
+    return LlamaCpp(file, gguf, tokenizer=model.model), given(sampling)
+
+
+def _streamed(kb: CompressedKnowledgeLLM | LlamaCpp, question: Any, settings: dict[str, Any]) -> Answer:
     """Ask, and print the text piece by piece."""
     with kb.stream(question, **settings) as stream:
         for piece in stream:

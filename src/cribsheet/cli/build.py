@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -23,10 +24,10 @@ from cribsheet.cli.console import (
     say,
     say_json,
 )
-from cribsheet.cli.inspect import positions
+from cribsheet.cli.inspect import positions, studied
 from cribsheet.corpus.printable import in_line
 from cribsheet.corpus.task import Task
-from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import Allocation, Correction, GuideKept, SheetKind, StorageDtype
 
 if TYPE_CHECKING:
     from cribsheet.plan.options import BuildKeywords
@@ -64,7 +65,7 @@ ScorerName = Annotated[
     typer.Option(metavar="NAME", help="recall (default), reconstruction, task, finch, recent or random."),
 ]
 Guide = Annotated[
-    GuideMode,
+    GuideKept,
     typer.Option(help="What stays of the task: all, the form of its examples' answers, nothing, or what is small."),
 ]
 ChunkTokens = Annotated[
@@ -93,8 +94,14 @@ ArchiveDtype = Annotated[
     StorageDtype | None, typer.Option(help="Type of the archive's keys and values.  [default: int4]")
 ]
 Mode = Annotated[
-    BuildMode,
+    SheetKind,
     typer.Option(help="independent: read every document alone, so that it can be replaced or removed later."),
+]
+ForEngines = Annotated[
+    bool,
+    typer.Option(
+        "--for-engines", help="A sheet that llama.cpp and other engines can read too: see `cribsheet export`."
+    ),
 ]
 Resume = Annotated[
     bool,
@@ -104,6 +111,13 @@ Resume = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Build nothing; say what it would take: tokens, bytes, memory and seconds.")
+]
+StudyMinutes = Annotated[
+    float | None,
+    typer.Option("--study", metavar="MINUTES", help="Let the sheet practise on its documents, as `study` does."),
+]
+StudySteps = Annotated[
+    int | None, typer.Option(metavar="N", help="Steps of such training, instead of --study or at most.")
 ]
 NoTexts = Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
@@ -124,6 +138,8 @@ def build(
     budget: Budget = None,
     retain: Retain = None,
     check: Check = False,
+    study: StudyMinutes = None,
+    study_steps: StudySteps = None,
     scorer: ScorerName = None,
     guide: Guide = "auto",
     chunk_tokens: ChunkTokens = None,
@@ -138,6 +154,7 @@ def build(
     mode: Mode = "sequential",
     archive: Archived = False,
     archive_dtype: ArchiveDtype = None,
+    for_engines: ForEngines = False,
     resume: Resume = False,
     dry_run: DryRun = False,
     no_texts: NoTexts = False,
@@ -158,6 +175,7 @@ def build(
         misuse("--dry-run knows what a build without questions takes here; leave --ray, --check and --retain out")
     if ray and archived:
         misuse("what a cluster reads is in no archive; leave --ray or --archive out")
+    _check_study(study, study_steps, elsewhere=ray or dry_run)
     _check_sizes(rate, budget, retain)
     quiet_libraries()
     from cribsheet.corpus.documents import read_documents
@@ -166,13 +184,13 @@ def build(
     options: BuildKeywords = {"rate": rate, "budget": budget, "scorer": scorer or None, "guide": guide}
     options |= {"chunk_tokens": chunk_tokens, "system": system, "dtype": storage_dtype, "seed": seed, "mode": mode}
     options |= {"allocation": allocation, "correction": correction, "retain": retain, "check": check}
-    options["archive"] = archived
+    options |= {"archive": archived, "for_engines": for_engines}
     loading = {"device": device, "dtype": dtype, "revision": revision}
     if dry_run or output is None:
         _foretell(documents, purpose, model, loading, options, as_json=as_json, texts=not no_texts)
         return
-    if (check or retain is not None) and not as_json:
-        _tell_of_probes()
+    if not as_json:
+        _tell_of_questions()
     place = {"model": model, "model_options": {name: value for name, value in loading.items() if value is not None}}
     began = time.perf_counter()
     with build_progress(hidden=as_json) as progress:
@@ -185,6 +203,7 @@ def build(
         else:
             from cribsheet.llm import CompressedKnowledgeLLM
 
+            how |= {"study": study, "study_steps": study_steps}
             folder = output.absolute().parent  # there is room, if anywhere, and from there it need not be copied
             sheet = CompressedKnowledgeLLM.build(documents, purpose, archive_folder=folder, **how, **options).sheet
     from cribsheet.sheet.archive.writer import unfinished_archive
@@ -219,6 +238,18 @@ def _check_sizes(rate: float | None, budget: int | None, retain: float | None) -
         misuse(f"{' and '.join(sizes)} were given together; leave all but one out")
 
 
+def _check_study(minutes: float | None, steps: int | None, *, elsewhere: bool) -> None:
+    """Refuse a study that makes no sense, before a model is loaded."""
+    if minutes is None and steps is None:
+        return
+    if elsewhere:
+        misuse("--study is for a build here; build without it, and `cribsheet study` the sheet, or its --dry-run")
+    if minutes is not None and not 0 < minutes < math.inf:
+        misuse(f"--study is {minutes:g}; give a number of minutes above 0")
+    if steps is not None and steps < 1:
+        misuse(f"--study-steps is {steps}; give at least 1")
+
+
 def _foretell(
     documents: Any,
     task: Task,
@@ -247,9 +278,10 @@ def _foretell(
     )
 
 
-def _tell_of_probes() -> None:
-    """A check asks many questions after the corpus was read; how far it is stands on stderr."""
-    logging.getLogger("cribsheet.retention").setLevel(logging.INFO)
+def _tell_of_questions() -> None:
+    """A check or a study asks many after the corpus was read; how far it is stands on stderr."""
+    for name in ("retention", "study"):
+        logging.getLogger(f"cribsheet.{name}").setLevel(logging.INFO)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -294,6 +326,7 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
                 "file_bytes": size,
                 "archive_bytes": made.archive.bytes if made.archive else None,
                 "retention": made.retention.model_dump() if made.retention else None,
+                "study": made.build.get("study"),
                 "build_seconds": made.build["seconds"],
                 "seconds": round(seconds, 3),
             }
@@ -303,5 +336,7 @@ def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:
     say(
         f"{in_line(str(output))}: {made.corpus_tokens:,} tokens of {len(made.documents)} documents became "
         f"{sheet.tokens:,} (rate {sheet.rate:.1f}), {size / 1e6:,.1f} MB{archive}, {positions(sheet)} of the window, "
-        f"in {seconds:.1f} s" + (f"; {made.retention}" if made.retention else "")
+        f"in {seconds:.1f} s"
+        + (f"; {made.retention}" if made.retention else "")
+        + (f"; studied: {told}" if (told := studied(made)) else "")
     )

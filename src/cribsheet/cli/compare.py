@@ -13,7 +13,7 @@ from cribsheet.cli.build import Model, check_output, make_task
 from cribsheet.cli.console import Device, Revision, misuse, note, quiet_libraries, say
 from cribsheet.cli.options import TaskOptions, flat
 from cribsheet.corpus.printable import in_line
-from cribsheet.vocabulary import GuideMode
+from cribsheet.vocabulary import GuideKept
 
 if TYPE_CHECKING:
     from cribsheet.compare.compare import Corpus
@@ -53,7 +53,7 @@ def compare(
         typer.Option(metavar="NAME", help="What makes our sheets.  [default: that of build]", show_default=False),
     ] = None,
     guide: Annotated[
-        GuideMode,
+        GuideKept,
         typer.Option(help="Whether task and examples, or their form, stay."),
     ] = "auto",
     model: Model = "pocket",

@@ -26,8 +26,9 @@ FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # Options that the library's messages name, all of which some command has under the same name.
 OPTIONS = (
-    *("allocation", "budget", "check", "chunk_tokens", "correction", "device", "guide"),
+    *("allocation", "budget", "check", "chunk_tokens", "correction", "device", "for_engines", "gguf", "guide"),
     *(
+        "learning_rate",
         "max_tokens",
         "minutes",
         "mode",
@@ -38,6 +39,8 @@ OPTIONS = (
         "scorer",
         "seed",
         "steps",
+        "study",
+        "study_steps",
         "system",
     ),
     *("task", "temperature", "timeout", "top_k", "top_p"),

@@ -23,6 +23,7 @@ from cribsheet.corpus.printable import in_line
 if TYPE_CHECKING:
     from cribsheet.compress.progress import Progress
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.study.study import StudyOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +99,23 @@ def study(
         float | None, typer.Option(metavar="N", help="How long to study, with all that belongs to it.")
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of training, instead or at most.")] = None,
-    rate: Annotated[float, typer.Option(metavar="N", help="Rate of learning.")] = 0.02,
+    learning_rate: Annotated[float, typer.Option(metavar="N", help="How far a step of training goes.")] = 0.02,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is random in it.")] = 0,
+    practice: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What it practises on, for all sheets of the same documents, task, guide and model: read if it "
+            "exists, else written.",
+        ),
+    ] = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Study this document alone, as `inspect` lists it; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Study nothing; say what it would take: seconds, steps and memory.")
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -109,13 +125,21 @@ def study(
 ) -> None:
     """Let a sheet practise on its documents until it answers more of what they say, at the same size."""
     target = _target(file, options.output)
+    if practice is not None:
+        check_output(practice, force=True)
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM
 
     began = time.perf_counter()
     notebook = target.with_name(f"{target.name}.study") if resume else None
     with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
-        came = kb.study(minutes=minutes, steps=steps, rate=rate, seed=seed, resume=notebook, progress=_tenths())
+        if dry_run:
+            forecast = kb.forecast_study(minutes=minutes, steps=steps)
+            say_json(dataclasses.asdict(forecast)) if options.as_json else say(str(forecast))
+            return
+        how: StudyOptions = {"minutes": minutes, "steps": steps, "learning_rate": learning_rate, "seed": seed}
+        how |= {"practice": practice, "documents": document or (), "resume": notebook, "progress": _tenths()}
+        came = kb.study(**how)
         if came.learnt or options.output is not None:
             kb.save(target)
     done = {"sheet": str(target), "learnt": came.learnt, **dataclasses.asdict(came)}

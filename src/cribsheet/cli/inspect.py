@@ -58,6 +58,7 @@ def sheet_data(sheet: Sheet, file: Path) -> dict[str, Any]:
         "file_bytes": file.stat().st_size,
         "archive_bytes": sheet.archive.bytes if sheet.archive else None,
         "has_texts": bool(sheet.texts),
+        "study": sheet.manifest.build.get("study"),
         "kept_per_document": {id_: round(kept, 2) for id_, kept in sheet.kept_per_document().items()},
         "manifest": sheet.manifest.model_dump(),
     }
@@ -119,6 +120,7 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "rate": f"{sheet.rate:.2f}",
         "window": f"{positions(sheet)}, tokens of the head that keeps most",
         **_checked(made),
+        **({"studied": told} if (told := studied(made)) else {}),
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
         **_archived(sheet),
         "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}"
@@ -145,6 +147,19 @@ def _archived(sheet: Sheet) -> dict[str, str]:
 def _took(seconds: object) -> str:
     """How long a build took, if the sheet says so: what stands there is for people, and may be anything."""
     return f" in {seconds:.1f} s" if isinstance(seconds, float) else ""
+
+
+def studied(made: Manifest) -> str:
+    """What came of a study, if the sheet says so; nothing if there was none."""
+    told = made.build.get("study")
+    names = "questions", "tried", "before", "after", "steps", "best_step", "seconds"
+    if not isinstance(told, dict) or not all(isinstance(told.get(name), int | float) for name in names):
+        return ""
+    return (
+        f"{told['questions']:,} questions of {told['tried']:,} tried, {told['steps']:,} steps (best after "
+        f"{told['best_step']:,}), {told['seconds']:,.0f} s; divergence on held-out questions {told['before']:.3f} -> "
+        f"{told['after']:.3f}"
+    )
 
 
 def _checked(made: Manifest) -> dict[str, str]:

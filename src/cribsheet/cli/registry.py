@@ -1,15 +1,15 @@
-"""`cribsheet push` and `cribsheet pull`: sheets into and out of a registry folder."""
+"""`cribsheet push` and `pull`: sheets into and out of a registry folder; `export`: into files of other engines."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cribsheet.cli.build import check_output
 from cribsheet.cli.console import AsJson, say, say_json
-from cribsheet.cli.options import flat
+from cribsheet.cli.options import SheetFile, flat
 from cribsheet.corpus.printable import in_line
 
 RegistryPlace = Annotated[str, typer.Argument(metavar="REGISTRY", help="A folder or a URL that fsspec opens.")]
@@ -51,3 +51,33 @@ def pull(
     archive = read_manifest(output).archive
     beside = f", and an archive of {archive.bytes}" if archive else ""
     say(f"{in_line(str(output))}  {output.stat().st_size} bytes{beside}")
+
+
+@flat
+def export(
+    file: SheetFile,
+    to: Annotated[Literal["llama.cpp", "mlx"], typer.Option("--to", help="The engine that will read it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For llama.cpp: must be the model that made the sheet.")
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="For llama.cpp: version of its format.  [default: the newest]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a sheet as a file of another engine.
+
+    It must have been built with --for-engines.
+    """
+    check_output(output, force=force)
+    from cribsheet.sheet.registry import load
+
+    sheet = load(file)
+    sheet.export(output, to=to, version=version, gguf=gguf)
+    size = output.stat().st_size
+    if as_json:
+        say_json({"file": str(output), "engine": to, "tokens": sheet.length, "bytes": size})
+    else:
+        say(f"{in_line(str(output))}: {sheet.length:,} tokens for {to}, {size / 1e6:,.1f} MB")

@@ -26,7 +26,7 @@ from cribsheet.errors import BudgetError, RequestError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.vocabulary import GuideMode, Mode
+from cribsheet.vocabulary import GuideKept, Mode
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Corpus:
 class Settings:
     """What all methods of a comparison share. `scorer` replaces the library's default in methods that use it."""
 
-    guide: GuideMode = "auto"
+    guide: GuideKept = "auto"
     scorer: str | None = None
     top_k: int | None = None
     sure: float = SURE

@@ -1,4 +1,4 @@
-"""What one layer keeps of all that was read so far."""
+"""What is kept of all that was read so far: by one layer, and by a build after some chunk."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ class Kept:
     def at(self, positions: Tensor, inv_freq: Tensor) -> Tensor:
         """Keys (K, P, D) rotated for `positions` (P,), in the dtype of the values."""
         return rotate(self.keys, positions, inv_freq).to(self.values.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A build after some chunk: how many tokens were read, and what every layer keeps of them."""
+
+    done: int
+    kept: list[Kept]

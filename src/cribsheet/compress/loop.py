@@ -18,13 +18,16 @@ from torch import Tensor
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.rope import rotate
+from cribsheet.compress.archiving import Archiving
+from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.compress.correction import refitted
-from cribsheet.compress.kept import Kept
-from cribsheet.compress.progress import Steps
+from cribsheet.compress.kept import Kept, State
+from cribsheet.compress.progress import Listener, Steps, shown
 from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
 from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.vocabulary import ABSENT, Allocation, Correction
 
 Tell = Callable[[int], None]  # is told how many tokens of the corpus were read, also within a chunk
@@ -70,29 +73,43 @@ class Reading:
         scorer = SCORERS["recent"]()
         return replace(self, scorer=scorer, guide=nothing, repeat=nothing, allocation="uniform", correction="none")
 
-    def read(
-        self,
-        backbone: Backbone,
-        prefix: Sequence[LayerPrefix],
-        start: int,
-        chunk: Chunk,
-        step: Step | None = None,
-    ) -> list[ReadingLayer]:
-        """Read a chunk, and what scores it, on a prefix of `start` tokens; `step` is called at each layer."""
-        guide = torch.cat([self.guide, self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
-        return backbone.read(prefix, start, chunk.ids, guide, step)
+    def behind(self, chunk: Chunk) -> Tensor:
+        """The tokens (T,) that are read behind a chunk to score it."""
+        return torch.cat([self.guide, self.repeat, chunk.ids[len(chunk.ids) - self.repeated(chunk) :]])
 
     def repeated(self, chunk: Chunk) -> int:
         """How many tokens at the end of the guide are those of the chunk, for scorers that ask for a repetition."""
         return min(len(chunk.ids), max(0, chunk.stop - self.preamble_tokens)) if self.scorer.reads.repetition else 0
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """A build after some chunk: how many tokens were read, and what every layer keeps of them."""
+def read_through(
+    backbone: Backbone,
+    corpus: TokenizedCorpus,
+    how: Reading,
+    *,
+    progress: Listener = None,
+    checkpoint: Checkpoint | None = None,
+    archive: ArchiveWriter | None = None,
+) -> State:
+    """All that is kept of a corpus, going on from a checkpoint if there is one, which remembers each chunk.
 
-    done: int
-    kept: list[Kept]
+    All that was read goes to an `archive`.
+    """
+    start = checkpoint.load(backbone.device, backbone.num_layers, len(corpus)) if checkpoint else None
+    state = start or State(0, nothing_kept(backbone))
+    if archive:
+        archive.begin() if checkpoint is None or start is None else archive.resume(start.done, checkpoint.archive)
+    keep_all = Archiving(backbone, archive, state.done) if archive else None
+    with shown(progress) as told:
+        tell = None if told is None else lambda read: told(read, len(corpus))
+        if tell is not None:
+            tell(state.done)
+        for state in compress(backbone, corpus, how, start, tell, keep_all):
+            if checkpoint:
+                checkpoint.save(state, archive.digest if archive else "")
+            if tell is not None:
+                tell(state.done)
+    return state
 
 
 def compress(
@@ -113,7 +130,8 @@ def compress(
         if chunk.start < done:
             continue
         step = steps(backbone, chunk, how, tell)
-        layers = read(backbone, kept, chunk, how, step)
+        guide, size = how.behind(chunk), kept_tokens(backbone, kept)
+        layers = backbone.read(as_prefix(backbone, kept), size, chunk.ids, guide, step)
         if keep_all is not None:
             keep_all(chunk, layers)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
@@ -153,14 +171,6 @@ def _chosen(layer: Kept, keep: Tensor) -> Kept:
     scores = layer.scores.gather(-1, keep.clamp(min=0).expand(*layer.scores.shape[:-1], -1))
     scores = scores.masked_fill(absent, float("-inf"))
     return Kept(take(layer.keys, keep), take(layer.values, keep), indices, scores)
-
-
-def read(
-    backbone: Backbone, kept: Sequence[Kept], chunk: Chunk, how: Reading, step: Step | None = None
-) -> list[ReadingLayer]:
-    """One forward pass over `[kept; chunk; guide]`, the kept keys at compact positions 0..P-1."""
-    prefix, start = as_prefix(backbone, kept), kept_tokens(backbone, kept)
-    return how.read(backbone, prefix, start, chunk, step)
 
 
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:

@@ -61,6 +61,12 @@ class Profile:
 _profiles: weakref.WeakKeyDictionary[Backbone, dict[str, Profile | None]] = weakref.WeakKeyDictionary()
 
 
+def weights_of(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
+    """What each head keeps of a budget that is a share of the corpus, by the model's profile; alike if it has none."""
+    profile = profile_of(backbone, layout)
+    return [1.0] * len(backbone.full) * backbone.kv_heads if profile is None else profile.weights(share)
+
+
 def profile_of(backbone: Backbone, layout: ChatLayout) -> Profile | None:
     """The profile of a model with a template, measured at the first call; none if its window holds no rehearsal."""
     known = _profiles.setdefault(backbone, {})

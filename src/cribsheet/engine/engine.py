@@ -16,12 +16,13 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from cribsheet.attention.prefix import Prefix
-from cribsheet.engine.group import Group
-from cribsheet.engine.prefill import LongRead, Read, reads
+from cribsheet.engine.batch import Batch
+from cribsheet.engine.prefill import LongPrefill, Prefill, prefills
 from cribsheet.engine.request import Answering, Request, tell
 from cribsheet.errors import EngineError
 from cribsheet.model.backbone import Backbone
@@ -50,9 +51,9 @@ class Engine:
     def _begin(self) -> None:
         """No work and no thread: at first, and in a forked child, where those of the parent mean nothing."""
         self._waiting: deque[Request | Answering] = deque()  # new questions and parked answers, first come first served
-        self._groups: list[Group] = []
-        self._short: deque[Read] = deque()
-        self._long: deque[Read] = deque()
+        self._batches: list[Batch] = []
+        self._short: deque[Prefill] = deque()
+        self._long: deque[Prefill] = deque()
         self._long_again = 0.0  # when the next piece of them may be read
         self._asked: weakref.WeakSet[Request] = weakref.WeakSet()
         self._wake = threading.Condition()
@@ -98,15 +99,13 @@ class Engine:
             self._cancel_all()
         self._make_room()
         self._admit()
-        self._read_on(self._short)
-        self._read_on_long()
-        for group in list(self._groups):
-            self._decode(group)
-        for group in self._groups:
-            if not group.running:
-                group.rest()
-        self._groups = [group for group in self._groups if group.running]
-        return bool(self._groups or self._waiting or self._short or self._long)
+        for work in self._due():
+            self._make_pass(work)
+        for batch in self._batches:
+            if not batch.running:
+                batch.rest()
+        self._batches = [batch for batch in self._batches if batch.running]
+        return bool(self._batches or self._waiting or self._short or self._long)
 
     def _run(self) -> None:
         while True:
@@ -137,10 +136,10 @@ class Engine:
             wanted = len(self._waiting) - self._free()
         if wanted <= 0:
             return
-        done = [(each, group) for group in self._groups for each in group.running if each.turn >= _QUANTUM]
+        done = [(each, batch) for batch in self._batches for each in batch.running if each.turn >= _QUANTUM]
         done.sort(key=lambda pair: -pair[0].turn)
-        for sequence, group in done[:wanted]:
-            group.park(sequence)
+        for sequence, batch in done[:wanted]:
+            batch.park(sequence)
             with self._wake:
                 self._waiting.append(sequence)
 
@@ -156,65 +155,65 @@ class Engine:
         new: list[Answering] = []
         for each in admitted:
             if isinstance(each, Answering):
-                self._group(each.request.prefix).insert(each, each.suffix)
+                self._batch(each.request.prefix).insert(each, each.suffix)
                 continue
             try:
                 new.append(self._answering(each))
             except Exception as error:
                 tell(each, error)
-        for read in reads(new):
-            (self._long if isinstance(read, LongRead) else self._short).append(read)
+        for prefill in prefills(new):
+            (self._long if isinstance(prefill, LongPrefill) else self._short).append(prefill)
 
-    def _read_on(self, queue: deque[Read]) -> None:
-        """One pass over short questions, or one piece of a long one; those take turns."""
-        if not queue:
-            return
-        read = queue.popleft()
-        read.drop_those_over()
-        if not read.sequences:
-            return
+    def _due(self) -> Iterator[Prefill | Batch]:
+        """What this step reads: short questions in one pass, a piece of a long one, a token for each running sequence.
+
+        Long questions take turns, and wait if the last piece took from running answers more than they have had since.
+        """
+        yield from _next_of(self._short)
+        running = any(batch.running for batch in self._batches)
+        if self._long and not (running and time.monotonic() < self._long_again):
+            began = time.monotonic()
+            yield from _next_of(self._long)
+            ended = time.monotonic()
+            self._long_again = ended + (ended - began)
+        yield from [batch for batch in self._batches if batch.running]
+
+    def _make_pass(self, work: Prefill | Batch) -> None:
+        """Have the model read what is due, and go on with its logits."""
         try:
-            logits = read.next(self.backbone)
+            logits = work.replayed(self.backbone)
             if logits is None:
-                queue.append(read)
+                logits = self.backbone.step(*work.inputs(self.backbone))[:, -1]
+                work.note()
+            if isinstance(work, Batch):
+                self._advance(work.running, logits)
+                work.prune()
+            elif work.is_read:
+                self._enter(work, logits)
             else:
-                self._enter(read, logits)
+                self._long.append(work)
         except Exception as error:
-            _fail(read.sequences, error)
-            self._group(read.prefix).prune()
+            self._give_up(work, error)
 
-    def _enter(self, read: Read, logits: Tensor) -> None:
+    def _give_up(self, work: Prefill | Batch, error: Exception) -> None:
+        """Tell those who were read together that it went wrong."""
+        if isinstance(work, Batch):
+            _fail(work.running, error)
+            self._batches.remove(work)
+        else:
+            _fail(work.sequences, error)
+            self._batch(work.prefix).prune()
+
+    def _enter(self, prefill: Prefill, logits: Tensor) -> None:
         """Sample the first tokens of questions that were read, and give those that go on a slot each."""
-        self._advance(read.sequences, logits)
-        group = self._group(read.prefix)
-        for row, sequence in enumerate(read.sequences):
+        self._advance(prefill.sequences, logits)
+        batch = self._batch(prefill.prefix)
+        for row, sequence in enumerate(prefill.sequences):
             if not sequence.finished:
-                group.insert(sequence, read.suffix(row))
-
-    def _read_on_long(self) -> None:
-        """A piece of a long question, unless the last one took from running answers more than they have had since."""
-        running = any(group.running for group in self._groups)
-        if not self._long or (running and time.monotonic() < self._long_again):
-            return
-        began = time.monotonic()
-        self._read_on(self._long)
-        ended = time.monotonic()
-        self._long_again = ended + (ended - began)
+                batch.insert(sequence, prefill.suffix(row))
 
     def _answering(self, request: Request) -> Answering:
         return Answering(request, self.backbone.tokenizer, self._eos)
-
-    def _decode(self, group: Group) -> None:
-        """One token for every running sequence of a prefix."""
-        if not group.running:
-            return
-        try:
-            logits = group.decode(self.backbone)
-            self._advance(group.running, logits)
-            group.prune()
-        except Exception as error:
-            _fail(group.running, error)
-            self._groups.remove(group)
 
     def _advance(self, sequences: list[Answering], logits: Tensor) -> None:
         greedy = logits.argmax(-1).tolist() if any(s.request.params.is_greedy for s in sequences) else []
@@ -227,12 +226,12 @@ class Engine:
             except Exception as error:  # one caller's trouble is not the others'
                 sequence.fail(error)
 
-    def _group(self, prefix: Prefix) -> Group:
-        for group in self._groups:
-            if group.prefix is prefix:
-                return group
-        self._groups.append(Group(prefix))
-        return self._groups[-1]
+    def _batch(self, prefix: Prefix) -> Batch:
+        for batch in self._batches:
+            if batch.prefix is prefix:
+                return batch
+        self._batches.append(Batch(prefix))
+        return self._batches[-1]
 
     def _cancel_all(self) -> None:
         with self._wake:
@@ -245,7 +244,7 @@ class Engine:
         with self._wake:
             waiting, self._waiting = list(self._waiting), deque()
         _fail(self._started(), error)
-        self._groups = []
+        self._batches = []
         self._short.clear()
         self._long.clear()
         for each in waiting:
@@ -253,12 +252,21 @@ class Engine:
 
     def _started(self) -> list[Answering]:
         """All answers that have a slot, or will have it once their question is read."""
-        running = [sequence for group in self._groups for sequence in group.running]
-        return running + [sequence for read in (*self._short, *self._long) for sequence in read.sequences]
+        running = [sequence for batch in self._batches for sequence in batch.running]
+        return running + [sequence for prefill in (*self._short, *self._long) for sequence in prefill.sequences]
 
 
 def _request(each: Request | Answering) -> Request:
     return each.request if isinstance(each, Answering) else each
+
+
+def _next_of(queue: deque[Prefill]) -> Iterator[Prefill]:
+    """The questions that are to be read next, unless nobody waits for any of them any more."""
+    if queue:
+        prefill = queue.popleft()
+        prefill.drop_those_over()
+        if prefill.sequences:
+            yield prefill
 
 
 def _drop(each: Request | Answering) -> None:

@@ -3,7 +3,7 @@
 A step of a large model is a thousand kernels that each run for microseconds: launching them one by one from Python
 takes several times longer than running them. A CUDA graph launches them all at once. It works on fixed buffers, so
 there is one for each bucket of batch sizes and suffix lengths, or of question lengths, captured when the bucket has
-been used a few times. `fixed_step` and `padded_read` are what is captured; they run on any device.
+been used a few times. `fixed_step` and `padded_prefill` are what is captured; they run on any device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ R = TypeVar("R")
 _USES = 3  # steps of a bucket before it is captured
 _FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
 _MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
-_READ_USES = 1  # questions of a bucket before it is captured
+_PREFILL_USES = 1  # questions of a bucket before it is captured
 _FIRST_QUESTION, _MOST_QUESTION = 32, 512  # tokens of the shortest and longest questions that are captured
 
 
@@ -48,7 +48,7 @@ def fixed_step(
     return logits, glance.masses if glance else None
 
 
-def padded_read(
+def padded_prefill(
     backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool
 ) -> tuple[Tensor, Tensor | None, Sequence[object]]:
     """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
@@ -153,19 +153,19 @@ class StepGraphs:
         )
 
 
-class ReadGraph:
+class PrefillGraph:
     """Reading one question of at most `tokens` tokens on a prefix, as the GPU replays it."""
 
     def __init__(self, backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> None:
         self.tokens = tokens
         self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
         self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
-        self._read = _Captured(
-            lambda: padded_read(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
+        self._prefill = _Captured(
+            lambda: padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
         )
 
     def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Sequence[object]]:
-        """As `padded_read` for the tokens (n,) of a question and the weights (n,) of its rows; valid until the next."""
+        """As `padded_prefill` for the tokens (n,) of a question and weights (n,) of its rows; valid until the next."""
         count = len(question)
 
         def fill(inputs: Tensor) -> None:
@@ -176,16 +176,16 @@ class ReadGraph:
 
         self._inputs.send(fill)
         self._weights.send(weigh)
-        return self._read.replay()
+        return self._prefill.replay()
 
 
-def find_read(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> ReadGraph | None:
+def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> PrefillGraph | None:
     """The graph that reads a question of so many tokens, capturing it if it is time; none if it is read without."""
     sliding = len(backbone.full) < backbone.num_layers
     if backbone.device.type != "cuda" or tokens > _MOST_QUESTION or sliding:
         return None
     size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
-    found: ReadGraph | None = prefix.reads.find(
-        ("a question", size, evidence), _READ_USES, lambda: ReadGraph(backbone, prefix, size, evidence)
+    found: PrefillGraph | None = prefix.prefills.find(
+        ("a question", size, evidence), _PREFILL_USES, lambda: PrefillGraph(backbone, prefix, size, evidence)
     )
     return found

@@ -14,15 +14,15 @@ from cribsheet.attention.cache import PrefixLayer, prefix_cache
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import padded_batch, prefill_cache
-from cribsheet.engine.graphs import find_read
+from cribsheet.engine.graphs import find_prefill
 from cribsheet.engine.request import Answering, Suffix
-from cribsheet.model.backbone import Backbone
+from cribsheet.model.backbone import Backbone, Inputs
 
 PIECE = 1024  # tokens that are read in one step, padding included
 _MOST_BEFORE = 16 * PIECE  # recalled tokens that stand before questions of one step, padding included
 
 
-class Read:
+class Prefill:
     """Questions over one prefix that are read together."""
 
     def __init__(self, sequences: Sequence[Answering], prefix: Prefix) -> None:
@@ -30,10 +30,20 @@ class Read:
         self.cache = prefix_cache((), prefix.tokens)
         self.layers: Sequence[object] = ()  # what was read lies in them
         self.spare = 0  # tokens of padding behind the questions
+        self._glance: Glance | None = None
         self.ahead: list[Suffix] = []  # what stands before each question, once it is placed
 
-    def next(self, backbone: Backbone) -> Tensor | None:
-        """Read on; logits (B, V) of the first new tokens once everything is read."""
+    @property
+    def is_read(self) -> bool:
+        """Whether the pass that was made last was the last one, so that its logits are of the first new tokens."""
+        return True
+
+    def replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (B, V) by a graph that was captured; none where the model must make the pass."""
+        return None
+
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """What the model reads next; `note` must follow."""
         raise NotImplementedError
 
     def drop_those_over(self) -> None:
@@ -48,19 +58,21 @@ class Read:
         asked = [each.request for each in self.sequences]
         self.ahead = [each.ahead.placed(self.prefix.tokens) if each.ahead else [] for each in asked]
 
-    def step(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Logits (B, V) after new tokens, noting what they look at; `weights` (n,) are of each one's last rows."""
-        glance = None
+    def watched(self, backbone: Backbone, ids: Tensor, positions: Tensor, weights: Sequence[Tensor]) -> Inputs:
+        """New tokens as inputs, watched as they look at things; `weights` (n,) are of each one's last rows."""
         if watches(self.sequences):
             pads = [ids.shape[1] - len(weight) for weight in weights]
             told = [self._padded(each, pad) for each, pad in zip(self.sequences, pads, strict=True)]
-            glance = Glance(self.cache.layers, backbone.full, told, weights)
-        logits = backbone.step(ids, positions, self.cache)[:, -1]
+            self._glance = Glance(self.cache.layers, backbone.full, told, weights)
+        return ids, positions, self.cache
+
+    def note(self) -> None:
+        """After the pass: where its keys and values lie, and what was looked at."""
         self.layers = self.cache.layers
-        if glance is not None:
-            for sequence, mass in zip(self.sequences, glance.masses, strict=True):
+        if self._glance is not None:
+            for sequence, mass in zip(self.sequences, self._glance.masses, strict=True):
                 sequence.look(mass)
-        return logits
+            self._glance = None
 
     def _padded(self, sequence: Answering, pad: int) -> tuple[int, int]:
         """Where passages begin and end among all that is behind the prefix, a question with so much padding before it.
@@ -85,27 +97,25 @@ class Read:
         return found
 
 
-class ShortRead(Read):
+class ShortPrefill(Prefill):
     """Short questions in one pass, padded to the longest."""
 
-    def next(self, backbone: Backbone) -> Tensor:
-        """Read them all: logits (B, V)."""
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """All of them."""
         prefix = self.prefix
-        if (logits := self._replayed(backbone)) is not None:
-            return logits
         self.place()
         before = [each.request.before for each in self.sequences]
         ids, positions, mask = padded_batch([each.request.question for each in self.sequences], prefix.tokens, before)
         self.cache = prefill_cache(prefix.layers, prefix.tokens, mask, self.ahead)
         weights = [question_weights(len(each.request.question), each.request.lead) for each in self.sequences]
-        return self.step(backbone, ids, positions, weights)
+        return self.watched(backbone, ids, positions, weights)
 
-    def _replayed(self, backbone: Backbone) -> Tensor | None:
+    def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (1, V) of a question that is alone and of a length that was captured."""
         sequence, request = self.sequences[0], self.sequences[0].request
         if len(self.sequences) > 1 or request.ahead or any(last > first for first, last in told_in(self.sequences)):
             return None  # passages lie elsewhere in each question: no graph fits
-        graph = find_read(backbone, self.prefix, len(request.question), watches(self.sequences))
+        graph = find_prefill(backbone, self.prefix, len(request.question), watches(self.sequences))
         if graph is None:
             return None
         logits, mass, self.layers = graph.replay(
@@ -117,7 +127,7 @@ class ShortRead(Read):
         return logits
 
 
-class LongRead(Read):
+class LongPrefill(Prefill):
     """One long question, a piece a step."""
 
     def __init__(self, sequence: Answering, prefix: Prefix) -> None:
@@ -125,8 +135,13 @@ class LongRead(Read):
         self.cache = prefix_cache(prefix.layers, prefix.tokens)
         self._done = 0
 
-    def next(self, backbone: Backbone) -> Tensor | None:
-        """Read the next piece; logits (1, V) after the last one."""
+    @property
+    def is_read(self) -> bool:
+        """Whether there is no further piece."""
+        return self._done == len(self.sequences[0].request.question)
+
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """The next piece."""
         request = self.sequences[0].request
         question = request.question
         if request.ahead and not self._done:
@@ -137,9 +152,8 @@ class LongRead(Read):
         first = self.prefix.tokens + request.before + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
         weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
-        logits = self.step(backbone, piece.unsqueeze(0), positions, [weights])
         self._done += len(piece)
-        return logits if self._done == len(question) else None
+        return self.watched(backbone, piece.unsqueeze(0), positions, [weights])
 
 
 def watches(sequences: Sequence[Answering]) -> bool:
@@ -153,17 +167,17 @@ def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
     return [each.request.block if each.request.evidence else (0, 0) for each in sequences]
 
 
-def reads(sequences: Sequence[Answering]) -> list[Read]:
+def prefills(sequences: Sequence[Answering]) -> list[Prefill]:
     """How to read new questions: shorter ones together, in passes of bounded padded size over one prefix each."""
-    found: list[Read] = []
+    found: list[Prefill] = []
     for sequence in sorted(sequences, key=_alike):
         prefix, last = sequence.request.prefix, found[-1] if found else None
         if len(sequence.request.question) > PIECE:
-            found.append(LongRead(sequence, prefix))
-        elif isinstance(last, ShortRead) and last.prefix is prefix and _fits([*last.sequences, sequence]):
+            found.append(LongPrefill(sequence, prefix))
+        elif isinstance(last, ShortPrefill) and last.prefix is prefix and _fits([*last.sequences, sequence]):
             last.sequences.append(sequence)
         else:
-            found.append(ShortRead([sequence], prefix))
+            found.append(ShortPrefill([sequence], prefix))
     return found
 
 

@@ -191,10 +191,11 @@ def newest(
     batch, heads, _, size = q.shape
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     given, given_lse = (out, lse) if before is None else (each.contiguous() for each in before)
-    group = heads // keys.shape[1]
+    shared_by = heads // keys.shape[1]
+    rows = max(16, triton.next_power_of_2(shared_by))
     _newest[(batch, keys.shape[1])](
         q.contiguous(), keys, values, index, given, given_lse, out, lse, scale, keys.shape[2],
-        GROUP=group, BG=max(16, triton.next_power_of_2(group)), D=size, BD=max(16, triton.next_power_of_2(size)),
+        GROUP=shared_by, BG=rows, D=size, BD=max(16, triton.next_power_of_2(size)),
         BN=64, PREFIX=before is not None, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -110,10 +110,10 @@ def attend(
     found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
     seen = q.new_empty(parts + 1, batch * heads, dtype=torch.float32)
     width = max(16, 1 << (size - 1).bit_length())
-    group = max(16, 1 << (heads // kv_heads - 1).bit_length())
+    shared_by = max(16, 1 << (heads // kv_heads - 1).bit_length())
     _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
         q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
-        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=group, BN=cut.keys,
+        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     _joined[(batch * heads,)](

@@ -150,7 +150,7 @@ class Terms:
 
 
 # Reads documents on the terms of a sheet, somewhere else perhaps: segments in the order of their plans.
-Reader = Callable[[Terms, Manifest, Sequence[Plan]], Iterable[Segment]]
+SegmentReader = Callable[[Terms, Manifest, Sequence[Plan]], Iterable[Segment]]
 
 
 def share(tokens: int, rate: float, allocation: Allocation) -> int:
@@ -178,7 +178,7 @@ def build_independent(
     progress: Listener = None,
     checkpoint: str | Path | None = None,
     archive_folder: str | Path | None = None,
-    read: Reader | None = None,
+    read: SegmentReader | None = None,
 ) -> Sheet:
     """`build_sheet(mode="independent")`: `rate` is that of each document; preamble and resident guide come on top.
 
@@ -252,7 +252,7 @@ def read_all(
     preamble: Segment,
     progress: Listener = None,
     checkpoint: str | Path | None = None,
-    read: Reader | None = None,
+    read: SegmentReader | None = None,
     archive: ArchiveWriter | None = None,
 ) -> list[Segment]:
     """Read documents one by one, or as `read` does, with progress in tokens; all that is read goes to an `archive`.

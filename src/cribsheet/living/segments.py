@@ -13,7 +13,7 @@ Letters as in `sheet/sheet.py`: `F` layers that see everything, `K` key/value he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -262,6 +262,34 @@ def cut(backbone: Backbone, sheet: Sheet) -> tuple[Segment, list[Segment]]:
     is_whole = bool((bounds[..., 1] - bounds[..., 0] == manifest.head_tokens).all())
     preamble = segments[0] if is_whole else replace(_preamble_of(backbone, sheet), archive=segments[0].archive)
     return preamble, segments[1:]
+
+
+def segments_of(manifest: Manifest, documents: Collection[str]) -> set[int]:
+    """The segments that have any of these documents, by their ids."""
+    owner = [number for number, entry in enumerate(manifest.segments) for _ in range(entry.documents)]
+    pairs = zip(manifest.documents, owner, strict=True)
+    return {number for entry, number in pairs if entry.id in documents}
+
+
+def exchanged(
+    backbone: Backbone, sheet: Sheet, layers: Sequence[StoredLayer], segments: Collection[int]
+) -> list[StoredLayer]:
+    """Layers of an independent sheet, with other `layers` for the same tokens in these of its segments.
+
+    All others, and layers with sliding windows, stay bit for bit as they were.
+    """
+    manifest = sheet.manifest
+    read = [manifest.head_tokens, *(entry.read for entry in manifest.segments)]
+    bounds = segment_bounds(sheet.indices, manifest.guide_tokens, read)
+    found = list(sheet.layers)
+    for number, own in zip(backbone.full, bounds.tolist(), strict=True):
+        old, new = sheet.layers[number], layers[number]
+        sizes = old.counts or [old.keys.shape[1]] * backbone.kv_heads
+        rows = [[*(place - sheet.length + size for place in head), size] for head, size in zip(own, sizes, strict=True)]
+        pairs = zip(old.parts(rows), new.parts(rows), strict=True)
+        parts = [theirs if place - 1 in segments else ours for place, (ours, theirs) in enumerate(pairs)]
+        found[number] = StoredLayer.joined(parts)
+    return found
 
 
 def check_fits(backbone: Backbone, length: int) -> None:

@@ -28,6 +28,7 @@ from cribsheet.model.support import check_supported, head_size, inv_freq, layer_
 
 _LEAST = 256  # tokens from which the time of a read is spent in kernels, not in launching them
 _SAMPLES = 16  # values looked at in each weight tensor
+Inputs = tuple[Tensor, Tensor, Cache]  # of a step: tokens (B, T), their positions (B, T), and what they see
 Keep = int | Tensor | None  # logits wanted: of the last so many tokens, of these places, or of none
 
 
@@ -188,17 +189,16 @@ class Backbone:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
+    def step(
+        self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1, *, grad: bool = False
+    ) -> Tensor:
         """Run new tokens (B, T) at `positions` (B, T) over a cache: logits (B, keep, V) of the last `keep` tokens.
 
-        As a tensor (n,), `keep` names the places of the tokens whose logits are wanted.
+        As a tensor (n,), `keep` names the places of the tokens whose logits are wanted. With `grad` the caller may take
+        gradients.
         """
-        return self.logits(ids, positions, cache, keep)
-
-    def logits(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor = 1) -> Tensor:
-        """As `step`, for a caller who may need gradients."""
-        with self.announced(ids, positions, keep), self.attached():
+        grad = grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), self.announced(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -219,6 +219,15 @@ class Backbone:
         return scaling
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model, or of a folder that holds nothing else. Raises `ModelError` if there is none."""
+    source = name if Path(name).is_dir() else located(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"There is no usable tokenizer at {name!r}: {_first_line(error)}") from error
+
+
 def _weight_samples(model: Any) -> Iterator[Tensor]:
     for _, weight in sorted(model.named_parameters()):
         if weight.device.type == "meta" or not weight.is_floating_point():
@@ -229,8 +238,12 @@ def _weight_samples(model: Any) -> Iterator[Tensor]:
         if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
             plain = plain.dequantize()
         flat = plain.reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-        yield flat[places.to(flat.device)].float().cpu()
+        yield flat[sample_places(flat.numel()).to(flat.device)].float().cpu()
+
+
+def sample_places(numbers: int) -> Tensor:
+    """Which of a weight's numbers, in a row, are its samples."""
+    return torch.linspace(0, numbers - 1, _SAMPLES, dtype=torch.float64).long()
 
 
 def _first_line(error: Exception) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from cribsheet.errors import MismatchError
-from cribsheet.model.backbone import Backbone
+from cribsheet.model.backbone import Backbone, sample_places
 from cribsheet.prompt.template import ChatLayout
 
 _PROBES = 64  # of the values looked at in each weight kept as numbers, to compare across dtypes
@@ -82,7 +84,6 @@ _MUST_MATCH = {
 def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
     """The print of a loaded model; reads a few values of each weight, not all of them."""
     samples = backbone.weight_samples()
-    step = max(1, len(samples) // _PROBES)
     return Fingerprint(
         model=backbone.name,
         revision=backbone.revision,
@@ -95,10 +96,24 @@ def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
         rotary=_rotary(backbone),
         weights=_digest(samples.double().numpy().tobytes()),
         weights_dtype=str(backbone.dtype).removeprefix("torch."),
-        weights_probe=[round(float(value), 6) for value in samples[::step][:_PROBES]],
-        tokenizer=_tokenizer_digest(backbone.tokenizer),
+        weights_probe=[round(float(value), 6) for value in _probes(samples)],
+        tokenizer=tokenizer_digest(backbone.tokenizer),
         template=layout.digest,
     )
+
+
+def probe_places(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Where in the weights of a model, in the order of their names, the values of `weights_probe` stand.
+
+    As the number of the weight and the place in it, all of its numbers in a row.
+    """
+    samples = [(number, int(place)) for number, shape in enumerate(shapes) for place in sample_places(math.prod(shape))]
+    return list(_probes(samples))
+
+
+def _probes(samples: Any) -> Any:
+    """Of the samples of all weights, those that are kept as numbers."""
+    return samples[:: max(1, len(samples) // _PROBES)][:_PROBES]
 
 
 def _rotary(backbone: Backbone) -> str:
@@ -109,7 +124,8 @@ def _rotary(backbone: Backbone) -> str:
     return f"{named} #{_digest(numbers)}"
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
+    """What tells two tokenizers apart."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)  # these two change with use, not with identity
     state.pop("padding", None)

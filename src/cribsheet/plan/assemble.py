@@ -1,4 +1,4 @@
-"""A plan carried out: the corpus read through, and the sheet put together from what was kept."""
+"""The sheet of a plan, put together from what was kept."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, turned_back
-from cribsheet.compress.archiving import Archiving
-from cribsheet.compress.checkpoint import Checkpoint
-from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import State, as_prefix, compress, kept_tokens, nothing_kept
-from cribsheet.compress.progress import Listener, shown
+from cribsheet.compress.kept import Kept, State
+from cribsheet.compress.loop import as_prefix, kept_tokens
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.describe import describe, identity
+from cribsheet.plan.describe import describe
 from cribsheet.plan.plan import Plan
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.archive.layout import Layout
@@ -27,21 +24,6 @@ from cribsheet.sheet.int4 import block_sizes
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet, with_archive
 from cribsheet.vocabulary import ABSENT, StorageDtype
-
-
-def carry_out(
-    backbone: Backbone,
-    plan: Plan,
-    *,
-    progress: Listener = None,
-    checkpoint: str | Path | None = None,
-    archive_folder: str | Path | None = None,
-) -> Sheet:
-    """The sheet that a plan is for; arguments as in `build_sheet`."""
-    began = time.perf_counter()
-    archive = archive_writer(backbone, plan, checkpoint, archive_folder)
-    state = read_through(backbone, plan, progress=progress, checkpoint=checkpoint, archive=archive)
-    return finish(backbone, plan, state, began, archive)
 
 
 def archive_writer(
@@ -66,33 +48,6 @@ def archive_layout(backbone: Backbone, dtype: StorageDtype, runs: Sequence[int])
     return Layout(*shape, dtype, block_sizes(runs).tolist())
 
 
-def read_through(
-    backbone: Backbone,
-    plan: Plan,
-    *,
-    progress: Listener = None,
-    checkpoint: str | Path | None = None,
-    archive: ArchiveWriter | None = None,
-) -> State:
-    """All that a plan keeps of its corpus, the guide left out; all that was read goes to an `archive`."""
-    saved = Checkpoint(checkpoint, identity(plan, backbone)) if checkpoint is not None else None
-    start = saved.load(backbone.device, backbone.num_layers, len(plan.corpus)) if saved else None
-    state = start or State(0, nothing_kept(backbone))
-    if archive:
-        archive.begin() if saved is None or start is None else archive.resume(start.done, saved.archive)
-    keep_all = Archiving(backbone, archive, state.done) if archive else None
-    with shown(progress) as told:
-        tell = None if told is None else lambda read: told(read, len(plan.corpus))
-        if tell is not None:
-            tell(state.done)
-        for state in compress(backbone, plan.corpus, plan.reading, start, tell, keep_all):
-            if saved:
-                saved.save(state, archive.digest if archive else "")
-            if tell is not None:
-                tell(state.done)
-    return state
-
-
 def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: ArchiveWriter | None = None) -> Sheet:
     """The sheet of what was kept, begun at a time of `time.perf_counter`, with its archive if that was written."""
     layers, indices = _with_guide(backbone, state.kept, plan.resident)
@@ -100,10 +55,11 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: 
         length = indices.shape[-1]
         layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
     stored = [StoredLayer.of(layer, plan.dtype) for layer in layers]
+    loss, origins = _storage_loss(stored, layers), kept_origins(plan.corpus, indices)
     manifest = describe(plan, backbone, time.perf_counter() - began)
-    manifest.build.update(_storage_loss(stored, layers))
+    manifest.build.update(loss)
     texts = [document.text for document in plan.corpus.documents]
-    sheet = Sheet(stored, indices, kept_origins(plan.corpus, indices), manifest, texts)
+    sheet = Sheet(stored, indices, origins, manifest, texts)
     return sheet if archive is None else with_archive(sheet, archive)
 
 

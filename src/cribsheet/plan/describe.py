@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from cribsheet import __version__
+from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.formats.record import METADATA_DEPTH
 from cribsheet.model.backbone import Backbone
@@ -58,6 +60,11 @@ def identity(plan: Plan, backbone: Backbone) -> dict[str, Any]:
     told = manifest.model_dump(exclude={"created", "build", "dtype", "archive"})
     archive = {"archive": plan.archive} if plan.archive else {}
     return {**told, **archive, "dtype": str(backbone.dtype)}
+
+
+def checkpoint_of(plan: Plan, backbone: Backbone, path: str | Path | None) -> Checkpoint | None:
+    """What remembers a plan's reading in a file, if there is to be one."""
+    return None if path is None else Checkpoint(path, identity(plan, backbone))
 
 
 def circumstances(backbone: Backbone, seconds: float) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from cribsheet.errors import BudgetError
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.manifest import SEEDS
-from cribsheet.vocabulary import Allocation, BuildMode, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import Allocation, Correction, GuideKept, SheetKind, StorageDtype
 
 DEFAULT_RATE = 4.0  # where nothing was said of the size
 DEFAULT_DTYPE: StorageDtype = "int4"  # where nothing was said of either (decisions/0024)
+ENGINE_BLOCK = 16  # tokens that other engines keep together
+ENGINE_DTYPE: StorageDtype = "float16"  # of their caches
 DEFAULT_SCORER = "recall"  # whatever the allocation, so that one can be compared with the other
 
 
@@ -24,18 +26,19 @@ class BuildKeywords(TypedDict, total=False):
     rate: float | None
     budget: int | None
     scorer: str | Scorer | None
-    guide: GuideMode
+    guide: GuideKept
     chunk_tokens: int | None
     system: str
     template_options: Mapping[str, Any] | None
     dtype: StorageDtype | None
     seed: int
-    mode: BuildMode
+    mode: SheetKind
     allocation: Allocation | None
     correction: Correction
     retain: float | None
     check: bool
     archive: bool | StorageDtype
+    for_engines: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,9 @@ class BuildOptions:
     archive
         keep the keys and values of all tokens too, in a file beside the sheet from which stretches can be recalled:
         True is int4; or one of the storage types.
+    for_engines
+        a sheet that other engines can read too (`Sheet.export`): all heads keep equally many tokens, a multiple of 16,
+        in float16 unless another type was asked for.
 
     Raises `BudgetError` for what makes no sense, alone or together.
     """
@@ -86,24 +92,27 @@ class BuildOptions:
     rate: float | None = None
     budget: int | None = None
     scorer: str | Scorer | None = None
-    guide: GuideMode = "auto"
+    guide: GuideKept = "auto"
     chunk_tokens: int | None = None
     system: str = ""
     template_options: Mapping[str, Any] | None = None
     dtype: StorageDtype | None = None
     seed: int = 0
-    mode: BuildMode = "sequential"
+    mode: SheetKind = "sequential"
     allocation: Allocation | None = None
     correction: Correction = "none"
     retain: float | None = None
     check: bool = False
     archive: bool | StorageDtype = False
+    for_engines: bool = False
 
     def __post_init__(self) -> None:
         self._check_choices()
         if self.retain is not None:
             self._check_retain(self.retain)
         self._check_numbers()
+        if self.for_engines:
+            self._check_for_engines()
         self._check_scorer()
 
     @property
@@ -116,6 +125,8 @@ class BuildOptions:
         """The one that was asked for, or that which suits the scorer; published methods are as they were published."""
         if self.allocation is not None:
             return self.allocation
+        if self.for_engines:
+            return "uniform"
         if self.chosen_scorer != DEFAULT_SCORER:
             return "uniform"
         return "adaptive" if self.mode == "independent" else "profiled"
@@ -140,6 +151,8 @@ class BuildOptions:
         """The type that keys and values are stored in. Raises `BudgetError` if it is the model's own and unknown."""
         if self.dtype is not None:
             return self.dtype
+        if self.for_engines:
+            return ENGINE_DTYPE
         if self.mode == "sequential" and self.rate is None and self.budget is None and self.retain is None:
             return DEFAULT_DTYPE
         return _storage_dtype(str(backbone.dtype).removeprefix("torch."))
@@ -149,6 +162,13 @@ class BuildOptions:
         rate, budget = self.rate, self.budget
         if budget is None:
             budget = int(corpus_tokens / (DEFAULT_RATE if rate is None else rate))
+            if self.for_engines:
+                budget -= budget % ENGINE_BLOCK
+        if self.for_engines and not budget:
+            raise BudgetError(
+                f"The corpus of {corpus_tokens} tokens at this rate leaves less than the {ENGINE_BLOCK} tokens that a "
+                "block of other engines has; pass a lower rate."
+            )
         if not 0 < budget <= corpus_tokens:
             other = "a rate" if self.budget is not None else "a lower rate"
             raise BudgetError(
@@ -160,10 +180,10 @@ class BuildOptions:
     def _check_choices(self) -> None:
         """Refuse words that are none of those that an option may be, and two that exclude each other."""
         for name, value, known in (
-            ("guide", self.guide, GuideMode),
+            ("guide", self.guide, GuideKept),
             ("allocation", self.allocation, Allocation),
             ("correction", self.correction, Correction),
-            ("mode", self.mode, BuildMode),
+            ("mode", self.mode, SheetKind),
         ):
             if value not in get_args(known) and (name, value) != ("allocation", None):
                 raise BudgetError(f"{name} is {value!r}; use {', '.join(get_args(known))}.")
@@ -181,6 +201,27 @@ class BuildOptions:
             raise BudgetError(
                 "An independent sheet cannot be corrected, as its documents are read apart, whatever stands beside "
                 "them; use correction='none'."
+            )
+
+    def _check_for_engines(self) -> None:
+        """Refuse what no other engine can read."""
+        if self.budget is not None and self.budget % ENGINE_BLOCK:
+            below = self.budget - self.budget % ENGINE_BLOCK
+            raise BudgetError(
+                f"The budget is {self.budget} tokens, but other engines keep tokens in blocks of {ENGINE_BLOCK}; with "
+                f"for_engines=True pass {f'{below} or ' if below else ''}{below + ENGINE_BLOCK}."
+            )
+        wrong = {
+            f"allocation={self.allocation!r}": self.allocation not in (None, "uniform"),
+            f"mode={self.mode!r}": self.mode != "sequential",
+            f"dtype={self.dtype!r}": self.dtype == "int4",
+            f"retain={self.retain!r}": self.retain is not None,
+            "rate=1": self.keeps_all,
+        }
+        if both := next((name for name, is_wrong in wrong.items() if is_wrong), None):
+            raise BudgetError(
+                f"{both} was given with for_engines=True, but other engines read sheets of one size, whose heads all "
+                f"keep the same multiple of {ENGINE_BLOCK} tokens, rotated; leave one of the two out."
             )
 
     def _check_retain(self, retain: float) -> None:

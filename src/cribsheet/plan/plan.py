@@ -10,7 +10,7 @@ from functools import cache, partial
 from torch import Tensor
 
 from cribsheet.compress.loop import Reading
-from cribsheet.compress.profile import profile_of
+from cribsheet.compress.profile import weights_of
 from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Guide:
+class _GuideTokens:
     """What a scorer reads after each chunk, `scored` (T,) and `repeat` (R,), and what stays: `resident`, as `form`."""
 
     scored: Tensor
@@ -113,7 +113,7 @@ def plan(
         pinned=_pinned(scorer, allocation, corpus.preamble_tokens),
         allocation=allocation,
         spread=len(corpus) <= keep * _SPREAD_TO,
-        weigh=cache(partial(_weights, backbone, layout, keep / len(corpus))),
+        weigh=cache(partial(weights_of, backbone, layout, keep / len(corpus))),
         correction=options.correction,
         most=most_tokens(backbone, keep, len(resident), guide.tokens + chunk * (2 if twice else 1)),
         seed=options.seed,
@@ -135,7 +135,7 @@ def warn_without_task(task: Task, options: BuildOptions) -> None:
 
 def _guide(
     layout: ChatLayout, task: Task, options: BuildOptions, scorer: Scorer, budget: int, corpus_tokens: int
-) -> _Guide:
+) -> _GuideTokens:
     """What is read after each chunk, nothing where the scorer reads none, and what stays of it."""
     guide, form, encode = layout.guide(task), task.form, layout.encoder.after
     opening = encode(guide.resident, continues=True)
@@ -146,7 +146,7 @@ def _guide(
     if scorer.reads.task:
         scored = opening if scorer.reads.repetition else encode(guide.scored)  # with a repetition the talk goes on
     resident = _kept_guide(options, opening, in_form, budget, corpus_tokens)
-    return _Guide(scored, repeat, resident, form if resident is in_form else "")
+    return _GuideTokens(scored, repeat, resident, form if resident is in_form else "")
 
 
 def _kept_guide(options: BuildOptions, whole: Tensor, in_form: Tensor, budget: int, corpus_tokens: int) -> Tensor:
@@ -166,12 +166,6 @@ def _too_small(budget: int, fixed: int, guide_tokens: int, corpus_tokens: int) -
     *first, last = ways
     listed = f"{', '.join(first)}{',' * (len(first) > 1)} or {last}" if first else last
     return BudgetError(f"The budget is {budget} tokens, but the template's preamble takes {taken}; pass {listed}.")
-
-
-def _weights(backbone: Backbone, layout: ChatLayout, share: float) -> list[float]:
-    """What each head keeps of a budget that is a share of the corpus, by the model's profile; alike if it has none."""
-    profile = profile_of(backbone, layout)
-    return [1.0] * len(backbone.full) * backbone.kv_heads if profile is None else profile.weights(share)
 
 
 def _pinned(scorer: Scorer, allocation: Allocation, preamble_tokens: int) -> int:

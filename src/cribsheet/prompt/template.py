@@ -48,7 +48,7 @@ PLAIN_TEMPLATE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Guide:
+class GuideTexts:
     """The text after the corpus whose attention decides what is kept.
 
     `scored` is what is read after each chunk. `resident` is the exact left part of a conversation that continues
@@ -95,13 +95,13 @@ class ChatLayout:
         """What stands before the first document. Raises `TemplateError` if no exact cut exists."""
         return self._cut([_user(self._marker([], instruction))], instruction)[0]
 
-    def guide(self, task: Task) -> Guide:
+    def guide(self, task: Task) -> GuideTexts:
         """Task line and examples as they stand after the documents."""
         resident = self._before_next(self._guide_turns(task), task.instruction)
         if task.few_shot:
-            return Guide(scored=resident, resident=resident)
+            return GuideTexts(scored=resident, resident=resident)
         # A bare task line ends where the model would start to plan its answer: the end of the user's turn.
-        return Guide(scored=self._cut([_user(_task_line(task))], task.instruction)[1], resident=resident)
+        return GuideTexts(scored=self._cut([_user(_task_line(task))], task.instruction)[1], resident=resident)
 
     def repeat(self, task: Task, after: Literal["documents", "guide"]) -> str:
         """The turn that asks to repeat the documents, ready for the answer: they are then read as the assistant's.

@@ -121,6 +121,17 @@ class Exam:
         """What the template writes before the first document."""
         return self.layout.preamble(self.task.instruction)
 
+    def read(self, *parts: Tensor) -> Prefix:
+        """Tokens (T,) plainly read, one part after the other."""
+        layers, done = nothing_read(self.backbone), 0
+        for part in parts:
+            if not len(part):
+                continue
+            read = self.backbone.read(layers, done, part, part[:0])
+            layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
+            done += len(part)
+        return Prefix(layers, done)
+
     def over(self, prefix: Prefix, questions: Sequence[str]) -> list[str]:
         """Answers of a prefix, in which the guide stands already if it is resident."""
         return self.written(prefix, [self._after(question) for question in questions])
@@ -228,8 +239,7 @@ def make_probes(
     found = _judged(exam, [Probe(question, answer) for question, answer in held])
     written = [words(question) for question in shown]
     attempts = _attempts(stretches, exam.task, seed)
-    spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
-    rare = {word for word, places in spread.items() if places <= max(1, _RARE * len(stretches))}
+    rare = rare_words(stretches, _RARE)
     ways: Sequence[Way] = ("request", "user")
     for number in range(_ROUNDS):
         batch = list(islice(attempts, 2 * count))
@@ -309,6 +319,12 @@ def _judged(exam: Exam, probes: Sequence[Probe]) -> list[Probe]:
     """The same with what the model answers to them closed book."""
     closed = exam.alone([("", probe.question) for probe in probes])
     return [replace(probe, closed=answer) for probe, answer in zip(probes, closed, strict=True)]
+
+
+def rare_words(stretches: Sequence[Passage], share: float) -> set[str]:
+    """Words that tell a stretch from others: in at most one, or in a small `share` of all."""
+    spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
+    return {word for word, places in spread.items() if places <= max(1, share * len(stretches))}
 
 
 def is_apt(question: str, stretch: Passage, rare: Set[str]) -> bool:

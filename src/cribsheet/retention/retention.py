@@ -19,20 +19,23 @@ from typing import Literal
 import torch
 
 from cribsheet.attention.prefix import Prefix
-from cribsheet.compress.loop import cut, nothing_read
+from cribsheet.compress.kept import State
+from cribsheet.compress.loop import cut, read_through
 from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.living.segments import sheet_layers
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import archive_writer, carry_out, finish, read_through
+from cribsheet.plan.assemble import archive_writer, finish
+from cribsheet.plan.describe import checkpoint_of
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
 from cribsheet.plan.plan import Plan, plan
 from cribsheet.plan.window import usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.probes import Exam, Probe, agree, held_back, make_probes
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.manifest import Retention, Rung
 from cribsheet.sheet.sheet import Sheet
 
@@ -83,17 +86,10 @@ def full_context(exam: Exam, documents: Sequence[Document]) -> Prefix | None:
     ids = TokenizedCorpus.build(documents, exam.opening, exam.layout.encoder).ids
     if len(ids) + len(guide) + _ROOM > backbone.window:
         return None
-    layers, done = nothing_read(backbone), 0
     try:
-        for piece in (*ids.split(usual_chunk(backbone)), guide):
-            if not len(piece):
-                continue
-            read = backbone.read(layers, done, piece, piece[:0])
-            layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-            done += len(piece)
+        return exam.read(*ids.split(usual_chunk(backbone)), guide)
     except (MemoryError, torch.OutOfMemoryError):
         return None
-    return Prefix(layers, done)
 
 
 def retained(found: Reference, answers: Sequence[str]) -> list[bool]:
@@ -183,6 +179,19 @@ class Checker:
             logger.warning("%s", remark)
         return replace(sheet, manifest=sheet.manifest.model_copy(update={"retention": found}))
 
+    def read(
+        self,
+        planned: Plan,
+        progress: Listener = None,
+        checkpoint: str | Path | None = None,
+        archive: ArchiveWriter | None = None,
+    ) -> State:
+        """All that a plan keeps of its corpus, the guide left out; all that was read goes to an `archive`."""
+        saved = checkpoint_of(planned, self.backbone, checkpoint)
+        return read_through(
+            self.backbone, planned.corpus, planned.reading, progress=progress, checkpoint=saved, archive=archive
+        )
+
     def search(
         self,
         plans: Mapping[float, Plan],
@@ -199,7 +208,7 @@ class Checker:
         rates = list(plans)
         widest = plans[rates[0]]
         archive = archive_writer(backbone, widest, checkpoint, archive_folder)
-        state = read_through(backbone, widest, progress=progress, checkpoint=checkpoint, archive=archive)
+        state = self.read(widest, progress, checkpoint, archive)
 
         def sheet_at(rate: float) -> Sheet:
             if rate == rates[0]:
@@ -255,9 +264,10 @@ def build_retaining(
     if not checker.prepare(exam):
         rate = min(plans, key=lambda rate: abs(rate - DEFAULT_RATE))
         checker.why += f"; so the rate is {rate:g}"
-        sheet = carry_out(
-            checker.backbone, plans[rate], progress=progress, checkpoint=checkpoint, archive_folder=archive_folder
-        )
+        began = time.perf_counter()
+        archive = archive_writer(checker.backbone, plans[rate], checkpoint, archive_folder)
+        state = checker.read(plans[rate], progress, checkpoint, archive)
+        sheet = finish(checker.backbone, plans[rate], state, began, archive)
         return checker.told(sheet, exam, None)
     sheet = checker.search(plans, progress, checkpoint, archive_folder)
     mine = next(rung for rung in checker.rungs if rung.budget == sheet.manifest.budget)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and take the place of what was there as it was: link, mode and owner."""
+"""Files that are written whole or not at all, and take the place of what was there: link, rights and owner stay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def writing(target: Path, what: str) -> Iterator[str]:
 def replacing(target: Path) -> Iterator[str]:
     """A temporary path beside `target` that takes its place on success and vanishes on failure.
 
-    A link stays one, and what it leads to is replaced. What takes the place of a file has its mode, and its owner and
+    A link stays one, and what it leads to is replaced. What takes the place of a file has its rights, and its owner and
     group as far as we may give them. Raises `OSError` where something stands that is no regular file.
     """
     place = Path(os.path.realpath(target))
@@ -39,7 +39,7 @@ def replacing(target: Path) -> Iterator[str]:
         raise OSError(f"{str(place)!r} is no regular file")
     unfinished = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        # by nobody read before it has its mode, if there is one to keep
+        # by nobody read before it has its rights, if there are some to keep
         handle = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if before else 0o666)
         usual = os.fstat(handle).st_mode  # what the user's umask allows; safetensors would leave the file private
         os.close(handle)
@@ -54,7 +54,7 @@ def replacing(target: Path) -> Iterator[str]:
 
 
 def _keep_owner(path: Path, before: os.stat_result) -> int:
-    """Give a file the owner and group of another, and return the mode that it may then have.
+    """Give a file the owner and group of another, and return the rights that it may then have.
 
     Without the right to give it to a group, that of the file gets no more than everybody has.
     """

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cribsheet.model.fingerprint import Fingerprint
-from cribsheet.vocabulary import Allocation, BuildMode, Correction, StorageDtype
+from cribsheet.vocabulary import Allocation, Correction, SheetKind, StorageDtype
 
 FORMATS = (1, 2)  # 2 packs four bits a number, which readers of 1 cannot read
 
@@ -157,7 +157,7 @@ class Manifest(BaseModel):
     chunk_tokens: Count
     dtype: StorageDtype
     build: dict[str, Any]
-    mode: BuildMode = "sequential"
+    mode: SheetKind = "sequential"
     allocation: Allocation = "uniform"
     correction: Correction = "none"
     document_rate: Annotated[FiniteFloat, Field(ge=1)] | None = None

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
+from cribsheet.engines.export import EngineName, export
 from cribsheet.sheet.archive.archive import Archive
 from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.html import table
@@ -89,6 +91,21 @@ class Sheet:
             f"{_documents(len(made.documents))}, {made.corpus_tokens:,} tokens became {self.tokens:,} "
             f"(rate {self.rate:.1f}), {self.nbytes / 1e6:,.1f} MB in {made.dtype}, by {made.fingerprint.model}"
         )
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        to: EngineName = "llama.cpp",
+        version: int | None = None,
+        gguf: str | Path | None = None,
+    ) -> Path:
+        """Write it as a file of another engine (`engines/export.py`); build it with `for_engines=True`.
+
+        `version` is that of llama.cpp's format, `gguf` a file that must then be the model that made the sheet. Raises
+        `SheetError` where the engine cannot take it, with the way out.
+        """
+        return export(self.manifest, self.layers, path, to=to, version=version, gguf=gguf)
 
     @property
     def length(self) -> int:

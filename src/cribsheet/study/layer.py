@@ -1,6 +1,6 @@
 """A layer whose prefix is being learnt: attention in plain operations that gradients pass.
 
-What stands in the sheet is a start plus a learnt shift in units of its own spread, so that one rate of learning suits
+What stands in the sheet is a start plus a learnt shift in units of its own spread, so that one learning rate suits
 all layers; tokens that are not free (preamble, attention sinks, guide) have a spread of zero and stay.
 
 Letters as in `attention/prefix.py`, with `N` tokens of all heads, one head behind the other.
@@ -17,16 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from cribsheet.attention.cache import PrefixLayer
 from cribsheet.attention.plain import capped
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
+from cribsheet.study.rounding import Rounding
 
 
 class Learnt:
     """Keys and values (N, D) of one layer in float32, and what they are shifted by.
 
-    `free` (N,) says which tokens may change. `shifts` are the two tensors (N, D) that are learnt, zero at first.
+    `free` (N,) says which tokens may change. `shifts` are the two tensors (N, D) that are learnt, zero at first. With a
+    `rounding`, attention sees them as they are stored, and gradients pass it as if it were not there.
     """
 
-    def __init__(self, prefix: LayerPrefix, free: Tensor) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: LayerPrefix, free: Tensor, rounding: Rounding | None = None) -> None:
+        self.prefix, self._rounding = prefix, rounding
+        self._lost: list[Tensor] = []
         counts = prefix.counts or (prefix.longest,) * prefix.heads
         size = prefix.keys.shape[-1]
         self._start = [half.reshape(-1, size).float() for half in (prefix.keys, prefix.values)]
@@ -48,19 +51,27 @@ class Learnt:
         rows = zip(self._start, self._spread, self.shifts, strict=True)
         return [start + spread * shift for start, spread, shift in rows]
 
+    def round(self) -> None:
+        """Find what rounding makes of them as they are now; after every change, before attention sees them."""
+        if self._rounding is not None:
+            with torch.no_grad():
+                self._lost = self._rounding.lost(*self.halves())
+
     def padded(self, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values (K, P, D) in the model's dtype, each head's at the end, with zeros before them."""
-        size = self._shape[-1]
+        size, halves = self._shape[-1], self.halves()
+        if self._lost:
+            halves = [half + lost for half, lost in zip(halves, self._lost, strict=True)]
         return [
             half.new_zeros(self._shape[0] * self._shape[1], size)
             .index_copy(0, self._rows, half)
             .view(self._shape)
             .to(dtype)
-            for half in self.halves()
+            for half in halves
         ]
 
     def learnt(self) -> LayerPrefix:
-        """The layer as it is now, in float32."""
+        """The layer as it is now, in float32, not rounded: storing it is what rounds."""
         with torch.no_grad():
             keys, values = (half.view(self.prefix.keys.shape) for half in self.halves())
         return LayerPrefix(keys, values, self.prefix.window, self.prefix.counts)
@@ -93,9 +104,6 @@ class StudiedLayer(PrefixLayer):
         groups = key.shape[1]
         grouped = query.reshape(batch, groups, -1, size)
         near = self._near(grouped.float() @ key.float().mT * inputs.scale, inputs, rows)  # (B, K, G * T, T)
-        if self.prefix.longest == 0:
-            out = near.softmax(-1).to(value.dtype) @ value
-            return out.reshape(batch, heads, rows, size)
         keys, values = self._halves(query.dtype)
         far = grouped.transpose(0, 1).reshape(groups, -1, size).float() @ keys.float().mT * inputs.scale
         far = self._far(capped(far, inputs.softcap), rows)  # (K, B * G * T, P)
@@ -128,7 +136,7 @@ class StudiedLayer(PrefixLayer):
             return logits
         row = torch.arange(rows, device=logits.device).unsqueeze(-1)
         far = row - torch.arange(-self.prefix.longest, 0, device=logits.device) >= self.window  # (T, P)
-        parts = logits.view(len(logits), -1, rows, self.prefix.longest)
+        parts = logits.view(len(logits), logits.shape[1] // rows, rows, self.prefix.longest)
         return parts.masked_fill(far, float("-inf")).view(logits.shape)
 
 

@@ -16,8 +16,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,22 +24,23 @@ from torch import Tensor
 from cribsheet.asking.answer import Answer
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import Prefix
-from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.gaps import SENTENCE, gaps
-from cribsheet.retention.probes import Exam, agree, is_apt, is_told
+from cribsheet.retention.probes import Exam, agree, is_apt, is_told, rare_words
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
+from cribsheet.study.exercises import Exercise, Practice, padded, practice_of
 
 logger = logging.getLogger(__name__)
 
 _STRETCH = 2000  # characters that are read at once
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
-_PER_SENTENCE = 6  # questions that are tried
-_AT_ONCE = 2  # of them in a round, so that all stretches have some when time is up
+_AT_ONCE = 2  # questions about a sentence that are tried in a round, so that all stretches have some when time is up
+ROUNDS = 3  # at least; more only while there is time
+_WORTH = 0.25  # of what questions of the first round gave, which those of another must give for it not to be the last
 _FIRST, _FEWEST = 12, 4  # questions about the first stretch, and about any, where time is short
 _SHORTEST = 4  # words of a sentence
 _LONGEST = 400  # characters of a sentence that are shown
@@ -65,32 +65,6 @@ _ALIKE = "Questions look like these: {}\n\n"
 _GO_ON = "Continue the documents where they read: {}"
 
 
-@dataclass(frozen=True, slots=True)
-class Exercise:
-    """A user's turn and what to write after it, in tokens.
-
-    `ids` (T,) are both, `asked` those of the turn; `tops` (n, k) and `weights` (n, k) are the teacher's best
-    continuations and their probabilities for each of the n tokens to write.
-    """
-
-    ids: Tensor
-    asked: int
-    tops: Tensor
-    weights: Tensor
-    question: str = ""
-    answer: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Practice:
-    """Questions with answers, and texts to go on with; `tried` and `left_out` say what became of the questions."""
-
-    questions: Sequence[Exercise]
-    texts: Sequence[Exercise]
-    tried: int
-    left_out: Counter[str]
-
-
 def make_practice(
     model: LoadedModel,
     layout: ChatLayout,
@@ -100,27 +74,61 @@ def make_practice(
     until: float | None = None,
     latest: float | None = None,
     least: int = 0,
+    documents: Collection[str] = (),
     tell: Callable[[float], None] = lambda share: None,
 ) -> Practice:
-    """Exercises about a sheet's documents; the same every time, unless it is `until` (of `time.monotonic`) first.
+    """Exercises about a sheet's documents: round after round `until` then (of `time.monotonic`), or as they give much.
 
-    While there are fewer than `least` questions, it goes on until the `latest`.
+    While there are fewer than `least` questions, it goes on until the `latest`. Without a time there are a few rounds,
+    the same every time. `documents` are the ids of those that it is about, if not all.
 
     Raises `RequestError` if the sheet has no texts.
     """
-    stretches = cut_into_passages(_told(sheet), _STRETCH)
+    stretches = cut_into_passages(_told(sheet, documents), _STRETCH)
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, seed)
-    rounds = [(stretch, turn) for turn in range(_PER_SENTENCE // _AT_ONCE) for stretch in stretches]
-    for number, (stretch, turn) in enumerate(rounds):
-        ends = until if len(maker.found) >= least else latest
-        most = None if ends is None else _affordable(maker, ends, len(stretches) - number % len(stretches))
-        if most == 0:
-            logger.info("time is up for practice after %d of %d stretches", number, len(rounds))
-            break
-        maker.take(stretch, turn, most)
-        tell((number + 1) / len(rounds))
-    return Practice(maker.found, maker.texts(), maker.tried, maker.left_out)
+    gave: list[float] = []  # by each question that was tried, in each round
+    while len(gave) < ROUNDS or (until is not None and gave[-1] > _WORTH * gave[0]):
+        found, tried = len(maker.found), maker.tried
+        for number, stretch in enumerate(stretches):
+            ends = until if len(maker.found) >= least else latest
+            most = None if ends is None else _affordable(maker, ends, len(stretches) - number)
+            if most == 0:
+                logger.info("time is up for practice after %d of %d stretches", number, len(stretches))
+                return maker.practice(practice_of(sheet, documents))
+            maker.take(stretch, len(gave), most)
+            tell(_share(maker.began, ends, len(gave) + (number + 1) / len(stretches)))
+        gave.append((len(maker.found) - found) / max(1, maker.tried - tried))
+        logger.info("practice: %d questions after round %d", len(maker.found), len(gave))
+    return maker.practice(practice_of(sheet, documents))
+
+
+def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[Exercise], int, float]:
+    """Some exercises about the longest stretch; how many questions a round tries, and seconds that one of these took.
+
+    Raises as `make_practice`.
+    """
+    stretches = cut_into_passages(_told(sheet), _STRETCH)
+    exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
+    maker = _Maker(exam, stretches, 0)
+    longest = max(stretches, key=lambda stretch: len(stretch.text))
+    maker.take(longest, 0, _FIRST)
+    each = (time.monotonic() - maker.began) / max(1, maker.tried)
+    made = maker.practice(practice_of(sheet))
+    tried = sum(_AT_ONCE for stretch in stretches for sentence in SENTENCE.split(stretch.text) if _says(sentence))
+    return [*made.questions, *made.texts], tried, each
+
+
+def _says(sentence: str) -> bool:
+    """Whether there is something to be asked about a sentence."""
+    return len(sentence.split()) >= _SHORTEST
+
+
+def _share(began: float, until: float | None, rounds: float) -> float:
+    """How much of practice is done after so many rounds, 0 to 1."""
+    if until is None:
+        return rounds / ROUNDS
+    return min(1.0, (time.monotonic() - began) / max(1.0, until - began))
 
 
 def _affordable(maker: _Maker, until: float, stretches: int) -> int:
@@ -134,34 +142,23 @@ def _affordable(maker: _Maker, until: float, stretches: int) -> int:
     return max(_FEWEST, int((until - now) / each / stretches))
 
 
-def read_prefix(exam: Exam, *parts: Tensor) -> Prefix:
-    """Tokens (T,) plainly read, one part behind the other."""
-    layers, ids = nothing_read(exam.backbone), torch.cat(parts)
-    if not len(ids):
-        return Prefix(layers, 0)
-    read = exam.backbone.read(layers, 0, ids, ids[:0])
-    found = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-    return Prefix(found, len(ids))
-
-
-def _told(sheet: Sheet) -> list[Document]:
+def _told(sheet: Sheet, documents: Collection[str] = ()) -> list[Document]:
     if not sheet.texts:
         raise RequestError(
             "The sheet was saved without its documents' texts, and there is nothing to study; build it again and save "
             "it with them."
         )
-    return sheet.documents
+    return [document for document in sheet.documents if not documents or document.id in documents]
 
 
 class _Maker:
-    """Makes exercises of one stretch after the other."""
+    """Makes exercises of one stretch after the other, again and again: never the same question twice."""
 
     def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int) -> None:
         self._exam, self._stretches, self._seed = exam, stretches, seed
         self._random = random.Random(seed)
-        self._guide, self._nothing = exam.guide, read_prefix(exam, exam.documents(""), exam.guide)
-        spread = Counter(word for stretch in stretches for word in set(words(stretch.text)))
-        self._rare = {word for word, places in spread.items() if places <= max(1, _RARE * len(stretches))}
+        self._guide, self._nothing = exam.guide, exam.read(torch.cat([exam.documents(""), exam.guide]))
+        self._rare = rare_words(stretches, _RARE)
         shown = " / ".join(question for question, _ in exam.task.examples[:3])
         self._alike = _ALIKE.format(shown) if shown else ""
         self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
@@ -172,7 +169,7 @@ class _Maker:
     def take(self, stretch: Passage, turn: int, most: int | None = None) -> None:
         """Ask some questions about each sentence of a stretch, at most so many, and in the first round gaps too."""
         documents = self._exam.documents(stretch.text)
-        asked = dict.fromkeys(self._asked(stretch, documents, most), "")
+        asked = dict.fromkeys(self._asked(stretch, documents, turn, most), "")
         if turn == 0:
             left = list(gaps(stretch, self._rare))
             self._random.shuffle(left)
@@ -180,18 +177,23 @@ class _Maker:
             asked |= {gap.question: gap.answer for gap in left[:few]}
         fresh = {question: right for question, right in asked.items() if " ".join(words(question)) not in self._taken}
         self._taken |= {" ".join(words(question)) for question in fresh}
+        self.left_out["asked before"] += len(asked) - len(fresh)
         if fresh:
-            self.found += self._answered(stretch, fresh, read_prefix(self._exam, documents, self._guide))
+            self.found += self._answered(stretch, fresh, self._exam.read(torch.cat([documents, self._guide])))
 
-    def _asked(self, stretch: Passage, documents: Tensor, most: int | None) -> Iterator[str]:
+    def _asked(self, stretch: Passage, documents: Tensor, turn: int, most: int | None) -> Iterator[str]:
         """Questions about a stretch that may be asked without it."""
         exam, sentences = self._exam, SENTENCE.split(stretch.text)
-        about = [sentence for sentence in sentences if len(sentence.split()) >= _SHORTEST for _ in range(_AT_ONCE)]
+        about = [
+            (sentence, opening)
+            for sentence in sentences
+            if _says(sentence)
+            for opening in self._openings(sentence, turn)
+        ]
         if most is not None and most < len(about):
             about = self._random.sample(about, most)
-        openings = [self._random.choice(_OPENINGS) for _ in about]
         begun = []
-        for number, (sentence, opening) in enumerate(zip(about, openings, strict=True)):
+        for number, (sentence, opening) in enumerate(about):
             text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if number % 2 else "")
             turns = exam.layout.question([{"role": "user", "content": text}], exam.task, False)
             gap = "" if turns[-1:].isspace() else " "
@@ -199,19 +201,25 @@ class _Maker:
         seed = self._seed + self.tried
         self.tried += len(begun)
         written = exam.written(
-            read_prefix(exam, documents),
+            exam.read(documents),
             begun,
             stop=("?", "？", "\n"),
             most=_QUESTION_TOKENS,
             temperature=_TEMPERATURE,
             seed=seed,
         )
-        for opening, text in zip(openings, written, strict=True):
+        for (_, opening), text in zip(about, written, strict=True):
             question = f"{opening} {text}?" if text else ""
             if is_apt(question, stretch, self._rare):
                 yield question
             else:
                 self.left_out["not apt"] += 1
+
+    def _openings(self, sentence: str, turn: int) -> list[str]:
+        """Those of a round for a sentence: others each time, until it has had them all."""
+        order = list(_OPENINGS)
+        random.Random(f"{self._seed}/{sentence}").shuffle(order)
+        return [order[(turn * _AT_ONCE + number) % len(order)] for number in range(_AT_ONCE)]
 
     def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
         """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""
@@ -268,24 +276,24 @@ class _Maker:
                 found.append(Exercise(whole, len(asked), best.indices, best.values.exp(), question, answer))
         return found
 
-    def texts(self) -> list[Exercise]:
-        """As many texts to go on with as there are questions."""
-        encoder, found = self._exam.layout.encoder, list[Exercise]()
-        told = [(stretch.text, *encoder.left(stretch.text)) for stretch in self._stretches]
-        for number in range(len(self.found)):
-            text, ids, spans = told[number % len(told)]
-            shown = self._random.randint(*_CUE)
-            begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
-            target = ids[begin + shown : begin + shown + _TEXT_TOKENS]
-            if len(target) < _TEXT_TOKENS // 4:
-                continue
-            cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
-            asked = self._exam.turn(_GO_ON.format(cue))
-            one = torch.ones(len(target), 1)
-            found.append(Exercise(torch.cat([asked, target]), len(asked), target[:, None], one))
-        return found
+    def practice(self, of: str) -> Practice:
+        """All that was made, and texts."""
+        texts, left_out = self._texts(), +self.left_out
+        return Practice(self.found, texts, self.tried, left_out, of, time.monotonic() - self.began)
 
+    def _texts(self) -> list[Exercise]:
+        """As many texts to go on with as there are questions, but where a stretch is too short for one."""
+        told = [(stretch.text, *self._exam.layout.encoder.left(stretch.text)) for stretch in self._stretches]
+        texts = [self._text(*told[number % len(told)]) for number in range(len(self.found))]
+        return [text for text in texts if text is not None]
 
-def padded(rows: Sequence[Tensor]) -> Tensor:
-    """Token ids (B, T) of rows of different lengths, with anything behind the shorter ones, which nobody looks at."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    def _text(self, text: str, ids: Tensor, spans: Tensor) -> Exercise | None:
+        """A place of a text, of which each token (T,) has a span (T, 2), to go on from."""
+        shown = min(self._random.randint(*_CUE), len(ids) // 2)
+        begin = self._random.randint(0, max(0, len(ids) - shown - _TEXT_TOKENS))
+        target = ids[begin + shown : begin + shown + _TEXT_TOKENS].clone()  # files take no memory that is shared
+        if len(target) < _TEXT_TOKENS // 4:
+            return None
+        cue = text[int(spans[begin, 0]) : int(spans[begin + shown - 1, 1])].strip()
+        asked = self._exam.turn(_GO_ON.format(cue))
+        return Exercise(torch.cat([asked, target]), len(asked), target[:, None], torch.ones(len(target), 1))

@@ -16,20 +16,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from cribsheet.asking.session import Session
 from cribsheet.attention.prefix import LayerPrefix, turned_back
-from cribsheet.errors import BudgetError, ModelError, RequestError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.errors import BudgetError, DocumentError, ModelError, RequestError, SheetError
+from cribsheet.living.segments import exchanged, segments_of, sheet_layers
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.study.notebook import Notebook
-from cribsheet.study.practice import Exercise, Practice, make_practice
+from cribsheet.study.exercises import Exercise, Practice, practice_of
+from cribsheet.study.notebook import Notebook, read_practice, write_practice
+from cribsheet.study.practice import make_practice
 from cribsheet.study.trainer import Pace, State, Trainer
 from cribsheet.vocabulary import ABSENT
 
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 LEAST_QUESTIONS = 16  # of fewer, nothing can be learnt and held out
 _MOST_HELD, _HELD = 48, 0.1
 _SINKS = 4  # first tokens of a sheet, on which attention rests: they stay
-_PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
-_STEPS = 1000  # more than that only repeats
+PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
+MOST_STEPS = 1000  # more than that only repeats
 _BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
 _SAVED_EVERY = 30.0  # seconds
 
@@ -51,7 +52,7 @@ class Study:
     """What came of a study; it stands in the sheet's manifest, under `build`, if the sheet was changed.
 
     questions, texts
-        exercises that were practised on, and `held_out` those that were not.
+        exercises that were practised on, and `held_out` those that were not; about so many `documents`.
     tried
         questions that the model wrote.
     before, after
@@ -63,12 +64,13 @@ class Study:
     questions: int
     texts: int
     held_out: int
+    documents: int
     tried: int
     before: float
     after: float
     steps: int
     best_step: int
-    rate: float
+    learning_rate: float
     seed: int
     seconds: float
 
@@ -90,9 +92,11 @@ class StudyOptions(TypedDict, total=False):
 
     minutes: float | None
     steps: int | None
-    rate: float
+    learning_rate: float
     seed: int
     resume: str | Path | None
+    practice: Practice | str | Path | None
+    documents: Sequence[str]
     progress: Told | None
 
 
@@ -101,91 +105,178 @@ def study(
     *,
     minutes: float | None = None,
     steps: int | None = None,
-    rate: float = 0.02,
+    learning_rate: float = 0.02,
     seed: int = 0,
     resume: str | Path | None = None,
+    practice: Practice | str | Path | None = None,
+    documents: Sequence[str] = (),
     progress: Told | None = None,
 ) -> tuple[Sheet, Study]:
     """A sheet that answers more of what its documents say, of the size of the one given, and what came of it.
 
-    `minutes` are those of all of it, `steps` those of training; at least one is needed. `rate` is that of learning, in
-    units of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
+    `minutes` are those of all of it, `steps` those of training; at least one is needed. `learning_rate` is in units
+    of the spread of keys and values. With `steps` alone it comes to the same sheet every time. `resume` is a file
     in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
+    `practice` is what is practised on, made before (`practise`) for any sheet of the same documents, task, guide and
+    model, or a file of it: one that exists is read, and takes none of the minutes; else it is written.
+    `documents` are the ids of those that are studied, if not all: of an independent sheet all others stay as they are.
     `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
 
     If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
-    texts or with too few questions in them, `BudgetError` for settings out of range, `ModelError` for a divided model.
+    texts or with too few questions in them, `SheetError` for a practice or notebook that belongs to others,
+    `DocumentError` for a document that is not in the sheet, `BudgetError` for settings out of range, and `ModelError`
+    for a divided model.
     """
-    _check(minutes, steps, rate, session.backbone)
-    began, told = time.monotonic(), progress or (lambda what, share: None)
+    check(minutes, steps, session.backbone)
+    if not 0 < learning_rate <= 1:
+        raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
+    told = progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
-    identity = {"sheet": sheet.manifest.digest, "seed": seed, "rate": rate, "steps": steps}
-    notebook = Notebook(resume, identity) if resume is not None else None
-    practice = notebook.practice() if notebook else None
-    if practice is None:
-        told("practice", 0.0)
-        ends = [None if minutes is None else began + 60 * minutes * share for share in (_PRACTICE, _LATEST)]
-        practice = make_practice(
-            session.loaded,
-            session.layout,
-            sheet,
-            seed=seed,
-            until=ends[0],
-            latest=ends[1],
-            least=LEAST_QUESTIONS,
-            tell=lambda share: told("practice", share),
-        )
-        _check_enough(practice)
-        if notebook:
-            notebook.write_practice(practice)
-    held, questions = _parted(practice.questions, seed)
-    layers = sheet_layers(backbone, sheet, torch.float32)
-    trainer = Trainer(
-        backbone, layers, sheet.length, free_places(backbone, sheet), questions, practice.texts, held, seed
-    )
+    _check_documents(sheet, documents)
+    exercises, spent = _exercises(session, practice, resume, minutes, seed, documents, told)
+    _check_enough(exercises)
+    identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
+    notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
+    held, questions = _parted(exercises.questions, seed)
+    trainer = trainer_of(backbone, sheet, questions, exercises.texts, held, seed, documents)
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
-    seconds = math.inf if minutes is None else max(1.0, 60 * minutes - (time.monotonic() - began))
-    pace = Pace(_STEPS if steps is None else steps, seconds, rate)
+    seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
+    pace = Pace(MOST_STEPS if steps is None else steps, seconds, learning_rate)
     trainer.run(state, pace, _teller(pace, told, notebook))
     learnt = state.lowest < _BETTER * state.curve[0][1]
     came = Study(
         questions=len(questions),
-        texts=len(practice.texts),
+        texts=len(exercises.texts),
         held_out=len(held),
-        tried=practice.tried,
+        documents=len(set(documents)) or len(sheet.manifest.documents),
+        tried=exercises.tried,
         before=state.curve[0][1],
         after=state.lowest if learnt else state.curve[0][1],
         steps=state.step,
         best_step=state.best_step if learnt else 0,
-        rate=rate,
+        learning_rate=learning_rate,
         seed=seed,
-        seconds=time.monotonic() - began,
+        seconds=spent + state.seconds,
     )
     logger.info("%s", came)
     if notebook:
         notebook.remove()
-    return (_with_layers(backbone, sheet, trainer.best_layers(state), came) if learnt else sheet), came
+        _beside(notebook.path).unlink(missing_ok=True)
+    if not learnt:
+        return sheet, came
+    return _told(with_layers(backbone, sheet, trainer.best_layers(state), documents), came), came
 
 
-def free_places(backbone: Backbone, sheet: Sheet) -> list[Tensor | None]:
+def practise(
+    session: Session,
+    *,
+    minutes: float | None = None,
+    seed: int = 0,
+    documents: Sequence[str] = (),
+    progress: Told | None = None,
+) -> Practice:
+    """What sheets of these documents, of whatever size, may practise on; `documents` are the ids of some alone.
+
+    `minutes` are those of a whole study, of which it takes its share; without them it is the same every time.
+    """
+    told = progress or (lambda what, share: None)
+    began = time.monotonic()
+    ends = [None if minutes is None else began + 60 * minutes * share for share in (PRACTICE, _LATEST)]
+    told("practice", 0.0)
+    return make_practice(
+        session.loaded,
+        session.layout,
+        session.sheet,
+        seed=seed,
+        until=ends[0],
+        latest=ends[1],
+        least=LEAST_QUESTIONS,
+        documents=documents,
+        tell=lambda share: told("practice", share),
+    )
+
+
+def _exercises(
+    session: Session,
+    practice: Practice | str | Path | None,
+    resume: str | Path | None,
+    minutes: float | None,
+    seed: int,
+    documents: Sequence[str],
+    told: Told,
+) -> tuple[Practice, float]:
+    """What is practised on: as given, or as a file has it, or new; and the seconds of it that are this study's."""
+    if isinstance(practice, Practice):
+        _check_of(practice, session.sheet, documents, "The practice")
+        return practice, 0.0
+    own = practice is None
+    path = Path(practice) if practice is not None else None if resume is None else _beside(Path(resume))
+    found = None if path is None else read_practice(path)
+    if found is not None:
+        _check_of(found, session.sheet, documents, f"The practice in {str(path)!r}")
+        return found, found.seconds if own else 0.0
+    made = practise(session, minutes=minutes, seed=seed, documents=documents, progress=told)
+    if path is not None and len(made.questions) >= LEAST_QUESTIONS:
+        write_practice(path, made)
+    return made, made.seconds
+
+
+def _beside(notebook: Path) -> Path:
+    """Where a study that can be resumed remembers its practice."""
+    return notebook.with_name(f"{notebook.name}.practice")
+
+
+def trainer_of(
+    backbone: Backbone,
+    sheet: Sheet,
+    questions: Sequence[Exercise],
+    texts: Sequence[Exercise],
+    held: Sequence[Exercise],
+    seed: int = 0,
+    documents: Sequence[str] = (),
+) -> Trainer:
+    """What learns the layers of a sheet, or of some of its documents, seen as it is stored."""
+    layers, free = sheet_layers(backbone, sheet, torch.float32), free_places(backbone, sheet, documents)
+    return Trainer(
+        backbone, layers, sheet.length, free, questions, texts, held, seed, rounded=sheet.manifest.dtype == "int4"
+    )
+
+
+def free_places(backbone: Backbone, sheet: Sheet, documents: Sequence[str] = ()) -> list[Tensor | None]:
     """Of each layer that is learnt, which tokens (N,) may change: those of documents, and not the first few."""
     first = max(_SINKS, sheet.manifest.head_tokens)
+    numbers = [number for number, entry in enumerate(sheet.manifest.documents) if entry.id in documents]
+    inside = torch.full((sheet.manifest.corpus_tokens,), -1)
+    inside[sheet.origins[:, 0].long()] = sheet.origins[:, 1].long()
     found: list[Tensor | None] = [None] * backbone.num_layers
-    for number, indices in zip(backbone.full, sheet.indices, strict=True):
-        found[number] = indices[indices != ABSENT] >= first
+    for layer, indices in zip(backbone.full, sheet.indices, strict=True):
+        held = indices[indices != ABSENT].long()
+        found[layer] = held >= first
+        if documents:
+            found[layer] = (held >= first) & torch.isin(inside[held.clamp(min=0)], torch.tensor(numbers))
     return found
 
 
-def _with_layers(backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix], came: Study) -> Sheet:
-    """The sheet with other keys and values in the layers that were learnt."""
+def with_layers(
+    backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix], documents: Sequence[str] = ()
+) -> Sheet:
+    """The sheet with other keys and values, in its storage type, in the layers that are learnt."""
     stored = list(sheet.layers)
     for number in backbone.full:
         layer = layers[number]
         if not sheet.manifest.rotated:
             layer = turned_back(layer, sheet.length, backbone.inv_freqs[number])
         stored[number] = StoredLayer.of(layer, sheet.manifest.dtype)
-    told: dict[str, Any] = {**sheet.manifest.build, "study": asdict(came)}
-    return replace(sheet, layers=stored, manifest=sheet.manifest.model_copy(update={"build": told}))
+    if documents and sheet.manifest.mode == "independent":
+        stored = exchanged(backbone, sheet, stored, segments_of(sheet.manifest, documents))
+    return replace(sheet, layers=stored)
+
+
+def _told(sheet: Sheet, came: Study) -> Sheet:
+    """The sheet with what came of its study in the manifest; what a check found is true of it no more."""
+    made = sheet.manifest
+    told = {"build": {**made.build, "study": asdict(came)}, "retention": None}
+    return replace(sheet, manifest=made.model_copy(update=told))
 
 
 def _parted(questions: Sequence[Exercise], seed: int) -> tuple[list[Exercise], list[Exercise]]:
@@ -209,17 +300,29 @@ def _teller(pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[Stat
     return tell
 
 
-def _check(minutes: float | None, steps: int | None, rate: float, backbone: Backbone) -> None:
+def check(minutes: float | None, steps: int | None, backbone: Backbone) -> None:
+    """Raise `BudgetError` for a time that is none, and `ModelError` for a model that cannot study."""
     if minutes is None and steps is None:
         raise BudgetError("Nothing says how long to study; give minutes=, or steps= of training.")
     if minutes is not None and not 0 < minutes < math.inf:
         raise BudgetError(f"minutes is {minutes!r}; give a number above 0.")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise BudgetError(f"steps is {steps!r}; give a whole number of at least 1.")
-    if not 0 < rate <= 1:
-        raise BudgetError(f"rate is {rate!r}; give a number above 0 and at most 1, such as 0.02.")
     if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):
         raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
+
+
+def _check_documents(sheet: Sheet, documents: Sequence[str]) -> None:
+    for missing in set(documents) - {entry.id for entry in sheet.manifest.documents}:
+        raise DocumentError(f"There is no document {missing!r} in the sheet; `kb.sheet.documents` lists them.")
+
+
+def _check_of(practice: Practice, sheet: Sheet, documents: Sequence[str], what: str) -> None:
+    if practice.of != practice_of(sheet, documents):
+        raise SheetError(
+            f"{what} is of other documents than the sheet's, or of another task, guide or model; give one of the same, "
+            "or a file that does not exist yet, and it is written."
+        )
 
 
 def _check_enough(practice: Practice) -> None:

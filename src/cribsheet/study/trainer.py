@@ -21,17 +21,19 @@ from torch import Tensor
 from cribsheet.attention.cache import cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.model.backbone import Backbone
+from cribsheet.study.exercises import Exercise, padded
 from cribsheet.study.layer import Learnt, StudiedLayer
-from cribsheet.study.practice import Exercise, padded
+from cribsheet.study.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 16  # exercises of a step
+BATCH = 16  # exercises of a step
 _TEXTS = 0.35  # share of them that are texts to go on with
-_WARM_UP = 20  # steps until the rate of learning is what it shall be
+_WARM_UP = 20  # steps until the learning rate is what it shall be
 _FALL = 0.7  # share of the time in which it falls to nothing
 _BETAS = (0.9, 0.95)
 _EVERY = 25  # steps after which the exercises that are held out are tried
+_PATIENCE = 6  # times that they may come out no better before it ends
 
 
 @dataclass
@@ -54,27 +56,36 @@ class State:
         """The divergence of the best."""
         return min(divergence for _, divergence in self.curve)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether what is held out has not become better for long."""
+        return self.step - self.best_step >= _PATIENCE * _EVERY
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When a study ends: after so many `steps`, or when `seconds` are spent; `rate` is Adam's, at its highest."""
+    """When a study ends: after so many `steps` or `seconds`; `learning_rate` is Adam's, at its highest."""
 
     steps: int
     seconds: float = float("inf")
-    rate: float = 0.02
+    learning_rate: float = 0.02
 
     def progress(self, state: State) -> float:
         """How much of it is done, 0 to 1."""
         return min(1.0, max(state.step / self.steps, state.seconds / self.seconds))
 
-    def rate_at(self, state: State) -> float:
-        """The rate of learning of the next step."""
+    def learning_rate_at(self, state: State) -> float:
+        """The learning rate of the next step."""
         rising, falling = (state.step + 1) / _WARM_UP, (1 - self.progress(state)) / _FALL
-        return self.rate * min(1.0, rising) * min(1.0, max(0.02, falling))
+        return self.learning_rate * min(1.0, rising) * min(1.0, max(0.02, falling))
 
 
 class Trainer:
-    """Learns the layers of a sheet of `length` positions on a model; `free` (N,) of each layer says what may change."""
+    """Learns the layers of a sheet of `length` positions on a model; `free` (N,) of each layer says what may change.
+
+    A sheet that is stored in four bits is `rounded` to them in all that it writes, so that what is learnt is what is
+    stored.
+    """
 
     def __init__(
         self,
@@ -86,11 +97,14 @@ class Trainer:
         texts: Sequence[Exercise],
         held: Sequence[Exercise],
         seed: int = 0,
+        rounded: bool = False,
     ) -> None:
         self._backbone, self._layers, self._length = backbone, layers, length
         self.learnt = [
-            None if places is None else Learnt(layer, places.to(layer.keys.device))
-            for layer, places in zip(layers, free, strict=True)
+            None
+            if places is None
+            else Learnt(layer, places.to(layer.keys.device), Rounding(layer, length, inv_freq) if rounded else None)
+            for layer, places, inv_freq in zip(layers, free, backbone.inv_freqs, strict=True)
         ]
         self._questions, self._texts, self.held, self._seed = questions, texts, held, seed
 
@@ -106,13 +120,13 @@ class Trainer:
         return State(nothing, moments, [each.clone() for each in nothing], curve=[(0, self.divergence(self.held))])
 
     def run(self, state: State, pace: Pace, tell: Callable[[State], None] = lambda state: None) -> State:
-        """Go on from a state until the pace says that it is enough; `tell` is called after each step."""
+        """Go on from a state until the pace says that it is enough, or nothing comes; `tell` hears of each step."""
         self._take(state.shifts)
         state.shifts = [shift.detach() for shift in self.shifts]  # the same memory, whatever is learnt
-        with _weights_fixed(self._backbone):
-            while pace.progress(state) < 1:
+        with weights_fixed(self._backbone):
+            while pace.progress(state) < 1 and not state.is_stale:
                 began = time.monotonic()
-                self._step(state, pace.rate_at(state))
+                self._step(state, pace.learning_rate_at(state))
                 if state.step % _EVERY == 0:
                     self._measure(state)
                 state.seconds += time.monotonic() - began
@@ -131,8 +145,8 @@ class Trainer:
     def divergence(self, exercises: Sequence[Exercise]) -> float:
         """Of the teacher's distribution from the sheet's as it is now, in nats a token."""
         total, tokens = 0.0, 0
-        for first in range(0, len(exercises), _BATCH):
-            batch = exercises[first : first + _BATCH]
+        for first in range(0, len(exercises), BATCH):
+            batch = exercises[first : first + BATCH]
             count = sum(len(each.tops) for each in batch)
             total, tokens = total + float(self._loss(batch)) * count, tokens + count
         return total / max(1, tokens)
@@ -142,10 +156,10 @@ class Trainer:
             for own, given in zip(self.shifts, shifts, strict=True):
                 own.copy_(given)
 
-    def _step(self, state: State, rate: float) -> None:
+    def _step(self, state: State, learning_rate: float) -> None:
         gradients = self.gradients(self._batch(state.step))
         state.step += 1
-        _adam(self.shifts, gradients, state, rate)
+        _adam(self.shifts, gradients, state, learning_rate)
 
     def gradients(self, exercises: Sequence[Exercise]) -> Sequence[Tensor]:
         """Those of the divergence by what is learnt."""
@@ -160,8 +174,8 @@ class Trainer:
 
     def _batch(self, step: int) -> list[Exercise]:
         """The exercises of a step; those of a number are the same whatever was before."""
-        texts = round(_BATCH * _TEXTS) if self._texts else 0
-        questions = _BATCH - texts
+        texts = round(BATCH * _TEXTS) if self._texts else 0
+        questions = BATCH - texts
         return [
             *_drawn(self._questions, step * questions, questions, self._seed),
             *_drawn(self._texts, step * texts, texts, self._seed + 1),
@@ -170,13 +184,16 @@ class Trainer:
     def _loss(self, batch: Sequence[Exercise]) -> Tensor:
         """Mean divergence of the tokens to write."""
         backbone = self._backbone
+        for each in self.learnt:
+            if each is not None:
+                each.round()
         ids = padded([each.ids[:-1] for each in batch])
         positions = torch.arange(self._length, self._length + ids.shape[1]).expand_as(ids).to(backbone.device)
         first = min(each.asked for each in batch) - 1
         keep = torch.arange(first, ids.shape[1], device=backbone.device)
         pairs = zip(self._layers, self.learnt, strict=True)
         cache = cache_of([StudiedLayer(layer, self._length, learnt) for layer, learnt in pairs])
-        logits = backbone.logits(ids, positions, cache, keep)
+        logits = backbone.step(ids, positions, cache, keep, grad=True)
         rows = [
             row[each.asked - 1 - first : each.asked - 1 - first + len(each.tops)]
             for row, each in zip(logits, batch, strict=True)
@@ -192,7 +209,7 @@ class Trainer:
         return (weights * (wanted - said)).sum() / len(written)
 
 
-def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, rate: float) -> None:
+def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, learning_rate: float) -> None:
     """One step of Adam (arXiv 1412.6980); written out, so that its state is plain tensors that can be saved."""
     first, second = _BETAS
     with torch.no_grad():
@@ -201,7 +218,7 @@ def _adam(shifts: Sequence[Tensor], gradients: Sequence[Tensor], state: State, r
             mean.lerp_(gradient, 1 - first)
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
             size = (square / (1 - second**state.step)).sqrt_().add_(1e-8)
-            shift.addcdiv_(mean / (1 - first**state.step), size, value=-rate)
+            shift.addcdiv_(mean / (1 - first**state.step), size, value=-learning_rate)
 
 
 def _drawn(exercises: Sequence[Exercise], first: int, count: int, seed: int) -> Iterator[Exercise]:
@@ -219,7 +236,7 @@ def _order(count: int, seed: int, turn: int) -> Sequence[int]:
 
 
 @contextmanager
-def _weights_fixed(backbone: Backbone) -> Iterator[None]:
+def weights_fixed(backbone: Backbone) -> Iterator[None]:
     """The model's weights need no gradients inside."""
     changing = [weight for weight in backbone.model.parameters() if weight.requires_grad]
     for weight in changing:

@@ -33,7 +33,7 @@ from cribsheet.errors import BudgetError, RequestError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.vocabulary import Allocation, Correction, GuideMode, StorageDtype
+from cribsheet.vocabulary import Allocation, Correction, GuideKept, StorageDtype
 from cribsheet_bench.command import tell_progress
 from cribsheet_bench.quality import peers
 from cribsheet_bench.quality.case import Case, Row, judged
@@ -69,7 +69,7 @@ class Method:
     name: str
     scorer: str | Scorer | None = None
     examples: bool = True
-    guide: GuideMode = "dropped"
+    guide: GuideKept = "dropped"
     allocation: Allocation | None = None
     query_aware: bool = False
     correction: Correction = "none"

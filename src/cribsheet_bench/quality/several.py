@@ -6,51 +6,51 @@ for bit.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.compress.loop import Reading, Step
+from cribsheet.compress.loop import read_through
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError
 from cribsheet.forecast import kept_bytes
 from cribsheet.model.backbone import Backbone
-from cribsheet.plan.assemble import carry_out
+from cribsheet.plan.assemble import archive_writer, finish
 from cribsheet.plan.options import BuildKeywords, BuildOptions
 from cribsheet.plan.plan import plan
-from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
+from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.vocabulary import StorageDtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Once(Reading):
-    """A `Reading` that looks up what was read of a first chunk, by everything that it depends on."""
+class _ReadsOnce(Backbone):
+    """A model that looks up what it read of a first chunk: that depends on chunk and guide alone."""
 
-    found: dict[Any, list[ReadingLayer]] = field(default_factory=dict)
+    def __init__(self, backbone: Backbone, known: dict[Any, list[ReadingLayer]]) -> None:
+        vars(self).update(vars(backbone))
+        self._known = known
 
     def read(
         self,
-        backbone: Backbone,
         prefix: Sequence[LayerPrefix],
         start: int,
-        chunk: Chunk,
-        step: Step | None = None,
+        chunk: Tensor,
+        guide: Tensor,
+        step: Callable[[], None] | None = None,
     ) -> list[ReadingLayer]:
         if start:
-            return Reading.read(self, backbone, prefix, start, chunk, step)
-        read = (self.guide, self.repeat, chunk.ids)
-        key = (self.scorer.reads, *(tuple(ids.tolist()) for ids in read))
-        if key not in self.found:
-            self.found[key] = Reading.read(self, backbone, prefix, start, chunk, step)
-        return self.found[key]
+            return super().read(prefix, start, chunk, guide, step)
+        key = tuple(chunk.tolist()), tuple(guide.tolist())
+        if key not in self._known:
+            self._known[key] = super().read(prefix, start, chunk, guide, step)
+        return self._known[key]
 
 
 class Sheets:
@@ -89,5 +89,8 @@ class Sheets:
     def build(self, task: Task, **options: Unpack[BuildKeywords]) -> Sheet:
         """The sheet that `build_sheet` makes with these options, sequentially."""
         planned = plan(self._backbone, self._layout, self._documents, task, BuildOptions(**options))
-        known = {each.name: getattr(planned.reading, each.name) for each in fields(Reading)}
-        return carry_out(self._backbone, replace(planned, reading=_Once(**known, found=self._found)))
+        began = time.perf_counter()
+        archive = archive_writer(self._backbone, planned, None, None)
+        once = _ReadsOnce(self._backbone, self._found)
+        state = read_through(once, planned.corpus, planned.reading, archive=archive)
+        return finish(self._backbone, planned, state, began, archive)

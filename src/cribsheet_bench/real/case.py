@@ -24,7 +24,8 @@ from cribsheet.prompt.template import ChatLayout
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.retriever import BM25Retriever, Passage, as_retriever
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.study.study import study
+from cribsheet.study.exercises import Practice, practice_of
+from cribsheet.study.study import practise, study
 from cribsheet_bench.quality import peers
 from cribsheet_bench.quality.run import Method
 from cribsheet_bench.quality.several import Sheets
@@ -71,6 +72,7 @@ class Case:
         )
         self.fixed = self.whole.preamble_tokens + len(self.sheets.guide(corpus.task))
         self._finders: dict[str, Found] = {}
+        self._practices: dict[tuple[str, float], Practice] = {}
         self._last: tuple[Any, CompressedKnowledgeLLM] | None = None
 
     def answers(self, way: Way, rate: float, numbers: Sequence[int]) -> list[Row]:
@@ -95,7 +97,17 @@ class Case:
         task = self.corpus.task if made.examples else replace(self.corpus.task, examples=())
         how = {name: getattr(made, name) for name in ("scorer", "guide", "allocation", "dtype", "archive")}
         sheet = self.sheets.build(task, budget=budget, **how)
-        return study(Session.open(self.model, sheet), minutes=minutes)[0] if minutes else sheet
+        return self._studied(sheet, minutes) if minutes else sheet
+
+    def _studied(self, sheet: Sheet, minutes: float) -> Sheet:
+        """After a study of so many minutes, those of practice among them, which all sheets of the corpus share."""
+        session = Session.open(self.model, sheet)
+        key = practice_of(sheet), minutes
+        if key not in self._practices:
+            self._practices[key] = practise(session, minutes=minutes)
+        practice = self._practices[key]
+        left = max(1.0, 60 * minutes - practice.seconds)
+        return study(session, minutes=left / 60, practice=practice)[0]
 
     @cached_property
     def _bare(self) -> CompressedKnowledgeLLM:

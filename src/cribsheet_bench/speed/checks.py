@@ -144,7 +144,7 @@ def steps_agree(setting: Setting, report: Report) -> None:
         question, weights = setting.ids(40), question_weights(40)
         inputs = torch.cat([question, torch.zeros(24, dtype=torch.int64), torch.tensor([39])]).to(setting.device)
         padded = torch.cat([weights, torch.zeros(24)]).to(setting.device)
-        slow = graphs.padded_read(backbone, prefix, inputs, padded, evidence=True)
+        slow = graphs.padded_prefill(backbone, prefix, inputs, padded, evidence=True)
         rows = Rows()
         layers = [SlotLayer(layer, prefix.tokens, rows) for layer in prefix.layers]
         for mine, read in zip(layers, slow[2], strict=True):
@@ -159,10 +159,10 @@ def steps_agree(setting: Setting, report: Report) -> None:
         report.fact(f"question padded against alone, {label}", relative_error(slow[0], plainly))
         if setting.device.type != "cuda":
             continue
-        read_graph = graphs.ReadGraph(backbone, prefix, 64, True)
+        prefill_graph = graphs.PrefillGraph(backbone, prefix, 64, True)
         step_graph = graphs.StepGraph(backbone, layers, rows, 4, True)
         for turn in range(3):  # the later ones must not be harmed by the earlier
-            logits, mass, _ = read_graph.replay(question, weights)
+            logits, mass, _ = prefill_graph.replay(question, weights)
             got = [*_found(logits, mass), *_found(*step_graph.replay(*given.tolist()))]
             errors = [relative_error(one, other) for one, other in zip(got, wanted, strict=True)]
             report.fact(f"replayed, {label}, turn {turn}: question, its glance, step, its glance", errors)

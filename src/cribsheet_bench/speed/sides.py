@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from cribsheet.attention.prefix import Prefix
-from cribsheet.compress.loop import Reading, State, compress
+from cribsheet.compress.kept import State
+from cribsheet.compress.loop import Reading, compress
 from cribsheet.compress.scoring import make_scorer
 from cribsheet.engine.engine import Engine
 from cribsheet.engine.request import Delta, Event, Request, Sink

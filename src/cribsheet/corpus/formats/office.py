@@ -62,8 +62,8 @@ def _refuse_others(data: bytes, name: str) -> None:
             f"{name} is encrypted, or an office document of the old kind; save it in today's form without a password"
         )
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as packed:
-            size = sum(entry.file_size for entry in packed.infolist())
+        with zipfile.ZipFile(io.BytesIO(data)) as zipped:
+            size = sum(entry.file_size for entry in zipped.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise DocumentError(
             f"{name} is no office document ({error}); open it and save it anew, or leave it out"

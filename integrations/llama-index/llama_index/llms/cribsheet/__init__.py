@@ -8,6 +8,7 @@ Settings.llm = kb.as_llama_index_llm()
 """
 
 from llama_index.llms.cribsheet.base import CribsheetLLM
+from llama_index.llms.cribsheet.llama_cpp import CribsheetLlamaCppLLM
 from llama_index.llms.cribsheet.query_engine import CompressedKnowledgeQueryEngine
 from llama_index.llms.cribsheet.retriever import CribsheetRetriever, SheetNode
 from llama_index.llms.cribsheet.synthesizer import CribsheetSynthesizer
@@ -15,6 +16,7 @@ from llama_index.llms.cribsheet.synthesizer import CribsheetSynthesizer
 __all__ = [
     "CompressedKnowledgeQueryEngine",
     "CribsheetLLM",
+    "CribsheetLlamaCppLLM",
     "CribsheetRetriever",
     "CribsheetSynthesizer",
     "SheetNode",

@@ -23,6 +23,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from cribsheet import Answer, AnswerStream, AsyncAnswerStream, RequestError
+from cribsheet.asking.llama_cpp.llm import LlamaStream
 from cribsheet.engine.sampling import TokenLogprob
 
 _ROLES = {MessageRole.FUNCTION: "tool", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
@@ -140,7 +141,9 @@ def partial_completion(text: str, delta: str) -> CompletionResponse:
 
 
 def responses(
-    stream: AnswerStream, partial: Callable[[str, str], Response], whole: Callable[[Answer, str], Response]
+    stream: AnswerStream | LlamaStream,
+    partial: Callable[[str, str], Response],
+    whole: Callable[[Answer, str], Response],
 ) -> Generator[Response, None, None]:
     """Responses as LlamaIndex streams them: the text so far with each piece, then once all that is known."""
     text = ""

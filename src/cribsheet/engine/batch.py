@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,12 @@ from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.engine.graphs import StepGraphs
 from cribsheet.engine.prefill import told_in, watches
 from cribsheet.engine.request import Answering, Suffix
-from cribsheet.model.backbone import Backbone
+from cribsheet.model.backbone import Backbone, Inputs
 
 Buffers = tuple[Rows, list[SlotLayer], StepGraphs]
 
 
-class Group:
+class Batch:
     """The sequences that run over one prefix, in slots 0..B-1 of one batch."""
 
     def __init__(self, prefix: Prefix) -> None:
@@ -24,27 +26,43 @@ class Group:
         buffers: Buffers = prefix.resting.pop() if prefix.resting else _buffers(prefix)
         self.rows, self.layers, self._graphs = buffers
         self.running: list[Answering] = []
+        self._glance: Glance | None = None
 
-    def decode(self, backbone: Backbone) -> Tensor:
-        """Logits (B, V) of the next token of every sequence, noting what they look at."""
-        start, rows = self.prefix.tokens, self.rows
-        ids, positions = [each.last for each in self.running], [start + n for n in rows.lengths]
+    def replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (B, V) of the next token of every sequence by a graph; none where the model must make the step."""
         told, evidence = told_in(self.running), watches(self.running)
-        passages = any(last > first for first, last in told)  # which lie elsewhere in each sequence: no graph fits
-        graph = None if passages else self._graphs.find(backbone, self.layers, rows, evidence)
-        if graph is not None:
-            logits, masses = graph.replay(ids, positions, rows.lengths)
-        else:
-            rows.prepare(backbone.device)
-            glance = Glance(self.layers, backbone.full, told) if evidence else None
-            given = torch.tensor(ids).unsqueeze(1), torch.tensor(positions).unsqueeze(1)
-            logits = backbone.step(*given, step_cache(self.layers))[:, -1]
-            masses = glance.masses if glance else None
+        if any(last > first for first, last in told):
+            return None  # passages lie elsewhere in each sequence: no graph fits
+        graph = self._graphs.find(backbone, self.layers, self.rows, evidence)
+        if graph is None:
+            return None
+        logits, masses = graph.replay(*self._newest(), self.rows.lengths)
+        self._took(masses)
+        return logits
+
+    def inputs(self, backbone: Backbone) -> Inputs:
+        """The newest token of every sequence; `note` must follow."""
+        ids, positions = (torch.tensor(row).unsqueeze(1) for row in self._newest())
+        self.rows.prepare(backbone.device)
+        if watches(self.running):
+            self._glance = Glance(self.layers, backbone.full, told_in(self.running))
+        return ids, positions, step_cache(self.layers)
+
+    def note(self) -> None:
+        """After the step: what was looked at."""
+        self._took(self._glance.masses if self._glance else None)
+        self._glance = None
+
+    def _newest(self) -> tuple[list[int], list[int]]:
+        """The newest tokens, and their positions."""
+        return [each.last for each in self.running], [self.prefix.tokens + n for n in self.rows.lengths]
+
+    def _took(self, masses: Sequence[Tensor] | None) -> None:
+        """Every sequence is longer by a token, which looked at this (M, K, P + N), if it was watched."""
         if masses is not None:
             for sequence, mass in zip(self.running, masses, strict=True):
                 sequence.look(mass)
-        rows.lengths = [n + 1 for n in rows.lengths]
-        return logits
+        self.rows.lengths = [n + 1 for n in self.rows.lengths]
 
     def rest(self) -> None:
         """Leave buffers and captured steps to the next batch over this prefix; only graphs make that worth while."""

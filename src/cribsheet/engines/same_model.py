@@ -1,0 +1,125 @@
+"""Whether a GGUF file is the model that made a sheet: what both say of it, and tensors that both hold.
+
+Norms and biases stay in float32 whatever a model is quantised to, so those that the sheet's fingerprint holds values of
+are compared as they are. Weights that were trained further without touching these cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from cribsheet.engines.gguf import Gguf
+from cribsheet.errors import MismatchError
+from cribsheet.model.fingerprint import Fingerprint, probe_places
+
+_LOGGER = logging.getLogger(__name__)
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's names of the families whose sheets it was seen to answer from as we do."""
+
+_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_TOLERANCE = 0.004  # relative: bfloat16 rounds by at most 0.2 %, and both may be rounded
+_ROUNDING = 2e-6  # the fingerprint's values have six decimals
+
+
+def check_same_model(gguf: Gguf, made: Fingerprint) -> None:
+    """Raise `MismatchError`, by name, if a file is another model than the one with this fingerprint.
+
+    Warns where a file holds nothing by which other weights of the same shape could be known.
+    """
+    for what, ours, theirs in _settings(gguf, made):
+        if ours != theirs:
+            _refuse(gguf, made, what, ours, theirs)
+    differing = [list(_differing(gguf, made, tied=tied)) for tied in (False, True)]
+    if all(differing):
+        name, ours, theirs = min(differing, key=len)[0]
+        _refuse(gguf, made, f"weights ({name})", f"{ours:.6g}", f"{theirs:.6g}")
+    if not any(_compared(gguf, made, tied=True)):
+        _LOGGER.warning(
+            "%s holds no norm or bias as it is, so whether it has the weights of %s cannot be known; take care that it "
+            "was converted from them.",
+            gguf.path,
+            made.model,
+        )
+
+
+def _settings(gguf: Gguf, made: Fingerprint) -> Iterator[tuple[str, Any, Any]]:
+    """What must be the same, by name: as the sheet has it, and the file."""
+    heads = gguf.of_model("attention.head_count")
+    width = gguf.of_model("embedding_length")
+    size = gguf.of_model("attention.key_length") or (width // heads if heads and width else None)
+    yield "model family", ARCHITECTURES.get(made.family, made.family), gguf.architecture
+    yield "number of layers", made.layers, gguf.of_model("block_count")
+    yield "number of heads", made.heads, heads
+    yield "number of key/value heads", made.kv_heads, gguf.of_model("attention.head_count_kv", heads)
+    yield "head size", made.head_size, size
+    yield "share of a head that turns", size, gguf.of_model("rope.dimension_count", size)
+    kind, theta = _rotary(made)
+    yield "rotary base", theta, float(gguf.of_model("rope.freq_base", 10000.0))
+    theirs = "llama3" if "rope_freqs.weight" in gguf.tensors else gguf.of_model("rope.scaling.type", "none")
+    yield "rotary scaling", {"default": "none"}.get(kind, kind), theirs
+
+
+def _rotary(made: Fingerprint) -> tuple[str, float]:
+    """Kind of rotary embedding and its base, as a fingerprint words them."""
+    told = re.match(r"(\w+) theta=(\S+)", made.rotary)
+    return (told[1], float(told[2])) if told and told[2] != "None" else (made.rotary, math.nan)
+
+
+def _differing(gguf: Gguf, made: Fingerprint, *, tied: bool) -> Iterator[tuple[str, float, float]]:
+    """Values that are not those of the sheet's model: name of the tensor, the sheet's value, and the file's."""
+    for name, ours, theirs in _compared(gguf, made, tied=tied):
+        if not math.isclose(ours, theirs, rel_tol=_TOLERANCE, abs_tol=_ROUNDING):
+            yield name, ours, theirs
+
+
+def _compared(gguf: Gguf, made: Fingerprint, *, tied: bool) -> Iterator[tuple[str, float, float]]:
+    """Values of norms and biases that both hold. Files may have a head of their own where the model's is `tied`."""
+    names = {ours: theirs for theirs in gguf.tensors if (ours := _module(theirs)) is not None}
+    if tied:
+        names.pop("lm_head.weight", None)
+    held = sorted(names)
+    shapes = [gguf.tensors[names[name]].shape for name in held]
+    for (number, place), value in zip(probe_places(shapes), made.weights_probe, strict=False):
+        name = names[held[number]]
+        tensor = gguf.tensors[name]
+        # Rows of queries and keys stand in another order in Llama's files, their biases too.
+        moved = gguf.architecture == "llama" and name.endswith(("attn_q.bias", "attn_k.bias"))
+        if len(tensor.shape) == 1 and tensor.is_plain and not moved:
+            yield name, value, float(gguf.read(name)[place])
+
+
+def _module(name: str) -> str | None:
+    """A tensor's name in transformers; nothing for what is no parameter there."""
+    if found := _IN_LAYER.fullmatch(name):
+        module = _MODULES.get(found[2])
+        return f"model.layers.{found[1]}.{module}.{found[3]}" if module else None
+    return _OUTSIDE.get(name)
+
+
+def _refuse(gguf: Gguf, made: Fingerprint, what: str, ours: object, theirs: object) -> None:
+    raise MismatchError(
+        f"{str(gguf.path)!r} is another model than the sheet's ({made.model}), by its {what}: the sheet has {ours}, "
+        f"the file {theirs}. Give the GGUF of the model that made the sheet, or build the sheet with that file's model."
+    )

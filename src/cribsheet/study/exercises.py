@@ -1,0 +1,69 @@
+"""Exercises: what a sheet is to write, and what there is of them about some documents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cribsheet.sheet.sheet import Sheet
+
+_DECIDES = {"fingerprint", "system", "template_options", "head", "task", "guide", "form", "corpus_digest"}
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """A user's turn and what to write after it, in tokens.
+
+    `ids` (T,) are both, `asked` those of the turn; `tops` (n, k) and `weights` (n, k) are the teacher's best
+    continuations and their probabilities for each of the n tokens to write.
+    """
+
+    ids: Tensor
+    asked: int
+    tops: Tensor
+    weights: Tensor
+    question: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Practice:
+    """Questions with answers, and texts to go on with; `tried` and `left_out` say what became of the questions.
+
+    `of` tells documents, guide and model (`practice_of`); whatever a sheet of them keeps, it may practise on this.
+    `seconds` are those that it took.
+    """
+
+    questions: Sequence[Exercise]
+    texts: Sequence[Exercise]
+    tried: int
+    left_out: Counter[str]
+    of: str
+    seconds: float
+
+    @property
+    def digest(self) -> str:
+        """What tells two of them apart."""
+        digest = hashlib.sha256(self.of.encode())
+        for row in (*self.questions, *self.texts):
+            digest.update(row.ids.numpy().tobytes() + row.weights.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def practice_of(sheet: Sheet, documents: Collection[str] = ()) -> str:
+    """What decides whether a practice is one for a sheet: documents, task, guide, template and model.
+
+    `documents` are the ids of those that alone are practised on, if not all are.
+    """
+    told = sheet.manifest.model_dump_json(include=_DECIDES) + "".join(f"\n{each}" for each in sorted(documents))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Token ids (B, T) of rows of different lengths, with anything behind the shorter ones, which nobody looks at."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

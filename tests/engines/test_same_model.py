@@ -1,0 +1,80 @@
+"""A GGUF is the sheet's model, or is refused by what differs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from gguf_files import plain_backbone, save_gguf, settings_of, tensors_of, write_gguf
+
+from cribsheet.engines.gguf import Gguf
+from cribsheet.engines.same_model import check_same_model
+from cribsheet.errors import MismatchError
+from cribsheet.model.fingerprint import fingerprint
+from cribsheet.prompt.template import ChatLayout
+
+
+def print_of(backbone):
+    return fingerprint(backbone, ChatLayout(backbone.tokenizer))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_the_file_of_the_same_weights_is_taken_in_any_type(engine_family, kind, tmp_path, caplog):
+    file = write_gguf(tmp_path / "same.gguf", settings_of(engine_family), tensors_of(engine_family, kind))
+    with caplog.at_level(logging.WARNING):
+        check_same_model(Gguf.open(file), print_of(engine_family))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"block_count": 4}, "by its number of layers: the sheet has 3, the file 4"),
+        ({"attention__head_count": 8}, "by its number of heads: the sheet has 4, the file 8"),
+        ({"attention__head_count_kv": 4}, "by its number of key/value heads: the sheet has 2, the file 4"),
+        ({"attention__key_length": 32}, "by its head size: the sheet has 16, the file 32"),
+        ({"rope__dimension_count": 8}, "by its share of a head that turns: the sheet has 16, the file 8"),
+        ({"rope__freq_base": 5e5}, "by its rotary base: the sheet has 10000.0, the file 500000.0"),
+        ({"rope__scaling__type": "linear"}, "by its rotary scaling: the sheet has none, the file linear"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_another_shape_is_refused_by_name(qwen3, changed, said, tmp_path):
+    file = save_gguf(qwen3, tmp_path / "other.gguf", **changed)
+    with pytest.raises(MismatchError, match=f"another model than the sheet's .*tiny-qwen3.*{said}.*Give the GGUF"):
+        check_same_model(Gguf.open(file), print_of(qwen3))
+
+
+def test_another_family_is_refused_by_name(qwen3, tmp_path):
+    file = save_gguf(plain_backbone("llama"), tmp_path / "llama.gguf")
+    with pytest.raises(MismatchError, match="by its model family: the sheet has qwen3, the file llama"):
+        check_same_model(Gguf.open(file), print_of(qwen3))
+
+
+def test_other_weights_of_the_same_shape_are_refused_by_the_tensor_that_differs(engine_family, tmp_path):
+    other = plain_backbone(engine_family.config.model_type, seed=1)
+    file = save_gguf(other, tmp_path / "other.gguf")
+    with pytest.raises(MismatchError, match=r"by its weights \(.*(norm|bias).*\): the sheet has [\d.-]+, the file"):
+        check_same_model(Gguf.open(file), print_of(engine_family))
+
+
+def test_a_head_that_the_file_has_of_its_own_changes_nothing(tmp_path):
+    """Where embeddings are the head too, quantised files hold it twice."""
+    tied = plain_backbone("qwen3")
+    tied.model.config.tie_word_embeddings = True
+    tied.model.lm_head.weight = tied.model.model.embed_tokens.weight
+    tensors = tensors_of(tied)
+    file = write_gguf(tmp_path / "tied.gguf", settings_of(tied), tensors)
+    check_same_model(Gguf.open(file), print_of(tied))
+    both = {**tensors, "output.weight": tensors["token_embd.weight"]}
+    check_same_model(Gguf.open(write_gguf(tmp_path / "both.gguf", settings_of(tied), both)), print_of(tied))
+
+
+def test_a_file_by_which_nothing_can_be_known_is_warned_of(qwen3, tmp_path, caplog):
+    file = save_gguf(qwen3, tmp_path / "blocks.gguf")
+    whole = Gguf.open(file)
+    blocks = {name: type(each)(each.shape, 8, each.start) for name, each in whole.tensors.items()}
+    with caplog.at_level(logging.WARNING):
+        check_same_model(Gguf(file, whole.values, blocks), print_of(qwen3))
+    assert "cannot be known" in caplog.text
