@@ -55,29 +55,34 @@ def weights(answer):
 @pytest.mark.parametrize("which", ["kb", "resident"])
 def test_stretches_stand_between_the_documents_and_the_question_and_nothing_of_them_is_read(which, request):
     kb = request.getfixturevalue(which)
-    guide = kb.sheet.manifest.guide_tokens
     answer = kb.ask(QUESTION, max_tokens=9, mode="recall", retriever=finds(*FOUND))
     recalled = sum(
         stop - first for first, stop in (kb.sheet.archive.places(3, 0, len(HUGO)), kb.sheet.archive.places(0, 0, 20))
     )
     assert answer.mode == "recall" and answer.text != kb.ask(QUESTION, max_tokens=9).text
-    assert answer.usage.cached_tokens == kb.sheet.length - guide + recalled
-    assert answer.usage.prompt_tokens == answer.usage.cached_tokens + guide + kb.count_tokens(QUESTION)
+    assert answer.usage.cached_tokens == kb.sheet.length + recalled  # the guide is not read again either
+    assert answer.usage.prompt_tokens == answer.usage.cached_tokens + kb.count_tokens(QUESTION)
     assert [(each.document_id, each.start, each.stop, each.text) for each in answer.passages] == [
         ("alice", 0, 20, DOCUMENTS[0].text[:20]), ("hugo", 0, len(HUGO), HUGO)  # in reading order
     ]  # fmt: skip
 
 
-def test_they_change_the_answer_as_tokens_at_these_positions_do(kb):
-    """By hand: the prefix, the archive's keys turned to the positions behind it, then the question, in stock order."""
+@pytest.mark.parametrize("guide", ["dropped", "resident"])
+def test_they_change_the_answer_as_tokens_at_these_positions_do(tiny, guide):
+    """By hand: the documents, what is in the archive, and the guide, keys turned to where they stand; the question."""
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=tiny, rate=1.5, guide=guide, archive="float32", scorer="task", dtype="float32"
+    )
     whole = kb.ask(QUESTION, max_tokens=6, mode="recall", retriever=finds(FOUND[0]), logprobs=0)
     first, stop = kb.sheet.archive.places(3, 0, len(HUGO))
-    layers = []
+    end, layers = kb.prefix.tokens - kb.sheet.manifest.guide_tokens, []
     for prefix, (keys, values), inv_freq in zip(
         kb.prefix.layers, kb.sheet.archive.stretch(first, stop), kb.backbone.inv_freqs, strict=True
     ):
-        turned = torch.stack([_turned(keys[:, n], kb.prefix.tokens + n, inv_freq) for n in range(stop - first)], 1)
-        layers.append((torch.cat([prefix.keys, turned], 1), torch.cat([prefix.values, values], 1)))
+        turned = torch.stack([_turned(keys[:, n], end + n, inv_freq) for n in range(stop - first)], 1)
+        moved = [_turned(prefix.keys[:, n], stop - first, inv_freq) for n in range(end, kb.prefix.tokens)]
+        keys = [prefix.keys[:, :end], turned, *(each.unsqueeze(1) for each in moved)]
+        layers.append((torch.cat(keys, 1), torch.cat([prefix.values[:, :end], values, prefix.values[:, end:]], 1)))
     from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache()

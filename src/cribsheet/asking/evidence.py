@@ -79,7 +79,7 @@ def _look_again(session: Session, question: Question, answer: Answer | str) -> _
     passages = answer.passages if isinstance(answer, Answer) else ()
     alone = isinstance(answer, Answer) and answer.mode == "retrieval"
     session.check_long(question, None, 0)
-    recalled = session.recall(passages) if isinstance(answer, Answer) and answer.mode == "recall" else None
+    recalled = session.recall_again(passages) if isinstance(answer, Answer) and answer.mode == "recall" else None
     asked = session.render(question, passages=passages, alone=alone, recalled=recalled)
     answered = session.layout.encoder.plain(str(answer)) if str(answer) else asked.ids[-1:]
     prefix = session.prefix_for(passages, alone=alone)

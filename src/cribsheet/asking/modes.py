@@ -37,7 +37,6 @@ from cribsheet.engine.request import tell
 from cribsheet.errors import RequestError, SheetError
 from cribsheet.prompt.template import Message
 from cribsheet.prompt.turns import as_turns
-from cribsheet.recall.desk import Desk
 from cribsheet.recall.stretches import Stretch, as_passages, choose_stretches, located, named
 from cribsheet.retrieval.passages import choose, is_told_already, query_of, says
 from cribsheet.retrieval.retriever import Passage, Search
@@ -325,7 +324,7 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
     """Have one question answered behind stretches that are fetched; where that cannot be, by choice without them."""
     retrieval = lookup.retrieval
     try:
-        desk = session.desk
+        _ = session.desk
     except (RequestError, SheetError) as error:
         _give_up(retrieval, error)
         return submit(session, *streams)
@@ -340,7 +339,7 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
             found = yield Fetch(session.search(retrieval.retriever), query_of(turns))
         places = _located(session, found)
     try:
-        question = _recalled(session, desk, streams[0].question, lookup, places)
+        question = _recalled(session, streams[0].question, lookup, places)
     except SheetError as error:
         _give_up(retrieval, error)
         question = None
@@ -373,19 +372,17 @@ def _located(session: Session, found: Sequence[Passage]) -> list[Stretch]:
     return places
 
 
-def _recalled(
-    session: Session, desk: Desk, question: Prepared, lookup: Lookup, places: Sequence[Stretch]
-) -> Prepared | None:
+def _recalled(session: Session, question: Prepared, lookup: Lookup, places: Sequence[Stretch]) -> Prepared | None:
     """The question behind those of the stretches that fit; none if there are none."""
     sheet, retrieval = session.sheet, lookup.retrieval
     longest = min(question.params.max_tokens, _ANSWER_TOKENS)
     tokens = min(retrieval.passage_tokens, session.room - len(question.told.ids) - longest)
-    chosen = choose_stretches(desk.archive, places, sheet.texts, tokens=tokens, top_k=retrieval.top_k)
+    chosen = choose_stretches(session.desk.archive, places, sheet.texts, tokens=tokens, top_k=retrieval.top_k)
     if not chosen:
         if places:
             logger.warning("of %d stretches none is recalled: %d tokens hold none of them", len(places), tokens)
         return None
-    recalled = desk.take([(each.first, each.last) for each in chosen])
+    recalled = session.recall([(each.first, each.last) for each in chosen])
     return session.prepare_told(
         as_turns(lookup.question), lookup.sampling, as_passages(sheet, chosen), recalled=recalled
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from cribsheet.asking.prepared import Lookup, Prepared
@@ -21,7 +22,7 @@ from cribsheet.prompt.encoder import LONG
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.prompt.turns import Question, as_turns
 from cribsheet.recall.desk import Desk
-from cribsheet.recall.placing import Recalled
+from cribsheet.recall.placing import Piece, Recalled, taken_off
 from cribsheet.recall.stretches import located
 from cribsheet.retrieval.dense import DenseRetriever
 from cribsheet.retrieval.passages import known_of
@@ -51,6 +52,7 @@ class Session:
         self._retrievers: dict[type, Any] = {}
         self._known: Known | None = None
         self._desk: Desk | None = None
+        self._guide: Piece | None = None
         self._lock, self._indexing = threading.Lock(), threading.Lock()
 
     @classmethod
@@ -70,7 +72,7 @@ class Session:
         """Cancel running answers and let go of keys and values; safe to call twice."""
         self.running.close()
         with self._lock:  # not the other one: an index may take a while
-            self._prefix = self._unguided = self._nothing = self._known = self._desk = None
+            self._prefix = self._unguided = self._nothing = self._known = self._desk = self._guide = None
             self._retrievers = {}
 
     @property
@@ -131,9 +133,14 @@ class Session:
         """
         return self.sheet.resident and any(window is not None for window in self.backbone.windows)
 
+    @property
+    def _movable_guide(self) -> int:
+        """Tokens of the resident guide, if it may be taken off; else 0."""
+        return 0 if self.tells_in_turn else self.sheet.manifest.guide_tokens
+
     def _guide_after(self, passages: Sequence[Passage]) -> int:
-        """Tokens of the resident guide if it stands behind passages, so that it is read with the question; else 0."""
-        return self.sheet.manifest.guide_tokens if passages and not self.tells_in_turn else 0
+        """Tokens of the resident guide if it stands behind passages, and not at the sheet's end; else 0."""
+        return self._movable_guide if passages else 0
 
     # ---- retrievers of the sheet's own documents
 
@@ -182,11 +189,25 @@ class Session:
                 self._desk = Desk(archive, self.backbone)
             return self._desk
 
-    def recall(self, passages: Sequence[Passage]) -> Recalled:
-        """Passages of the sheet's documents, in reading order, as they were read. Raises as `desk`, or `SheetError`."""
+    def recall(self, stretches: Sequence[tuple[int, int]]) -> Recalled:
+        """Tokens [first, stop) of the corpus, and a resident guide behind them, all as they were read.
+
+        Raises as `desk`, and `SheetError` if the archive cannot be read.
+        """
+        recalled = self.desk.take(stretches)
+        if not self._movable_guide:
+            return recalled
+        prefix = self.prefix
+        with self._lock:
+            if self._guide is None:
+                self._guide = taken_off(prefix, self._movable_guide, self.backbone.inv_freqs)
+            return replace(recalled, pieces=[*recalled.pieces, self._guide])
+
+    def recall_again(self, passages: Sequence[Passage]) -> Recalled:
+        """What was recalled of an answer's passages. Raises as `recall`."""
         archive = self.desk.archive
         places = [place for each in passages if (place := located(self.sheet, lambda: self.known, each))]
-        return self.desk.take([archive.places(each.document, each.start, each.stop) for each in places])
+        return self.recall([archive.places(each.document, each.start, each.stop) for each in places])
 
     # ---- questions
 
@@ -260,8 +281,7 @@ class Session:
         """
         turns = as_turns(question, toolbox)
         if recalled:
-            guided = bool(self._guide_after(passages))
-            return behind_recalled(self.layout, self.task, self.sheet, turns, recalled.sizes, guided=guided)
+            return behind_recalled(self.layout, self.task, self.sheet.resident, turns, recalled.sizes)
         if passages and not alone and not self.tells_in_turn:
             return beside_documents(self.layout, self.task, self.sheet, turns, passages)
         if alone:

@@ -114,6 +114,13 @@ class LayerPrefix:
         ]
         return LayerPrefix(halves[0], halves[1], None, tuple(count + keys.shape[1] for count in self.counts))
 
+    def last(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (K, T, D) of the last tokens of every head."""
+        keys, values = (
+            torch.stack([half[len(half) - tokens :] for half in halves]) for halves in zip(*self.each, strict=True)
+        )
+        return keys, values
+
     def without_last(self, tokens: int) -> LayerPrefix:
         """Without the last tokens of every head, of a layer without a window.
 

@@ -11,16 +11,13 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from cribsheet.model.backbone import Backbone
-from cribsheet.recall.placing import Recalled
+from cribsheet.recall.placing import Piece, Recalled
 from cribsheet.sheet.archive.archive import Archive
 
 DESK_BYTES = 512 * 1024**2
 BLOCK = 128  # tokens that are fetched and dropped together
-
-_Pair = tuple[Tensor, Tensor]  # keys before rotation and values (L, K, n, D)
 
 
 class Desk:
@@ -33,7 +30,7 @@ class Desk:
         self.archive = archive
         self.hits = self.reads = 0
         self._backbone, self._max_bytes = backbone, max_bytes
-        self._blocks: OrderedDict[int, _Pair] = OrderedDict()
+        self._blocks: OrderedDict[int, Piece] = OrderedDict()
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
     def take(self, stretches: Sequence[tuple[int, int]]) -> Recalled:
@@ -67,7 +64,7 @@ class Desk:
         with self._lock:
             return self._bytes()
 
-    def _held(self, numbers: Sequence[int]) -> dict[int, _Pair]:
+    def _held(self, numbers: Sequence[int]) -> dict[int, Piece]:
         with self._lock:
             found = {number: self._blocks[number] for number in numbers if number in self._blocks}
             for number in found:
@@ -75,7 +72,7 @@ class Desk:
             self.hits += len(found)
             return found
 
-    def _fetched(self, run: Sequence[int]) -> dict[int, _Pair]:
+    def _fetched(self, run: Sequence[int]) -> dict[int, Piece]:
         """Neighbouring blocks, read at once, and restored where the model is: fewer bytes go there."""
         stored = self.archive.layers(run[0] * BLOCK, min((run[-1] + 1) * BLOCK, self.archive.tokens))
         layers = [layer.restored(self._backbone.device, self._backbone.dtype) for layer in stored]
@@ -83,7 +80,7 @@ class Desk:
         parts = zip(run, keys.split(BLOCK, 2), values.split(BLOCK, 2), strict=True)
         return {number: (key.clone(), value.clone()) for number, key, value in parts}  # each is let go by itself
 
-    def _lay(self, blocks: dict[int, _Pair]) -> None:
+    def _lay(self, blocks: dict[int, Piece]) -> None:
         with self._lock:
             self._blocks |= blocks
             self.reads += len(blocks)
@@ -100,7 +97,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[list[int]]:
     yield from (list(numbers[first:last]) for first, last in pairwise(cuts) if last > first)
 
 
-def _between(blocks: dict[int, _Pair], first: int, stop: int) -> Iterator[_Pair]:
+def _between(blocks: dict[int, Piece], first: int, stop: int) -> Iterator[Piece]:
     """Tokens of neighbouring blocks."""
     for number in range(first // BLOCK, -(-stop // BLOCK)):
         start = number * BLOCK

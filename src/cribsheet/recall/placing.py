@@ -1,6 +1,7 @@
-"""Where recalled tokens stand: moved together, in reading order, between the sheet's documents and the question.
+"""Where recalled tokens stand: moved together, in reading order, behind the sheet's documents; then the guide.
 
-Another placement is another `placed`; why this one: decisions/0030.
+A resident guide that stood there moves on, as it was read: only the question is read behind it. Another placement is
+another `placed`; why this one: decisions/0030.
 
 Letters: `L` layers, `K` key/value heads, `n` tokens, `D` head size.
 """
@@ -13,26 +14,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.rope import rotate
 from cribsheet.engine.request import Suffix
+
+Piece = tuple[Tensor, Tensor]  # keys before rotation, and values (L, K, n, D)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recalled:
     """Stretches as they were read: keys before rotation and values, (L, K, n, D) of each, on the model's device.
 
-    `sizes` are the tokens of each stretch, which may be in several `pieces`, and `inv_freqs` (R/2,) those of each
-    layer. The tensors are shared and never written to.
+    `sizes` are the tokens of each stretch, which may be in several `pieces`; behind them may be one that is no stretch,
+    the guide. `inv_freqs` (R/2,) are those of each layer. The tensors are shared and never written to.
     """
 
-    pieces: Sequence[tuple[Tensor, Tensor]]
+    pieces: Sequence[Piece]
     sizes: Sequence[int]
     inv_freqs: Sequence[Tensor]
 
     @property
     def tokens(self) -> int:
-        """How many."""
-        return sum(self.sizes)
+        """How many, the guide's included."""
+        return sum(keys.shape[2] for keys, _ in self.pieces)
 
     def placed(self, start: int) -> Suffix:
         """Keys and values (K, n, D) of each layer, one piece behind the other, keys at positions from `start` on."""
@@ -45,3 +49,14 @@ class Recalled:
         for layers in alike.values():
             turned[layers] = rotate(keys[layers], positions, self.inv_freqs[layers[0]].to(keys.device)).to(keys.dtype)
         return list(zip(turned, values, strict=True))
+
+
+def taken_off(prefix: Prefix, tokens: int, inv_freqs: Sequence[Tensor]) -> Piece:
+    """The last tokens of a prefix, to be placed elsewhere."""
+    positions = torch.arange(prefix.tokens - tokens, prefix.tokens, device=prefix.layers[0].keys.device)
+    ends = [layer.last(tokens) for layer in prefix.layers]
+    turned = [
+        rotate(keys, -positions, inv_freq.to(keys.device)).to(keys.dtype)
+        for (keys, _), inv_freq in zip(ends, inv_freqs, strict=True)
+    ]
+    return torch.stack(turned), torch.stack([values for _, values in ends])

@@ -55,16 +55,10 @@ def beside_documents(
 
 
 def behind_recalled(
-    layout: ChatLayout, task: Task, sheet: Sheet, turns: Sequence[Message], sizes: Sequence[int], *, guided: bool
+    layout: ChatLayout, task: Task, resident: bool, turns: Sequence[Message], sizes: Sequence[int]
 ) -> Told:
-    """A conversation behind recalled stretches of so many tokens, which are not among its own.
-
-    Where it is `guided`, the guide is read again behind them.
-    """
-    nothing = torch.empty(0, dtype=torch.int64)
-    ends = [0, *accumulate(sizes)]
-    lead = _guided(layout, task, sheet, nothing) if guided else nothing
-    return _asked_behind(lead, tuple(pairwise(ends)), layout, task, sheet, turns)
+    """A conversation behind recalled stretches of so many tokens, which are not among its own."""
+    return Told(after_sheet(layout, task, resident, turns).ids, tuple(pairwise([0, *accumulate(sizes)])))
 
 
 def instead_of_documents(
