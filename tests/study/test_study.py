@@ -21,9 +21,10 @@ from cribsheet.sheet import file
 from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.forecast import peak_bytes
 from cribsheet.study.layer import Learnt, StudiedLayer
+from cribsheet.study.learner import free_places, with_layers
 from cribsheet.study.notebook import Notebook, read_practice, write_practice
 from cribsheet.study.practice import make_practice
-from cribsheet.study.study import Study, free_places, study, with_layers
+from cribsheet.study.study import Study, study
 from cribsheet.study.trainer import Pace, Trainer, weights_fixed
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT

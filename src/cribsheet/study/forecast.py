@@ -17,8 +17,9 @@ from cribsheet.errors import RequestError
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.study.exercises import Exercise
+from cribsheet.study.learner import trainer_of
 from cribsheet.study.practice import ROUNDS, try_out
-from cribsheet.study.study import MOST_STEPS, PRACTICE, check, trainer_of
+from cribsheet.study.study import MOST_STEPS, PRACTICE, check
 from cribsheet.study.trainer import BATCH, Trainer, weights_fixed
 
 _FEW = 4  # exercises that are timed together
