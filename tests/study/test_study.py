@@ -19,11 +19,13 @@ from cribsheet.errors import BudgetError, DocumentError, RequestError, SheetErro
 from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.sheet import file
 from cribsheet.study.exercises import Exercise, Practice, practice_of
+from cribsheet.study.forecast import peak_bytes
 from cribsheet.study.layer import Learnt, StudiedLayer
+from cribsheet.study.learner import free_places, with_layers
 from cribsheet.study.notebook import Notebook, read_practice, write_practice
 from cribsheet.study.practice import make_practice
-from cribsheet.study.study import Study, free_places, study, with_layers
-from cribsheet.study.trainer import Pace, Trainer
+from cribsheet.study.study import Study, study
+from cribsheet.study.trainer import Pace, Trainer, weights_fixed
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
 
@@ -410,6 +412,26 @@ def test_a_forecast_is_counted_from_a_few_questions_and_exercises(staff):
     assert staff.sheet is before and [w.requires_grad for w in staff.backbone.model.parameters()] == weights
     with pytest.raises(BudgetError, match="give minutes"):
         staff.forecast_study()
+
+
+def test_a_forecast_counts_what_stays_of_a_batch_for_the_way_back(tiny):
+    """But for what attention computes again, and the model's words."""
+    kb = built(tiny, budget=120)
+    few = exercises(kb, 16)
+    trainer, held = trainer_of(kb, few), dict[int, int]()
+    fixed = {weight.untyped_storage().data_ptr() for weight in tiny.model.parameters()}
+
+    def seen(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with weights_fixed(tiny), torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        loss = trainer._loss(few)
+    saved, counted = sum(held.values()), peak_bytes(tiny, kb.sheet, max(len(each.ids) for each in few))
+    assert loss > 0 and saved < counted - sum(weight.nbytes for weight in tiny.model.parameters())
+    assert counted < 20 * saved
 
 
 def test_a_build_that_cannot_study_is_a_build_with_a_warning(tiny, caplog):

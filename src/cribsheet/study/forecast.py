@@ -14,9 +14,12 @@ import torch
 
 from cribsheet.asking.session import Session
 from cribsheet.errors import RequestError
+from cribsheet.model.backbone import Backbone
+from cribsheet.sheet.sheet import Sheet
 from cribsheet.study.exercises import Exercise
+from cribsheet.study.learner import trainer_of
 from cribsheet.study.practice import ROUNDS, try_out
-from cribsheet.study.study import MOST_STEPS, PRACTICE, check, trainer_of
+from cribsheet.study.study import MOST_STEPS, PRACTICE, check
 from cribsheet.study.trainer import BATCH, Trainer, weights_fixed
 
 _FEW = 4  # exercises that are timed together
@@ -77,7 +80,7 @@ def forecast_study(session: Session, *, minutes: float | None = None, steps: int
         steps=most,
         step_seconds=step,
         seconds=practice + most * step,
-        peak_bytes=_peak_bytes(session, max(len(each.ids) for each in exercises)),
+        peak_bytes=peak_bytes(session.backbone, session.sheet, max(len(each.ids) for each in exercises)),
         measured_seconds=time.monotonic() - began,
     )
 
@@ -100,20 +103,19 @@ def _seconds(session: Session, trainer: Trainer, exercises: list[Exercise]) -> f
     return time.monotonic() - began
 
 
-def _peak_bytes(session: Session, longest: int) -> int:
+def peak_bytes(backbone: Backbone, sheet: Sheet, longest: int) -> int:
     """Bytes of tensors at once, where an exercise has so many tokens: weights, what is learnt, and a batch on its way.
 
     Of a batch there stay what each layer's products need on the way back, and the scores of one layer, of which the
     others are computed again.
     """
-    backbone, config, sheet = session.backbone, session.backbone.config, session.sheet
-    size, rows = backbone.dtype.itemsize, BATCH * longest
+    config, size, rows = backbone.config, backbone.dtype.itemsize, BATCH * longest
     weights = sum(weight.nbytes for weight in backbone.model.parameters())
     held = math.prod(sheet.indices.shape[:2]) * sheet.tokens
     learnt = 2 * _LEARNT * held * backbone.head_size * torch.float32.itemsize
     wide: int = getattr(config, "intermediate_size", 4 * config.hidden_size)
     heads = (backbone.num_heads + 2 * backbone.kv_heads) * backbone.head_size
-    each = size * (4 * wide + 4 * config.hidden_size + 3 * heads) + 8 * config.hidden_size  # norms are in float32
+    each = size * (3 * wide + config.hidden_size + heads) + 8 * config.hidden_size  # norms are in float32
     passing = rows * backbone.num_layers * each
     scores = 4 * _SCORES * rows * backbone.num_heads * (sheet.length + longest)
     logits = rows * config.vocab_size * (size + 12)

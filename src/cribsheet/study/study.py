@@ -18,27 +18,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
-import torch
-from torch import Tensor
-
 from cribsheet.asking.session import Session
-from cribsheet.attention.prefix import LayerPrefix, turned_back
 from cribsheet.errors import BudgetError, DocumentError, ModelError, RequestError, SheetError
-from cribsheet.living.segments import exchanged, segments_of, sheet_layers
 from cribsheet.model.backbone import Backbone
-from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.study.exercises import Exercise, Practice, practice_of
+from cribsheet.study.learner import trainer_of, with_layers
 from cribsheet.study.notebook import Notebook, read_practice, write_practice
 from cribsheet.study.practice import make_practice
-from cribsheet.study.trainer import Pace, State, Trainer
-from cribsheet.vocabulary import ABSENT
+from cribsheet.study.trainer import Pace, State
 
 logger = logging.getLogger(__name__)
 
 LEAST_QUESTIONS = 16  # of fewer, nothing can be learnt and held out
 _MOST_HELD, _HELD = 48, 0.1
-_SINKS = 4  # first tokens of a sheet, on which attention rests: they stay
 PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
 MOST_STEPS = 1000  # more than that only repeats
 _BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
@@ -164,7 +157,7 @@ def study(
         _beside(notebook.path).unlink(missing_ok=True)
     if not learnt:
         return sheet, came
-    return _told(with_layers(backbone, sheet, trainer.best_layers(state), documents), came), came
+    return _noted(with_layers(backbone, sheet, trainer.best_layers(state), documents), came), came
 
 
 def practise(
@@ -226,53 +219,7 @@ def _beside(notebook: Path) -> Path:
     return notebook.with_name(f"{notebook.name}.practice")
 
 
-def trainer_of(
-    backbone: Backbone,
-    sheet: Sheet,
-    questions: Sequence[Exercise],
-    texts: Sequence[Exercise],
-    held: Sequence[Exercise],
-    seed: int = 0,
-    documents: Sequence[str] = (),
-) -> Trainer:
-    """What learns the layers of a sheet, or of some of its documents, seen as it is stored."""
-    layers, free = sheet_layers(backbone, sheet, torch.float32), free_places(backbone, sheet, documents)
-    return Trainer(
-        backbone, layers, sheet.length, free, questions, texts, held, seed, rounded=sheet.manifest.dtype == "int4"
-    )
-
-
-def free_places(backbone: Backbone, sheet: Sheet, documents: Sequence[str] = ()) -> list[Tensor | None]:
-    """Of each layer that is learnt, which tokens (N,) may change: those of documents, and not the first few."""
-    first = max(_SINKS, sheet.manifest.head_tokens)
-    numbers = [number for number, entry in enumerate(sheet.manifest.documents) if entry.id in documents]
-    inside = torch.full((sheet.manifest.corpus_tokens,), -1)
-    inside[sheet.origins[:, 0].long()] = sheet.origins[:, 1].long()
-    found: list[Tensor | None] = [None] * backbone.num_layers
-    for layer, indices in zip(backbone.full, sheet.indices, strict=True):
-        held = indices[indices != ABSENT].long()
-        found[layer] = held >= first
-        if documents:
-            found[layer] = (held >= first) & torch.isin(inside[held.clamp(min=0)], torch.tensor(numbers))
-    return found
-
-
-def with_layers(
-    backbone: Backbone, sheet: Sheet, layers: Sequence[LayerPrefix], documents: Sequence[str] = ()
-) -> Sheet:
-    """The sheet with other keys and values, in its storage type, in the layers that are learnt."""
-    stored = list(sheet.layers)
-    for number in backbone.full:
-        layer = layers[number]
-        if not sheet.manifest.rotated:
-            layer = turned_back(layer, sheet.length, backbone.inv_freqs[number])
-        stored[number] = StoredLayer.of(layer, sheet.manifest.dtype)
-    if documents and sheet.manifest.mode == "independent":
-        stored = exchanged(backbone, sheet, stored, segments_of(sheet.manifest, documents))
-    return replace(sheet, layers=stored)
-
-
-def _told(sheet: Sheet, came: Study) -> Sheet:
+def _noted(sheet: Sheet, came: Study) -> Sheet:
     """The sheet with what came of its study in the manifest; what a check found is true of it no more."""
     made = sheet.manifest
     told = {"build": {**made.build, "study": asdict(came)}, "retention": None}
