@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION, ZERO_SHOT
-from gguf_files import plain_backbone, save_gguf
+from gguf_files import plain_backbone, save_gguf, settings_of, tensors_of, write_gguf
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet, save_sheet
 from cribsheet.asking import options
@@ -146,6 +146,14 @@ def test_what_it_does_not_have_is_refused_by_name(llama):
     assert set(served.OPTIONS) == set(options.LlamaCppOptions.__annotations__)
 
 
+def test_room_ends_where_the_models_window_does(wheel, qwen3, qwen3_sheet, tmp_path):
+    file = save_gguf(qwen3, tmp_path / "small.gguf", context_length=160)
+    with LlamaCpp(qwen3_sheet, file, tokenizer=qwen3.tokenizer, threads=1) as llama:
+        assert llama.room == 160 - 96
+        answer = llama.ask(QUESTION, max_tokens=1000)
+        assert answer.usage.total_tokens <= 160 and answer.finish_reason in ("length", "stop")
+
+
 def test_a_slot_that_lost_the_sheet_answers_nothing_and_gets_it_again(wheel, qwen3, qwen3_sheet, qwen3_gguf, kb):
     with LlamaCpp(qwen3_sheet, qwen3_gguf, tokenizer=qwen3.tokenizer, threads=1) as llama:
         expected = llama.ask(QUESTION, max_tokens=8).text
@@ -177,6 +185,13 @@ def test_another_model_tokenizer_or_sheet_is_refused_before_llama_cpp_starts(qwe
         LlamaCpp(qwen3_sheet, tmp_path / "nothing.gguf", tokenizer=qwen3.tokenizer)
     with pytest.raises(SheetError, match="build it again with for_engines=True"):
         LlamaCpp(build_sheet(qwen3, DOCUMENTS, FEW_SHOT, rate=2), qwen3_gguf, tokenizer=qwen3.tokenizer)
+    small = save_gguf(qwen3, tmp_path / "small.gguf", context_length=96)
+    with pytest.raises(WindowError, match=r"takes 96 positions, and the window of .*small.gguf' has 96; build it at"):
+        LlamaCpp(qwen3_sheet, small, tokenizer=qwen3.tokenizer)
+    settings = settings_of(qwen3) | {"tokenizer.ggml.tokens": ["a", "b"]}
+    few = write_gguf(tmp_path / "few.gguf", settings, tensors_of(qwen3))
+    with pytest.raises(MismatchError, match="knows 2 tokens and the sheet's tokenizer 1000"):
+        LlamaCpp(qwen3_sheet, few, tokenizer=qwen3.tokenizer)
     with pytest.raises(RequestError, match="slots is 0; use a whole number of at least 1"):
         LlamaCpp(qwen3_sheet, qwen3_gguf, tokenizer=qwen3.tokenizer, slots=0)
 

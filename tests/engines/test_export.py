@@ -113,12 +113,12 @@ def test_what_was_not_tested_is_refused_by_name(qwen3_sheet, tmp_path):
         qwen3_sheet.export(tmp_path / "a.state", to="ollama")
     with pytest.raises(SheetError, match=r"version and gguf are llama.cpp's"):
         qwen3_sheet.export(tmp_path / "a.state", to="mlx", version=4)
-    slides = build_sheet(tiny_backbone("gemma2"), DOCUMENTS, FEW_SHOT, budget=96, for_engines=True)
-    with pytest.raises(SheetError, match="Some layers of tiny-gemma2 see only the last tokens"):
+    slides = build_sheet(tiny_backbone("qwen2"), DOCUMENTS, FEW_SHOT, budget=96, for_engines=True)
+    with pytest.raises(SheetError, match="Some layers of tiny-qwen2 see only the last tokens"):
         slides.export(tmp_path / "a.state")
     granite = build_sheet(tiny_backbone("granite"), DOCUMENTS, FEW_SHOT, budget=96, for_engines=True)
     with pytest.raises(SheetError, match="from sheets of 'granite' models; use one of llama, mistral"):
-        granite.export(tmp_path / "a.state")
+        granite.export(tmp_path / "a.state", to="mlx")
     assert not list(tmp_path.iterdir())
 
 
@@ -144,11 +144,13 @@ def test_a_folder_that_is_not_there_is_named(qwen3_sheet, tmp_path):
 
 def test_a_prompt_cache_of_mlx_has_the_tensors_and_names_of_its_format(qwen3_sheet, tmp_path):
     with safe_open(qwen3_sheet.export(tmp_path / "a.safetensors", to="mlx"), "np") as file:
-        assert sorted(file.keys()) == sorted(f"{layer}.{part}" for layer in range(3) for part in (0, 1))
+        assert sorted(file.keys()) == sorted(f"{layer}.{part}" for layer in range(3) for part in (0, 1, 2))
         told = file.metadata()
-        assert [told[f"2.{layer}"] for layer in range(3)] == ["KVCache"] * 3
-        assert {name.split(".")[0] for name in told} == {"0", "1", "2"}
+        assert told.pop("0.sheet") == qwen3_sheet.manifest.digest and told.pop("2.0") == ""
+        assert [told.pop(f"1.{layer}") for layer in range(3)] == ["KVCache"] * 3
+        assert told == {f"2.{n + 1}.{k}": (f"{n}.2", "scalar")[k] for n in range(3) for k in (0, 1)}
         for number, layer in enumerate(qwen3_sheet.layers):
+            assert int(file.get_tensor(f"{number}.2")) == 96
             for part, half in enumerate((layer.keys, layer.values)):
                 found = file.get_tensor(f"{number}.{part}")
                 assert found.dtype == np.float16 and found.shape == (1, 2, 96, 16)

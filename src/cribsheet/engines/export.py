@@ -11,7 +11,7 @@ import torch
 from cribsheet.engines.gguf import Gguf
 from cribsheet.engines.llama_cpp import write_state
 from cribsheet.engines.mlx import write_prompt_cache
-from cribsheet.engines.same_model import check_same_model
+from cribsheet.engines.same_model import ARCHITECTURES, check_same_model
 from cribsheet.errors import SheetError
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def export(
 
 def check_exportable(made: Manifest, to: str) -> None:
     """Raise `SheetError`, with the way out, for a sheet that no engine but ours can read."""
+    if made.fingerprint.family not in ARCHITECTURES:
+        raise SheetError(
+            f"{to} was not seen to answer from sheets of {made.fingerprint.family!r} models; use one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
     if made.allocation != "uniform":
         raise SheetError(
             f"The heads of this sheet keep different numbers of tokens (allocation {made.allocation!r}), and {to} has "

@@ -7,8 +7,10 @@ Where an answer looked is not known: that takes our attention.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -47,7 +49,8 @@ class LlamaCpp:
     tokenizer
         that model's, or its folder or hub id; loaded from where the sheet says by default, without its weights.
     slots, room, threads, gpu_layers
-        questions at a time, positions for each of question and answer, and what llama.cpp runs on.
+        questions at a time, positions for each with its answer as far as the window has them, and what llama.cpp runs
+        on.
 
     Attributes: `sheet`, `room`; `prefix`, the ids that stand for the sheet in a prompt; `server`, and the `folder` with
     the exported state.
@@ -78,22 +81,16 @@ class LlamaCpp:
             tokenizer = load_tokenizer(str(tokenizer))
         self._layout = _layout(self.sheet, tokenizer)
         self.prefix = placeholders(made.digest, self.sheet.length)
-        self.room = room
-        self._temporary = tempfile.TemporaryDirectory(prefix="cribsheet-")
-        self.folder = Path(self._temporary.name)
+        self.room = _room(self.sheet, Gguf.open(gguf), len(tokenizer), room)
+        self.folder = Path(tempfile.mkdtemp(prefix="cribsheet-"))
+        self._emptying = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         try:
-            file = Gguf.open(gguf)
-            if file.vocabulary and file.vocabulary < len(tokenizer):
-                raise MismatchError(
-                    f"{str(gguf)!r} knows {file.vocabulary} tokens and the sheet's tokenizer {len(tokenizer)}; give "
-                    "the GGUF of the model that made the sheet."
-                )
             self.sheet.export(self.folder / _STATE, to="llama.cpp", gguf=gguf)
-            positions = self.sheet.length + room
+            positions = self.sheet.length + self.room
             how = ServerOptions(slots=slots, positions=positions, threads=threads, gpu_layers=gpu_layers)
             self.server = LlamaServer(Path(gguf), self.folder, how)
         except BaseException:
-            self._temporary.cleanup()
+            self._emptying()
             raise
         self._filled: set[int] = set()
 
@@ -151,7 +148,7 @@ class LlamaCpp:
     def close(self) -> None:
         """End llama.cpp and remove the exported state; safe to call twice."""
         self.server.close()
-        self._temporary.cleanup()
+        self._emptying()
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -224,6 +221,26 @@ def in_engine(kb: Any, engine: str | None, gguf: str | Path | None, settings: Ma
     how = {name: value for name, value in settings.items() if name in OPTIONS}
     sampling = {name: value for name, value in settings.items() if name not in OPTIONS}
     return {"served": kb.in_llama_cpp(gguf, **how), **sampling}
+
+
+def _room(sheet: Sheet, file: Gguf, vocabulary: int, room: int) -> int:
+    """Positions behind a sheet, as many as are wanted and the model's window has.
+
+    Raises `MismatchError` for a file that knows fewer tokens than the sheet's tokenizer, `WindowError` for a window
+    that the sheet fills.
+    """
+    if file.vocabulary and file.vocabulary < vocabulary:
+        raise MismatchError(
+            f"{str(file.path)!r} knows {file.vocabulary} tokens and the sheet's tokenizer {vocabulary}; give the GGUF "
+            "of the model that made the sheet."
+        )
+    window = file.of_model("context_length", sheet.length + room)
+    if window <= sheet.length:
+        raise WindowError(
+            f"The sheet takes {sheet.length} positions, and the window of {str(file.path)!r} has {window}; build it at "
+            "a higher rate."
+        )
+    return int(min(room, window - sheet.length))
 
 
 def _layout(sheet: Sheet, tokenizer: Any) -> ChatLayout:
