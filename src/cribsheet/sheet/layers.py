@@ -212,11 +212,14 @@ class Int4Layer(StoredLayer):
 
     @classmethod
     def made_of(cls, layer: LayerPrefix, dtype: StorageDtype) -> Self:
-        """Of keys before rotation. Raises `BudgetError` for numbers that its ranges do not hold."""
-        keys, values = (half.detach().to("cpu", torch.float32) for half in (layer.keys, layer.values))
-        sizes = block_sizes(layer.counts or [keys.shape[1]] * len(keys))
+        """Of keys before rotation. Raises `BudgetError` for numbers that its ranges do not hold.
+
+        Numbers are packed on the device where they are.
+        """
+        keys, values = (half.detach().float() for half in (layer.keys, layer.values))
+        sizes = block_sizes(layer.counts or [keys.shape[1]] * len(keys)).to(keys.device)
         packed_keys, packed_values = pack_blocks(keys.flatten(0, -2), sizes), pack_groups(values)
-        return cls(
+        packed = cls(
             packed_keys.codes.view(packed_values.codes.shape),
             packed_values.codes,
             layer.window,
@@ -227,6 +230,7 @@ class Int4Layer(StoredLayer):
             value_offsets=packed_values.offsets,
             key_blocks=sizes,
         )
+        return packed.with_each(Tensor.cpu)
 
     def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
         """Codes times scales, and offsets; keys are not rotated yet."""
