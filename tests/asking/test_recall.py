@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
@@ -23,6 +24,7 @@ from cribsheet.engine import prefill
 from cribsheet.errors import EngineError, RequestError, SheetError
 from cribsheet.prompt.turns import as_turns
 from cribsheet.recall import placing
+from cribsheet.recall.placing import Recalled
 from cribsheet.recall.stretches import mark
 from cribsheet.retrieval.passages import with_passages
 from cribsheet.retrieval.retriever import Passage
@@ -441,3 +443,31 @@ def test_the_command_line_recalls_and_says_what(tmp_path, capsys):
     assert "archive=True" in capsys.readouterr().err
     assert run([*asking[1], "--no-archive", "sheet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mode"] == "sheet"
+
+
+def test_documents_that_come_and_go_are_recalled_or_not(tiny):
+    kb = CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=tiny, rate=1.5, guide="resident", mode="independent", archive="float32"
+    )
+    eve = Document("Eve Lund lives in Turin, where she was born and where she works.", "eve")
+    settings = {"max_tokens": 3, "mode": "recall", "top_k": 1}
+    before = kb.desk
+    kb.extend([eve])
+    answer = kb.ask("Where does Eve Lund live?", **settings)
+    assert answer.mode == "recall" and [each.text for each in answer.passages] == [eve.text]
+    assert kb.desk is not before
+    kb.remove("eve")
+    assert "eve" not in [each.document_id for each in kb.ask("Where does Eve Lund live?", **settings).passages]
+    gone = kb.ask("Where?", max_tokens=3, mode="recall", retriever=finds(Passage(eve.text, "eve", 0)))
+    assert gone.mode == "sheet"
+
+
+def test_asking_again_and_again_holds_no_more_than_before(town):
+    town.desk.max_bytes = 2**20
+    settings = {"max_tokens": 2, "mode": "recall", "retriever": "bm25", "passage_tokens": 60}
+    for n in range(30):
+        town.ask(f"Which key has person number {n * 3}?", **settings)
+        assert town.desk.nbytes <= 2**20
+    gc.collect()
+    held = {id(piece) for each in gc.get_objects() if type(each) is Recalled for piece in each.pieces}
+    assert len(held) == 0  # answers keep nothing of what was recalled for them

@@ -173,3 +173,14 @@ def test_a_read_that_is_concluded_remembers_what_one_that_goes_on_does(counts, g
         assert torch.equal(getattr(concluded, name), getattr(whole, name)), name
     torch.testing.assert_close(concluded.guide_lse, whole.guide_lse, atol=1e-5, rtol=1e-5)
     assert len(steps) == 2
+
+
+def test_the_last_tokens_of_a_prefix_and_what_is_before_them_are_all_of_it(tiny):
+    size = tiny.kv_heads, 9, tiny.head_size
+    keys, values = torch.randn(size), torch.randn(size)
+    for layer in (LayerPrefix(keys, values), LayerPrefix.of(keys, values, [9, 5])):
+        before, (last_keys, last_values) = layer.without_last(3), layer.last(3)
+        assert torch.equal(last_keys, keys[:, 6:]) and torch.equal(last_values, values[:, 6:])
+        for head, (own, whole) in enumerate(zip(before.each, layer.each, strict=True)):
+            assert torch.equal(torch.cat([own[0], last_keys[head]]), whole[0])
+            assert torch.equal(torch.cat([own[1], last_values[head]]), whole[1])
