@@ -49,13 +49,29 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(qwen3, qwen3_gguf, t
         (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 77), "of the type 77, which there is not"),
         (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 4, 1 << 20), "within its header"),
         (struct.pack("<4sIQQQ17sII", b"GGUF", 3, 0, 1, 17, b"general.alignment", 4, 0), "its alignment is 0"),
+        (struct.pack("<4sIQQQ1sIQIQ", b"GGUF", 3, 1, 0, 1, b"a", 1, 0, 0, 0), r"its tensor 'a' has the shape \[0\]"),
+        (struct.pack("<4sIQQQ1sIQIQ", b"GGUF", 3, 1, 0, 1, b"a", 1, 1 << 60, 0, 0), r"its tensor 'a' has the shape"),
     ],
-    ids=["another file", "version", "endian", "tensors", "text", "type", "list", "alignment"],
+    ids=["another file", "version", "endian", "tensors", "text", "type", "list", "alignment", "empty", "huge"],
 )
 def test_damage_is_named(written, said, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(written)
     with pytest.raises(ModelError, match=said):
         Gguf.open(tmp_path / "bad.gguf")
+
+
+def test_a_tensor_that_is_said_to_be_larger_than_the_file_takes_no_memory(tmp_path):
+    head = struct.pack("<4sIQQQ1sIQIQ", b"GGUF", 3, 1, 0, 1, b"a", 1, 1 << 47, 0, 0)
+    (tmp_path / "large.gguf").write_bytes(head + bytes(64))
+    with pytest.raises(ModelError, match="ends before its tensor 'a'"):
+        Gguf.open(tmp_path / "large.gguf").read("a")
+
+
+def test_settings_of_another_kind_count_as_not_there(qwen3, tmp_path):
+    told = settings_of(qwen3) | {"qwen3.block_count": "three", "qwen3.attention.head_count": [4, 4, 4]}
+    read = Gguf.open(write_gguf(tmp_path / "odd.gguf", told, {}))
+    assert read.count("attention.head_count", 9) == 9 and read.vocabulary == len(qwen3.tokenizer)
+    assert read.count("block_count", 7) == 7 and read.of_model("block_count") == "three"
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -24,7 +24,12 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # numbers of the types that are no blocks
 _MOST = 1 << 24  # entries of a list, tensors, dimensions: more of them are damage
 _LONGEST = 1 << 27  # bytes of a text
+_NUMBERS_AT_MOST = 1 << 48  # of a tensor
 _ALIGNMENT = 32
+
+
+class Length(int):
+    """What is kept of a list: how long it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +81,16 @@ class Gguf:
         """A setting of the architecture, such as `block_count`."""
         return self.values.get(f"{self.architecture}.{name}", default)
 
+    def count(self, name: str, default: int = 0) -> int:
+        """A setting of the architecture that is a whole number; the default where the file has none."""
+        value = self.of_model(name)
+        return value if type(value) is int else default
+
     @property
     def vocabulary(self) -> int:
         """Tokens that it knows; 0 where it says nothing of them."""
-        size = self.values.get("tokenizer.ggml.tokens", 0)
-        return size if isinstance(size, int) else 0
+        size = self.values.get("tokenizer.ggml.tokens")
+        return size if isinstance(size, Length) else 0
 
     def read(self, name: str) -> Tensor:
         """A plain tensor, in float32. Raises `ModelError` if the file ends before it."""
@@ -88,8 +98,9 @@ class Gguf:
         kind = _FLOATS[tensor.kind]
         size = math.prod(tensor.shape) * kind.itemsize
         with self.path.open("rb") as file:
-            file.seek(tensor.start)
-            held = bytearray(file.read(size))
+            whole = os.fstat(file.fileno()).st_size >= tensor.start + size
+            file.seek(tensor.start if whole else 0)
+            held = bytearray(file.read(size) if whole else b"")
         if len(held) < size:
             raise ModelError(f"{str(self.path)!r} ends before its tensor {name!r}; download or convert it again.")
         return torch.frombuffer(held, dtype=kind).reshape(tensor.shape).float()
@@ -122,6 +133,8 @@ class _Header:
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._text()
         shape = [self._number("Q") for _ in range(self._count("I", most=8))]
+        if not all(shape) or math.prod(shape) > _NUMBERS_AT_MOST:
+            raise ValueError(f"its tensor {name!r} has the shape {shape}")
         return name, tuple(reversed(shape)), self._number("I"), self._number("Q")
 
     def _value(self, kind: int) -> Any:
@@ -136,7 +149,7 @@ class _Header:
                 self._skip(self._number("Q")) if kind == _STRING else self._value(kind)
         else:
             self._skip(count * struct.calcsize(_form(kind)))
-        return count
+        return Length(count)
 
     def _text(self) -> str:
         length = self._number("Q")

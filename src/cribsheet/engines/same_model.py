@@ -66,17 +66,16 @@ def check_same_model(gguf: Gguf, made: Fingerprint) -> None:
 
 def _settings(gguf: Gguf, made: Fingerprint) -> Iterator[tuple[str, Any, Any]]:
     """What must be the same, by name: as the sheet has it, and the file."""
-    heads = gguf.of_model("attention.head_count")
-    width = gguf.of_model("embedding_length")
-    size = gguf.of_model("attention.key_length") or (width // heads if heads and width else None)
+    heads = gguf.count("attention.head_count")
+    size = gguf.count("attention.key_length") or gguf.count("embedding_length") // max(1, heads)
     yield "model family", ARCHITECTURES.get(made.family, made.family), gguf.architecture
-    yield "number of layers", made.layers, gguf.of_model("block_count")
+    yield "number of layers", made.layers, gguf.count("block_count")
     yield "number of heads", made.heads, heads
-    yield "number of key/value heads", made.kv_heads, gguf.of_model("attention.head_count_kv", heads)
+    yield "number of key/value heads", made.kv_heads, gguf.count("attention.head_count_kv", heads)
     yield "head size", made.head_size, size
-    yield "share of a head that turns", size, gguf.of_model("rope.dimension_count", size)
+    yield "share of a head that turns", size, gguf.count("rope.dimension_count", size)
     kind, theta = _rotary(made)
-    yield "rotary base", theta, float(gguf.of_model("rope.freq_base", 10000.0))
+    yield "rotary base", theta, gguf.of_model("rope.freq_base", 10000.0)
     theirs = "llama3" if "rope_freqs.weight" in gguf.tensors else gguf.of_model("rope.scaling.type", "none")
     yield "rotary scaling", {"default": "none"}.get(kind, kind), theirs
 

@@ -234,7 +234,7 @@ def _room(sheet: Sheet, file: Gguf, vocabulary: int, room: int) -> int:
             f"{str(file.path)!r} knows {file.vocabulary} tokens and the sheet's tokenizer {vocabulary}; give the GGUF "
             "of the model that made the sheet."
         )
-    window = file.of_model("context_length", sheet.length + room)
+    window = file.count("context_length", sheet.length + room)
     if window <= sheet.length:
         raise WindowError(
             f"The sheet takes {sheet.length} positions, and the window of {str(file.path)!r} has {window}; build it at "
