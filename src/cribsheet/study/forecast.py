@@ -20,7 +20,7 @@ from cribsheet.study.exercises import Exercise
 from cribsheet.study.learner import trainer_of
 from cribsheet.study.practice import ROUNDS, try_out
 from cribsheet.study.study import MOST_STEPS, PRACTICE, check
-from cribsheet.study.trainer import BATCH, Trainer, weights_fixed
+from cribsheet.study.trainer import Trainer, batch_size, weights_fixed
 
 _FEW = 4  # exercises that are timed together
 _LEARNT = 6  # tensors in float32: what there was, the shift, its gradient, two moments, and the best
@@ -92,7 +92,7 @@ def _step_seconds(session: Session, exercises: list[Exercise]) -> float:
     with weights_fixed(session.backbone):
         _seconds(session, trainer, few[:1])  # whatever is made at a first use
         one, all_of_them = _seconds(session, trainer, few[:1]), _seconds(session, trainer, few)
-    return all_of_them + (BATCH - _FEW) * max(0.0, all_of_them - one) / (_FEW - 1)
+    return all_of_them + (batch_size(session.backbone) - _FEW) * max(0.0, all_of_them - one) / (_FEW - 1)
 
 
 def _seconds(session: Session, trainer: Trainer, exercises: list[Exercise]) -> float:
@@ -109,7 +109,7 @@ def peak_bytes(backbone: Backbone, sheet: Sheet, longest: int) -> int:
     Of a batch there stay what each layer's products need on the way back, and the scores of one layer, of which the
     others are computed again.
     """
-    config, size, rows = backbone.config, backbone.dtype.itemsize, BATCH * longest
+    config, size, rows = backbone.config, backbone.dtype.itemsize, batch_size(backbone) * longest
     weights = sum(weight.nbytes for weight in backbone.model.parameters())
     held = math.prod(sheet.indices.shape[:2]) * sheet.tokens
     learnt = 2 * _LEARNT * held * backbone.head_size * torch.float32.itemsize

@@ -30,15 +30,17 @@ from cribsheet.errors import RequestError
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retention.gaps import SENTENCE, gaps
 from cribsheet.retention.probes import Exam, agree, is_apt, is_told, rare_words
+from cribsheet.retrieval.passages import GAP
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
 from cribsheet.study.exercises import Exercise, Practice, padded, practice_of
 
 logger = logging.getLogger(__name__)
 
-_STRETCH = 2000  # characters that are read at once
+_STRETCH = 2000  # characters that are read at once, of one document or of several short ones
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
 _AT_ONCE = 2  # questions about a sentence that are tried in a round, so that all stretches have some when time is up
+_AT_ONCE_ON_GPU = 8  # which writes many in the time of a few
 ROUNDS = 3  # at least; more only while there is time
 _WORTH = 0.25  # of what questions of the first round gave, which those of another must give for it not to be the last
 _FIRST, _FEWEST = 12, 4  # questions about the first stretch, and about any, where time is short
@@ -84,7 +86,7 @@ def make_practice(
 
     Raises `RequestError` if the sheet has no texts.
     """
-    stretches = cut_into_passages(_told(sheet, documents), _STRETCH)
+    stretches = _stretches(_told(sheet, documents))
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, seed)
     gave: list[float] = []  # by each question that was tried, in each round
@@ -108,15 +110,26 @@ def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[
 
     Raises as `make_practice`.
     """
-    stretches = cut_into_passages(_told(sheet), _STRETCH)
+    stretches = _stretches(_told(sheet))
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, 0)
     longest = max(stretches, key=lambda stretch: len(stretch.text))
     maker.take(longest, 0, _FIRST)
     each = (time.monotonic() - maker.began) / max(1, maker.tried)
     made = maker.practice(practice_of(sheet))
-    tried = sum(_AT_ONCE for stretch in stretches for sentence in SENTENCE.split(stretch.text) if _says(sentence))
-    return [*made.questions, *made.texts], tried, each
+    sentences = sum(_says(sentence) for stretch in stretches for sentence in SENTENCE.split(stretch.text))
+    return [*made.questions, *made.texts], maker.at_once * sentences, each
+
+
+def _stretches(documents: Sequence[Document]) -> list[Passage]:
+    """Documents in stretches; neighbours that fit one stand in it together: each costs a reading and a batch."""
+    joined: list[Passage] = []
+    for passage in cut_into_passages(documents, _STRETCH):
+        if joined and len(joined[-1].text) + len(GAP) + len(passage.text) <= _STRETCH:
+            joined[-1] = Passage(joined[-1].text + GAP + passage.text)
+        else:
+            joined.append(passage)
+    return joined
 
 
 def _says(sentence: str) -> bool:
@@ -156,6 +169,7 @@ class _Maker:
 
     def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int) -> None:
         self._exam, self._stretches, self._seed = exam, stretches, seed
+        self.at_once = _AT_ONCE_ON_GPU if exam.backbone.device.type == "cuda" else _AT_ONCE
         self._random = random.Random(seed)
         self._guide, self._nothing = exam.guide, exam.read(torch.cat([exam.documents(""), exam.guide]))
         self._rare = rare_words(stretches, _RARE)
@@ -219,7 +233,8 @@ class _Maker:
         """Those of a round for a sentence: others each time, until it has had them all."""
         order = list(_OPENINGS)
         random.Random(f"{self._seed}/{sentence}").shuffle(order)
-        return [order[(turn * _AT_ONCE + number) % len(order)] for number in range(_AT_ONCE)]
+        first = turn * self.at_once
+        return [order[(first + number) % len(order)] for number in range(self.at_once)]
 
     def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
         """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 LEAST_QUESTIONS = 16  # of fewer, nothing can be learnt and held out
 _MOST_HELD, _HELD = 48, 0.1
-PRACTICE, _LATEST = 0.35, 0.7  # shares of the time in which practice is made, and if there is too little of it
+PRACTICE, _LATEST = 0.35, 0.6  # shares of the time in which practice is made, and if there is too little of it
+_TOKENS = 16  # of the corpus for a question: where there are fewer questions, there is too little practice
 MOST_STEPS = 1000  # more than that only repeats
 _BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
 _SAVED_EVERY = 30.0  # seconds
@@ -183,7 +184,7 @@ def practise(
         seed=seed,
         until=ends[0],
         latest=ends[1],
-        least=LEAST_QUESTIONS,
+        least=max(LEAST_QUESTIONS, session.sheet.manifest.corpus_tokens // _TOKENS),
         documents=documents,
         tell=lambda share: told("practice", share),
     )
