@@ -1,7 +1,7 @@
 """`LlamaCpp`: a sheet and a GGUF of the model that made it, asked as `CompressedKnowledgeLLM` is.
 
-The sheet is exported once, into a folder that goes when it is closed, and restored into each slot of the server before
-its first question. Questions are put into tokens by the sheet's own template, so the model reads what it reads here.
+The sheet is exported once, into a folder that goes when it is closed, and restored into each slot of the server.
+Questions are put into tokens by the sheet's own template, so the model reads what it reads here.
 Where an answer looked is not known: that takes our attention.
 """
 
@@ -89,10 +89,10 @@ class LlamaCpp:
             positions = self.sheet.length + self.room
             how = ServerOptions(slots=slots, positions=positions, threads=threads, gpu_layers=gpu_layers)
             self.server = LlamaServer(Path(gguf), self.folder, how)
+            self._filled = {slot for slot in range(slots) if self.server.restore(slot, _STATE)}
         except BaseException:
             self._emptying()
             raise
-        self._filled: set[int] = set()
 
     def ask(self, question: Question, **settings: Unpack[LlamaCppSampling]) -> Answer:
         """Answer a question, or the last turn of a conversation.

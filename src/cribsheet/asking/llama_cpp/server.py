@@ -37,7 +37,8 @@ class ServerOptions:
 class LlamaServer:
     """A GGUF in llama.cpp's server. Raises `IntegrationError` without the extra, `EngineError` for what it cannot load.
 
-    `folder` is where states lie that slots are restored from.
+    `folder` is where states lie that slots are restored from. Ask it for something before it is closed: it may wait for
+    ever for the end of a loop that had not yet begun.
     """
 
     def __init__(self, gguf: Path, folder: Path, options: ServerOptions) -> None:
