@@ -234,7 +234,7 @@ def test_practice_asks_what_the_documents_answer(staff, practice):
 
 
 def test_texts_to_go_on_with_are_the_documents(staff, practice):
-    told = " ".join(document.text for document in STAFF)
+    told = "\n\n".join(document.text for document in STAFF)  # neighbours stand in a stretch together
     assert practice.texts
     for each in practice.texts:
         assert staff.backbone.tokenizer.decode(each.ids[each.asked :]).strip()[:20] in told

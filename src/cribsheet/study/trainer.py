@@ -27,7 +27,10 @@ from cribsheet.study.rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
-_BATCH, _BATCH_ON_GPU = 16, 32  # exercises of a step; what the larger one learns holds better, but a CPU makes few steps
+_BATCH, _BATCH_ON_GPU = (
+    16,
+    32,
+)  # exercises of a step; what the larger one learns holds better, but a CPU makes few steps
 _TEXTS = 0.35  # share of them that are texts to go on with
 _WARM_UP = 20  # steps until the learning rate is what it shall be
 _FALL = 0.7  # share of the time in which it falls to nothing
