@@ -24,7 +24,7 @@ class Learnt:
     """Keys and values (N, D) of one layer in float32, and what they are shifted by.
 
     `free` (N,) says which tokens may change. `shifts` are the two tensors (N, D) that are learnt, zero at first. With a
-    `rounding`, attention sees them as they are stored, and gradients pass it as if it were not there.
+    `rounding`, attention can see them as they would be stored.
     """
 
     def __init__(self, prefix: LayerPrefix, free: Tensor, rounding: Rounding | None = None) -> None:
@@ -52,10 +52,14 @@ class Learnt:
         return [start + spread * shift for start, spread, shift in rows]
 
     def round(self) -> None:
-        """Find what rounding makes of them as they are now; after every change, before attention sees them."""
+        """Let attention see them as they are stored, until they are changed; `loosen` ends it."""
         if self._rounding is not None:
             with torch.no_grad():
                 self._lost = self._rounding.lost(*self.halves())
+
+    def loosen(self) -> None:
+        """Let attention see them as they are."""
+        self._lost = []
 
     def padded(self, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values (K, P, D) in the model's dtype, each head's at the end, with zeros before them."""

@@ -1,4 +1,4 @@
-"""What four bits make of keys and values, so that a study learns what will be stored."""
+"""What four bits make of keys and values, so that a study is measured as it will be stored."""
 
 from __future__ import annotations
 

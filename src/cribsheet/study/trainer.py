@@ -91,8 +91,8 @@ def batch_size(backbone: Backbone) -> int:
 class Trainer:
     """Learns the layers of a sheet of `length` positions on a model; `free` (N,) of each layer says what may change.
 
-    A sheet that is stored in four bits is `rounded` to them in all that it writes, so that what is learnt is what is
-    stored.
+    A sheet that is stored in four bits is `rounded` to them wherever it is measured, so that what is taken is what is
+    stored; steps do without, as less was learnt with it (decisions/0028).
     """
 
     def __init__(
@@ -152,12 +152,16 @@ class Trainer:
 
     @torch.no_grad()
     def divergence(self, exercises: Sequence[Exercise]) -> float:
-        """Of the teacher's distribution from the sheet's as it is now, in nats a token."""
-        total, tokens = 0.0, 0
+        """Of the teacher's distribution from the sheet's as it is now and as it would be stored, in nats a token."""
+        total, tokens, learnt = 0.0, 0, [each for each in self.learnt if each is not None]
+        for layer in learnt:
+            layer.round()
         for first in range(0, len(exercises), self._size):
             batch = exercises[first : first + self._size]
             count = sum(len(each.tops) for each in batch)
             total, tokens = total + float(self._loss(batch)) * count, tokens + count
+        for layer in learnt:
+            layer.loosen()
         return total / max(1, tokens)
 
     def _take(self, shifts: Sequence[Tensor]) -> None:
@@ -193,9 +197,6 @@ class Trainer:
     def _loss(self, batch: Sequence[Exercise]) -> Tensor:
         """Mean divergence of the tokens to write."""
         backbone = self._backbone
-        for each in self.learnt:
-            if each is not None:
-                each.round()
         ids = padded([each.ids[:-1] for each in batch])
         positions = torch.arange(self._length, self._length + ids.shape[1]).expand_as(ids).to(backbone.device)
         first = min(each.asked for each in batch) - 1
