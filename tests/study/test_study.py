@@ -18,13 +18,15 @@ from cribsheet.corpus.documents import Document
 from cribsheet.errors import BudgetError, DocumentError, RequestError, SheetError
 from cribsheet.living.segments import cut, sheet_layers
 from cribsheet.sheet import file
+from cribsheet.study import practice as practice_module
+from cribsheet.study import study as study_module
 from cribsheet.study.exercises import Exercise, Practice, practice_of
 from cribsheet.study.forecast import peak_bytes
 from cribsheet.study.layer import Learnt, StudiedLayer
 from cribsheet.study.learner import free_places, with_layers
 from cribsheet.study.notebook import Notebook, read_practice, write_practice
 from cribsheet.study.practice import make_practice
-from cribsheet.study.study import Study, study
+from cribsheet.study.study import Study, practise, study
 from cribsheet.study.trainer import Pace, Trainer, weights_fixed
 from cribsheet.testing import save_tiny_model
 from cribsheet.vocabulary import ABSENT
@@ -515,3 +517,52 @@ def test_a_real_sheet_learns_and_its_file_is_an_ordinary_one(tmp_path):
     with CompressedKnowledgeLLM.load(kb.save(tmp_path / "a.sheet")) as opened:
         assert opened.ask(question, max_tokens=8).text == said
         assert opened.sheet.manifest.build["study"]["steps"] == 50
+
+
+def test_a_practice_that_is_killed_goes_on_to_the_same_end(staff, practice, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "_SAVED_EVERY", 0.0)
+    draft, left = tmp_path / "a.part", iter(range(1))
+
+    def killed(what, share):
+        if share > 0 and next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        practise(staff.session, resume=draft, progress=killed)
+    assert draft.exists()
+    with pytest.raises(SheetError, match=r"The unfinished practice .* belongs to another practice"):
+        practise(staff.session, seed=1, resume=draft)
+    tried = []
+    monkeypatch.setattr(practice_module._Maker, "_asked", counting(practice_module._Maker._asked, tried))
+    whole = practise(staff.session, resume=draft)
+    assert whole.digest == practice.digest and (whole.tried, whole.left_out) == (practice.tried, practice.left_out)
+    stretches = len(practice_module._stretches(staff.sheet.documents))
+    assert len(tried) == practice_module.ROUNDS * stretches - 2  # what was done is not done again
+    held = bytearray(draft.read_bytes())
+    held[-3] ^= 1
+    draft.write_bytes(bytes(held))
+    with pytest.raises(SheetError, match="damaged"):
+        practise(staff.session, resume=draft)
+
+
+def counting(function, calls):
+    def called(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return called
+
+
+def test_a_killed_study_keeps_its_practice_and_leaves_nothing_when_it_ends(staff, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "_SAVED_EVERY", 0.0)
+    notebook = tmp_path / "a.study"
+
+    def killed(what, share):
+        if what == "practice" and share > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(staff.session, steps=1, resume=notebook, progress=killed)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.study.practice.part"]
+    study(staff.session, steps=1, resume=notebook)
+    assert not list(tmp_path.iterdir())

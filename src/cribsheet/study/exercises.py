@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,26 @@ class Practice:
         for row in (*self.questions, *self.texts):
             digest.update(row.ids.numpy().tobytes() + row.weights.numpy().tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A practice that is half made, to go on from to the same end.
+
+    `taken` are the words of questions that are not to be asked again, `gave` how much each finished round gave, by
+    question tried; `counts` are questions found and tried when the round began, of which so many `stretches` are done.
+    `chance` is the state of the random numbers; the rest is as in `Practice`.
+    """
+
+    questions: Sequence[Exercise]
+    tried: int
+    left_out: Counter[str]
+    seconds: float
+    taken: Sequence[str]
+    gave: Sequence[float]
+    counts: tuple[int, int]
+    stretches: int
+    chance: Any
 
 
 def practice_of(sheet: Sheet, documents: Collection[str] = ()) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from cribsheet.compress.remembered import identity_digest, remember, remembered
-from cribsheet.study.exercises import Exercise, Practice
+from cribsheet.study.exercises import Draft, Exercise, Practice
 from cribsheet.study.trainer import State
 
-_LEARNT, _PRACTICE = "The notebook", "The practice"
+_LEARNT, _PRACTICE, _DRAFT = "The notebook", "The practice", "The unfinished practice"
 _PARTS = ("shifts", "moments", "best")
 
 
@@ -72,20 +72,48 @@ def read_practice(path: Path) -> Practice | None:
 def write_practice(path: Path, practice: Practice) -> None:
     """Remember what to practise on. Raises `SheetError` if it cannot be written, and leaves what was there."""
     rows = [*practice.questions, *practice.texts]
-    tensors = {
-        f"{number}.{part}": getattr(row, part).contiguous()
-        for number, row in enumerate(rows)
-        for part in ("ids", "tops", "weights")
-    }
     told = {
-        "exercises": [(row.asked, row.question, row.answer) for row in rows],
+        "exercises": _told(rows),
         "questions": len(practice.questions),
         "tried": practice.tried,
         "left_out": practice.left_out,
         "of": practice.of,
         "seconds": practice.seconds,
     }
-    remember(path, _PRACTICE, {"practice": json.dumps(told, ensure_ascii=False)}, tensors)
+    remember(path, _PRACTICE, {"practice": json.dumps(told, ensure_ascii=False)}, _tensors(rows))
+
+
+def read_draft(path: Path, of: str) -> Draft | None:
+    """What there is of a practice that was begun, or none.
+
+    Raises `SheetError` for a damaged file, or one of another practice than `of`.
+    """
+    if (found := remembered(path, _DRAFT, "practice", of)) is None:
+        return None
+    told, tensors = json.loads(found[0]["told"]), found[1]
+    rows = [_exercise(tensors, number, *each) for number, each in enumerate(told.pop("exercises"))]
+    version, numbers, rest = told.pop("chance")
+    told |= {"left_out": Counter(told["left_out"]), "counts": tuple(told["counts"])}
+    return Draft(rows, chance=(version, tuple(numbers), rest), **told)
+
+
+def write_draft(path: Path, draft: Draft, of: str) -> None:
+    """Remember how far a practice is. Raises `SheetError` if it cannot be written, and leaves what was there."""
+    told = {name: getattr(draft, name) for name in Draft.__slots__ if name != "questions"}
+    told["exercises"] = _told(draft.questions)
+    remember(path, _DRAFT, {"practice": of, "told": json.dumps(told, ensure_ascii=False)}, _tensors(draft.questions))
+
+
+def _told(rows: Sequence[Exercise]) -> list[tuple[int, str, str]]:
+    return [(row.asked, row.question, row.answer) for row in rows]
+
+
+def _tensors(rows: Sequence[Exercise]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{part}": getattr(row, part).contiguous()
+        for number, row in enumerate(rows)
+        for part in ("ids", "tops", "weights")
+    }
 
 
 def _exercise(tensors: Mapping[str, Tensor], number: int, asked: int, question: str, answer: str) -> Exercise:

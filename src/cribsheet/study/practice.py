@@ -33,7 +33,7 @@ from cribsheet.retention.probes import Exam, agree, is_apt, is_told, rare_words
 from cribsheet.retrieval.passages import GAP
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.study.exercises import Exercise, Practice, padded, practice_of
+from cribsheet.study.exercises import Draft, Exercise, Practice, padded, practice_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,30 +78,33 @@ def make_practice(
     least: int = 0,
     documents: Collection[str] = (),
     tell: Callable[[float], None] = lambda share: None,
+    draft: Draft | None = None,
+    keep: Callable[[Draft], None] = lambda draft: None,
 ) -> Practice:
     """Exercises about a sheet's documents: round after round `until` then (of `time.monotonic`), or as they give much.
 
     While there are fewer than `least` questions, it goes on until the `latest`. Without a time there are a few rounds,
-    the same every time. `documents` are the ids of those that it is about, if not all.
+    the same every time. `documents` are the ids of those that it is about, if not all. After each stretch there is a
+    draft to `keep`, and from a `draft` it goes on.
 
     Raises `RequestError` if the sheet has no texts.
     """
     stretches = _stretches(_told(sheet, documents))
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
-    maker = _Maker(exam, stretches, seed)
-    gave: list[float] = []  # by each question that was tried, in each round
-    while len(gave) < ROUNDS or (until is not None and gave[-1] > _WORTH * gave[0]):
-        found, tried = len(maker.found), maker.tried
-        for number, stretch in enumerate(stretches):
+    maker = _Maker(exam, stretches, seed, draft)
+    while len(maker.gave) < ROUNDS or (until is not None and maker.gave[-1] > _WORTH * maker.gave[0]):
+        while maker.done < len(stretches):
             ends = until if len(maker.found) >= least else latest
-            most = None if ends is None else _affordable(maker, ends, len(stretches) - number)
+            most = None if ends is None else _affordable(maker, ends, len(stretches) - maker.done)
             if most == 0:
-                logger.info("time is up for practice after %d of %d stretches", number, len(stretches))
+                logger.info("time is up for practice after %d of %d stretches", maker.done, len(stretches))
                 return maker.practice(practice_of(sheet, documents))
-            maker.take(stretch, len(gave), most)
-            tell(_share(maker.began, ends, len(gave) + (number + 1) / len(stretches)))
-        gave.append((len(maker.found) - found) / max(1, maker.tried - tried))
-        logger.info("practice: %d questions after round %d", len(maker.found), len(gave))
+            maker.take(stretches[maker.done], len(maker.gave), most)
+            maker.done += 1
+            keep(maker.draft())
+            tell(_share(maker.began, ends, len(maker.gave) + maker.done / len(stretches)))
+        maker.end_round()
+        logger.info("practice: %d questions after round %d", len(maker.found), len(maker.gave))
     return maker.practice(practice_of(sheet, documents))
 
 
@@ -167,7 +170,7 @@ def _told(sheet: Sheet, documents: Collection[str] = ()) -> list[Document]:
 class _Maker:
     """Makes exercises of one stretch after the other, again and again: never the same question twice."""
 
-    def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int) -> None:
+    def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int, draft: Draft | None = None) -> None:
         self._exam, self._stretches, self._seed = exam, stretches, seed
         self.at_once = _AT_ONCE_ON_GPU if exam.backbone.device.type == "cuda" else _AT_ONCE
         self._random = random.Random(seed)
@@ -179,6 +182,26 @@ class _Maker:
         self.found: list[Exercise] = []
         self.tried, self.began = 0, time.monotonic()
         self.left_out: Counter[str] = Counter()
+        self.gave: list[float] = []  # questions by each that was tried, in each round that is finished
+        self.done, self._counts = 0, (0, 0)  # stretches of this round; questions found and tried before it
+        if draft is not None:
+            self._random.setstate(draft.chance)
+            self._taken = set(draft.taken)
+            self.found, self.tried, self.left_out = list(draft.questions), draft.tried, draft.left_out.copy()
+            self.gave, self.done, self._counts = list(draft.gave), draft.stretches, draft.counts
+            self.began -= draft.seconds
+
+    def draft(self) -> Draft:
+        """How far it is."""
+        seconds, chance = time.monotonic() - self.began, self._random.getstate()
+        taken = sorted(self._taken)
+        return Draft(self.found, self.tried, self.left_out, seconds, taken, self.gave, self._counts, self.done, chance)
+
+    def end_round(self) -> None:
+        """All stretches were asked about once more."""
+        found, tried = self._counts
+        self.gave.append((len(self.found) - found) / max(1, self.tried - tried))
+        self.done, self._counts = 0, (len(self.found), self.tried)
 
     def take(self, stretch: Passage, turn: int, most: int | None = None) -> None:
         """Ask some questions about each sentence of a stretch, at most so many, and in the first round gaps too."""

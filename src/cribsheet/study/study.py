@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TypedDict
 
 from cribsheet.asking.session import Session
+from cribsheet.compress.remembered import identity_digest
 from cribsheet.errors import BudgetError, DocumentError, ModelError, RequestError, SheetError
 from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.study.exercises import Exercise, Practice, practice_of
+from cribsheet.study.exercises import Draft, Exercise, Practice, practice_of
 from cribsheet.study.learner import trainer_of, with_layers
-from cribsheet.study.notebook import Notebook, read_practice, write_practice
+from cribsheet.study.notebook import Notebook, read_draft, read_practice, write_draft, write_practice
 from cribsheet.study.practice import make_practice
 from cribsheet.study.trainer import Pace, State
 
@@ -167,14 +168,18 @@ def practise(
     minutes: float | None = None,
     seed: int = 0,
     documents: Sequence[str] = (),
+    resume: str | Path | None = None,
     progress: Told | None = None,
 ) -> Practice:
     """What sheets of these documents, of whatever size, may practise on; `documents` are the ids of some alone.
 
-    `minutes` are those of a whole study, of which it takes its share; without them it is the same every time.
+    `minutes` are those of a whole study, of which it takes its share; without them it is the same every time. `resume`
+    is a file in which it is remembered how far it is; if it was interrupted, it goes on from there. Raises `SheetError` for one of another practice.
     """
     told = progress or (lambda what, share: None)
-    began = time.monotonic()
+    path, of = resume and Path(resume), identity_digest({"of": practice_of(session.sheet, documents), "seed": seed})
+    draft = read_draft(path, of) if path else None
+    began = time.monotonic() - (draft.seconds if draft else 0.0)
     ends = [None if minutes is None else began + 60 * minutes * share for share in (PRACTICE, _LATEST)]
     told("practice", 0.0)
     return make_practice(
@@ -187,6 +192,8 @@ def practise(
         least=max(LEAST_QUESTIONS, session.sheet.manifest.corpus_tokens // _TOKENS),
         documents=documents,
         tell=lambda share: told("practice", share),
+        draft=draft,
+        keep=_keeper(path, of) if path else lambda draft: None,
     )
 
 
@@ -209,10 +216,26 @@ def _exercises(
     if found is not None:
         _check_of(found, session.sheet, documents, f"The practice in {str(path)!r}")
         return found, found.seconds if own else 0.0
-    made = practise(session, minutes=minutes, seed=seed, documents=documents, progress=told)
+    draft = path and path.with_name(f"{path.name}.part")
+    made = practise(session, minutes=minutes, seed=seed, documents=documents, resume=draft, progress=told)
     if path is not None and len(made.questions) >= LEAST_QUESTIONS:
         write_practice(path, made)
+    if draft:
+        draft.unlink(missing_ok=True)
     return made, made.seconds
+
+
+def _keeper(path: Path, of: str) -> Callable[[Draft], None]:
+    """Writes a draft of a practice, now and then."""
+    saved = time.monotonic()
+
+    def keep(draft: Draft) -> None:
+        nonlocal saved
+        if time.monotonic() - saved >= _SAVED_EVERY:
+            write_draft(path, draft, of)
+            saved = time.monotonic()
+
+    return keep
 
 
 def _beside(notebook: Path) -> Path:
