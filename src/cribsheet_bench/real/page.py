@@ -263,7 +263,7 @@ def _pooled(view: View, rate: float, groups: Sequence[str]) -> Iterable[list[str
         own = method, 1.0 if method in (FULL, CLOSED) else rate
         gains = [view.difference(own, (rival, 1.0 if rival == FULL else rate), groups) for rival in _rivals(view)]
         kept, unit = view.retained(method, rate, groups), 2048 if view.is_wide and method != INT4 else 1024
-        told = method != CLOSED and _mean(row.mode != "sheet" for row in rows)
+        told = method != CLOSED and _mean(row.mode in ("hybrid", "retrieval", "recall") for row in rows)
         yield [
             method,
             _score(rows),
