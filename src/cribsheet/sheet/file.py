@@ -75,14 +75,26 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = 
 
 
 def _readable(archive: Archive | None, target: Path) -> Archive | None:
-    """An archive that is to be written beside a sheet; none, with a warning, if it cannot be read."""
+    """An archive that is to be written beside a sheet, or lies there; none, with a warning, if it cannot be read."""
+    if archive is None or archive.is_at(archive_path(target)):
+        return archive
     try:
-        if archive is not None and not archive.is_at(archive_path(target)):
-            archive.check()
+        archive.check()
         return archive
     except SheetError as error:
+        there = archive.at(archive_path(target))  # what came back, since, is not to be taken away
+        if _is_readable(there):
+            return there
         logger.warning("the sheet is written without its archive: %s", error)
         return None
+
+
+def _is_readable(archive: Archive) -> bool:
+    try:
+        archive.verify()
+    except SheetError:
+        return False
+    return True
 
 
 def copy(source: str | Path, target: Path) -> None:
