@@ -137,3 +137,9 @@ def test_an_archive_that_cannot_be_read_is_not_carried_on(tiny, tmp_path, caplog
     assert "the sheet has no archive any more" in caplog.text
     assert not archive_path(save(load_sheet(path), tmp_path / "b.sheet")).exists()
     assert "the sheet is written without its archive" in caplog.text
+
+
+def test_a_checkpoint_of_what_is_added_misses_no_archive(tiny, tmp_path, caplog):
+    added = edits.extend(tiny, build(tiny), MORE, checkpoint=tmp_path / "c")
+    added.archive.verify()
+    assert "has no archive" not in caplog.text
