@@ -20,6 +20,7 @@ from cribsheet.plan.options import BuildOptions
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.encoder import Encoder
 from cribsheet.retention.retention import make_checker
+from cribsheet.sheet.archive.archive import Archive
 from cribsheet.sheet.archive.writer import unfinished_archive
 from cribsheet.sheet.file import copy, read_manifest, save
 from cribsheet.sheet.layers import StoredLayer
@@ -193,6 +194,20 @@ def test_an_archive_that_came_back_is_not_taken_away(tiny, saved, tmp_path):
     away.write_bytes(saved.read_bytes())  # the same sheet from elsewhere, without one
     copy(away, saved)
     load_sheet(saved).archive.verify()
+
+
+def test_a_sheet_that_is_replaced_while_it_is_opened_has_the_archive_of_the_new_one(tiny, saved, monkeypatch):
+    later, beside = [build(tiny, archive="int8")], Archive.beside
+
+    def after_a_save(path, manifest):
+        if later:
+            save(later.pop(), path)
+        return beside(path, manifest)
+
+    monkeypatch.setattr(Archive, "beside", after_a_save)
+    sheet = load_sheet(saved)
+    sheet.archive.verify()
+    assert not later and sheet.archive.dtype == "int8"
 
 
 def test_a_link_to_a_sheet_leads_to_its_archive_too(tiny, saved, tmp_path):

@@ -51,6 +51,14 @@ def test_a_push_takes_it_along_and_a_pull_brings_it(registry, saved, tmp_path, c
     assert same(SheetCache(1 << 20).load(f"{registry.place}#staff@1"), pulled)
 
 
+def test_a_push_brings_back_what_the_registry_has_lost(saved, tmp_path):
+    registry = Registry(tmp_path / "hub")
+    made = registry.push(saved, "staff")
+    (tmp_path / "hub/staff/1.sheet.archive").unlink()
+    assert registry.push(saved, "staff") == made
+    load_sheet(registry.pull("staff")).archive.verify()
+
+
 def test_only_sound_archives_are_pushed(registry, saved):
     place = archive_path(saved)
     held = place.read_bytes()

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
+_TRIES = 9  # to open a sheet and its archive between two times that both are replaced
 _AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
 
 
@@ -128,14 +129,26 @@ def load(path: str | Path) -> Sheet:
 
 
 def _loaded(path: str | Path) -> Sheet:
-    file = _opened(path)
-    manifest = _manifest_of(file, path)
+    for _ in range(_TRIES):
+        file = _opened(path)
+        manifest = _manifest_of(file, path)
+        archive = Archive.beside(path, manifest)
+        if archive is None or _is_still(file, path):  # else both were replaced in between
+            break
     try:
-        return _sheet_of(file, manifest, path)
+        return replace(_sheet_of(file, manifest, path), archive=archive)
     except SheetError:
         raise
     except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch has no memory in the form of RuntimeError
         raise _damaged(path, error) from error
+
+
+def _is_still(file: TensorFile, path: str | Path) -> bool:
+    """Whether a file that was opened is the one that lies at its path."""
+    try:
+        return file.is_same(Path(path))
+    except OSError:  # it was taken away
+        return True
 
 
 def verify(path: str | Path) -> None:
@@ -230,7 +243,7 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     held = LayersOfFile(layers, partial(_layers_of, file, layers, names, path))
     if file.size <= _AT_ONCE:
         held.read()
-    return Sheet(held, indices, origins, manifest, texts, Archive.beside(path, manifest))
+    return Sheet(held, indices, origins, manifest, texts)
 
 
 def _layers_of(
