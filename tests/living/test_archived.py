@@ -92,6 +92,15 @@ def test_a_sheet_saved_over_one_with_an_archive_takes_it_away(tiny, tmp_path):
     assert archive_path(path).read_text() == "a file of somebody else's"
 
 
+def test_an_archive_behind_a_link_is_taken_away_with_the_link(tiny, tmp_path):
+    path, elsewhere = save(build(tiny), tmp_path / "a.sheet"), tmp_path / "large.bin"
+    archive_path(path).rename(elsewhere)
+    archive_path(path).symlink_to(elsewhere)
+    load_sheet(path).archive.verify()
+    save(build(tiny, archive=False), path)
+    assert not elsewhere.exists() and not archive_path(path).is_symlink()
+
+
 def test_temporary_files_go_with_their_sheets(tiny, tmp_path):
     path = save(build(tiny), tmp_path / "a.sheet")
     changed = edits.remove(tiny, load_sheet(path), DOCUMENTS[0].id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -112,7 +113,8 @@ def _put_archive(archive: Archive | None, target: Path) -> None:
         with writing(target, "The archive") as unfinished:
             archive.copy_to(unfinished)
     elif archive is None and is_archive(target):
-        target.unlink()
+        Path(os.path.realpath(target)).unlink()  # what a link leads to, and the link
+        target.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Sheet:
