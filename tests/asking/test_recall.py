@@ -416,6 +416,15 @@ def test_a_sheet_that_is_closed_lets_go_of_its_desk(kb):
     assert other.session._desk.nbytes > 0
     other.close()
     assert other.session._desk is None
+    with pytest.raises(EngineError, match="closed"):
+        other.ask(QUESTION, max_tokens=1, mode="recall", retriever=finds(*FOUND))
+    assert other.session._desk is None
+
+
+def test_the_bound_of_a_desk_outlives_a_change_of_documents(tiny):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=3, mode="independent", archive=True)
+    kb.desk.max_bytes = 12345
+    assert kb.remove("bob").desk.max_bytes == 12345
 
 
 def test_recall_finds_what_the_sheet_has_lost():

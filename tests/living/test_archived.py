@@ -92,6 +92,15 @@ def test_a_sheet_saved_over_one_with_an_archive_takes_it_away(tiny, tmp_path):
     assert archive_path(path).read_text() == "a file of somebody else's"
 
 
+def test_an_archive_behind_a_link_is_taken_away_with_the_link(tiny, tmp_path):
+    path, elsewhere = save(build(tiny), tmp_path / "a.sheet"), tmp_path / "large.bin"
+    archive_path(path).rename(elsewhere)
+    archive_path(path).symlink_to(elsewhere)
+    load_sheet(path).archive.verify()
+    save(build(tiny, archive=False), path)
+    assert not elsewhere.exists() and not archive_path(path).is_symlink()
+
+
 def test_temporary_files_go_with_their_sheets(tiny, tmp_path):
     path = save(build(tiny), tmp_path / "a.sheet")
     changed = edits.remove(tiny, load_sheet(path), DOCUMENTS[0].id)
@@ -137,3 +146,9 @@ def test_an_archive_that_cannot_be_read_is_not_carried_on(tiny, tmp_path, caplog
     assert "the sheet has no archive any more" in caplog.text
     assert not archive_path(save(load_sheet(path), tmp_path / "b.sheet")).exists()
     assert "the sheet is written without its archive" in caplog.text
+
+
+def test_a_checkpoint_of_what_is_added_misses_no_archive(tiny, tmp_path, caplog):
+    added = edits.extend(tiny, build(tiny), MORE, checkpoint=tmp_path / "c")
+    added.archive.verify()
+    assert "has no archive" not in caplog.text

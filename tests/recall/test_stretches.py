@@ -49,6 +49,11 @@ def test_a_passage_is_found_in_the_documents_whatever_is_known_of_it(sheet, pass
     assert place_of(sheet, passage) == Stretch(1, 19, 40)
 
 
+def test_a_place_ends_with_its_document(sheet):
+    text = DOCUMENTS[1].text
+    assert place_of(sheet, Passage(text[19:], "bob", 19, 999)) == Stretch(1, 19, len(text))
+
+
 def test_what_is_not_in_the_documents_is_nowhere(sheet):
     for passage in (Passage("Bob moved to Bergen.", "bob"), Passage("  ", "bob"), Passage(mark(9, 0, 5)), Passage("")):
         assert place_of(sheet, passage) is None

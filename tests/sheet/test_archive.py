@@ -20,8 +20,9 @@ from cribsheet.plan.options import BuildOptions
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.encoder import Encoder
 from cribsheet.retention.retention import make_checker
+from cribsheet.sheet.archive.archive import Archive
 from cribsheet.sheet.archive.writer import unfinished_archive
-from cribsheet.sheet.file import read_manifest, save
+from cribsheet.sheet.file import copy, read_manifest, save
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.tensors import TensorFile
 from cribsheet.testing import tiny_backbone
@@ -151,6 +152,72 @@ def test_what_was_saved_is_written_to_no_more_and_is_not_copied_to_itself(tiny, 
     assert before.st_nlink == 1  # the temporary name is gone with the sheet that was built
     save(load_sheet(path), path)
     assert os.stat(f"{path}.archive").st_ino == before.st_ino
+
+
+def test_two_sheets_that_are_saved_share_neither_rights_nor_what_is_written_to_one(tiny, tmp_path):
+    sheet, private = build(tiny), tmp_path / "private.sheet.archive"
+    private.touch(mode=0o600)
+    save(sheet, tmp_path / "private.sheet")
+    save(sheet, tmp_path / "public.sheet")
+    assert private.stat().st_mode & 0o777 == 0o600
+    private.write_bytes(b"something else")
+    load_sheet(tmp_path / "public.sheet").archive.verify()
+
+
+def test_what_was_written_to_a_saved_archive_is_not_saved_again(tiny, tmp_path, caplog):
+    sheet = build(tiny)
+    with open(f"{save(sheet, tmp_path / 'a.sheet')}.archive", "r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"not these")
+    save(sheet, tmp_path / "b.sheet")
+    assert "written without its archive" in caplog.text and not (tmp_path / "b.sheet.archive").exists()
+
+
+@pytest.mark.parametrize("by", ["another build", "nobody"])
+def test_a_sheet_is_saved_with_its_own_archive_though_the_checkpoint_s_name_is_taken(tiny, tmp_path, by):
+    sheet = build(tiny, checkpoint=tmp_path / "c")
+    unfinished_archive(tmp_path / "c").unlink()
+    (tmp_path / "c").unlink()
+    if by == "another build":
+        build(tiny, checkpoint=tmp_path / "c", archive="int8")
+    load_sheet(save(sheet, tmp_path / "a.sheet")).archive.verify()
+    assert sorted(path.name for path in tmp_path.glob("*a.sheet*")) == ["a.sheet", "a.sheet.archive"]
+
+
+def test_an_archive_that_came_back_is_not_taken_away(tiny, saved, tmp_path):
+    archive, away = tmp_path / "a.sheet.archive", tmp_path / "away"
+    archive.rename(away)
+    sheet = load_sheet(saved)
+    away.rename(archive)
+    save(sheet, saved)
+    load_sheet(saved).archive.verify()
+    away.write_bytes(saved.read_bytes())  # the same sheet from elsewhere, without one
+    copy(away, saved)
+    load_sheet(saved).archive.verify()
+
+
+def test_a_sheet_that_is_replaced_while_it_is_opened_has_the_archive_of_the_new_one(tiny, saved, monkeypatch):
+    later, beside = [build(tiny, archive="int8")], Archive.beside
+
+    def after_a_save(path, manifest):
+        if later:
+            save(later.pop(), path)
+        return beside(path, manifest)
+
+    monkeypatch.setattr(Archive, "beside", after_a_save)
+    sheet = load_sheet(saved)
+    sheet.archive.verify()
+    assert not later and sheet.archive.dtype == "int8"
+
+
+def test_a_link_to_a_sheet_leads_to_its_archive_too(tiny, saved, tmp_path):
+    link = tmp_path / "latest.sheet"
+    link.symlink_to(saved.name)
+    load_sheet(link).archive.verify()
+    save(build(tiny, archive="int8"), link)
+    assert link.is_symlink() and load_sheet(saved).archive.dtype == "int8"
+    load_sheet(saved).archive.verify()
+    assert not (tmp_path / "latest.sheet.archive").exists()
 
 
 @pytest.mark.parametrize("dtype", ["int4", "float32"])

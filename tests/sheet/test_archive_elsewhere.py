@@ -51,6 +51,26 @@ def test_a_push_takes_it_along_and_a_pull_brings_it(registry, saved, tmp_path, c
     assert same(SheetCache(1 << 20).load(f"{registry.place}#staff@1"), pulled)
 
 
+def test_a_sheet_in_a_cache_gets_an_archive_that_comes_later(saved, tmp_path):
+    sheets, away = SheetCache(1 << 20), tmp_path / "away"
+    archive_path(saved).rename(away)
+    assert sheets.load(saved).archive.trouble
+    away.rename(archive_path(saved))
+    later = sheets.load(saved)
+    later.archive.verify()
+    archive_path(saved).unlink()
+    assert sheets.load(saved).archive.trouble  # the one that is held had none
+    assert len(sheets) == 1 and not later.archive.trouble
+
+
+def test_a_push_brings_back_what_the_registry_has_lost(saved, tmp_path):
+    registry = Registry(tmp_path / "hub")
+    made = registry.push(saved, "staff")
+    (tmp_path / "hub/staff/1.sheet.archive").unlink()
+    assert registry.push(saved, "staff") == made
+    load_sheet(registry.pull("staff")).archive.verify()
+
+
 def test_only_sound_archives_are_pushed(registry, saved):
     place = archive_path(saved)
     held = place.read_bytes()

@@ -66,7 +66,12 @@ class Session:
 
     def over(self, sheet: Sheet) -> Session:
         """The same over another sheet of the same terms; answers that are running end on this one."""
-        return Session(self.running, self.layout, sheet)
+        following = Session(self.running, self.layout, sheet)
+        with self._lock:
+            bound = self._desk.max_bytes if self._desk else None
+        if bound is not None and sheet.archive is not None:
+            following.desk.max_bytes = bound
+        return following
 
     def close(self) -> None:
         """Cancel running answers and let go of keys and values; safe to call twice."""
@@ -177,7 +182,10 @@ class Session:
 
     @property
     def desk(self) -> Desk:
-        """What of the sheet's archive lies on the device. Raises `RequestError` for a sheet without one."""
+        """What of the sheet's archive lies on the device. Raises `RequestError` for a sheet without one.
+
+        And `EngineError` once it is closed.
+        """
         archive = self.sheet.archive
         if archive is None:
             raise RequestError(
@@ -185,6 +193,7 @@ class Session:
                 'mode or no_archive="sheet".'
             )
         with self._lock:
+            self.running.check_open()  # what is closed lets go of its desk once
             if self._desk is None:
                 self._desk = Desk(archive, self.backbone)
             return self._desk

@@ -263,6 +263,7 @@ def read_all(
     finished, digest = _resumed(backbone, base, plans, Path(checkpoint)) if checkpoint is not None else ([], "")
     done, saved = sum(lengths[: len(finished)]), 0
     total, preamble_tokens = sum(lengths), len(terms.preamble)
+    bare = replace(preamble, archive=None)  # a checkpoint has no archive, so that none is missed in it
     if archive is not None:
         _begin(backbone, terms, archive, archive.layout.tokens - total, done, digest)
     with shown(progress) as told:
@@ -284,7 +285,7 @@ def read_all(
             enough = saved >= usual_chunk(backbone) or done == total
             if checkpoint is not None and enough:
                 so_far = base.model_copy(update={"build": {"archive": archive.digest}}) if archive else base
-                file.save(assemble(backbone, so_far, preamble, finished, terms.guide[:0]), checkpoint)
+                file.save(assemble(backbone, so_far, bare, finished, terms.guide[:0]), checkpoint)
                 saved = 0
             tell(done)
     return finished

@@ -43,7 +43,7 @@ def located(sheet: Sheet, known: Callable[[], Known], passage: Passage) -> Stret
     if number is not None and start is not None:
         stop = start + len(text) if passage.stop is None else passage.stop
         if not sheet.texts or flattened(sheet.texts[number][start:stop]) == flattened(text):
-            return Stretch(number, start, stop)
+            return Stretch(number, start, min(stop, sheet.manifest.documents[number].characters))
     if marked := named(sheet, text):  # a marker stands in the place of a passage
         return marked[0]
     if not sheet.texts or not text.strip():

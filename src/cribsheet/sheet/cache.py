@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cribsheet.errors import BudgetError
 from cribsheet.sheet import file
+from cribsheet.sheet.archive.archive import archive_path
 from cribsheet.sheet.registry import resolve
 from cribsheet.sheet.sheet import Sheet
 
@@ -42,7 +43,7 @@ class SheetCache:
         """The sheet at a path, a URL, or `REGISTRY#NAME@VERSION`. Raises `SheetError` as `load_sheet`."""
         path = resolve(place)
         if (kept := self._kept(path)) is not None:
-            return kept
+            return _with_archive(kept, path)
         key = _key(path) if path.is_file() else None  # of what is read or of what was there before, never of what comes
         opened = file.load(path)
         if key is None or _bytes(opened) > self.max_bytes:
@@ -88,6 +89,14 @@ def _key(path: Path) -> _Key:
     """What tells a file, and each version of it."""
     found = path.stat()
     return str(path.resolve()), found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _with_archive(sheet: Sheet, path: Path) -> Sheet:
+    """The same with the archive that lies beside its file by now, if one does: it may have come since."""
+    if sheet.archive is None or sheet.archive.is_at(archive_path(path)):
+        return sheet
+    found = sheet.archive.at(archive_path(path))
+    return sheet if found.trouble else dataclasses.replace(sheet, archive=found)
 
 
 def _bytes(sheet: Sheet) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".sheet"
 _MANIFEST = "cribsheet"
 _DIGEST = "sha256"
+_TRIES = 9  # to open a sheet and its archive between two times that both are replaced
 _AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
 
 
@@ -75,14 +77,26 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = 
 
 
 def _readable(archive: Archive | None, target: Path) -> Archive | None:
-    """An archive that is to be written beside a sheet; none, with a warning, if it cannot be read."""
+    """An archive that is to be written beside a sheet, or lies there; none, with a warning, if it cannot be read."""
+    if archive is None or archive.is_at(archive_path(target)):
+        return archive
     try:
-        if archive is not None and not archive.is_at(archive_path(target)):
-            archive.check()
+        archive.check()
         return archive
     except SheetError as error:
+        there = archive.at(archive_path(target))  # what came back, since, is not to be taken away
+        if _is_readable(there):
+            return there
         logger.warning("the sheet is written without its archive: %s", error)
         return None
+
+
+def _is_readable(archive: Archive) -> bool:
+    try:
+        archive.verify()
+    except SheetError:
+        return False
+    return True
 
 
 def copy(source: str | Path, target: Path) -> None:
@@ -99,7 +113,8 @@ def _put_archive(archive: Archive | None, target: Path) -> None:
         with writing(target, "The archive") as unfinished:
             archive.copy_to(unfinished)
     elif archive is None and is_archive(target):
-        target.unlink()
+        Path(os.path.realpath(target)).unlink()  # what a link leads to, and the link
+        target.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Sheet:
@@ -116,14 +131,26 @@ def load(path: str | Path) -> Sheet:
 
 
 def _loaded(path: str | Path) -> Sheet:
-    file = _opened(path)
-    manifest = _manifest_of(file, path)
+    for _ in range(_TRIES):
+        file = _opened(path)
+        manifest = _manifest_of(file, path)
+        archive = Archive.beside(path, manifest)
+        if archive is None or _is_still(file, path):  # else both were replaced in between
+            break
     try:
-        return _sheet_of(file, manifest, path)
+        return replace(_sheet_of(file, manifest, path), archive=archive)
     except SheetError:
         raise
     except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch has no memory in the form of RuntimeError
         raise _damaged(path, error) from error
+
+
+def _is_still(file: TensorFile, path: str | Path) -> bool:
+    """Whether a file that was opened is the one that lies at its path."""
+    try:
+        return file.is_same(Path(path))
+    except OSError:  # it was taken away
+        return True
 
 
 def verify(path: str | Path) -> None:
@@ -218,7 +245,7 @@ def _sheet_of(file: TensorFile, manifest: Manifest, path: str | Path) -> Sheet:
     held = LayersOfFile(layers, partial(_layers_of, file, layers, names, path))
     if file.size <= _AT_ONCE:
         held.read()
-    return Sheet(held, indices, origins, manifest, texts, Archive.beside(path, manifest))
+    return Sheet(held, indices, origins, manifest, texts)
 
 
 def _layers_of(

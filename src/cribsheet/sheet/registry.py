@@ -150,7 +150,7 @@ class Registry:
     def push(self, sheet: str | Path, name: str) -> Version:
         """Add a sheet file as the next version of `name`; the same file again is the version that it is already.
 
-        Its archive goes with it. Raises `SheetError` if that is missing or damaged.
+        Its archive goes with it, again if the registry has lost it. Raises `SheetError` if that is missing or damaged.
         """
         file.verify(sheet)
         archive = Archive.beside(sheet, file.read_manifest(sheet))
@@ -159,11 +159,13 @@ class Registry:
         known = self.versions(name)
         data = Path(sheet).read_bytes()  # once, so that the digest is that of what is pushed
         sha256 = hashlib.sha256(data).hexdigest()
-        for version in known:
-            if version.sha256 == sha256:
-                return version
         filesystem, root = _filesystem(self.place)
         folder = f"{root}/{name}"
+        for version in known:
+            if version.sha256 == sha256:
+                if archive is not None:
+                    self._put_again(filesystem, archive, f"{folder}/{version.version}{file.SUFFIX}{SUFFIX}")
+                return version
         number = max((version.version for version in known), default=0) + 1
         with _told(f"The registry {_shown(self.place)!r} cannot be read"):
             while filesystem.exists(f"{folder}/{number}{file.SUFFIX}"):  # left by a push that was interrupted
@@ -184,6 +186,12 @@ class Registry:
             index = Index(versions=[*known, made]).model_dump_json(indent=1).encode()
             _put(filesystem, index, f"{folder}/{_INDEX}")
         return made
+
+    def _put_again(self, filesystem: Any, archive: Archive, path: str) -> None:
+        """An archive of a version that is there, if the registry has lost it."""
+        with _told(f"The registry {_shown(self.place)!r} cannot be written"):
+            if not filesystem.exists(path):
+                _put(filesystem, archive.path, path)
 
     def pull(self, name: str, version: int | None = None) -> Path:
         """The file of a version, the newest by default, on this machine and verified. Raises `SheetError` for none."""

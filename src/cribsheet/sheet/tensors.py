@@ -112,6 +112,10 @@ class TensorFile:
         """Whether it is this file that lies at a path."""
         return os.path.samestat(os.fstat(self._file.fileno()), os.stat(path))
 
+    def is_alone(self) -> bool:
+        """Whether the file has one name, or none any more, so that nobody opens it by another one."""
+        return os.fstat(self._file.fileno()).st_nlink < 2
+
     def version(self) -> tuple[int, int]:
         """What changes when somebody writes to the file."""
         found = os.fstat(self._file.fileno())

@@ -64,8 +64,8 @@ class Archive:
             self._file = TensorFile(self.path)
         except FileNotFoundError:
             self._trouble = (
-                f"The archive {str(self.path)!r} is missing; put it there again, beside its sheet, or build the sheet "
-                "again with archive=True."
+                f"The archive {str(self.path)!r} is missing; put it there again, beside its sheet, and open that "
+                "again, or build the sheet again with archive=True."
             )
         except (OSError, ValueError) as error:
             self._trouble = _damaged(self.path, error)
@@ -197,8 +197,8 @@ class Archive:
             self.blocks(first, min(first + _VERIFIED_AT_ONCE, blocks))
 
     def check(self) -> None:
-        """Raise `SheetError` unless all of it can be read; what was just written need not be."""
-        if self._owner is None:
+        """Raise `SheetError` unless all of it can be read; what was just written, and nobody else has, need not be."""
+        if self._owner is None or not self._opened().is_alone():
             self.verify()
         else:
             self._known()
@@ -210,11 +210,18 @@ class Archive:
         except OSError:
             return False
 
+    def at(self, path: Path) -> Archive:
+        """The same archive, if it is that which lies at another path."""
+        return Archive(path, self._manifest)
+
     def copy_to(self, unfinished: str) -> None:
         """Put the file at a path too, where an empty one stands: by a link if nobody else has it, else by copying."""
-        if self._owner is not None and _link(self.path, unfinished):
-            return
         file = self._opened()
+        # a file that was saved is copied: two sheets would share rights, and whatever is written to one of them
+        if self._owner is not None and file.is_alone() and _link(self.path, unfinished):
+            if file.is_same(Path(unfinished)):
+                return
+            _empty(unfinished)  # another build has taken the name since
         with open(unfinished, "wb") as copy:
             for start in range(0, file.size, _PIECE):
                 copy.write(file.piece(min(_PIECE, file.size - start), start))
@@ -284,8 +291,11 @@ class Archive:
 
 
 def archive_path(sheet: str | Path) -> Path:
-    """Where the archive of a sheet's file lies."""
-    return Path(f"{sheet}{SUFFIX}")
+    """Where the archive of a sheet's file lies: beside its name, or for a link to it also beside the file itself."""
+    beside = Path(f"{sheet}{SUFFIX}")
+    if os.path.islink(sheet) and not os.path.lexists(beside):
+        return Path(f"{os.path.realpath(sheet)}{SUFFIX}")
+    return beside
 
 
 def is_archive(path: Path) -> bool:
@@ -304,9 +314,17 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def _link(path: Path, unfinished: str) -> bool:
+    """Whether a file got another name, that of an empty one, which stays if it did not."""
+    named = f"{unfinished}.link"
     try:
-        os.unlink(unfinished)
-        os.link(path, unfinished)
-        return True
+        os.link(path, named)
     except OSError:
         return False  # on another disk, for one
+    os.replace(named, unfinished)
+    return True
+
+
+def _empty(path: str) -> None:
+    """A file of its own where a link stood, read by nobody before it has its rights."""
+    os.unlink(path)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
