@@ -177,10 +177,15 @@ class CompressedKnowledgeLLM:
     def study(self, **how: Unpack[StudyOptions]) -> Study:
         """Practise on the documents for `minutes=` or `steps=`, and answer from a better sheet of the same size.
 
-        Raises as `study/study.py` says. If nothing was learnt, the sheet stays as it was.
+        Raises as `study/study.py` says, and `SheetError` if documents came or went meanwhile: that is not undone. If
+        nothing was learnt, the sheet stays as it was.
         """
-        sheet, came = study(self.session, **how)
-        self._become(sheet)
+        session = self.session
+        sheet, came = study(session, **how)
+        if came.learnt and self.session is not session:
+            raise SheetError("The sheet was changed while it studied; it stays as that left it, so study it again.")
+        if came.learnt:
+            self._become(sheet)
         return came
 
     def _study_built(self, minutes: float | None, steps: int | None, checkpoint: str | Path | None) -> None:
