@@ -24,7 +24,7 @@ from cribsheet.compress.progress import Listener, shown
 from cribsheet.corpus.documents import read_documents
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
-from cribsheet.errors import BudgetError, RequestError, SheetError, integration
+from cribsheet.errors import BudgetError, CribsheetError, RequestError, SheetError, integration
 from cribsheet.living import edits
 from cribsheet.living.combine import combine
 from cribsheet.model.backbone import Backbone
@@ -177,10 +177,15 @@ class CompressedKnowledgeLLM:
     def study(self, **how: Unpack[StudyOptions]) -> Study:
         """Practise on the documents for `minutes=` or `steps=`, and answer from a better sheet of the same size.
 
-        Raises as `study/study.py` says. If nothing was learnt, the sheet stays as it was.
+        Raises as `study/study.py` says, and `SheetError` if documents came or went meanwhile: that is not undone. If
+        nothing was learnt, the sheet stays as it was.
         """
-        sheet, came = study(self.session, **how)
-        self._become(sheet)
+        session = self.session
+        sheet, came = study(session, **how)
+        if came.learnt and self.session is not session:
+            raise SheetError("The sheet was changed while it studied; it stays as that left it, so study it again.")
+        if came.learnt:
+            self._become(sheet)
         return came
 
     def _study_built(self, minutes: float | None, steps: int | None, checkpoint: str | Path | None) -> None:
@@ -188,7 +193,7 @@ class CompressedKnowledgeLLM:
         resume = None if checkpoint is None else Path(f"{checkpoint}.study")
         try:
             self.study(minutes=minutes, steps=steps, resume=resume)
-        except RequestError as error:
+        except (CribsheetError, MemoryError, torch.OutOfMemoryError) as error:  # a build's hours are not lost for it
             logger.warning("The sheet is as it was built: %s", error)
 
     def forecast_study(self, *, minutes: float | None = None, steps: int | None = None) -> StudyForecast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -175,6 +176,26 @@ def test_closing_ends_it_and_removes_what_was_exported(wheel, kb, qwen3_gguf):
     assert not folder.exists()
     with pytest.raises(EngineError, match="was closed; open the sheet in it again"):
         llama.ask(QUESTION)
+
+
+def test_who_waits_for_a_slot_waits_no_longer_than_the_timeout(wheel, kb, qwen3_gguf):
+    with kb.in_llama_cpp(qwen3_gguf, room=256, threads=1) as llama:
+        with llama.stream(QUESTION, max_tokens=100) as stream:
+            next(iter(stream))
+            with pytest.raises(EngineError, match=r"No slot .* became free within timeout=0\.2 seconds"):
+                llama.ask(QUESTION, timeout=0.2)
+        assert llama.ask(QUESTION, max_tokens=4, timeout=60).usage.completion_tokens
+
+
+def test_an_answer_that_is_cut_by_closing_is_an_error(wheel, kb, qwen3_gguf):
+    llama = kb.in_llama_cpp(qwen3_gguf, room=1024, threads=1)
+    pieces = iter(llama.stream(QUESTION, max_tokens=900))
+    next(pieces)
+    began = time.monotonic()
+    llama.close()
+    assert time.monotonic() - began < 5  # it does not wait for somebody to read the rest
+    with pytest.raises(EngineError, match="was closed"):
+        list(pieces)
 
 
 def test_another_model_tokenizer_or_sheet_is_refused_before_llama_cpp_starts(qwen3, qwen3_sheet, qwen3_gguf, tmp_path):

@@ -99,7 +99,7 @@ def test_a_truncated_checkpoint_is_refused(backbone, tmp_path, share):
 def test_some_other_file_is_no_checkpoint(backbone, tmp_path):
     other = tmp_path / "a.partial"
     save_file({"x": torch.zeros(1)}, other)
-    with pytest.raises(SheetError, match="belongs to another build"):
+    with pytest.raises(SheetError, match="is another kind of file"):
         build(backbone, checkpoint=other)
 
 

@@ -106,7 +106,7 @@ def test_a_sheet_of_another_form_is_refused_with_the_way_out(qwen3, options, sai
 
 
 def test_what_was_not_tested_is_refused_by_name(qwen3_sheet, tmp_path):
-    for version in (3, 5, True):
+    for version in (3, 5, True, 0, 4.0):
         with pytest.raises(SheetError, match=f"of version {version!r} were not tested; use version 4"):
             qwen3_sheet.export(tmp_path / "a.state", version=version)
     with pytest.raises(SheetError, match=r"no engine 'ollama'; use llama.cpp or mlx"):
@@ -119,6 +119,12 @@ def test_what_was_not_tested_is_refused_by_name(qwen3_sheet, tmp_path):
     granite = build_sheet(tiny_backbone("granite"), DOCUMENTS, FEW_SHOT, budget=96, for_engines=True)
     with pytest.raises(SheetError, match="from sheets of 'granite' models; use one of llama, mistral"):
         granite.export(tmp_path / "a.state", to="mlx")
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    stretched = build_sheet(
+        tiny_backbone("llama", rope_parameters=scaled), DOCUMENTS, FEW_SHOT, budget=96, for_engines=True
+    )
+    with pytest.raises(SheetError, match=r"Rotary embeddings of tiny-llama are scaled \(linear\)"):
+        stretched.export(tmp_path / "a.state")
     assert not list(tmp_path.iterdir())
 
 
@@ -130,10 +136,11 @@ def test_another_models_file_is_refused_before_anything_is_written(qwen3_sheet, 
     assert qwen3_sheet.export(tmp_path / "a.state", gguf=qwen3_gguf).exists()
 
 
-def test_numbers_beyond_float16_are_refused(qwen3_sheet, tmp_path):
+@pytest.mark.parametrize("engine", ["llama.cpp", "mlx"])
+def test_numbers_beyond_float16_are_refused(qwen3_sheet, engine, tmp_path):
     layers = [replace(layer, values=layer.values.float() * 1e6) for layer in qwen3_sheet.layers]
-    with pytest.raises(SheetError, match=r"caches of llama.cpp are float16, which holds 65,504"):
-        replace(qwen3_sheet, layers=layers).export(tmp_path / "a.state")
+    with pytest.raises(SheetError, match=rf"caches of {engine} are float16, which holds 65,504"):
+        replace(qwen3_sheet, layers=layers).export(tmp_path / "a.state", to=engine)
     assert not list(tmp_path.iterdir())
 
 

@@ -48,11 +48,24 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(qwen3, qwen3_gguf, t
         (struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 1 << 60), "a text of 1152921504606846976 bytes"),
         (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 77), "of the type 77, which there is not"),
         (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 4, 1 << 20), "within its header"),
+        (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 5000, "recursion depth"),
         (struct.pack("<4sIQQQ17sII", b"GGUF", 3, 0, 1, 17, b"general.alignment", 4, 0), "its alignment is 0"),
         (struct.pack("<4sIQQQ1sIQIQ", b"GGUF", 3, 1, 0, 1, b"a", 1, 0, 0, 0), r"its tensor 'a' has the shape \[0\]"),
         (struct.pack("<4sIQQQ1sIQIQ", b"GGUF", 3, 1, 0, 1, b"a", 1, 1 << 60, 0, 0), r"its tensor 'a' has the shape"),
     ],
-    ids=["another file", "version", "endian", "tensors", "text", "type", "list", "alignment", "empty", "huge"],
+    ids=[
+        "another file",
+        "version",
+        "endian",
+        "tensors",
+        "text",
+        "type",
+        "list",
+        "nested",
+        "alignment",
+        "empty",
+        "huge",
+    ],
 )
 def test_damage_is_named(written, said, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(written)

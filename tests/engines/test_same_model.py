@@ -10,7 +10,7 @@ from gguf_files import plain_backbone, save_gguf, settings_of, tensors_of, write
 
 from cribsheet.engines.gguf import Gguf
 from cribsheet.engines.same_model import check_same_model
-from cribsheet.errors import MismatchError
+from cribsheet.errors import MismatchError, ModelError
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout
 
@@ -50,6 +50,14 @@ def test_another_family_is_refused_by_name(qwen3, tmp_path):
     file = save_gguf(plain_backbone("llama"), tmp_path / "llama.gguf")
     with pytest.raises(MismatchError, match="by its model family: the sheet has qwen3, the file llama"):
         check_same_model(Gguf.open(file), print_of(qwen3))
+
+
+def test_one_part_of_a_divided_file_is_refused_with_the_way_out(qwen3, tmp_path):
+    """Its tensors are some of the model's, so the places of values that are compared would be others."""
+    settings, tensors = settings_of(qwen3) | {"split.count": 2}, tensors_of(qwen3)
+    part = write_gguf(tmp_path / "a-00001-of-00002.gguf", settings, dict(list(tensors.items())[:5]))
+    with pytest.raises(ModelError, match=r"is one part of 2, .*`llama-gguf-split --merge`"):
+        check_same_model(Gguf.open(part), print_of(qwen3))
 
 
 def test_other_weights_of_the_same_shape_are_refused_by_the_tensor_that_differs(engine_family, tmp_path):

@@ -31,7 +31,7 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 from cribsheet import CompressedKnowledgeLLM, build_sheet, read_documents, save_sheet
-from cribsheet.backbone import Backbone
+from cribsheet.model.backbone import Backbone
 from cribsheet.corpus.task import Task
 what, model, target = sys.argv[1:]
 backbone = Backbone.load(model)

@@ -333,6 +333,52 @@ def test_of_a_sequential_sheet_only_the_tokens_of_a_document_may_change(tiny):
         assert ((held[own] >= first - 8) & (held[own] < last + 8)).all() and not own[held >= last + 8].any()
 
 
+def test_where_all_is_held_and_nothing_can_be_learnt_nothing_is_taken(tiny):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny, rate=1)
+    before, practice = kb.sheet, practice_for(kb)
+    for each in practice.questions:
+        each.weights.mul_(0.5)  # what is left out of the best continuations: the divergence is below zero
+    came = kb.study(steps=1, learning_rate=1e-6, practice=practice)
+    assert came.before < 0 and not came.learnt and kb.sheet is before
+
+
+def test_what_changes_during_a_study_is_not_undone_by_it(tiny):
+    kb = built(tiny, **INDEPENDENT)
+    gone, practice = DOCUMENTS[0].id, practice_for(kb)
+
+    def take_away(what, share):
+        if gone in [document.id for document in kb.sheet.documents]:
+            kb.remove(gone)
+
+    with pytest.raises(SheetError, match="was changed while it studied"):
+        kb.study(steps=25, practice=practice, progress=take_away)
+    assert gone not in [document.id for document in kb.sheet.documents]
+
+
+def test_files_that_could_not_be_written_or_are_others_are_refused_before_any_work(tiny, tmp_path):
+    kb = built(tiny)
+    for options in (
+        {"practice": tmp_path / "no" / "a"},
+        {"practice": practice_for(kb), "resume": tmp_path / "no" / "a"},
+    ):
+        with pytest.raises(SheetError, match=r"The folder .*no' does not exist"):
+            kb.study(steps=1, **options)
+    path = kb.save(tmp_path / "a.sheet")
+    for other in (path, tmp_path):
+        with pytest.raises(SheetError, match=r"is another kind of file; name another"):
+            kb.study(steps=1, practice=other)
+    with pytest.raises(SheetError, match=r"The notebook .* is another kind of file"):
+        kb.study(steps=1, practice=practice_for(kb), resume=path)
+
+
+def test_one_document_may_be_named_alone_or_twice(tiny):
+    kb = built(tiny)
+    chosen, found = DOCUMENTS[1].id, exercises(kb, 24)
+    practice = Practice(found[:20], found[20:], 24, Counter(), practice_of(kb.sheet, [chosen]), 7.0)
+    for documents in (chosen, [chosen, chosen]):
+        assert kb.study(steps=1, learning_rate=1e-6, practice=practice, documents=documents).documents == 1
+
+
 def test_a_notebook_remembers_its_practice_beside_it_and_takes_both_away(tiny, tmp_path):
     kb, path = built(tiny), tmp_path / "a.study"
     write_practice(tmp_path / "a.study.practice", practice_for(kb))
@@ -383,6 +429,7 @@ def test_the_command_refuses_in_its_own_words_and_leaves_the_file(cli, tiny, tmp
         (("--steps", 1, "--learning-rate", 2), "--learning-rate is 2"),
         (("--steps", 1), "may serve, and a study needs 16"),
         (("--steps", 1, "-o", tmp_path / "nowhere" / "b.sheet"), "does not exist"),
+        (("--steps", 1, "--dry-run", "--document", "a.txt"), "leave --document and --practice out"),
     ):
         refused = cli("study", path, *options)
         assert refused.code == 2 and words in refused.err and not refused.out, (options, refused)

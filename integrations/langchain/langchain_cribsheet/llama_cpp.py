@@ -99,7 +99,13 @@ class ChatCribsheetLlamaCpp(BaseChatModel):
         """What an answer depends on, for tracing and caches."""
         opened = self.served.sheet.manifest.digest if self.served is not None else None
         sampling = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
-        return {"sheet": self.sheet, "gguf": self.gguf, "digest": opened, **sampling}
+        gguf = str(self.served.gguf) if self.served is not None else self.gguf
+        return {"sheet": self.sheet, "gguf": gguf, "digest": opened, **sampling}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """LangChain's cache key; its own may hold paths only, and another sheet may lie there tomorrow."""
+        opened = self.llama  # first: what is told of it is told then
+        return f"{super()._get_llm_string(stop, **kwargs)}---{opened.sheet.manifest.digest} {opened.gguf}"
 
     def _generate(
         self,

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from cribsheet import CompressedKnowledgeLLM, RequestError
 from cribsheet.asking.llama_cpp.llm import OPTIONS
+from cribsheet.testing import save_tiny_model
 
 pytest.importorskip("xllamacpp", reason="the extra llama-cpp is not installed")
 
@@ -54,6 +55,25 @@ def test_it_streams_batches_and_takes_conversations(chat):
     asked = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Quito."}]
     said = chat.llama.ask([*asked, {"role": "user", "content": "And Bob?"}], max_tokens=8).text
     assert chat.invoke(talk).text == said
+
+
+def test_cached_answers_are_those_of_one_sheet_and_one_gguf(kb, gguf, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "qwen3")
+    path, keys = str(tmp_path / "a.sheet"), []
+    for budget in (96, 80):
+        with CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=folder, budget=budget, for_engines=True) as there:
+            there.save(path)
+            file = save_gguf(there.backbone, tmp_path / "a.gguf")
+        lazy = ChatCribsheetLlamaCpp(sheet=path, gguf=str(file), threads=1)
+        keys.append(lazy._get_llm_string())
+        assert keys[-1] == lazy._get_llm_string()
+        lazy.llama.close()
+    copied = tmp_path / "copied.gguf"
+    copied.write_bytes(gguf.read_bytes())
+    for file in (gguf, copied):
+        with kb.in_llama_cpp(file, threads=1) as served:
+            keys.append(ChatCribsheetLlamaCpp(served=served)._get_llm_string())
+    assert len(set(keys)) == 4
 
 
 async def test_it_answers_in_an_event_loop(chat):

@@ -130,8 +130,13 @@ def _opened_in_llama_cpp(
         misuse(f"--{named[0].replace('_', '-')} is of our own engine, and with --gguf llama.cpp answers; leave one out")
     quiet_libraries()
     from cribsheet.asking.llama_cpp.llm import LlamaCpp
+    from cribsheet.model.backbone import load_tokenizer
+    from cribsheet.sheet.registry import load
 
-    return LlamaCpp(file, gguf, tokenizer=model.model), given(sampling)
+    sheet, tokenizer = load(file), None
+    if model.model is not None or model.revision is not None:
+        tokenizer = load_tokenizer(model.model or sheet.manifest.fingerprint.model, model.revision)
+    return LlamaCpp(sheet, gguf, tokenizer=tokenizer), given(sampling)
 
 
 def _streamed(kb: CompressedKnowledgeLLM | LlamaCpp, question: Any, settings: dict[str, Any]) -> Answer:

@@ -125,6 +125,8 @@ def study(
 ) -> None:
     """Let a sheet practise on its documents until it answers more of what they say, at the same size."""
     target = _target(file, options.output)
+    if dry_run and (document or practice is not None):
+        misuse("--dry-run tells of all documents and of practice not made yet; leave --document and --practice out")
     if practice is not None:
         check_output(practice, force=True)
     quiet_libraries()

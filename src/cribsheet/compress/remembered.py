@@ -36,12 +36,16 @@ def remembered(
     """
     if not path.exists():
         return None
+    if not path.is_file():
+        raise _another(path, what)
     try:
         file = TensorFile(path)
         told, tensors = dict(file.metadata), file.read(file.entries)
         file.close()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise damaged(path, what, error) from error
+    if kind not in told:
+        raise _another(path, what)
     if digest is not None and told.get(kind) != digest:
         raise SheetError(
             f"{what} {str(path)!r} belongs to another {kind} (of other documents, task, model or settings); delete it, "
@@ -49,14 +53,17 @@ def remembered(
         )
     if told.get("sha256") != digest_with(told, tensors):
         raise damaged(path, what, "it was changed after it was written")
-    if kind not in told:
-        raise damaged(path, what, "it is another kind of file")
     return told, tensors
 
 
 def damaged(path: Path, what: str, why: object) -> SheetError:
     """The error for a file that is none to go on from."""
     return SheetError(f"{what} {str(path)!r} is damaged ({why}); delete it.")
+
+
+def _another(path: Path, what: str) -> SheetError:
+    """The error for a file of other use, which nobody should delete because of it."""
+    return SheetError(f"{what} {str(path)!r} is another kind of file; name another, or one that does not exist yet.")
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:

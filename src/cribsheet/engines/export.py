@@ -11,10 +11,11 @@ import torch
 from cribsheet.engines.gguf import Gguf
 from cribsheet.engines.llama_cpp import write_state
 from cribsheet.engines.mlx import write_prompt_cache
-from cribsheet.engines.same_model import ARCHITECTURES, check_same_model
+from cribsheet.engines.same_model import ARCHITECTURES, ROTARIES, check_same_model, rotary_of
 from cribsheet.errors import SheetError
 
 if TYPE_CHECKING:
+    from cribsheet.attention.prefix import LayerPrefix
     from cribsheet.sheet.layers import StoredLayer
     from cribsheet.sheet.manifest import Manifest
 
@@ -47,6 +48,7 @@ def export(
     if not target.parent.is_dir():
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     restored = [layer.restored(torch.device("cpu"), torch.float32) for layer in layers]
+    _check_float16(restored, to)
     if to == "mlx":
         write_prompt_cache(restored, made.digest, target)
     else:
@@ -69,8 +71,23 @@ def check_exportable(made: Manifest, to: str) -> None:
     if not made.rotated:
         stored = "int4" if made.dtype == "int4" else "an independent sheet"
         raise SheetError(f"Keys of {stored} are stored before rotation, and {to} reads them rotated; {_AGAIN}.")
+    if (kind := rotary_of(made.fingerprint)[0]) not in ROTARIES:
+        raise SheetError(
+            f"Rotary embeddings of {made.fingerprint.model} are scaled ({kind}), and {to} was not seen to answer from "
+            "sheets of such models; use a model without that."
+        )
     if any(window is not None for window in made.fingerprint.windows):
         raise SheetError(
             f"Some layers of {made.fingerprint.model} see only the last tokens, for which {to} has a cache of another "
             "form that was not tested; use a model without sliding windows."
+        )
+
+
+def _check_float16(layers: Sequence[LayerPrefix], to: str) -> None:
+    """Raise `SheetError` for numbers that float16, in which all engines' files are, does not hold."""
+    largest = max(float(half.abs().max()) for layer in layers for half in (layer.keys, layer.values))
+    if not largest <= torch.finfo(torch.float16).max:
+        raise SheetError(
+            f"The sheet has numbers up to {largest:.0f}, and caches of {to} are float16, which holds 65,504; no other "
+            "engine's file can be written of it."
         )

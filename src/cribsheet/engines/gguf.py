@@ -66,7 +66,7 @@ class Gguf:
         try:
             with place.open("rb") as file:
                 values, tensors = _Header(file).read()
-        except (OSError, ValueError, struct.error, MemoryError) as error:
+        except (OSError, ValueError, struct.error, MemoryError, RecursionError) as error:
             raise ModelError(
                 f"{str(path)!r} is no readable GGUF file: {error}; download or convert it again."
             ) from error
@@ -83,7 +83,11 @@ class Gguf:
 
     def count(self, name: str, default: int = 0) -> int:
         """A setting of the architecture that is a whole number; the default where the file has none."""
-        value = self.of_model(name)
+        return self.number(f"{self.architecture}.{name}", default)
+
+    def number(self, name: str, default: int = 0) -> int:
+        """A setting that is a whole number, by its whole name; the default where the file has none."""
+        value = self.values.get(name)
         return value if type(value) is int else default
 
     @property

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from cribsheet.engines.gguf import Gguf
-from cribsheet.errors import MismatchError
+from cribsheet.errors import MismatchError, ModelError
 from cribsheet.model.fingerprint import Fingerprint, probe_places
 
 _LOGGER = logging.getLogger(__name__)
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's names of the families whose sheets it was seen to answer from as we do."""
+
+ROTARIES = ("default", "llama3")
+"""Kinds of rotary embedding with which it was."""
 
 _MODULES = {
     "attn_norm": "input_layernorm",
@@ -46,8 +49,14 @@ _ROUNDING = 2e-6  # the fingerprint's values have six decimals
 def check_same_model(gguf: Gguf, made: Fingerprint) -> None:
     """Raise `MismatchError`, by name, if a file is another model than the one with this fingerprint.
 
-    Warns where a file holds nothing by which other weights of the same shape could be known.
+    Raises `ModelError` for one part of a divided file. Warns where a file holds nothing by which other weights of the
+    same shape could be known.
     """
+    if (parts := gguf.number("split.count")) > 1:
+        raise ModelError(
+            f"{str(gguf.path)!r} is one part of {parts}, and the tensors by which a model is known stand in all of "
+            "them; join them with `llama-gguf-split --merge`, and give that file."
+        )
     for what, ours, theirs in _settings(gguf, made):
         if ours != theirs:
             _refuse(gguf, made, what, ours, theirs)
@@ -74,13 +83,13 @@ def _settings(gguf: Gguf, made: Fingerprint) -> Iterator[tuple[str, Any, Any]]:
     yield "number of key/value heads", made.kv_heads, gguf.count("attention.head_count_kv", heads)
     yield "head size", made.head_size, size
     yield "share of a head that turns", size, gguf.count("rope.dimension_count", size)
-    kind, theta = _rotary(made)
+    kind, theta = rotary_of(made)
     yield "rotary base", theta, gguf.of_model("rope.freq_base", 10000.0)
     theirs = "llama3" if "rope_freqs.weight" in gguf.tensors else gguf.of_model("rope.scaling.type", "none")
     yield "rotary scaling", {"default": "none"}.get(kind, kind), theirs
 
 
-def _rotary(made: Fingerprint) -> tuple[str, float]:
+def rotary_of(made: Fingerprint) -> tuple[str, float]:
     """Kind of rotary embedding and its base, as a fingerprint words them."""
     told = re.match(r"(\w+) theta=(\S+)", made.rotary)
     return (told[1], float(told[2])) if told and told[2] != "None" else (made.rotary, math.nan)

@@ -81,7 +81,9 @@ def practice_of(sheet: Sheet, documents: Collection[str] = ()) -> str:
 
     `documents` are the ids of those that alone are practised on, if not all are.
     """
-    told = sheet.manifest.model_dump_json(include=_DECIDES) + "".join(f"\n{each}" for each in sorted(documents))
+    where = {"fingerprint": {"model", "revision"}}  # where the model was loaded from says nothing
+    told = sheet.manifest.model_dump_json(include=_DECIDES, exclude=where)
+    told += "".join(f"\n{each}" for each in sorted(documents))
     return hashlib.sha256(told.encode()).hexdigest()
 
 

@@ -36,7 +36,7 @@ _MOST_HELD, _HELD = 48, 0.1
 PRACTICE, _LATEST = 0.35, 0.6  # shares of the time in which practice is made, and if there is too little of it
 _TOKENS = 16  # of the corpus for a question: where there are fewer questions, there is too little practice
 MOST_STEPS = 1000  # more than that only repeats
-_BETTER = 0.98  # of its divergence before, which a sheet must come below to be taken
+_BETTER = 0.02  # share of its divergence before by which a sheet must become better to be taken
 _SAVED_EVERY = 30.0  # seconds
 
 Told = Callable[[str, float], None]  # is told what is done now, and how much of it, 0 to 1
@@ -114,20 +114,22 @@ def study(
     in which it is remembered how far it is; an interrupted study goes on from there, and the file goes at the end.
     `practice` is what is practised on, made before (`practise`) for any sheet of the same documents, task, guide and
     model, or a file of it: one that exists is read, and takes none of the minutes; else it is written.
-    `documents` are the ids of those that are studied, if not all: of an independent sheet all others stay as they are.
-    `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
+    `documents` are the ids of those that are studied, if not all, or the id of one: of an independent sheet all others
+    stay as they are. `progress` is told "practice" or "training", and how much of it is done, 0 to 1.
 
     If what was held out is not answered better, the sheet given comes back. Raises `RequestError` for a sheet without
-    texts or with too few questions in them, `SheetError` for a practice or notebook that belongs to others,
-    `DocumentError` for a document that is not in the sheet, `BudgetError` for settings out of range, and `ModelError`
-    for a divided model.
+    texts or with too few questions in them, `SheetError` for a practice or notebook that belongs to others or could
+    not be written, `DocumentError` for a document that is not in the sheet, `BudgetError` for settings out of range,
+    and `ModelError` for a divided model.
     """
     check(minutes, steps, session.backbone)
     if not 0 < learning_rate <= 1:
         raise BudgetError(f"learning_rate is {learning_rate!r}; give a number above 0 and at most 1, such as 0.02.")
     told = progress or (lambda what, share: None)
     sheet, backbone = session.sheet, session.backbone
+    documents = _ids(documents)
     _check_documents(sheet, documents)
+    _check_folders(resume, None if isinstance(practice, Practice) else practice)
     exercises, spent = _exercises(session, practice, resume, minutes, seed, documents, told)
     _check_enough(exercises)
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
@@ -138,15 +140,16 @@ def study(
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
     pace = Pace(MOST_STEPS if steps is None else steps, seconds, learning_rate)
     trainer.run(state, pace, _teller(pace, told, notebook))
-    learnt = state.lowest < _BETTER * state.curve[0][1]
+    before = state.curve[0][1]  # of the best continuations alone, so where a sheet holds all it may be below zero
+    learnt = state.best_step > 0 and state.lowest < before - _BETTER * abs(before)
     came = Study(
         questions=len(questions),
         texts=len(exercises.texts),
         held_out=len(held),
-        documents=len(set(documents)) or len(sheet.manifest.documents),
+        documents=len(documents) or len(sheet.manifest.documents),
         tried=exercises.tried,
-        before=state.curve[0][1],
-        after=state.lowest if learnt else state.curve[0][1],
+        before=before,
+        after=state.lowest if learnt else before,
         steps=state.step,
         best_step=state.best_step if learnt else 0,
         learning_rate=learning_rate,
@@ -174,9 +177,12 @@ def practise(
     """What sheets of these documents, of whatever size, may practise on; `documents` are the ids of some alone.
 
     `minutes` are those of a whole study, of which it takes its share; without them it is the same every time. `resume`
-    is a file in which it is remembered how far it is; if it was interrupted, it goes on from there. Raises `SheetError` for one of another practice.
+    is a file in which it is remembered how far it is; if it was interrupted, it goes on from there. Raises `SheetError`
+    for one of another practice.
     """
     told = progress or (lambda what, share: None)
+    documents = _ids(documents)
+    sizes = [each.tokens for each in session.sheet.manifest.documents if not documents or each.id in documents]
     path, of = resume and Path(resume), identity_digest({"of": practice_of(session.sheet, documents), "seed": seed})
     draft = read_draft(path, of) if path else None
     began = time.monotonic() - (draft.seconds if draft else 0.0)
@@ -189,7 +195,7 @@ def practise(
         seed=seed,
         until=ends[0],
         latest=ends[1],
-        least=max(LEAST_QUESTIONS, session.sheet.manifest.corpus_tokens // _TOKENS),
+        least=max(LEAST_QUESTIONS, sum(sizes) // _TOKENS),
         documents=documents,
         tell=lambda share: told("practice", share),
         draft=draft,
@@ -281,6 +287,18 @@ def check(minutes: float | None, steps: int | None, backbone: Backbone) -> None:
         raise BudgetError(f"steps is {steps!r}; give a whole number of at least 1.")
     if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):
         raise ModelError("The model is divided among processes, and a study needs it whole; load it in one.")
+
+
+def _ids(documents: Sequence[str]) -> list[str]:
+    """Each id once; one alone is no sequence of its letters."""
+    return sorted({documents} if isinstance(documents, str) else set(documents))
+
+
+def _check_folders(*paths: str | Path | None) -> None:
+    """Raise `SheetError` before any work for files that could not be written after it."""
+    for path in paths:
+        if path is not None and not Path(path).parent.is_dir():
+            raise SheetError(f"The folder {str(Path(path).parent)!r} does not exist; create it first.")
 
 
 def _check_documents(sheet: Sheet, documents: Sequence[str]) -> None:

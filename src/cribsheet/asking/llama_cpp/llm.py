@@ -7,6 +7,7 @@ Where an answer looked is not known: that takes our attention.
 
 from __future__ import annotations
 
+import queue
 import shutil
 import tempfile
 import time
@@ -52,8 +53,8 @@ class LlamaCpp:
         questions at a time, positions for each with its answer as far as the window has them, and what llama.cpp runs
         on.
 
-    Attributes: `sheet`, `room`; `prefix`, the ids that stand for the sheet in a prompt; `server`, and the `folder` with
-    the exported state.
+    Attributes: `sheet`, `gguf`, `room`; `prefix`, the ids that stand for the sheet in a prompt; `server`, and the
+    `folder` with the exported state.
 
     Raises `SheetError` for a sheet that llama.cpp cannot take, `MismatchError` for another model or tokenizer,
     `IntegrationError` without the extra `llama-cpp`, and `EngineError` for what llama.cpp cannot load.
@@ -73,7 +74,7 @@ class LlamaCpp:
         for name, value in (("slots", slots), ("room", room)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; use a whole number of at least 1.")
-        self.sheet = sheet if isinstance(sheet, Sheet) else load(sheet)
+        self.sheet, self.gguf = sheet if isinstance(sheet, Sheet) else load(sheet), Path(gguf)
         made = self.sheet.manifest
         if tokenizer is None:
             tokenizer = load_tokenizer(made.fingerprint.model, made.fingerprint.revision)
@@ -91,6 +92,8 @@ class LlamaCpp:
             self.server = LlamaServer(Path(gguf), self.folder, how)
             self._filled = {slot for slot in range(slots) if self.server.restore(slot, _STATE)}
         except BaseException:
+            if hasattr(self, "server"):
+                self.server.close()
             self._emptying()
             raise
 
@@ -122,12 +125,18 @@ class LlamaCpp:
                 f"the sheet of {self.sheet.length}; ask a shorter question, or open it with more room."
             )
         told = _completion(params, min(params.max_tokens, left)) | ({"json_schema": schema} if schema else {})
-        return LlamaStream(self._pieces(ids, told), len(self.prefix), len(ids), timeout)
+        return LlamaStream(self._pieces(ids, told, timeout), len(self.prefix), len(ids), timeout)
 
-    def _pieces(self, ids: list[int], told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _pieces(self, ids: list[int], told: Mapping[str, Any], timeout: float | None) -> Iterator[dict[str, Any]]:
         """What llama.cpp says of an answer, on a slot that is then free again."""
-        server, prompt = self.server, [*self.prefix, *ids]
-        slot = server.free.get()
+        server, prompt, ended = self.server, [*self.prefix, *ids], False
+        try:
+            slot = server.free.get(timeout=None if timeout is None else max(0.0, timeout))
+        except queue.Empty:
+            raise EngineError(
+                f"No slot of llama.cpp became free within timeout={timeout} seconds; allow more, or open the sheet "
+                "with more slots."
+            ) from None
         try:
             if slot not in self._filled:
                 server.restore(slot, _STATE)
@@ -137,7 +146,10 @@ class LlamaCpp:
                     if piece.get("timings", {}).get("cache_n", len(self.prefix)) < len(self.prefix):
                         self._filled.discard(slot)  # it would read placeholders as if they were text
                         raise EngineError("llama.cpp lost the sheet of this slot; ask again.")
+                    ended = bool(piece.get("stop"))
                     yield piece
+            if not ended:
+                raise EngineError("llama.cpp was closed before the answer was complete; open the sheet in it again.")
         finally:
             server.free.put(slot)
 

@@ -10,6 +10,7 @@ import http.client
 import json
 import queue
 import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class LlamaServer:
 
     def __init__(self, gguf: Path, folder: Path, options: ServerOptions) -> None:
         library: Any = integration("xllamacpp", "'cribsheet[llama-cpp]'")
-        self._key = secrets.token_urlsafe(24)
+        self._key, self._links = secrets.token_urlsafe(24), set[socket.socket]()
         try:
             self._server: Any = library.Server(_parameters(library, gguf, folder, options, self._key))
         except RuntimeError as error:
@@ -70,23 +71,33 @@ class LlamaServer:
             yield _pieces(reply)
 
     def close(self) -> None:
-        """End it and let go of its memory; safe to call twice."""
+        """Cut what it still answers, end it and let go of its memory; safe to call twice."""
+        for link in list(self._links):  # it would wait for somebody to read the rest
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
         self._server = None
 
     @contextlib.contextmanager
     def _asked(self, path: str, body: Mapping[str, Any]) -> Iterator[http.client.HTTPResponse]:
-        """The reply to a request. Raises `EngineError` with the server's words if it refuses."""
+        """The reply to a request. Raises `EngineError` with the server's words if it refuses, and if it is gone."""
         if self._server is None:
             raise EngineError("This llama.cpp was closed; open the sheet in it again.")
-        link = http.client.HTTPConnection(_HOST, self._port)
+        link, line = http.client.HTTPConnection(_HOST, self._port), None
         try:
+            link.connect()
+            line = link.sock
+            self._links.add(line)
             head = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
             link.request("POST", path, json.dumps(body), head)
             reply = link.getresponse()
             if reply.status != http.client.OK:
                 raise EngineError(f"llama.cpp refused ({reply.status}): {_message(reply.read())}")
             yield reply
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(f"llama.cpp was closed or has ended ({error!r}); open the sheet in it again.") from error
         finally:
+            if line is not None:
+                self._links.discard(line)
             link.close()
 
 
