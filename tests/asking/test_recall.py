@@ -25,7 +25,7 @@ from cribsheet.errors import EngineError, RequestError, SheetError
 from cribsheet.prompt.turns import as_turns
 from cribsheet.recall import placing
 from cribsheet.recall.placing import Recalled
-from cribsheet.recall.stretches import mark
+from cribsheet.recall.stretches import Stretch, mark, named
 from cribsheet.retrieval.passages import with_passages
 from cribsheet.retrieval.retriever import Passage
 from cribsheet.testing import save_tiny_model, tiny_backbone
@@ -255,12 +255,27 @@ def test_marks_in_a_prompt_say_what_is_recalled_and_nothing_is_searched(kb):
     def search(query):
         raise AssertionError(query)
 
-    prompt = f"Context:\n(Read.) {mark(3, 0, len(HUGO))}\n\n{QUESTION}"
+    entries = kb.sheet.manifest.documents
+    prompt = f"Context:\n(Read.) {mark(entries[3], 0, len(HUGO))}\n\n{QUESTION}"
     answer = kb.ask(prompt, max_tokens=6, mode="recall", retriever=search)
     assert [(each.document_id, each.text) for each in answer.passages] == [("hugo", HUGO)]
-    turns = [{"role": "user", "content": f"{mark(0, 0, 20)} Who?"}, {"role": "assistant", "content": "Ann."},
-             {"role": "user", "content": f"{mark(1, 0, 20)} Where?"}]  # fmt: skip
-    assert [each.document_id for each in kb.ask(turns, max_tokens=1, mode="recall", top_k=1).passages] == ["bob"]
+    turns = [{"role": "user", "content": f"{mark(entries[0], 0, 20)} Who?"}, {"role": "assistant", "content": "Ann."},
+             {"role": "user", "content": f"{mark(entries[1], 0, 20)} Where?"}]  # fmt: skip
+    assert [each.document_id for each in kb.ask(turns, max_tokens=1, mode="recall").passages] == ["bob"]
+    later = [*turns[:2], {"role": "user", "content": QUESTION}]  # marks of an earlier turn are no answer to this one
+    found = kb.ask(later, max_tokens=1, mode="recall", retriever=lambda query: [HUGO]).passages
+    assert [each.document_id for each in found] == ["hugo"]
+
+
+def test_a_mark_names_the_same_document_whatever_goes_before_it_and_none_once_it_is_gone():
+    with CompressedKnowledgeLLM.build(
+        DOCUMENTS, FEW_SHOT, model=tiny_backbone(), rate=2, mode="independent", archive=True
+    ) as living:
+        first, second = living.sheet.manifest.documents[:2]
+        assert named(living.sheet, mark(second, 0, 9)) == [Stretch(1, 0, 9)]
+        living.remove(first.id)
+        assert named(living.sheet, mark(second, 0, 9)) == [Stretch(0, 0, 9)]
+        assert named(living.sheet, mark(first, 0, 9)) == []
     assert kb.ask(prompt, max_tokens=1).mode == "sheet"
 
 

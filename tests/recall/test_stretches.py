@@ -42,11 +42,15 @@ def chosen(sheet, *places, tokens=1000, top_k=None):
         Passage("Oslo.\nHe enjoys chess"),  # from somewhere
         Passage("Oslo. He  enjoys\tchess", "files/bob.txt"),  # with other breaks, under another name
         Passage("Oslo.\nHe enjoys chess", "bob", 3, 9),  # a place of an older version
-        Passage(f"(Read.) {mark(1, 19, 40)}", "x"),  # a marker in its place
     ],
 )
 def test_a_passage_is_found_in_the_documents_whatever_is_known_of_it(sheet, passage):
     assert place_of(sheet, passage) == Stretch(1, 19, 40)
+
+
+def test_a_marker_stands_in_the_place_of_a_passage(sheet):
+    marker = mark(sheet.manifest.documents[1], 19, 40)
+    assert place_of(sheet, Passage(f"(Read.) {marker}", "x")) == Stretch(1, 19, 40)
 
 
 def test_a_place_ends_with_its_document(sheet):
@@ -55,7 +59,12 @@ def test_a_place_ends_with_its_document(sheet):
 
 
 def test_what_is_not_in_the_documents_is_nowhere(sheet):
-    for passage in (Passage("Bob moved to Bergen.", "bob"), Passage("  ", "bob"), Passage(mark(9, 0, 5)), Passage("")):
+    for passage in (
+        Passage("Bob moved to Bergen.", "bob"),
+        Passage("  ", "bob"),
+        Passage("[recall 00000000:0-5]"),
+        Passage(""),
+    ):
         assert place_of(sheet, passage) is None
 
 
@@ -67,8 +76,10 @@ def test_without_texts_only_a_place_tells_where_a_passage_stands(sheet):
 
 
 def test_marks_name_places_of_documents_and_no_others(sheet):
-    wrong = f"[recall 0:9-3] [recall 7:0-1] [recall x:0-1] [recall 0:{'9' * 30}-1]"
-    assert named(sheet, f"a {mark(0, 3, 9)} b {mark(1, 70, 9999)} {wrong}") == [
+    first, second, *_ = sheet.manifest.documents
+    tag = first.digest[:8]
+    wrong = f"[recall {tag}:9-3] [recall 00000000:0-1] [recall 0:0-1] [recall {tag}:{'9' * 30}-1]"
+    assert named(sheet, f"a {mark(first, 3, 9)} b {mark(second, 70, 9999)} {wrong} {mark(first, 3, 9)}") == [
         Stretch(0, 3, 9),
         Stretch(1, 70, len(BOB)),
     ]

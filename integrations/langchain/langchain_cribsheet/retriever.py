@@ -80,7 +80,7 @@ class CribsheetRetriever(BaseRetriever):
 
     def _document(self, passage: Source, number: int, sheet: Manifest) -> Document:
         entry = sheet.documents[number]
-        named = f" {mark(number, passage.start, passage.stop)}" if sheet.archive else ""
+        named = f" {mark(entry, passage.start, passage.stop)}" if sheet.archive else ""
         whole = passage.stop - passage.start >= entry.characters
         place = {
             "document_id": entry.id,

@@ -35,8 +35,9 @@ def test_markers_of_a_chain_s_retriever_say_what_is_recalled_and_texts_do_not(re
     retriever = recalling.as_retriever(content="marker", k=1)
     (marker,) = retriever.invoke(BOB)
     number = [each.id for each in recalling.sheet.documents].index(marker.metadata["document_id"])
+    entry = recalling.sheet.manifest.documents[number]
     start, stop = marker.metadata["start_index"], marker.metadata["end_index"]
-    assert marker.page_content == f"(The model has read this document.) [recall {number}:{start}-{stop}]"
+    assert marker.page_content == f"(The model has read this document.) [recall {entry.digest[:8]}:{start}-{stop}]"
     prompt = ChatPromptTemplate.from_template("Context:\n{context}\n\n{question}")
     told = retriever | (lambda found: "\n".join(each.page_content for each in found))
     chain = {"context": told, "question": RunnablePassthrough()} | prompt

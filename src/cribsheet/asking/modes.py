@@ -329,7 +329,9 @@ def _recall(session: Session, streams: Sequence[Stream], lookup: Lookup) -> Step
         _give_up(retrieval, error)
         return submit(session, *streams)
     turns = as_turns(lookup.question)
-    places = [place for turn in reversed(turns) for place in named(session.sheet, str(turn["content"]))]
+    said = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    now = [turn for number, turn in enumerate(turns) if number > max(said, default=-1) or turn["role"] == "system"]
+    places = [place for turn in reversed(now) for place in named(session.sheet, str(turn["content"]))]
     if not places:  # which a retriever of the chain may have named
         if retrieval.points:
             trace = partial(pointed, session.sheet, limit=retrieval.top_k or _POINTED)

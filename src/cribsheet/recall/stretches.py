@@ -11,10 +11,12 @@ from cribsheet.retrieval.passages import SHORTEST_CUT, flattened
 from cribsheet.retrieval.quoted import Known
 from cribsheet.retrieval.retriever import Passage
 from cribsheet.sheet.archive.archive import Archive
+from cribsheet.sheet.manifest import DocumentEntry
 from cribsheet.sheet.sheet import Sheet
 
 _GAP = 2  # tokens between two stretches that are recalled with them: a blank line
-_MARK = re.compile(r"\[recall (\d{1,9}):(\d{1,9})-(\d{1,9})\]")
+_MARK = re.compile(r"\[recall ([0-9a-f]{8}):(\d{1,9})-(\d{1,9})\]")
+_TAG = 8  # of a document's digest, by which a mark knows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +55,22 @@ def located(sheet: Sheet, known: Callable[[], Known], passage: Passage) -> Stret
     return _quoted(sheet.texts, known(), flattened(text))
 
 
-def mark(document: int, start: int, stop: int) -> str:
-    """What names characters of a document, by its number, in a prompt: a few tokens in the place of the text."""
-    return f"[recall {document}:{start}-{stop}]"
+def mark(document: DocumentEntry, start: int, stop: int) -> str:
+    """What names characters of a document in a prompt: a few tokens in the place of the text.
+
+    Where documents come and go it names the same one, or none if that is gone or has changed.
+    """
+    return f"[recall {document.digest[:_TAG]}:{start}-{stop}]"
 
 
 def named(sheet: Sheet, text: str) -> list[Stretch]:
     """Stretches that marks in a text name, as far as they are in the sheet's documents; their tokens not known yet."""
     entries, found = sheet.manifest.documents, []
-    for each in _MARK.finditer(text):
-        document, start, stop = map(int, each.groups())
-        if document < len(entries) and start < (stop := min(stop, entries[document].characters)):
-            found.append(Stretch(document, start, stop))
+    numbers = {entry.digest[:_TAG]: number for number, entry in enumerate(entries)}
+    for each in dict.fromkeys(_MARK.findall(text)):
+        number, start, stop = numbers.get(each[0]), int(each[1]), int(each[2])
+        if number is not None and start < (stop := min(stop, entries[number].characters)):
+            found.append(Stretch(number, start, stop))
     return found
 
 
