@@ -265,6 +265,7 @@ def test_marks_in_a_prompt_say_what_is_recalled_and_nothing_is_searched(kb):
     later = [*turns[:2], {"role": "user", "content": QUESTION}]  # marks of an earlier turn are no answer to this one
     found = kb.ask(later, max_tokens=1, mode="recall", retriever=lambda query: [HUGO]).passages
     assert [each.document_id for each in found] == ["hugo"]
+    assert kb.ask(prompt, max_tokens=1).mode == "sheet"
 
 
 def test_a_mark_names_the_same_document_whatever_goes_before_it_and_none_once_it_is_gone():
@@ -276,7 +277,6 @@ def test_a_mark_names_the_same_document_whatever_goes_before_it_and_none_once_it
         living.remove(first.id)
         assert named(living.sheet, mark(second, 0, 9)) == [Stretch(0, 0, 9)]
         assert named(living.sheet, mark(first, 0, 9)) == []
-    assert kb.ask(prompt, max_tokens=1).mode == "sheet"
 
 
 def test_passages_that_are_in_the_question_already_are_not_recalled(kb, caplog):
