@@ -168,7 +168,16 @@ class _Edit:
         plans = [terms.plan(self.backbone, document) for document in documents]
         folder = writable_folder(kept.archive) if kept else None
         archive = archive_of(self.backbone, kept.archive.dtype if kept else None, plans, 0, checkpoint, folder)
-        new = read_all(self.backbone, terms, plans, self.manifest, self.preamble, progress, checkpoint, None, archive)
+        new = read_all(
+            self.backbone,
+            terms,
+            plans,
+            self.manifest,
+            self.preamble,
+            archive=archive,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
         return new if archive is None else in_archive(new, archive, self.manifest)
 
     def done(self, segments: Sequence[Segment], operation: Operation, documents: int) -> Sheet:

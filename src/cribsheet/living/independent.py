@@ -175,10 +175,10 @@ def build_independent(
     task: Task,
     options: BuildOptions,
     *,
-    progress: Listener = None,
-    checkpoint: str | Path | None = None,
-    archive_folder: str | Path | None = None,
     read: SegmentReader | None = None,
+    archive_folder: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Listener = None,
 ) -> Sheet:
     """`build_sheet(mode="independent")`: `rate` is that of each document; preamble and resident guide come on top.
 
@@ -200,7 +200,9 @@ def build_independent(
     )
     preamble = read_preamble(backbone, terms.preamble, terms.dtype)
     archive = archive_of(backbone, options.archive_dtype, plans, len(terms.preamble), checkpoint, archive_folder)
-    segments = read_all(backbone, terms, plans, base, preamble, progress, checkpoint, read, archive)
+    segments = read_all(
+        backbone, terms, plans, base, preamble, read=read, archive=archive, checkpoint=checkpoint, progress=progress
+    )
     made = changed(backbone, base, "built", len(documents), began)
     sheet = assemble(backbone, made, preamble, segments, terms.guide)
     return with_archive(sheet, archive) if archive else sheet
@@ -250,10 +252,11 @@ def read_all(
     plans: Sequence[Plan],
     base: Manifest,
     preamble: Segment,
-    progress: Listener = None,
-    checkpoint: str | Path | None = None,
+    *,
     read: SegmentReader | None = None,
     archive: ArchiveWriter | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Listener = None,
 ) -> list[Segment]:
     """Read documents one by one, or as `read` does, with progress in tokens; all that is read goes to an `archive`.
 
