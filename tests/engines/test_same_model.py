@@ -56,7 +56,7 @@ def test_one_part_of_a_divided_file_is_refused_with_the_way_out(qwen3, tmp_path)
     """Its tensors are some of the model's, so the places of values that are compared would be others."""
     settings, tensors = settings_of(qwen3) | {"split.count": 2}, tensors_of(qwen3)
     part = write_gguf(tmp_path / "a-00001-of-00002.gguf", settings, dict(list(tensors.items())[:5]))
-    with pytest.raises(ModelError, match=r"is one part of 2, .*`llama-gguf-split --merge`"):
+    with pytest.raises(ModelError, match=r"is one part of 2, .*`llama-gguf-split`"):
         check_same_model(Gguf.open(part), print_of(qwen3))
 
 

@@ -55,7 +55,7 @@ def check_same_model(gguf: Gguf, made: Fingerprint) -> None:
     if (parts := gguf.number("split.count")) > 1:
         raise ModelError(
             f"{str(gguf.path)!r} is one part of {parts}, and the tensors by which a model is known stand in all of "
-            "them; join them with `llama-gguf-split --merge`, and give that file."
+            "them; join them with `llama-gguf-split`, and give that file."
         )
     for what, ours, theirs in _settings(gguf, made):
         if ours != theirs:
