@@ -31,7 +31,7 @@ class ExtendOptions(ReplaceOptions, total=False):
     checkpoint: str | Path | None
 
 
-class _Sampling(TypedDict, total=False):
+class _AnyEngine(TypedDict, total=False):
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -41,6 +41,9 @@ class _Sampling(TypedDict, total=False):
     frequency_penalty: float | None
     presence_penalty: float | None
     timeout: float | None
+
+
+class _Sampling(_AnyEngine, total=False):
     retriever: Any
     passage_tokens: int | None
     sure: float | None
@@ -93,19 +96,10 @@ class ChatModelOptions(ToolOptions, total=False):
     name: str | None
 
 
-class LlamaCppSampling(TypedDict, total=False):
+class LlamaCppSampling(_AnyEngine, total=False):
     """Those of `LlamaCpp.ask`."""
 
-    max_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
     json_schema: Mapping[str, Any] | None
-    timeout: float | None
 
 
 class LlamaCppOptions(TypedDict, total=False):

@@ -42,9 +42,9 @@ class Recalled:
         """Keys and values (K, n, D) of each layer, one piece behind the other, keys at positions from `start` on."""
         keys, values = (torch.cat(halves, 2) for halves in zip(*self.pieces, strict=True))
         positions = torch.arange(start, start + self.tokens, device=keys.device)
-        alike: dict[tuple[float, ...], list[int]] = {}  # layers that turn alike are turned at once
-        for layer, inv_freq in enumerate(self.inv_freqs):
-            alike.setdefault(tuple(inv_freq.tolist()), []).append(layer)
+        alike: dict[tuple[int, int], list[int]] = {}  # layers that turn alike are turned at once, as they share memory
+        for layer, inv_freq in enumerate(self.inv_freqs):  # whose numbers would be waited for on a GPU, layer by layer
+            alike.setdefault((inv_freq.data_ptr(), len(inv_freq)), []).append(layer)
         turned = torch.empty_like(keys)
         for layers in alike.values():
             turned[layers] = rotate(keys[layers], positions, self.inv_freqs[layers[0]].to(keys.device)).to(keys.dtype)

@@ -232,13 +232,7 @@ class Archive:
     def _verify(self, known: _Index, block: int, first: int, found: Parts) -> None:
         """Compare a block with its digest, given the rows of several from `first` on."""
         ends, layout = known.layout.ends, known.layout
-        start = ends[first]
-        own = {
-            name: rows[block - first : block - first + 1]
-            if layout.is_of_blocks(name)
-            else rows[ends[block] - start : ends[block + 1] - start]
-            for name, rows in found.items()
-        }
+        own = layout.block_of(found, block, first)
         if layout.block_digest(own) != bytes(known.digests[block].tolist()):
             raise SheetError(
                 f"The archive {str(self.path)!r} is damaged: its tokens {ends[block]} to {ends[block + 1]} are not "

@@ -137,6 +137,14 @@ class Layout:
             found.append(form(**tensors))
         return found
 
+    def block_of(self, parts: Parts, block: int, first: int) -> dict[str, Tensor]:
+        """The rows of one block, of those of several from block `first` on."""
+        start, stop = (self.ends[number] - self.ends[first] for number in (block, block + 1))
+        return {
+            name: rows[block - first : block - first + 1] if self.is_of_blocks(name) else rows[start:stop]
+            for name, rows in parts.items()
+        }
+
     def block_digest(self, parts: Parts) -> bytes:
         """SHA-256 of all bytes of one block, tensors in the order of their names."""
         digest = hashlib.sha256()

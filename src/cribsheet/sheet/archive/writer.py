@@ -110,12 +110,7 @@ class ArchiveWriter:
         for name, rows in parts.items():
             self._write(name, first if layout.is_of_blocks(name) else start, rows)
         for block in range(first, last):
-            own = {
-                name: rows[block - first : block - first + 1]
-                if layout.is_of_blocks(name)
-                else rows[layout.ends[block] - start : layout.ends[block + 1] - start]
-                for name, rows in parts.items()
-            }
+            own = layout.block_of(parts, block, first)
             self._digests[block] = torch.tensor(list(layout.block_digest(own)), dtype=torch.uint8)
         self._write("digests", first, self._digests[first:last])
         self._block = last
