@@ -18,11 +18,10 @@ from langchain_core.runnables import Runnable
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from cribsheet import RequestError
-from cribsheet.asking.llama_cpp.llm import LlamaCpp
+from cribsheet.asking.llama_cpp.llm import OPTIONS, SAMPLED, LlamaCpp
 from langchain_cribsheet.messages import as_conversation, as_message, facts_of, last_chunk
 from langchain_cribsheet.structured import structured
 
-_SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
 _FOR_LANGCHAIN = ("ls_structured_output_format", "strict")  # nothing for the model in them
 
 
@@ -80,12 +79,7 @@ class ChatCribsheetLlamaCpp(BaseChatModel):
         """llama.cpp with the sheet, started now if it was not yet."""
         with self._opening:
             if self.served is None:
-                how: Any = {
-                    "slots": self.slots,
-                    "room": self.room,
-                    "threads": self.threads,
-                    "gpu_layers": self.gpu_layers,
-                }
+                how: Any = {name: getattr(self, name) for name in OPTIONS}
                 self.served = LlamaCpp(str(self.sheet), str(self.gguf), tokenizer=self.model, **how)
             opened: LlamaCpp = self.served
             return opened
@@ -98,7 +92,7 @@ class ChatCribsheetLlamaCpp(BaseChatModel):
     def _identifying_params(self) -> Mapping[str, Any]:
         """What an answer depends on, for tracing and caches."""
         opened = self.served.sheet.manifest.digest if self.served is not None else None
-        sampling = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        sampling = {name: getattr(self, name) for name in SAMPLED if getattr(self, name) is not None}
         gguf = str(self.served.gguf) if self.served is not None else self.gguf
         return {"sheet": self.sheet, "gguf": gguf, "digest": opened, **sampling}
 
@@ -148,7 +142,7 @@ class ChatCribsheetLlamaCpp(BaseChatModel):
 
     def _settings(self, stop: list[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of one answer: the fields', then the call's."""
-        own = {name: getattr(self, name) for name in (*_SAMPLING, "timeout")}
+        own = {name: getattr(self, name) for name in (*SAMPLED, "timeout")}
         asked = {name: value for name, value in given.items() if name not in _FOR_LANGCHAIN and value is not None}
         return own | asked | ({} if stop is None else {"stop": stop})
 

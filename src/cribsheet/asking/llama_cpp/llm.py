@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from cribsheet.asking.options import LlamaCppSampling
 
 _STATE = "sheet.state"
-_SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "frequency_penalty", "presence_penalty")
-SETTINGS = (*_SAMPLED, "json_schema", "timeout")
+SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "frequency_penalty", "presence_penalty")
+SETTINGS = (*SAMPLED, "json_schema", "timeout")
 OPTIONS = ("slots", "room", "threads", "gpu_layers")
 _REASONS: dict[str, Any] = {"limit": "length"}
 

@@ -32,9 +32,7 @@ from llama_index.llms.cribsheet.messages import (
 )
 
 from cribsheet import RequestError, SamplingParams, SheetError
-from cribsheet.asking.llama_cpp.llm import LlamaCpp
-
-_SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "stop")
+from cribsheet.asking.llama_cpp.llm import OPTIONS, SAMPLED, LlamaCpp
 
 
 class CribsheetLlamaCppLLM(CustomLLM):
@@ -94,7 +92,7 @@ class CribsheetLlamaCppLLM(CustomLLM):
             raise SheetError("Give sheet= and gguf=, the paths of a sheet and of a GGUF of its model.")
         paths = {"sheet": sheet and fspath(sheet), "gguf": gguf and fspath(gguf)}
         super().__init__(**{**paths, **settings})
-        SamplingParams(**self._given(_SAMPLING))  # out of range is told now rather than with the first question
+        SamplingParams(**self._given(SAMPLED))  # out of range is told now rather than with the first question
         self._served = served
 
     @classmethod
@@ -107,12 +105,7 @@ class CribsheetLlamaCppLLM(CustomLLM):
         """llama.cpp with the sheet, started now if it was not yet."""
         with self._opening:
             if self._served is None:
-                how: Any = {
-                    "slots": self.slots,
-                    "room": self.room,
-                    "threads": self.threads,
-                    "gpu_layers": self.gpu_layers,
-                }
+                how: Any = {name: getattr(self, name) for name in OPTIONS}
                 self._served = LlamaCpp(str(self.sheet), str(self.gguf), tokenizer=self.model, **how)
             return self._served
 
@@ -155,7 +148,7 @@ class CribsheetLlamaCppLLM(CustomLLM):
 
     def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of one answer: the fields', then the call's."""
-        return {**self._given((*_SAMPLING, "timeout")), **given}
+        return {**self._given((*SAMPLED, "timeout")), **given}
 
     def _given(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
