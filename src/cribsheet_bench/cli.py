@@ -140,6 +140,7 @@ def real(
     ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of studies, and of the intervals.")] = 0,
     as_json: Rows = None,
 ) -> int:
     """Real models asked about real documents: full context first, then all ways to answer at equal budgets.
@@ -158,12 +159,13 @@ def real(
         tuple(models),
         cases=cases,
         questions=questions,
-        means=Means(asking, dense_model, peers),
+        means=Means(asking, dense_model, peers, seed),
         shard=(part, of),
         limit=float("inf") if seconds is None else seconds,
         threads=threads,
         device=device,
         dtype=dtype,
+        seed=seed,
         **given,  # type: ignore[arg-type]
     )
     run(options, file=as_json)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from cribsheet.engine.sampling import MAX_STOPS, Sampler, SamplingParams, _best, _nucleus, describe
-from cribsheet.errors import RequestError
+from cribsheet.engine.sampling import MAX_STOPS, Sampler, SamplingParams, _best, _nucleus, choose, describe
+from cribsheet.errors import EngineError, RequestError
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.0])
 
@@ -21,22 +21,46 @@ def draw(count=500, logits=LOGITS, **params):
 
 def test_without_settings_the_most_probable_token_is_taken():
     params = SamplingParams()
-    assert params.is_greedy
+    assert params.is_plain
     assert Sampler(params).pick(LOGITS)[0] == 1
 
 
 @pytest.mark.parametrize(
     "asked",
     [
-        {"temperature": 0.1},
-        {"logprobs": 0},
         {"presence_penalty": 1.0},
         {"frequency_penalty": -1.0},
         {"logit_bias": {1: 2.0}},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 3},
     ],
 )
-def test_whoever_asks_for_more_is_not_served_by_the_shortcut(asked):
-    assert not SamplingParams(**asked).is_greedy
+def test_whoever_asks_for_more_does_not_choose_with_the_others(asked):
+    assert not SamplingParams(**asked).is_plain
+
+
+def test_who_chooses_with_others_takes_what_it_takes_alone():
+    """Whatever the others ask for."""
+    rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(5))
+    asked = [{}, {"temperature": 1.0}, {"logprobs": 3}, {"temperature": 0.5, "logprobs": 0}, {"temperature": 9}, {}]
+    params = [SamplingParams(seed=7, **each) for each in asked]
+    together = choose(rows, [Sampler(each) for each in params])
+    for row, each, made in zip(rows, params, together, strict=True):
+        token, logprobs = Sampler(each).pick(row)
+        assert made.token == token
+        if each.logprobs is not None:
+            assert made.logprob == pytest.approx(float(logprobs[token]))
+            best = logprobs.topk(each.logprobs)
+            assert [number for number, _ in made.best] == best.indices.tolist()
+            assert [value for _, value in made.best] == pytest.approx(best.values.tolist())
+
+
+def test_a_model_that_computes_no_numbers_is_told_from_one_that_does():
+    rows = torch.stack([LOGITS, LOGITS * math.nan])
+    good, bad = choose(rows, [Sampler(SamplingParams(temperature=1.0)) for _ in range(2)])
+    good.check()
+    with pytest.raises(EngineError, match="NaN"):
+        bad.check()
 
 
 REFUSED = {
@@ -132,7 +156,7 @@ def test_stop_strings_that_can_be_read_only_once_are_kept():
 
 def test_alternatives_that_are_forbidden_are_none():
     logprobs = torch.tensor([0.0, -math.inf, -math.inf])
-    said = describe(0, logprobs, 2, str)
+    said = describe(torch.tensor([0]), logprobs[None], [2])[0].described(str)
     assert len(said.top) == 1 and said.top[0][1] == 0.0
 
 
@@ -203,12 +227,12 @@ def test_log_probabilities_are_those_of_the_whole_vocabulary_before_temperature(
 
 def test_a_choice_is_described_with_its_alternatives_best_first():
     logprobs = torch.randn(1000, generator=torch.Generator().manual_seed(0)).log_softmax(0)
-    said = describe(40, logprobs, 3, str)
+    said = describe(torch.tensor([40]), logprobs[None], [3])[0].described(str)
     assert (said.token_id, said.token) == (40, "40")
     assert said.logprob == pytest.approx(float(logprobs[40]))
     best = logprobs.topk(3)
     assert said.top == tuple((str(i), v) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-    assert describe(40, logprobs, 0, str).top == ()
+    assert describe(torch.tensor([40]), logprobs[None], [0])[0].best == []
 
 
 def by_sorting(probabilities, top_p):

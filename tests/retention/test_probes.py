@@ -9,7 +9,8 @@ from cribsheet.corpus.documents import Document, read_documents
 from cribsheet.corpus.task import Task
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.retention.probes import EXAMPLES_TO_SPARE, Exam, Probe, agree, held_back, make_probes
+from cribsheet.retention.exam import Exam
+from cribsheet.retention.probes import EXAMPLES_TO_SPARE, Probe, agree, held_back, make_probes
 from cribsheet.retrieval.retriever import words
 from cribsheet.testing import echo_backbone
 

@@ -21,7 +21,8 @@ from cribsheet.plan.assemble import finish
 from cribsheet.plan.options import BuildOptions
 from cribsheet.plan.plan import plan
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.retention.probes import Exam, Probe
+from cribsheet.retention.exam import Exam
+from cribsheet.retention.probes import Probe
 from cribsheet.retention.retention import LADDER, Reference, full_context, make_checker, reference, remarks, retained
 from cribsheet.sheet.manifest import Manifest, Retention, Rung
 from cribsheet.testing import tiny_backbone

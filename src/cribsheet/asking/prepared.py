@@ -10,11 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from cribsheet.asking.settings import Retrieval
 from cribsheet.attention.prefix import Prefix
-from cribsheet.engine.request import Request, Sink, is_late
+from cribsheet.engine.request import Ahead, Request, Sink, is_late
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.errors import RequestError
 from cribsheet.prompt.turns import Question
-from cribsheet.recall.placing import Recalled
 from cribsheet.retrieval.placing import Told
 from cribsheet.retrieval.retriever import Passage
 from cribsheet.structured.grammar import Constraint
@@ -48,7 +47,7 @@ class Prepared:
     evidence: bool = False
     passages: tuple[Passage, ...] = ()
     alone: bool = False
-    recalled: Recalled | None = None
+    recalled: Ahead | None = None
     lookup: Lookup | None = None
     choice: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -24,6 +24,7 @@ from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import LongPrefill, Prefill, prefills
 from cribsheet.engine.request import Answering, Request, tell
+from cribsheet.engine.sampling import choose
 from cribsheet.errors import EngineError
 from cribsheet.model.backbone import Backbone
 
@@ -216,13 +217,12 @@ class Engine:
         return Answering(request, self.backbone.tokenizer, self._eos)
 
     def _advance(self, sequences: list[Answering], logits: Tensor) -> None:
-        greedy = logits.argmax(-1).tolist() if any(s.request.params.is_greedy for s in sequences) else []
+        plain = [row for row, sequence in enumerate(sequences) if sequence.is_plain]
+        rows = logits if len(plain) == len(sequences) else logits[plain]
+        made = dict(zip(plain, choose(rows, [sequences[row].sampler for row in plain]) if plain else (), strict=True))
         for row, sequence in enumerate(sequences):
             try:
-                if sequence.request.params.is_greedy:
-                    sequence.advance(None, greedy[row])
-                else:
-                    sequence.advance(logits[row], 0)
+                sequence.advance(made[row] if row in made else logits[row])
             except Exception as error:  # one caller's trouble is not the others'
                 sequence.fail(error)
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.detokenizer import TextStream
-from cribsheet.engine.sampling import Sampler, SamplingParams, TokenLogprob, describe
+from cribsheet.engine.sampling import Choice, Sampler, SamplingParams, TokenLogprob, describe
 from cribsheet.errors import EngineError
 from cribsheet.structured.grammar import Constraint
 
@@ -131,19 +132,25 @@ class Answering:
         self.looked: Tensor | None = None  # (M, K, P + N) so far, if evidence is wanted
         self._pending: list[TokenLogprob] = []
 
-    def advance(self, logits: Tensor | None, greedy: int) -> None:
-        """Take one step's logits (V,), or without them the greedy choice for the whole batch; emit, maybe finish."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tokens can be chosen together with others'."""
+        return self.request.constraint is None and self.request.params.is_plain
+
+    def advance(self, made: Choice | Tensor) -> None:
+        """Take one step's choice, or its logits (V,) to choose from; emit, maybe finish."""
         params = self.request.params
         if self.request.is_over:
             return self.stop()
-        if logits is None:
-            self.last = greedy
-        else:
+        if isinstance(made, Tensor):
             form = self.request.constraint
-            self.last, logprobs = form.choose(logits, self.sampler.pick) if form else self.sampler.pick(logits)
-            self.sampler.took(self.last)
-            if params.logprobs is not None and self.last not in self.eos:
-                self._pending.append(describe(self.last, logprobs, params.logprobs, self.text.text_of))
+            token, logprobs = form.choose(made, self.sampler.pick) if form else self.sampler.pick(made)
+            self.sampler.took(token)
+            made = describe(torch.tensor([token]), logprobs[None], [params.logprobs or 0])[0]
+        made.check()
+        self.last = made.token
+        if params.logprobs is not None and self.last not in self.eos:
+            self._pending.append(made.described(self.text.text_of))
         if self.last in self.eos:
             return self._finish("stop")
         self.produced += 1

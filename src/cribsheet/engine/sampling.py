@@ -1,4 +1,8 @@
-"""How the next token is chosen: OpenAI's parameters, checked before work starts, and one sampler per sequence."""
+"""How the next token is chosen: OpenAI's parameters, checked before work starts, and one sampler per sequence.
+
+Whoever has no wish but a temperature chooses together with all others like that: on the device, in a few calls that are
+waited for once, where a vocabulary per sequence and token would have to be brought over.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cribsheet.corpus.formats.record import short
-from cribsheet.errors import RequestError
+from cribsheet.errors import EngineError, RequestError
 from cribsheet.structured.grammar import Grammar
 
 MAX_STOPS = 1000
 MAX_TOP_LOGPROBS = 20
 _SORTED = 1024  # tokens that are put in order first
+_NONE = -1  # token of a row of which nothing can be drawn, as the model computed no numbers
 _HIGHEST = 2**31 - 1  # id that a token of any vocabulary may have
 
 
@@ -81,10 +87,10 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether the most probable token is always taken and nothing else is asked."""
+    def is_plain(self) -> bool:
+        """Whether nothing but a temperature shapes what is chosen from."""
         shaped = self.frequency_penalty or self.presence_penalty or self.logit_bias or self.grammar
-        return self.temperature == 0 and self.logprobs is None and not shaped
+        return not (shaped or (self.temperature and (self.top_k or self.top_p < 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,24 @@ class TokenLogprob:
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+
+
+class Choice(NamedTuple):
+    """A token, its natural-log probability before temperature, and the best that were asked for with theirs."""
+
+    token: int
+    logprob: float
+    best: Sequence[tuple[int, float]]
+
+    def check(self) -> None:
+        """Raise `EngineError` where there was nothing to choose from."""
+        if self.token == _NONE:
+            raise EngineError("The model's probabilities are no numbers (NaN); load it with dtype='float32'.")
+
+    def described(self, text_of: Callable[[int], str]) -> TokenLogprob:
+        """The reportable form, in texts of tokens as they are here; what a grammar forbids is left out."""
+        top = tuple((text_of(number), value) for number, value in self.best if value > -math.inf)
+        return TokenLogprob(self.token, text_of(self.token), self.logprob, top)
 
 
 class Sampler:
@@ -108,6 +132,10 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed((params.seed + choice) % (1 << 63))
+
+    def number(self) -> float:
+        """The next of its random numbers, at least 0 and below 1."""
+        return float(torch.rand((), generator=self._generator))
 
     def pick(self, logits: Tensor) -> tuple[int, Tensor]:
         """The next token and the log-probabilities (V,) float32 that it was drawn from, before temperature."""
@@ -136,21 +164,52 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         params = self.params
-        # from the maximum and with a floor, or a temperature near 0 would divide into infinities
-        probabilities = ((logits - logits.max()) / max(params.temperature, 1e-6)).softmax(-1)
+        probabilities = _warmed(logits, params.temperature)
         if 0 < params.top_k < len(probabilities):
             probabilities = _best(probabilities, probabilities.topk(params.top_k).values)
         if params.top_p < 1:
             probabilities = _best(probabilities, _nucleus(probabilities, params.top_p))
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return int(_drawn(probabilities, torch.tensor([self.number()])))
 
 
-def describe(token: int, logprobs: Tensor, wanted: int, text_of: Callable[[int], str]) -> TokenLogprob:
-    """The reportable form of a choice, in texts of tokens as they are here; what a grammar forbids is left out."""
-    best = logprobs.topk(min(wanted, len(logprobs)))
-    ranked = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    top = tuple((text_of(number), value) for value, number in ranked if value > -math.inf)
-    return TokenLogprob(token, text_of(token), float(logprobs[token]), top)
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
+    """What samplers that are plain take, each of its row of logits (B, V), waited for once."""
+    rows = logits.float()
+    tokens = rows.argmax(-1)
+    warm = [row for row, each in enumerate(samplers) if each.params.temperature]
+    if warm:
+        temperatures = torch.tensor([[samplers[row].params.temperature] for row in warm], device=rows.device)
+        numbers = torch.tensor([[samplers[row].number()] for row in warm], device=rows.device)
+        tokens[warm] = _drawn(_warmed(rows[warm], temperatures), numbers)[:, 0]
+    if all(each.params.logprobs is None for each in samplers):
+        return [Choice(token, math.nan, ()) for token in tokens.tolist()]
+    return describe(tokens, rows.log_softmax(-1), [each.params.logprobs or 0 for each in samplers])
+
+
+def describe(tokens: Tensor, logprobs: Tensor, wanted: Sequence[int]) -> list[Choice]:
+    """Tokens (B,) that were taken from log-probabilities (B, V), with as many of the best as are wanted of each row."""
+    best = logprobs.topk(min(max(wanted), logprobs.shape[1]))
+    told = torch.cat([logprobs.gather(1, tokens[:, None].clamp(min=0)), best.values], 1).tolist()
+    every = zip(tokens.tolist(), told, best.indices.tolist(), wanted, strict=True)
+    return [
+        Choice(token, own, list(zip(ids, values, strict=True))[:count]) for token, (own, *values), ids, count in every
+    ]
+
+
+def _warmed(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """Probabilities (..., V): from the maximum and with a floor, or temperatures near 0 would divide to infinities."""
+    floor = temperature.clamp(min=1e-6) if isinstance(temperature, Tensor) else max(temperature, 1e-6)
+    return ((logits - logits.amax(-1, keepdim=True)) / floor).softmax(-1)
+
+
+def _drawn(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Which of probabilities (..., V) random numbers (..., 1) between 0 and 1 fall on, never on zeros; or -1 (`_NONE`).
+
+    In double precision, as sums of many small numbers in another order must not come to another token.
+    """
+    sums = probabilities.double().cumsum(-1)
+    places = torch.searchsorted(sums, numbers.double() * sums[..., -1:], right=True)
+    return places.clamp(max=probabilities.shape[-1] - 1).where(sums[..., -1:].isfinite(), _NONE)
 
 
 def _nucleus(probabilities: Tensor, share: float) -> Tensor:

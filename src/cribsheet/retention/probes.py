@@ -17,27 +17,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from cribsheet.asking.answer import Answer
-from cribsheet.asking.prepared import Prepared
-from cribsheet.asking.session import Session
-from cribsheet.asking.streams import AnswerStream
-from cribsheet.attention.prefix import Prefix
-from cribsheet.compress.loop import nothing_read
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
-from cribsheet.engine.pool import LoadedModel
-from cribsheet.engine.sampling import SamplingParams
-from cribsheet.model.backbone import Backbone
-from cribsheet.prompt.template import ChatLayout
+from cribsheet.retention.exam import Exam, Way
 from cribsheet.retention.gaps import gaps
 from cribsheet.retrieval.content_words import new_in
-from cribsheet.retrieval.passages import GAP
-from cribsheet.retrieval.placing import Told
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 
 logger = logging.getLogger(__name__)
@@ -47,27 +32,18 @@ AGREEMENT = 0.5  # F1 in words from which two answers say the same
 EXAMPLES_TO_SPARE = 8  # with so many examples, every fourth is held back
 _STRETCH = 600  # characters that a question is written about
 _SHORTEST = 60  # characters; less says nothing
-_QUESTION_TOKENS, _ANSWER_TOKENS = 32, 32
 _ROUNDS = 3  # of questions twice as many as are wanted
 _WORTH = 0.25  # share of what is wanted that a round must give for another one to be worth its time
-_AT_ONCE = 64  # questions that are handed to the engine together
 _COVERED = 0.8  # share of an answer's words that must stand in its stretch
 _RARE = 0.25  # share of the stretches that a word which tells them apart is in at most
 _LONGEST = 240  # characters of a question
 
 _OPENINGS = ("What", "Who", "When", "Which", "Where", "How many", "What", "How", "Why")
-_REQUEST = (
-    "Ask a question about a detail in the text above, such as a name, a number, a date or a place. Name what the "
-    "question is about, so that it can be understood without the text."
-)
-_SHORTLY = "Answer with a few words."
 _ABOUT_ITSELF = re.compile(
     r"\bof the following\b|\b(?:th(?:is|e|ese)|above|following|given) (?:\w+ )?"
     r"(?:passage|excerpt|paragraph|text|document|section|article|statement|question|task)s?\b",
     re.IGNORECASE,
 )
-
-Way = Literal["user", "request"]  # whether a question is written in the user's place, or on request
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,141 +59,6 @@ class Probe:
     def known(self) -> bool:
         """Whether the model needs no documents for it."""
         return agree(self.question, self.answer, self.closed)
-
-
-class Exam:
-    """A model that is asked many questions at once, over any prefix, in the form in which a sheet would be asked.
-
-    Where the guide is `resident`, task line and examples, or their `form`, stand before every question; without
-    examples, each question asks for a short answer, as long ones cannot be compared.
-    """
-
-    def __init__(
-        self, model: Backbone | LoadedModel, layout: ChatLayout, task: Task, *, resident: bool = True, form: str = ""
-    ) -> None:
-        self.loaded = LoadedModel.get(model)
-        self.layout, self.task, self.resident, self._shown = layout, task, resident, task.shown(form)
-        self._nothing = Prefix(nothing_read(self.backbone), 0)
-
-    @classmethod
-    def of(cls, session: Session) -> Exam:
-        """That of an open sheet: `Exam.of(kb.session)`."""
-        sheet = session.sheet
-        return cls(session.loaded, session.layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model that is asked."""
-        return self.loaded.backbone
-
-    @property
-    def guide(self) -> Tensor:
-        """Tokens (T,) of task line and examples as they stand after the documents; none if they are dropped."""
-        guide = self.layout.guide(self._shown).resident if self.resident else ""
-        return self.layout.encoder.after(guide, continues=True)
-
-    @property
-    def opening(self) -> str:
-        """What the template writes before the first document."""
-        return self.layout.preamble(self.task.instruction)
-
-    def read(self, *parts: Tensor) -> Prefix:
-        """Tokens (T,) plainly read, one part after the other."""
-        layers, done = nothing_read(self.backbone), 0
-        for part in parts:
-            if not len(part):
-                continue
-            read = self.backbone.read(layers, done, part, part[:0])
-            layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-            done += len(part)
-        return Prefix(layers, done)
-
-    def over(self, prefix: Prefix, questions: Sequence[str]) -> list[str]:
-        """Answers of a prefix, in which the guide stands already if it is resident."""
-        return self.written(prefix, [self._after(question) for question in questions])
-
-    def alone(self, asked: Sequence[tuple[str, str]]) -> list[str]:
-        """Answers to questions, each with a text, or nothing, where the documents would stand."""
-        guide = self.guide
-        return self.written(
-            self._nothing,
-            [torch.cat([self.documents(text), guide, self._after(question)]) for text, question in asked],
-        )
-
-    def questions(self, asked: Sequence[tuple[str, str, Way]]) -> list[str]:
-        """Questions about texts, each begun with an opening; empty where none came to its end."""
-        begun = [torch.cat([self.documents(text), self._begun(opening, way)]) for text, opening, way in asked]
-        written = self.written(self._nothing, begun, stop=("?", "？", "\n"), most=_QUESTION_TOKENS)
-        pairs = zip(asked, written, strict=True)
-        return [f"{opening} {text}?" if text else "" for (_, opening, _), text in pairs]
-
-    def _after(self, question: str) -> Tensor:
-        text = question if self.task.few_shot else f"{question} {_SHORTLY}"
-        return self.turn(text)
-
-    def turn(self, text: str) -> Tensor:
-        """Tokens (T,) of a user's turn, as they follow documents and guide."""
-        turns = [{"role": "user", "content": text}]
-        return self.layout.encoder.after(self.layout.question(turns, self._shown, self.resident))
-
-    def documents(self, text: str) -> Tensor:
-        """Tokens (T,) of the preamble and of a text, or nothing, where the documents would stand."""
-        encoder = self.layout.encoder
-        return encoder.left(self.opening + (encoder.defuse(text) + GAP if text else ""))[0]
-
-    def _begun(self, opening: str, way: Way) -> Tensor:
-        """The beginning of a question (T,): in the user's next turn, or in the answer to a request."""
-        layout = self.layout
-        if way == "user":
-            text = layout.guide(self.task).resident
-        else:  # right behind the text: small models write about what they read last
-            text = layout.question([{"role": "user", "content": _REQUEST}], self.task, False)
-            text += f"{'' if text[-1:].isspace() else ' '}Question:"
-        return layout.encoder.after(f"{text}{'' if text[-1:].isspace() else ' '}{opening}")
-
-    def written(
-        self,
-        prefix: Prefix,
-        asked: Sequence[Tensor],
-        *,
-        stop: tuple[str, ...] = (),
-        most: int = _ANSWER_TOKENS,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[str]:
-        """What the model writes after tokens (T,) over a prefix; nothing where it comes to no `stop`.
-
-        The most probable tokens, or at a `temperature` such as the `seed` draws, each time others for each of `asked`.
-        """
-        settings = {"stop": stop, "temperature": temperature}
-        answers = self.answers(prefix, asked, [{**settings, "seed": seed + n} for n in range(len(asked))], most)
-        return [
-            "" if each is None or (stop and each.finish_reason != "stop") else each.text.strip() for each in answers
-        ]
-
-    def answers(
-        self, prefix: Prefix, asked: Sequence[Tensor], settings: Sequence[Mapping[str, Any]], most: int
-    ) -> list[Answer | None]:
-        """Answers to tokens (T,) over a prefix, each with its settings; none where the window has no room for one."""
-        found: list[Answer | None] = []
-        self.loaded.enter(self)
-        try:
-            for first in range(0, len(asked), _AT_ONCE):
-                pairs = zip(asked[first : first + _AT_ONCE], settings[first : first + _AT_ONCE], strict=True)
-                streams = [self._stream(prefix, ids, each, most) for ids, each in pairs]
-                self.loaded.engine.submit(*(stream.request(prefix) for stream in streams if stream))
-                found += [_read(stream) if stream else None for stream in streams]
-        finally:
-            self.loaded.leave(self)
-        return found
-
-    def _stream(self, prefix: Prefix, ids: Tensor, settings: Mapping[str, Any], most: int) -> AnswerStream | None:
-        """A question for the engine, or none where the window leaves no room for an answer."""
-        left = min(most, self.backbone.window - prefix.tokens - len(ids))
-        if left < 1:
-            return None
-        params = SamplingParams(**settings, max_tokens=left)
-        return AnswerStream(Prepared(Told(ids), prefix.tokens, params, ends=self.layout.stop))
 
 
 def make_probes(
@@ -377,11 +218,3 @@ def _even(probes: Sequence[Probe], count: int) -> list[Probe]:
     if len(rest) > left:
         rest = [rest[n * len(rest) // left] for n in range(left)]
     return (first + rest)[:count]
-
-
-def _read(stream: AnswerStream) -> Answer:
-    """An answer, once it is there; an interrupt ends it."""
-    with stream:
-        for _ in stream:
-            pass
-    return stream.answer

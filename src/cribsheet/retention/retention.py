@@ -34,7 +34,8 @@ from cribsheet.plan.plan import Plan, plan
 from cribsheet.plan.window import usual_chunk
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.retention.probes import Exam, Probe, agree, held_back, make_probes
+from cribsheet.retention.exam import Exam
+from cribsheet.retention.probes import Probe, agree, held_back, make_probes
 from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.manifest import Retention, Rung
 from cribsheet.sheet.sheet import Sheet

@@ -6,6 +6,9 @@ answers them with the guide as the sheet has it, and a question stays if that an
 new in words of the stretch, is not given closed book as well, and is not doubted by the model itself. Gaps in
 sentences (`retention/gaps.py`) join them. The documents' own text, to be gone on with, is the rest.
 
+On a GPU several stretches are asked about at once: each question has the keys and values of its own stretch before it,
+and all of them run as one batch over nothing, whose captured steps serve every stretch.
+
 For each token of an answer the teacher's best continuations are kept with their probabilities: what is learnt is the
 distribution, not the words (Cartridges, arXiv 2506.06266, learn so too, from conversations).
 """
@@ -17,6 +20,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +32,9 @@ from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError
 from cribsheet.prompt.template import ChatLayout
+from cribsheet.retention.exam import Apart, Exam
 from cribsheet.retention.gaps import SENTENCE, gaps
-from cribsheet.retention.probes import Exam, agree, is_apt, is_told, rare_words
+from cribsheet.retention.probes import agree, is_apt, is_told, rare_words
 from cribsheet.retrieval.passages import GAP
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
@@ -41,6 +46,8 @@ _STRETCH = 2000  # characters that are read at once, of one document or of sever
 _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
 _AT_ONCE = 2  # questions about a sentence that are tried in a round, so that all stretches have some when time is up
 _AT_ONCE_ON_GPU = 8  # which writes many in the time of a few
+_TOGETHER = 1  # stretches that are asked about at once: a processor gains nothing from more
+_TOGETHER_ON_GPU = 4
 ROUNDS = 3  # at least; more only while there is time
 _WORTH = 0.25  # of what questions of the first round gave, which those of another must give for it not to be the last
 _FIRST, _FEWEST = 12, 4  # questions about the first stretch, and about any, where time is short
@@ -99,8 +106,8 @@ def make_practice(
             if most == 0:
                 logger.info("time is up for practice after %d of %d stretches", maker.done, len(stretches))
                 return maker.practice(practice_of(sheet, documents))
-            maker.take(stretches[maker.done], len(maker.gave), most)
-            maker.done += 1
+            maker.take(stretches[maker.done : maker.done + maker.together], len(maker.gave), most)
+            maker.done = min(len(stretches), maker.done + maker.together)
             keep(maker.draft())
             tell(_share(maker.began, ends, len(maker.gave) + maker.done / len(stretches)))
         maker.end_round()
@@ -117,7 +124,7 @@ def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, 0)
     longest = max(stretches, key=lambda stretch: len(stretch.text))
-    maker.take(longest, 0, _FIRST)
+    maker.take([longest], 0, _FIRST)
     each = (time.monotonic() - maker.began) / max(1, maker.tried)
     made = maker.practice(practice_of(sheet))
     sentences = sum(_says(sentence) for stretch in stretches for sentence in SENTENCE.split(stretch.text))
@@ -167,12 +174,24 @@ def _told(sheet: Sheet, documents: Collection[str] = ()) -> list[Document]:
     return [document for document in sheet.documents if not documents or document.id in documents]
 
 
+class _Asked(NamedTuple):
+    """A question, its right answer if that is known, and the number of its stretch among those asked about."""
+
+    question: str
+    right: str
+    stretch: int
+
+
+_Row = tuple[str, str, Tensor, Tensor]  # a question, its answer, and both in tokens
+
+
 class _Maker:
     """Makes exercises of one stretch after the other, again and again: never the same question twice."""
 
     def __init__(self, exam: Exam, stretches: Sequence[Passage], seed: int, draft: Draft | None = None) -> None:
         self._exam, self._stretches, self._seed = exam, stretches, seed
-        self.at_once = _AT_ONCE_ON_GPU if exam.backbone.device.type == "cuda" else _AT_ONCE
+        on_gpu = exam.backbone.device.type == "cuda"
+        self.at_once, self.together = (_AT_ONCE_ON_GPU, _TOGETHER_ON_GPU) if on_gpu else (_AT_ONCE, _TOGETHER)
         self._random = random.Random(seed)
         self._guide, self._nothing = exam.guide, exam.read(torch.cat([exam.documents(""), exam.guide]))
         self._rare = rare_words(stretches, _RARE)
@@ -203,54 +222,69 @@ class _Maker:
         self.gave.append((len(self.found) - found) / max(1, self.tried - tried))
         self.done, self._counts = 0, (len(self.found), self.tried)
 
-    def take(self, stretch: Passage, turn: int, most: int | None = None) -> None:
-        """Ask some questions about each sentence of a stretch, at most so many, and in the first round gaps too."""
-        documents = self._exam.documents(stretch.text)
-        asked = dict.fromkeys(self._asked(stretch, documents, turn, most), "")
-        if turn == 0:
+    def take(self, stretches: Sequence[Passage], turn: int, most: int | None = None) -> None:
+        """Ask some questions about each sentence of stretches, at most so many of each, and in the first round gaps."""
+        exam = self._exam
+        read = [exam.read_apart(exam.documents(stretch.text)) for stretch in stretches]
+        asked = [_Asked(question, "", number) for number, question in self._asked(stretches, read, turn, most)]
+        for number, stretch in enumerate(stretches) if turn == 0 else ():
             left = list(gaps(stretch, self._rare))
             self._random.shuffle(left)
             few = _GAPS if most is None else min(_GAPS, most)
-            asked |= {gap.question: gap.answer for gap in left[:few]}
-        fresh = {question: right for question, right in asked.items() if " ".join(words(question)) not in self._taken}
-        self._taken |= {" ".join(words(question)) for question in fresh}
+            asked += [_Asked(gap.question, gap.answer, number) for gap in left[:few]]
+        fresh = []
+        for each in asked:
+            said = " ".join(words(each.question))
+            if said not in self._taken:
+                self._taken.add(said)
+                fresh.append(each)
         self.left_out["asked before"] += len(asked) - len(fresh)
         if fresh:
-            self.found += self._answered(stretch, fresh, self._exam.read(torch.cat([documents, self._guide])))
+            self.found += self._answered(stretches, fresh, [exam.read_apart(self._guide, each) for each in read])
 
-    def _asked(self, stretch: Passage, documents: Tensor, turn: int, most: int | None) -> Iterator[str]:
-        """Questions about a stretch that may be asked without it."""
-        exam, sentences = self._exam, SENTENCE.split(stretch.text)
-        about = [
-            (sentence, opening)
-            for sentence in sentences
-            if _says(sentence)
-            for opening in self._openings(sentence, turn)
-        ]
-        if most is not None and most < len(about):
-            about = self._random.sample(about, most)
-        begun = []
-        for number, (sentence, opening) in enumerate(about):
-            text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if number % 2 else "")
-            turns = exam.layout.question([{"role": "user", "content": text}], exam.task, False)
-            gap = "" if turns[-1:].isspace() else " "
-            begun.append(exam.layout.encoder.after(f"{turns}{gap}{opening}"))
+    def _asked(
+        self, stretches: Sequence[Passage], read: Sequence[Apart], turn: int, most: int | None
+    ) -> Iterator[tuple[int, str]]:
+        """Questions about stretches that may be asked without them, each with the number of its stretch."""
+        about: list[tuple[int, str]] = []
+        begun: list[Tensor] = []
+        for number, stretch in enumerate(stretches):
+            for place, (sentence, opening) in enumerate(self._about(stretch, turn, most)):
+                about.append((number, opening))
+                begun.append(self._begun(sentence, opening, self._alike if place % 2 else ""))
         seed = self._seed + self.tried
         self.tried += len(begun)
-        written = exam.written(
-            exam.read(documents),
+        written = self._exam.written(
+            [read[number] for number, _ in about],
             begun,
             stop=("?", "？", "\n"),
             most=_QUESTION_TOKENS,
             temperature=_TEMPERATURE,
             seed=seed,
         )
-        for (_, opening), text in zip(about, written, strict=True):
+        for (number, opening), text in zip(about, written, strict=True):
             question = f"{opening} {text}?" if text else ""
-            if is_apt(question, stretch, self._rare):
-                yield question
+            if is_apt(question, stretches[number], self._rare):
+                yield number, question
             else:
                 self.left_out["not apt"] += 1
+
+    def _about(self, stretch: Passage, turn: int, most: int | None) -> list[tuple[str, str]]:
+        """Sentences of a stretch that are asked about, with how a question begins; at most so many."""
+        every = [
+            (sentence, opening)
+            for sentence in SENTENCE.split(stretch.text)
+            if _says(sentence)
+            for opening in self._openings(sentence, turn)
+        ]
+        return every if most is None or most >= len(every) else self._random.sample(every, most)
+
+    def _begun(self, sentence: str, opening: str, alike: str) -> Tensor:
+        """The tokens (T,) of a request for a question about a sentence, and of its beginning."""
+        layout = self._exam.layout
+        text = _ASKED.format(sentence.strip()[:_LONGEST], alike)
+        turns = layout.question([{"role": "user", "content": text}], self._exam.task, False)
+        return layout.encoder.after(f"{turns}{'' if turns[-1:].isspace() else ' '}{opening}")
 
     def _openings(self, sentence: str, turn: int) -> list[str]:
         """Those of a round for a sentence: others each time, until it has had them all."""
@@ -259,39 +293,42 @@ class _Maker:
         first = turn * self.at_once
         return [order[(first + number) % len(order)] for number in range(self.at_once)]
 
-    def _answered(self, stretch: Passage, asked: dict[str, str], prefix: Prefix) -> list[Exercise]:
+    def _answered(self, stretches: Sequence[Passage], asked: Sequence[_Asked], read: Sequence[Apart]) -> list[Exercise]:
         """Those of the questions that may serve, with what the stretch answers; gaps have their right answer."""
-        turns = {question: self._exam.turn(question) for question in asked}
-        answers = self._exam.answers(prefix, list(turns.values()), [{"logprobs": 0}] * len(turns), _ANSWER_TOKENS)
-        said = dict(zip(asked, answers, strict=True))
+        exam = self._exam
+        turns = [exam.turn(each.question) for each in asked]
+        answers = exam.answers(
+            [read[each.stretch] for each in asked], turns, [{"logprobs": 0}] * len(turns), _ANSWER_TOKENS
+        )
         serving = [
-            question for question, right in asked.items() if self._serves(question, said[question], right, stretch)
+            (each, turn, answer)
+            for each, turn, answer in zip(asked, turns, answers, strict=True)
+            if answer is not None and self._serves(each, answer, stretches[each.stretch])
         ]
-        closed = self._exam.written(self._nothing, [turns[question] for question in serving], most=_ANSWER_TOKENS)
-        rows = []
-        for question, known in zip(serving, closed, strict=True):
-            answer = said[question]
-            if answer is None or words(answer.text) == words(known):
+        closed = exam.written(self._nothing, [turn for _, turn, _ in serving], most=_ANSWER_TOKENS)
+        rows: list[list[_Row]] = [[] for _ in stretches]
+        for (each, turn, answer), known in zip(serving, closed, strict=True):
+            if words(answer.text) == words(known):
                 self.left_out["known"] += 1
                 continue
             ids = torch.tensor([token.token_id for token in answer.logprobs or ()])
-            rows.append((question, answer.text.strip(), turns[question], ids))
-        return self._taught(prefix, rows)
+            rows[each.stretch].append((each.question, answer.text.strip(), turn, ids))
+        return [found for number, own in enumerate(rows) for found in self._taught(read[number].prefix, own)]
 
-    def _serves(self, question: str, answer: Answer | None, right: str, stretch: Passage) -> bool:
+    def _serves(self, asked: _Asked, answer: Answer, stretch: Passage) -> bool:
         """Whether a stretch has answered so that something can be learnt from it."""
-        if answer is None or answer.finish_reason != "stop":
+        if answer.finish_reason != "stop":
             why = "unended"
-        elif not is_told(question, answer.text, stretch):
+        elif not is_told(asked.question, answer.text, stretch):
             why = "not told"
-        elif right and not agree(question, right, answer.text):
+        elif asked.right and not agree(asked.question, asked.right, answer.text):
             why = "wrong"
         else:
             return True
         self.left_out[why] += 1
         return False
 
-    def _taught(self, prefix: Prefix, rows: Sequence[tuple[str, str, Tensor, Tensor]]) -> list[Exercise]:
+    def _taught(self, prefix: Prefix, rows: Sequence[_Row]) -> list[Exercise]:
         """Exercises of questions, answers, and both in tokens, with what the teacher would write; doubted ones go."""
         found, backbone = [], self._exam.backbone
         ends = torch.tensor(sorted(backbone.eos_ids))

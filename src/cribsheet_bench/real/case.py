@@ -45,6 +45,7 @@ class Means:
     asking: int = 16
     dense: str | None = None
     peers: Path | None = None
+    seed: int = 0  # of studies
 
 
 class Found:
@@ -95,7 +96,9 @@ class Case:
 
     def _build(self, made: Method, budget: int, minutes: float = 0.0) -> Sheet:
         task = self.corpus.task if made.examples else replace(self.corpus.task, examples=())
-        how = {name: getattr(made, name) for name in ("scorer", "guide", "allocation", "dtype", "archive")}
+        how = {
+            name: getattr(made, name) for name in ("scorer", "guide", "allocation", "correction", "dtype", "archive")
+        }
         sheet = self.sheets.build(task, budget=budget, **how)
         return self._studied(sheet, minutes) if minutes else sheet
 
@@ -104,10 +107,10 @@ class Case:
         session = Session.open(self.model, sheet)
         key = practice_of(sheet), minutes
         if key not in self._practices:
-            self._practices[key] = practise(session, minutes=minutes)
+            self._practices[key] = practise(session, minutes=minutes, seed=self.means.seed)
         practice = self._practices[key]
         left = max(1.0, 60 * minutes - practice.seconds)
-        return study(session, minutes=left / 60, practice=practice)[0]
+        return study(session, minutes=left / 60, practice=practice, seed=self.means.seed)[0]
 
     @cached_property
     def _bare(self) -> CompressedKnowledgeLLM:

@@ -35,6 +35,10 @@ def _sheet(name: str, scorer: str | None = None, *, share: float = 1.0, minutes:
     return Way(name, Method(name, scorer, guide="resident", **how), share=share, minutes=minutes)
 
 
+def _studied(name: str, minutes: float, scorer: str | None = None, **how: Any) -> Way:
+    return _sheet(name, scorer, dtype="int4", share=_INT4_TOKENS, minutes=minutes, **how)
+
+
 def _both(name: str, mode: Mode, retriever: str) -> Way:
     return Way(name, replace(_OUR_DEFAULT, archive=mode == "recall"), mode, retriever, share=0.5)
 
@@ -53,8 +57,12 @@ WAYS = (
     _sheet("task", "task", allocation="uniform"),
     _sheet("finch", "finch", allocation="uniform"),
     _sheet("random", "random", allocation="uniform"),
+    _sheet("refit", "recall", correction="refit"),
     _sheet("study", minutes=_MINUTES),
-    _sheet("study-int4", dtype="int4", share=_INT4_TOKENS, minutes=_MINUTES),
+    _studied("study-int4", _MINUTES),
+    _studied("study-int4-1", 1.0),
+    _studied("study-int4-10", 10.0),
+    _studied("study-random", _MINUTES, "random", allocation="uniform"),  # of tokens that nobody chose
     Way(KVZIP),
     _both("hybrid-bm25", "hybrid", "bm25"),
     _both("hybrid-dense", "hybrid", "dense"),
