@@ -213,7 +213,9 @@ _HEAD = """# Real models
 Models that nobody trained for this, real documents, and questions that people wrote about them, from
 [public data sets](real-data.md). Every method has the same number of tokens before the question at a rate, the
 template's preamble and the task's examples included, and every prompt has the same examples; `zero-shot` has the task
-line alone, and `int4` keeps as many tokens as fit the same bytes. This page is written by the bench (`make real`).
+line alone, and `int4` keeps as many tokens as fit the same bytes; `study-int4` is that after three minutes of study
+(`-1` and `-10`: one and ten), `study-random` the same of tokens drawn at random. This page is written by the bench
+(`make real`).
 
 *Score* is the F1 of words, the share of right letters in multiple choice, or ROUGE-L of summaries, in points from 0 to
 100. Differences are those on the questions that both methods were asked, with 95 % intervals, drawn by case from ten
