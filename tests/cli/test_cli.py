@@ -19,6 +19,7 @@ from corpus import DOCUMENTS
 
 from cribsheet import BuildOptions, CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.cli import run
+from cribsheet.cli.console import calm_threads
 from cribsheet.cli.inspect import columns
 from cribsheet.compress.progress import lines
 from cribsheet.compress.scoring import SCORERS
@@ -315,6 +316,50 @@ def test_a_sheet_of_an_earlier_version_does_not_know_its_model_s_window(cli, she
     assert f"window       {made.length} positions, tokens" in cli("inspect", old).out
     data = cli("inspect", old, "--json").data
     assert (data["positions"], data["window"]) == (made.length, None)
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_wants_them_otherwise(tmp_path):
+    mine: dict[str, str] = {}
+    calm_threads(mine, tmp_path)
+    assert mine == {"OMP_WAIT_POLICY": "PASSIVE"}  # no control groups here: torch counts the processors itself
+    set_by_user = {"OMP_WAIT_POLICY": "ACTIVE"}
+    calm_threads(set_by_user, tmp_path)
+    assert set_by_user == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor is the least there is")
+def test_threads_are_no_more_than_a_container_has_processors(tmp_path):
+    both = tmp_path / "cpu.max"
+    for quota, wanted in (
+        ("max 100000", None),
+        ("50000 100000", "1"),
+        ("100000 100000", "1"),
+        ("6400000 100000", None),
+    ):
+        both.write_text(quota + "\n")
+        mine: dict[str, str] = {}
+        calm_threads(mine, tmp_path)
+        assert mine.get("OMP_NUM_THREADS") == wanted, quota
+    both.unlink()
+    (tmp_path / "cpu").mkdir()
+    for name, number in (("quota", 100000), ("period", 100000)):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{number}\n")
+    older = {"OMP_NUM_THREADS": "7"}
+    calm_threads(older, tmp_path)
+    assert older["OMP_NUM_THREADS"] == "7"
+    del older["OMP_NUM_THREADS"]
+    calm_threads(older, tmp_path)
+    assert older["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_program_calms_its_threads_before_torch_is_there():
+    code = "import sys, os; sys.argv = ['cribsheet', '--version']\nfrom cribsheet.cli import main\ntry: main()\n"
+    code += "finally: print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"PYTHONPATH": str(SRC)}
+    )
+    assert done.stdout.splitlines()[-1] == "False PASSIVE", done.stderr
 
 
 def test_the_demo_shows_answers_sources_and_sizes(cli, model):
