@@ -52,7 +52,7 @@ def demo(
     for question in script.questions:
         exchanges.append(shown.ask(question))
         if not as_json:
-            _show(_exchange_lines(exchanges[-1]))
+            _show(_exchange_lines(exchanges[-1], with_source=len(exchanges) == 1))
     figures = shown.figures(exchanges)
     if as_json:
         say_json(figures | {"exchanges": [exchange.to_dict() for exchange in exchanges]})
@@ -75,13 +75,12 @@ def _opening(shown: Demo) -> Iterator[str]:
         yield f"No comparison with the full context: {shown.no_full_reason}"
 
 
-def _exchange_lines(exchange: Exchange) -> Iterator[str]:
-    question = exchange.question
+def _exchange_lines(exchange: Exchange, *, with_source: bool) -> Iterator[str]:
     yield ""
-    yield f"Q  {question.text}"
+    yield f"Q  {exchange.question.text}"
     yield f"A  {_judged(exchange, exchange.answer)}"
-    for line in source_lines(list(exchange.sources[:1])):
-        yield f"   {line}"
+    for line in source_lines(list(exchange.sources[:1])) if with_source else ():
+        yield f"   looked at {line.strip()}"
     yield f"   BM25 passages: {_judged(exchange, exchange.passages)}"
     if exchange.full is not None:
         yield f"   everything in the context: {_judged(exchange, exchange.full)}"

@@ -15,6 +15,7 @@ from cribsheet.errors import BudgetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.backbone import Backbone
 
+PASSAGES = 5  # of BM25, of at most 400 characters each: what chains commonly take
 Progress = Callable[[int, int], None]
 
 
@@ -46,7 +47,7 @@ class Exchange:
 class Demo:
     """A sheet, and a cache that keeps every token to compare with, over the same documents.
 
-    Passages are found by BM25, as many as mode "retrieval" tells by default, and read for each question.
+    Passages are the best `PASSAGES` that BM25 finds, and are read for each question.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Demo:
         """Ask the sheet, passages and the full context."""
         most = self.script.max_tokens
         answer = self.kb.ask(question.text, max_tokens=most)
-        passages = self.kb.ask(question.text, max_tokens=most, mode="retrieval")
+        passages = self.kb.ask(question.text, max_tokens=most, mode="retrieval", top_k=PASSAGES)
         full = self.full.ask(question.text, max_tokens=most) if self.full else None
         return Exchange(question, answer, passages, full)
 

@@ -179,17 +179,17 @@ class Backbone:
 
     def laid_out(self) -> LlamaPass | None:
         """Passes with weights laid out for a CPU, made and checked at the first use; none where they may not be."""
-        if not self.may_copy:
-            return None
-        if self._laid_out is None or not self._laid_out.is_current:
+        if self._laid_out is not None and self._laid_out.is_current:
+            return self._laid_out
+        if self.may_copy:
+            self.may_copy, self._laid_out = False, None  # the model's own layers serve while they are checked
             weights = self.plain_weights()
-            self._laid_out = cpu_pass(weights, self.name, self._own_step) if weights else None
+            self._laid_out = cpu_pass(weights, self.name, self._over) if weights else None
             self.may_copy = self._laid_out is not None
         return self._laid_out
 
-    @torch.no_grad()
-    def _own_step(self, ids: Tensor, positions: Tensor, layers: list[PrefixLayer], keep: int | Tensor) -> Tensor:
-        return self._step_by_own_layers(ids, positions, cache_of(layers), keep)
+    def _over(self, ids: Tensor, positions: Tensor, layers: list[PrefixLayer], keep: int | Tensor) -> Tensor:
+        return self.step(ids, positions, cache_of(layers), keep)
 
     @cached_property
     def fast_read(self) -> LlamaRead | None:
@@ -234,11 +234,7 @@ class Backbone:
         grad = grad and torch.is_grad_enabled()
         if not grad and (laid_out := self.laid_out()) is not None:
             return laid_out.step(ids, positions, cache.layers, keep)
-        with torch.set_grad_enabled(grad):
-            return self._step_by_own_layers(ids, positions, cache, keep)
-
-    def _step_by_own_layers(self, ids: Tensor, positions: Tensor, cache: Cache, keep: int | Tensor) -> Tensor:
-        with self.announced(ids, positions, keep), self.attached():
+        with torch.set_grad_enabled(grad), self.announced(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
