@@ -33,28 +33,22 @@ LEAST_PARAMETERS = 100_000_000  # of smaller models, which are fast anyway, figu
 _GAIN = 1.25  # times faster that reading must be
 _MOST_SIDE = 2048  # entries of the matrices that are timed
 _READ, _ROUNDS = 128, 3  # rows of the product that stands for reading, and how often each is timed
-_BEFORE, _CHECKED = 24, 40  # tokens of a small example: of the prefix, and new
+_BEFORE, _CHECKED = 24, 8  # tokens of a small example: of the prefix, and new
 
 Keep = int | Tensor  # logits wanted: of the last so many tokens, or of these places
 Own = Callable[[Tensor, Tensor, list[PrefixLayer], Keep], Tensor]  # the model's own step
 
 
 class PackedLinear:
-    """Products of the same rows with several weights (N, K), laid out once for the processor."""
+    """Products of rows with a weight (N, K) and a bias (N,), laid out once for the processor."""
 
-    def __init__(self, parts: Sequence[Linear]) -> None:
-        weights, biases = [weight.detach() for weight, _ in parts], [bias for _, bias in parts]
-        self._widths = [len(weight) for weight in weights]
-        self._bias = None
-        if any(bias is not None for bias in biases):
-            given = zip(biases, weights, strict=True)
-            self._bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for b, w in given])
-        self._weight = _laid_out(torch.cat(weights) if len(weights) > 1 else weights[0])
+    def __init__(self, linear: Linear) -> None:
+        weight, self._bias = linear
+        self._weight = _laid_out(weight.detach())
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Products (..., N) of rows (..., K), one for each weight."""
-        found: tuple[Tensor, ...] = _times(rows, self._weight, self._bias).split(self._widths, -1)
-        return found
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Products (..., N) of rows (..., K)."""
+        return _times(rows, self._weight, self._bias)
 
 
 class _PackedLayer:
@@ -62,8 +56,8 @@ class _PackedLayer:
 
     def __init__(self, layer: LlamaLayer) -> None:
         self.before, self.between, self.qk_norms = layer.before, layer.between, layer.qk_norms
-        self.qkv, self.out = PackedLinear(layer.qkv), PackedLinear([layer.out])
-        self.gate_and_up, self.down = PackedLinear([layer.gate, layer.up]), PackedLinear([layer.down])
+        self.qkv = [PackedLinear(each) for each in layer.qkv]
+        self.out, self.gate, self.up, self.down = map(PackedLinear, (layer.out, layer.gate, layer.up, layer.down))
 
 
 class LlamaPass:
@@ -75,7 +69,7 @@ class LlamaPass:
         self._copied = [weight for layer in weights.layers for weight in _matrices(layer)] + [weights.lm_head]
         self._versions = [weight._version for weight in self._copied]
         self._layers = [_PackedLayer(layer) for layer in weights.layers]
-        self._lm_head = PackedLinear([(weights.lm_head, None)])
+        self._lm_head = PackedLinear((weights.lm_head, None))
 
     @property
     def is_current(self) -> bool:
@@ -92,7 +86,7 @@ class LlamaPass:
         """Logits (B, keep, V) of new tokens (B, T) at their positions (B, T), as `Backbone.step` gives them."""
         rows = self._run(ids, positions, layers)
         wanted = rows[:, -keep:] if isinstance(keep, int) else rows[:, keep]
-        return self._lm_head(_normed(wanted, self.weights.norm))[0]
+        return self._lm_head(_normed(wanted, self.weights.norm))
 
     def _run(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], *, concluded: bool = False) -> Tensor:
         rows = F.embedding(ids, self.weights.embed)
@@ -105,15 +99,15 @@ class LlamaPass:
             keys, values = layer.update(key, value)
             mask = _behind(query.shape[2], keys.shape[2], query.device)
             seen = layer.attend(AttentionInputs(query, keys, values, mask, self.weights.scale))
-            rows = rows + mine.out(seen.transpose(1, 2).flatten(2))[0]
-            gate, up = mine.gate_and_up(_normed(rows, mine.between))
-            rows = rows + mine.down(F.silu(gate) * up)[0]
+            rows = rows + mine.out(seen.transpose(1, 2).flatten(2))
+            inner = _normed(rows, mine.between)
+            rows = rows + mine.down(F.silu(mine.gate(inner)) * mine.up(inner))
         return rows
 
     def _heads(self, mine: _PackedLayer, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, D) and keys (B, K, T, D), and values."""
-        size = self.weights.head_size
-        query, key, value = (part.unflatten(-1, (-1, size)) for part in mine.qkv(_normed(rows, mine.before)))
+        inner, size = _normed(rows, mine.before), self.weights.head_size
+        query, key, value = (product(inner).unflatten(-1, (-1, size)) for product in mine.qkv)
         if mine.qk_norms is not None:
             of_queries, of_keys, epsilon = mine.qk_norms
             query, key = _normed(query, (of_queries, epsilon)), _normed(key, (of_keys, epsilon))
@@ -147,6 +141,7 @@ def _laid_out(weight: Tensor) -> Any:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
+@torch.no_grad()
 def _times(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return found
