@@ -104,7 +104,8 @@ class Backbone:
         placed = "device_map" in model_options or "quantization_config" in model_options
         chosen = kind == "auto" and target.type == "cpu"
         if chosen:
-            kind = torch.float32 if placed else chosen_dtype(config)
+            alone = not placed and "distributed_config" not in model_options  # processes of one model must agree
+            kind = chosen_dtype(config) if alone else torch.float32
         own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # stock SDPA ignores softcaps
         options: dict[str, Any] = {"attn_implementation": own, "revision": revision, **model_options}
         options["dtype"] = kind
