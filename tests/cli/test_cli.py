@@ -19,7 +19,7 @@ import pytest
 from corpus import DOCUMENTS
 
 from cribsheet import BuildOptions, CompressedKnowledgeLLM, load_sheet, save_sheet
-from cribsheet.cli import run
+from cribsheet.cli import console, run
 from cribsheet.cli.console import calm_threads
 from cribsheet.cli.inspect import columns
 from cribsheet.compress.progress import lines
@@ -330,7 +330,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_wants_them_otherwise(tmp_
     assert set_by_user == {"OMP_WAIT_POLICY": "ACTIVE"}
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor is the least there is")
+@pytest.mark.skipif(console._processors() < 2, reason="one processor is the least there is")
 def test_threads_are_no_more_than_a_container_has_processors(tmp_path):
     both = tmp_path / "cpu.max"
     for quota, wanted in (

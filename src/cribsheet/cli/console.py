@@ -236,8 +236,13 @@ def calm_threads(environment: MutableMapping[str, str] = os.environ, groups: Pat
     """
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     allowed = _processors_of_group(groups)
-    if allowed is not None and allowed < (os.cpu_count() or 1):  # what a container may use, which torch does not ask
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, round(allowed))))
+    if allowed is not None and allowed < _processors():  # what a container may use, which torch does not ask
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, int(allowed))))
+
+
+def _processors() -> int:
+    """On how many this process may run, as torch counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processors_of_group(groups: Path) -> float | None:
