@@ -95,7 +95,7 @@ def demo_case() -> Case:
     """The demo's documents: real text, long, with boilerplate; a question names its PEP, or is about the chapter."""
     from cribsheet.demo import read_script
 
-    script = read_script()
+    script = read_script("papers")
     documents = read_documents(list(script.files))
     asked = []
     for each in script.questions:

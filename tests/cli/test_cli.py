@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,16 +19,19 @@ import pytest
 from corpus import DOCUMENTS
 
 from cribsheet import BuildOptions, CompressedKnowledgeLLM, load_sheet, save_sheet
-from cribsheet.cli import run
+from cribsheet.cli import console, run
+from cribsheet.cli.console import calm_threads
 from cribsheet.cli.inspect import columns
 from cribsheet.compress.progress import lines
 from cribsheet.compress.scoring import SCORERS
-from cribsheet.demo import read_script
+from cribsheet.demo import FOLDER, read_script
 from cribsheet.errors import BudgetError
 from cribsheet.plan.options import BuildKeywords
 from cribsheet.sheet.manifest import Manifest
 from cribsheet.testing import save_tiny_model
+from cribsheet_pocket_training.worlds import make_world
 
+KINDS = ("join2", "direct")  # of questions
 SRC = Path(__file__).parents[2] / "src"
 
 
@@ -317,23 +321,81 @@ def test_a_sheet_of_an_earlier_version_does_not_know_its_model_s_window(cli, she
     assert (data["positions"], data["window"]) == (made.length, None)
 
 
-def test_the_demo_shows_answers_sources_and_sizes(cli, model):
+def test_threads_sleep_while_they_wait_unless_the_user_wants_them_otherwise(tmp_path):
+    mine: dict[str, str] = {}
+    calm_threads(mine, tmp_path)
+    assert mine == {"OMP_WAIT_POLICY": "PASSIVE"}  # no control groups here: torch counts the processors itself
+    set_by_user = {"OMP_WAIT_POLICY": "ACTIVE"}
+    calm_threads(set_by_user, tmp_path)
+    assert set_by_user == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.skipif(console._processors() < 2, reason="one processor is the least there is")
+def test_threads_are_no_more_than_a_container_has_processors(tmp_path):
+    both = tmp_path / "cpu.max"
+    for quota, wanted in (
+        ("max 100000", None),
+        ("50000 100000", "1"),
+        ("100000 100000", "1"),
+        ("6400000 100000", None),
+    ):
+        both.write_text(quota + "\n")
+        mine: dict[str, str] = {}
+        calm_threads(mine, tmp_path)
+        assert mine.get("OMP_NUM_THREADS") == wanted, quota
+    both.unlink()
+    (tmp_path / "cpu").mkdir()
+    for name, number in (("quota", 100000), ("period", 100000)):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{number}\n")
+    older = {"OMP_NUM_THREADS": "7"}
+    calm_threads(older, tmp_path)
+    assert older["OMP_NUM_THREADS"] == "7"
+    del older["OMP_NUM_THREADS"]
+    calm_threads(older, tmp_path)
+    assert older["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_program_calms_its_threads_before_torch_is_there():
+    code = "import sys, os; sys.argv = ['cribsheet', '--version']\nfrom cribsheet.cli import main\ntry: main()\n"
+    code += "finally: print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"PYTHONPATH": str(SRC)}
+    )
+    assert done.stdout.splitlines()[-1] == "False PASSIVE", done.stderr
+
+
+def test_the_demo_shows_answers_sources_seconds_and_sizes(cli, model):
     done = cli("demo", "--fast", "--model", model)
     assert done.code == 0, done.err
-    for question in read_script(fast=True).questions:
+    for question in read_script("fast").questions:
         assert f"Q  {question.text}" in done.out
-    for text in ("full context", "right answers", "bytes of keys and values", "pep-0628.rst ["):
-        assert text in done.out
+    shown = done.out.splitlines()
+    ways = ("sheet", "BM25 passages", "everything, kept", "everything, read again")
+    assert [line for line in shown if all(way in line for way in ways)]
+    for row in ("right answers", "seconds per answer", "seconds to build, once", "tokens in the context", "MB between"):
+        assert [line for line in shown if line.startswith(row)], row
+    assert any(".rst [" in line for line in shown)
+    bars = {way: line.count("█") + line.count("#") for way in ways for line in shown if line.startswith(f"  {way}  ")}
+    assert set(bars) == set(ways) and max(bars.values()) == bars["everything, read again"] == 50 > bars["sheet"] >= 1
     assert "\x1b" not in done.out
 
 
 def test_the_demo_tells_all_as_json(cli, model):
     told = cli("demo", "--fast", "--model", model, "--json").data
-    assert told["sheet"]["tokens"] * 4 == pytest.approx(told["full_context"]["tokens"], rel=0.01)
-    assert told["full_context"]["bytes"] > told["sheet"]["bytes"]
-    assert [exchange["question"] for exchange in told["exchanges"]] == [
-        x.text for x in read_script(fast=True).questions
-    ]
+    sheet, passages, kept, again = (
+        told[name] for name in ("sheet", "passages", "full_context", "full_context_read_again")
+    )
+    assert sheet["tokens"] * 4 == pytest.approx(kept["tokens"], rel=0.01)
+    assert kept["bytes"] > sheet["bytes"] > passages["bytes"] == again["bytes"] == 0
+    assert 0 < passages["tokens"] < kept["tokens"] == again["tokens"]
+    assert again["seconds_per_answer"] == pytest.approx(kept["seconds_per_answer"] + kept["build_seconds"], abs=1e-3)
+    exchanges, questions = told["exchanges"], read_script("fast").questions
+    assert [exchange["question"] for exchange in exchanges] == [x.text for x in questions]
+    for way, prefix in ((sheet, ""), (passages, "passages_"), (kept, "full_context_")):
+        assert way["right"] == sum(exchange[f"{prefix}right"] for exchange in exchanges)
+        mean = sum(exchange[f"{prefix}seconds"] for exchange in exchanges) / len(exchanges)
+        assert way["seconds_per_answer"] == pytest.approx(mean, abs=1e-3)
 
 
 def test_the_demo_without_room_for_the_full_context_says_so(cli, tmp_path):
@@ -341,16 +403,40 @@ def test_the_demo_without_room_for_the_full_context_says_so(cli, tmp_path):
     done = cli("demo", "--fast", "--model", small)
     assert done.code == 0, done.err
     assert "No comparison with the full context" in done.out
+    assert [line for line in done.out.splitlines() if line.startswith("right answers") and line.endswith(" -")]
 
 
-def test_the_demo_knows_right_from_wrong():
-    script = read_script()
+@pytest.mark.parametrize("name", ["companies", "fast", "papers"])
+def test_the_demo_knows_right_from_wrong(name):
+    script = read_script(name)
     texts = {file.name: file.read_text(encoding="utf-8") for file in script.files}
     assert sum(len(text) for text in texts.values()) < 60_000
+    shown = {question for question, _ in script.task.examples}
     for question in script.questions:
+        assert question.text not in shown
         assert question.is_answered_by(f"It is {question.expected[0].upper()}.")
         assert not question.is_answered_by("I do not know.")
         assert any(question.expected[0] in text for text in texts.values()), question
+
+
+def test_the_demo_s_companies_are_those_that_its_file_says():
+    """So nobody has chosen among questions, or changed texts by hand."""
+    script = read_script()
+    made = re.search(
+        r'make_world\("(\S+)", tokens=(\d+), kind="(\w+)", questions=(\d+)', (FOLDER / "demo.toml").read_text()
+    )
+    world = make_world(made[1], tokens=int(made[2]), kind=made[3], questions=int(made[4]), kinds_of_question=KINDS)
+    assert script.files[0].read_text(encoding="utf-8") == f"{world.text}\n"
+    about = {"director": ("director", "leads", "charge"), "department": ("department",)}
+    drawn = {
+        (kind, what): [q for q in world.questions if q.kind == kind and any(w in q.text.lower() for w in about[what])]
+        for kind, what in (("join2", "department"), ("direct", "director"), ("direct", "department"))
+    }
+    assert [example for example, _ in script.task.examples] == [own[0].text for own in drawn.values()]
+    asked = [q for own, count in zip(drawn.values(), (8, 4, 4), strict=True) for q in own[1 : count + 1]]
+    assert [(q.text, q.expected, q.places) for q in script.questions] == [
+        (q.text, (q.answer,), 2 if q.kind == "join2" else 1) for q in asked
+    ]
 
 
 def test_a_terminated_build_ends_with_143_and_leaves_no_file(cli, model, staff, tmp_path, monkeypatch):

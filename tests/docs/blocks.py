@@ -41,6 +41,7 @@ _VOLATILE = [  # what differs from run to run and from machine to machine
     (re.compile(r"[\d,.]+ (bytes|MB|s|threads|tokens/s)\b"), r"# \1"),
     (re.compile(r"[\d,]+ (of [\d,]+ positions)"), r"# \1"),  # of the longest head, which is decided by last digits
     (re.compile(r"\d+\.\d+|\d+%"), "#"),
+    (re.compile("[█#]+"), "#"),  # bars, of what takes longer elsewhere
     (re.compile(r" +"), " "),
 ]
 

@@ -17,7 +17,7 @@ from cribsheet import __version__
 from cribsheet.cli.ask import ask, chat
 from cribsheet.cli.build import build
 from cribsheet.cli.compare import compare
-from cribsheet.cli.console import Debug, Verbose, guarded, misuse
+from cribsheet.cli.console import Debug, Verbose, calm_threads, guarded, misuse
 from cribsheet.cli.demo import demo
 from cribsheet.cli.edit import extend, merge, remove, replace, study
 from cribsheet.cli.inspect import inspect
@@ -98,4 +98,5 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The entry point."""
+    calm_threads()
     sys.exit(run())

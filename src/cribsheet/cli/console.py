@@ -11,8 +11,9 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -225,6 +226,36 @@ def quiet_libraries() -> None:
     library.set_verbosity_error()
     for name in ("transformers", "huggingface_hub", "torch", "pypdf"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def calm_threads(environment: MutableMapping[str, str] = os.environ, groups: Path = Path("/sys/fs/cgroup")) -> None:
+    """Let torch's threads sleep while they wait for each other, and be no more than there are processors to run them.
+
+    By default they spin, and on a busy machine each small operation then waits for a whole turn of somebody else's.
+    What the user has set stays. Call before torch is imported: it is read once, and holds for the process.
+    """
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    allowed = _processors_of_group(groups)
+    if allowed is not None and allowed < _processors():  # what a container may use, which torch does not ask
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, int(allowed))))
+
+
+def _processors() -> int:
+    """On how many this process may run, as torch counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processors_of_group(groups: Path) -> float | None:
+    """How many processors the control group of this process may use; none if there is no bound."""
+    try:
+        if (both := groups / "cpu.max").is_file():
+            quota, period = both.read_text().split()
+        else:
+            quota, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        bound = float(quota) / float(period)
+    except (OSError, ValueError):  # no control groups, or "max"
+        return None
+    return bound if bound > 0 else None
 
 
 def build_progress(*, hidden: bool = False) -> AbstractContextManager[Progress | None]:

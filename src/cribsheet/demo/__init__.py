@@ -1,10 +1,11 @@
-"""The demo: real documents that ship with the package, a task, and questions with known answers (`demo.toml`)."""
+"""The demo: documents that ship with the package, tasks, and questions with known answers (`demo.toml`)."""
 
 from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from cribsheet.corpus.task import Task
 
@@ -13,10 +14,14 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class DemoQuestion:
-    """A question and what a right answer contains: any of `expected`, whatever the case."""
+    """A question and what a right answer contains: any of `expected`, whatever the case.
+
+    What it asks stands in one place of the documents, or in several `places`, of which each leads to the next.
+    """
 
     text: str
     expected: tuple[str, ...]
+    places: int = 1
 
     def is_answered_by(self, answer: str) -> bool:
         """Whether `answer` contains one of the expected texts."""
@@ -34,14 +39,17 @@ class Script:
     questions: tuple[DemoQuestion, ...]
 
 
-def read_script(*, fast: bool = False) -> Script:
-    """The script of `demo.toml`; `fast` takes only what is marked so there."""
-    data = tomllib.loads((FOLDER / "demo.toml").read_text(encoding="utf-8"))
-    chosen = {name: [row for row in data[name] if row.get("fast") or not fast] for name in ("documents", "questions")}
+def read_script(name: Literal["companies", "fast", "papers"] = "companies") -> Script:
+    """A script of `demo.toml`."""
+    data = tomllib.loads((FOLDER / "demo.toml").read_text(encoding="utf-8"))[name]
     return Script(
-        files=tuple(FOLDER / "documents" / row["file"] for row in chosen["documents"]),
-        task=Task.from_dict(data["task_fast" if fast else "task"]),
+        files=tuple(FOLDER / file for file in data["files"]),
+        task=Task.from_dict(data["task"]),
         rate=data["rate"],
         max_tokens=data["max_tokens"],
-        questions=tuple(DemoQuestion(row["question"], tuple(row["expected"])) for row in chosen["questions"]),
+        questions=tuple(_question(row) for row in data["questions"]),
     )
+
+
+def _question(row: dict[str, Any]) -> DemoQuestion:
+    return DemoQuestion(row["question"], tuple(row["expected"]), row.get("places", 1))

@@ -1,8 +1,8 @@
-"""What `cribsheet demo` does, without showing it: build the sheet and a whole cache, ask both, measure."""
+"""What `cribsheet demo` does, without showing it: the same questions by a sheet, by passages, and with everything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,40 +10,45 @@ from typing import Any
 from cribsheet.asking.answer import Answer, Source
 from cribsheet.corpus.documents import read_documents
 from cribsheet.demo import DemoQuestion, Script
+from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import BudgetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.model.backbone import Backbone
-from cribsheet.sheet.sheet import Sheet
 
+PASSAGES = 5  # of BM25, of at most 400 characters each: what chains commonly take
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One question with the sheet's answer, where it looked, and the full context's answer, if there is one."""
+    """One question with the sheet's answer, that from passages, and the full context's, if there is one."""
 
     question: DemoQuestion
     answer: Answer
-    sources: list[Source]
+    passages: Answer
     full: Answer | None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where the sheet's answer looked."""
+        return self.answer.sources
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "question": self.question.text,
-            "expected": list(self.question.expected),
-            "answer": self.answer.text,
-            "right": self.question.is_answered_by(self.answer.text),
-            "seconds": round(self.answer.seconds, 4),
-            "sources": [asdict(source) for source in self.sources],
-            "full_context_answer": self.full.text if self.full else None,
-            "full_context_right": self.question.is_answered_by(self.full.text) if self.full else None,
-            "full_context_seconds": round(self.full.seconds, 4) if self.full else None,
-        }
+        told: dict[str, Any] = {"question": self.question.text, "expected": list(self.question.expected)}
+        told["places"] = self.question.places
+        for prefix, answer in (("", self.answer), ("passages_", self.passages), ("full_context_", self.full)):
+            told[f"{prefix}answer"] = answer.text if answer else None
+            told[f"{prefix}right"] = self.question.is_answered_by(answer.text) if answer else None
+            told[f"{prefix}seconds"] = round(answer.seconds, 4) if answer else None
+        return told | {"sources": [asdict(source) for source in self.sources]}
 
 
 class Demo:
-    """A sheet, and a cache that keeps every token to compare with, over the same documents."""
+    """A sheet, and a cache that keeps every token to compare with, over the same documents.
+
+    Passages are the best `PASSAGES` that BM25 finds, and are read for each question.
+    """
 
     def __init__(
         self, script: Script, *, model: str | Path | Backbone = "pocket", progress: Progress | None = None
@@ -54,53 +59,82 @@ class Demo:
         """
         self.script = script
         documents = read_documents(list(script.files))
-        backbone = model if isinstance(model, Backbone) else Backbone.load(model)
+        loaded = LoadedModel.get(model)
         self.kb = CompressedKnowledgeLLM.build(
-            documents, script.task, model=backbone, rate=script.rate, progress=progress
+            documents, script.task, model=loaded, rate=script.rate, progress=progress
         )
         self.full: CompressedKnowledgeLLM | None = None
         self.no_full_reason = ""
         try:
-            self.full = CompressedKnowledgeLLM.build(documents, script.task, model=backbone, rate=1, progress=progress)
+            self.full = CompressedKnowledgeLLM.build(documents, script.task, model=loaded, rate=1, progress=progress)
         except BudgetError as error:
             self.no_full_reason = str(error)
 
+    def warm_up(self) -> None:
+        """Ask each way an example of the task, so that no way's first question pays for what is made once."""
+        question, answer = self.script.task.examples[0]
+        self.ask(DemoQuestion(question, (answer,)))
+
     def ask(self, question: DemoQuestion) -> Exchange:
-        """Ask the sheet and the full context."""
+        """Ask the sheet, passages and the full context."""
         most = self.script.max_tokens
         answer = self.kb.ask(question.text, max_tokens=most)
+        passages = self.kb.ask(question.text, max_tokens=most, mode="retrieval", top_k=PASSAGES)
         full = self.full.ask(question.text, max_tokens=most) if self.full else None
-        return Exchange(question, answer, list(answer.sources), full)
+        return Exchange(question, answer, passages, full)
 
-    def figures(self, exchanges: list[Exchange]) -> dict[str, Any]:
-        """What a person compares: sizes, times and right answers of the sheet and of the full context."""
-        sheet = self.kb.sheet
-        full_bytes = sheet.nbytes / sheet.tokens * sheet.manifest.corpus_tokens
+    def figures(self, exchanges: Sequence[Exchange]) -> dict[str, Any]:
+        """What a person compares: right answers, seconds and sizes of each way.
+
+        The full context twice: kept in memory as it was read, or read again for each question, which takes as long as
+        it took once.
+        """
+        sheet, made = self.kb.sheet, self.kb.sheet.manifest
+        each = sheet.nbytes / sheet.tokens
+        questions = [exchange.question for exchange in exchanges]
+        told = [x.passages.usage.prompt_tokens - self.kb.count_tokens(x.question.text) for x in exchanges]
+        kept = {
+            **_asked(questions, [x.full for x in exchanges if x.full]),
+            "tokens": made.corpus_tokens,
+            "bytes": int(each * made.corpus_tokens),
+            "build_seconds": self.full.sheet.manifest.build["seconds"] if self.full else None,
+        }
         return {
             "model": self.kb.backbone.name,
             "device": str(self.kb.backbone.device),
-            "threads": sheet.manifest.build["threads"],
+            "threads": made.build["threads"],
             "rate": round(sheet.rate, 2),
-            "sheet": _side(sheet, sheet.tokens, sheet.nbytes, [x.answer for x in exchanges], exchanges),
-            "full_context": _side(
-                self.full.sheet if self.full else None,
-                sheet.manifest.corpus_tokens,
-                int(full_bytes),
-                [x.full for x in exchanges if x.full],
-                exchanges,
-            ),
+            "sheet": {
+                **_asked(questions, [x.answer for x in exchanges]),
+                "tokens": sheet.tokens,
+                "bytes": sheet.nbytes,
+                "build_seconds": made.build["seconds"],
+            },
+            "passages": {
+                **_asked(questions, [x.passages for x in exchanges]),
+                "tokens": round(sum(told) / len(told)),
+                "bytes": 0,
+                "build_seconds": 0.0,
+            },
+            "full_context": kept,
+            "full_context_read_again": kept | _read_again(kept),
         }
 
 
-def _side(
-    sheet: Sheet | None, tokens: int, nbytes: int, answers: list[Answer], exchanges: list[Exchange]
-) -> dict[str, Any]:
-    right = sum(x.question.is_answered_by(a.text) for x, a in zip(exchanges, answers, strict=False))
+def _asked(questions: Sequence[DemoQuestion], answers: Sequence[Answer]) -> dict[str, Any]:
+    """How many answers were right, those of questions about two places apart, and how long they took."""
+    if not answers:
+        return dict.fromkeys(("right", "right_about_two_places", "seconds_per_answer"))
+    pairs = list(zip(questions, answers, strict=True))
+    right = [question for question, answer in pairs if question.is_answered_by(answer.text)]
     return {
-        "tokens": tokens,
-        "bytes": nbytes,
-        "build_seconds": sheet.manifest.build["seconds"] if sheet else None,
-        "seconds_per_answer": round(sum(a.seconds for a in answers) / len(answers), 4) if answers else None,
-        "right": right if answers else None,
-        "asked": len(exchanges),
+        "right": len(right),
+        "right_about_two_places": sum(question.places > 1 for question in right),
+        "seconds_per_answer": round(sum(answer.seconds for answer in answers) / len(answers), 4),
     }
+
+
+def _read_again(kept: dict[str, Any]) -> dict[str, Any]:
+    seconds, read = kept["seconds_per_answer"], kept["build_seconds"]
+    total = None if seconds is None else round(seconds + read, 4)
+    return {"seconds_per_answer": total, "bytes": 0, "build_seconds": 0.0}

@@ -46,7 +46,9 @@ class LoadedModel:
             if loaded is None:
                 loaded = cls._alive[_key(model, given)] = cls(Backbone.load(model, **given))
                 exact = {**given, "revision": loaded.backbone.revision}  # as a sheet asks for it
-                cls._alive.setdefault(_key(model, exact), loaded)
+                typed = {"dtype": loaded.backbone.dtype}  # as somebody asks who wants the very type that was chosen
+                for asked in (exact, {**given, **typed}, {**exact, **typed}):
+                    cls._alive.setdefault(_key(model, asked), loaded)
             return loaded
 
     @classmethod

@@ -6,6 +6,7 @@ Which models are taken is in `model/support.py`, how our attention gets into the
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -18,13 +19,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
-from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.cache import PrefixLayer, ReadingLayer, cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
+from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass
 from cribsheet.model.llama_read import LlamaRead, fast_read
 from cribsheet.model.llama_weights import LlamaWeights, llama_weights
 from cribsheet.model.registration import Attachment
 from cribsheet.model.support import check_supported, head_size, inv_freq, layer_windows, located, resolved
+
+logger = logging.getLogger(__name__)
 
 _LEAST = 256  # tokens from which the time of a read is spent in kernels, not in launching them
 _SAMPLES = 16  # values looked at in each weight tensor
@@ -41,7 +45,8 @@ class Backbone:
     Attributes: `name` (what it was loaded from), `revision`, `num_layers`, `num_heads`, `kv_heads`, `head_size`,
     `window` (positions it was made for), `device`, `dtype`; and for each layer `inv_freqs` (R/2,), radians a token
     that its keys turn by, and `windows`, how many tokens a token sees (none: all of them). `full` are the numbers of
-    the layers that see everything: the ones that are condensed.
+    the layers that see everything: the ones that are condensed. `may_copy` says that on a CPU weights in bfloat16 may
+    be held a second time, laid out for the processor.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", revision: str | None = None) -> None:
@@ -68,6 +73,8 @@ class Backbone:
         takes = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._attachment = Attachment.of(model)
+        self.may_copy = False
+        self._laid_out: LlamaPass | None = None
 
     @classmethod
     def load(
@@ -81,9 +88,11 @@ class Backbone:
     ) -> Self:
         """Load a model from a local folder, a hub id, or `"pocket"`.
 
-        `device` defaults to cuda, then mps, then cpu; `dtype` to the checkpoint's own on an accelerator and float32
-        on a CPU. `model_options` go to `from_pretrained` (`quantization_config`, `device_map`, ...). Raises
-        `ModelError` for what cannot be loaded or is not supported, before any weights are read where possible.
+        `device` defaults to cuda, then mps, then cpu; `dtype` to the checkpoint's own on an accelerator, and on a CPU
+        to float32, or to bfloat16 for a Llama-like checkpoint in it if the processor is faster so: its matrices are
+        then held twice (`model/llama_cpu.py`), in the memory that float32 would take. `model_options` go to
+        `from_pretrained` (`quantization_config`, `device_map`, ...). Raises `ModelError` for what cannot be loaded or
+        is not supported, before any weights are read where possible.
         """
         source = located(str(name))
         try:
@@ -92,6 +101,11 @@ class Backbone:
             raise ModelError(f"There is no usable model at {str(name)!r}: {_first_line(error)}") from error
         check_supported(config)
         target, kind = resolved(device, dtype)
+        placed = "device_map" in model_options or "quantization_config" in model_options
+        chosen = kind == "auto" and target.type == "cpu"
+        if chosen:
+            alone = not placed and "distributed_config" not in model_options  # processes of one model must agree
+            kind = chosen_dtype(config) if alone else torch.float32
         own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # stock SDPA ignores softcaps
         options: dict[str, Any] = {"attn_implementation": own, "revision": revision, **model_options}
         options["dtype"] = kind
@@ -100,9 +114,13 @@ class Backbone:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError) as error:  # an ImportError: what quantisation or device_map needs
             raise ModelError(f"The model at {str(name)!r} cannot be loaded: {_first_line(error)}") from error
-        if "device_map" not in model_options and "quantization_config" not in model_options:
+        if not placed:
             model = model.to(target)
-        return cls(model, tokenizer, name=str(name), revision=revision)
+        backbone = cls(model, tokenizer, name=str(name), revision=revision)
+        if chosen and kind == torch.bfloat16:
+            logger.info("%s is computed in bfloat16, which is faster on this processor than float32", name)
+            backbone.may_copy = True
+        return backbone
 
     @property
     def config(self) -> Any:
@@ -153,9 +171,26 @@ class Backbone:
         layers = [ReadingLayer(layer, start, len(guide), step) for layer in prefix]
         ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
         positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
+        if (laid_out := self.laid_out()) is not None:
+            laid_out.read(ids, positions, layers)
+            return layers
         fast = self.fast_read if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
         return layers
+
+    def laid_out(self) -> LlamaPass | None:
+        """Passes with weights laid out for a CPU, made and checked at the first use; none where they may not be."""
+        if self._laid_out is not None and self._laid_out.is_current:
+            return self._laid_out
+        if self.may_copy:
+            self.may_copy, self._laid_out = False, None  # the model's own layers serve while they are checked
+            weights = self.plain_weights()
+            self._laid_out = cpu_pass(weights, self.name, self._over) if weights else None
+            self.may_copy = self._laid_out is not None
+        return self._laid_out
+
+    def _over(self, ids: Tensor, positions: Tensor, layers: list[PrefixLayer], keep: int | Tensor) -> Tensor:
+        return self.step(ids, positions, cache_of(layers), keep)
 
     @cached_property
     def fast_read(self) -> LlamaRead | None:
@@ -198,6 +233,8 @@ class Backbone:
         gradients.
         """
         grad = grad and torch.is_grad_enabled()
+        if not grad and (laid_out := self.laid_out()) is not None:
+            return laid_out.step(ids, positions, cache.layers, keep)
         with torch.set_grad_enabled(grad), self.announced(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),

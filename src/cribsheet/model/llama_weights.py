@@ -60,12 +60,16 @@ class LlamaWeights:
     scale: float
 
 
+def is_plain(config: Any) -> bool:
+    """Whether a model of this configuration is made of the parts that we know."""
+    known = config.model_type in _PLAIN and getattr(config, "hidden_act", None) == "silu"
+    return known and not any(layer_windows(config)) and getattr(config, "attn_logit_softcapping", None) is None
+
+
 def llama_weights(model: Any) -> LlamaWeights | None:
     """The weights of a Llama-like model; none if a part is unknown or anybody has put something in between."""
     config = model.config
-    if config.model_type not in _PLAIN or getattr(config, "hidden_act", None) != "silu":
-        return None
-    if any(layer_windows(config)) or getattr(config, "attn_logit_softcapping", None) is not None:
+    if not is_plain(config):
         return None
     layers = list(model.model.layers)
     if len(layers) != config.num_hidden_layers or any(_names(layer) - _PARTS for layer in layers):

@@ -124,11 +124,11 @@ def _pocket() -> str:
 
 
 def resolved(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype | str]:
-    """The device and dtype that `Backbone.load` takes for what was given, or for nothing."""
+    """The device and dtype that `Backbone.load` takes for what was given, or for nothing: "auto"."""
     target = _device(device) if device is not None else _best_device()
     if str(target) == "cuda":
         target = torch.device("cuda", torch.cuda.current_device())
-    return target, _resolve_dtype(dtype, target)
+    return target, _resolve_dtype(dtype)
 
 
 def _device(wanted: str | torch.device) -> torch.device:
@@ -148,11 +148,11 @@ def _best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
+def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
+        return "auto"
     resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ModelError(f"There is no dtype {dtype!r}; use float32, bfloat16 or float16.")

@@ -1,0 +1,227 @@
+"""Passes of Llama-like models in bfloat16 on a CPU, whose weights lie as its bfloat16 instructions want them.
+
+PyTorch lays the weights of a product out anew at every call, which takes longer than the product itself where rows are
+few: a step in bfloat16 is then no faster than one in float32. So they are laid out once, in a second copy: together
+with the model's own they take what float32 would.
+As in `model/llama_step.py`, a model is taken only if all its parts are the plain ones, and small examples give what its
+own layers give; for all others, and for gradients, its own layers stay.
+
+Letters as in `attention/prefix.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cribsheet.attention.agreement import agrees, relative_error
+from cribsheet.attention.cache import PrefixLayer, ReadingLayer
+from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
+from cribsheet.model.llama_weights import BOUND, Linear, LlamaLayer, LlamaWeights, Norm, is_plain
+from cribsheet.model.support import head_size
+
+logger = logging.getLogger(__name__)
+
+LEAST_PARAMETERS = 100_000_000  # of smaller models, which are fast anyway, figures stay the same on all machines
+_GAIN = 1.25  # times faster that reading must be
+_MOST_SIDE = 2048  # entries of the matrices that are timed
+_READ, _ROUNDS = 128, 3  # rows of the product that stands for reading, and how often each is timed
+_BEFORE, _CHECKED = 24, 8  # tokens of a small example: of the prefix, and new
+
+Keep = int | Tensor  # logits wanted: of the last so many tokens, or of these places
+Own = Callable[[Tensor, Tensor, list[PrefixLayer], Keep], Tensor]  # the model's own step
+
+
+class PackedLinear:
+    """Products of rows with a weight (N, K) and a bias (N,), laid out once for the processor."""
+
+    def __init__(self, linear: Linear) -> None:
+        weight, self._bias = linear
+        self._weight = _laid_out(weight.detach())
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Products (..., N) of rows (..., K)."""
+        return _times(rows, self._weight, self._bias)
+
+
+class _PackedLayer:
+    """One layer's products, and the norms between them."""
+
+    def __init__(self, layer: LlamaLayer) -> None:
+        self.before, self.between, self.qk_norms = layer.before, layer.between, layer.qk_norms
+        self.qkv = [PackedLinear(each) for each in layer.qkv]
+        self.out, self.gate, self.up, self.down = map(PackedLinear, (layer.out, layer.gate, layer.up, layer.down))
+
+
+class LlamaPass:
+    """Forward passes with the weights of a Llama-like model, over any of our cache layers."""
+
+    def __init__(self, weights: LlamaWeights) -> None:
+        """Lay the weights out."""
+        self.weights = weights
+        self._copied = [weight for layer in weights.layers for weight in _matrices(layer)] + [weights.lm_head]
+        self._versions = [weight._version for weight in self._copied]
+        self._layers = [_PackedLayer(layer) for layer in weights.layers]
+        self._lm_head = PackedLinear((weights.lm_head, None))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nobody has changed the model's weights since they were laid out."""
+        return [weight._version for weight in self._copied] == self._versions
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, positions: Tensor, layers: Sequence[ReadingLayer]) -> None:
+        """Read tokens (1, T) at their positions (1, T) into the layers; of the last only what is asked for is made."""
+        self._run(ids, positions, layers, concluded=True)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], keep: Keep = 1) -> Tensor:
+        """Logits (B, keep, V) of new tokens (B, T) at their positions (B, T), as `Backbone.step` gives them."""
+        rows = self._run(ids, positions, layers)
+        wanted = rows[:, -keep:] if isinstance(keep, int) else rows[:, keep]
+        return self._lm_head(_normed(wanted, self.weights.norm))
+
+    def _run(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], *, concluded: bool = False) -> Tensor:
+        rows = F.embedding(ids, self.weights.embed)
+        cos, sin = (part.unsqueeze(1) for part in self.weights.turns(rows, positions))
+        for mine, layer in zip(self._layers, layers, strict=True):
+            query, key, value = self._heads(mine, rows, cos, sin)
+            if concluded and layer is layers[-1]:
+                cast(ReadingLayer, layer).conclude(query, key, value, self.weights.scale)
+                break
+            keys, values = layer.update(key, value)
+            mask = _behind(query.shape[2], keys.shape[2], query.device)
+            seen = layer.attend(AttentionInputs(query, keys, values, mask, self.weights.scale))
+            rows = rows + mine.out(seen.transpose(1, 2).flatten(2))
+            inner = _normed(rows, mine.between)
+            rows = rows + mine.down(F.silu(mine.gate(inner)) * mine.up(inner))
+        return rows
+
+    def _heads(self, mine: _PackedLayer, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, T, D) and keys (B, K, T, D), and values."""
+        inner, size = _normed(rows, mine.before), self.weights.head_size
+        query, key, value = (product(inner).unflatten(-1, (-1, size)) for product in mine.qkv)
+        if mine.qk_norms is not None:
+            of_queries, of_keys, epsilon = mine.qk_norms
+            query, key = _normed(query, (of_queries, epsilon)), _normed(key, (of_keys, epsilon))
+        query, key = (_turned(part.transpose(1, 2), cos, sin) for part in (query, key))
+        return query, key, value.transpose(1, 2)
+
+
+def _matrices(layer: LlamaLayer) -> list[Tensor]:
+    return [weight for weight, _ in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
+
+
+def _behind(rows: int, columns: int, device: torch.device) -> Tensor | None:
+    """What new tokens see of themselves and of those before them; none where that is a square, or all."""
+    if rows in (1, columns):
+        return None
+    return torch.arange(columns, device=device) <= torch.arange(columns - rows, columns, device=device)[:, None]
+
+
+def _normed(rows: Tensor, norm: Norm) -> Tensor:
+    gain, epsilon = norm
+    wide = rows.float()
+    return gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(rows.dtype)
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = heads.chunk(2, -1)
+    return heads * cos + torch.cat([-second, first], -1) * sin
+
+
+def _laid_out(weight: Tensor) -> Any:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+@torch.no_grad()
+def _times(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return found
+
+
+def cpu_pass(weights: LlamaWeights, name: str, own: Own) -> LlamaPass | None:
+    """Passes that agree with the model's `own` step; none where they do not, or cannot be made."""
+    made: list[LlamaPass] = []
+
+    def check() -> dict[str, float]:
+        made.append(LlamaPass(weights))
+        return errors(made[0], own)
+
+    return made[0] if agrees(f"products in bfloat16 laid out for {name}", check, BOUND) else None
+
+
+def errors(mine: LlamaPass, own: Own) -> dict[str, float]:
+    """Relative L2 errors on a small random example: of the logits of a first read and of one behind it."""
+    weights, generator = mine.weights, torch.Generator().manual_seed(0)
+    like = weights.embed
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+    shape = (weights.kv_heads, _BEFORE, weights.head_size)
+    prefix = [LayerPrefix(random(*shape), random(*shape)) for _ in weights.layers]
+    ids = torch.randint(0, len(weights.embed), (1, 2 * _CHECKED), generator=generator)
+    places = torch.arange(_BEFORE, _BEFORE + 2 * _CHECKED).unsqueeze(0)
+    runs: list[Own] = [lambda i, p, layers, keep: mine.step(i, p, layers, keep), own]
+    found = []
+    for run in runs:
+        layers = [PrefixLayer(layer, _BEFORE) for layer in prefix]
+        parts = zip(ids.split(_CHECKED, 1), places.split(_CHECKED, 1), strict=True)
+        found.append([run(one, place, layers, 4) for one, place in parts])
+    names = ("a first read", "a second read")
+    return {name: relative_error(*pair) for name, pair in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def chosen_dtype(config: Any) -> torch.dtype:
+    """The type in which to compute on this processor where nobody says one: float32, or bfloat16 if that is faster.
+
+    Only for checkpoints in bfloat16, of which no weight is rounded, and for models that `LlamaPass` takes. Products are
+    timed on matrices of the model's shape, in a few hundredths of a second.
+    """
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if stored != "bfloat16" or not is_plain(config) or parameters(config) < LEAST_PARAMETERS:
+        return torch.float32
+    sides = (min(side, _MOST_SIDE) for side in (config.hidden_size, config.intermediate_size))
+    return torch.bfloat16 if _is_faster(*sides) else torch.float32
+
+
+def parameters(config: Any) -> int:
+    """About how many weights a Llama-like model has."""
+    width, attended = config.hidden_size, head_size(config) * (config.num_attention_heads + config.num_key_value_heads)
+    layer: int = width * (2 * attended + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer + config.vocab_size * width  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _is_faster(width: int, inner: int) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight, rows = torch.randn(inner, width), torch.randn(_READ, width)
+    try:
+        packed = _laid_out(weight.bfloat16())
+        halves = rows.bfloat16()
+        read = _seconds(lambda: F.linear(rows, weight)) / _seconds(lambda: _times(halves, packed, None))
+        step = _seconds(lambda: F.linear(rows[:1], weight)) / _seconds(lambda: _times(halves[:1], packed, None))
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        logger.info("bfloat16 cannot be tried on this processor, so float32 stays: %s", error)
+        return False
+    logger.info("bfloat16 against float32 on this processor: reading %.1f times as fast, a step %.1f", read, step)
+    return read >= _GAIN and step >= 1
+
+
+def _seconds(product: Callable[[], Tensor]) -> float:
+    product()
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        product()
+        best = min(best, time.perf_counter() - began)
+    return best
