@@ -98,8 +98,13 @@ def rotary_of(made: Fingerprint) -> tuple[str, float]:
 def _differing(gguf: Gguf, made: Fingerprint, *, tied: bool) -> Iterator[tuple[str, float, float]]:
     """Values that are not those of the sheet's model: name of the tensor, the sheet's value, and the file's."""
     for name, ours, theirs in _compared(gguf, made, tied=tied):
-        if not math.isclose(ours, theirs, rel_tol=_TOLERANCE, abs_tol=_ROUNDING):
+        if not agree(ours, theirs):
             yield name, ours, theirs
+
+
+def agree(ours: float, theirs: float) -> bool:
+    """Whether a value of a fingerprint is that of a file, as both may be rounded."""
+    return math.isclose(ours, theirs, rel_tol=_TOLERANCE, abs_tol=_ROUNDING)
 
 
 def _compared(gguf: Gguf, made: Fingerprint, *, tied: bool) -> Iterator[tuple[str, float, float]]:
