@@ -20,6 +20,7 @@ from cribsheet.engines.vllm.caches import Caches, heads_of
 from cribsheet.engines.vllm.checks import VERSIONS, check_model
 from cribsheet.engines.vllm.file import ExportedSheet
 from cribsheet.errors import IntegrationError, MismatchError, ModelError, RequestError, SheetError
+from cribsheet.testing import tiny_backbone
 
 QUESTIONS = [QUESTION, "Where is Alice?", "Who speaks Greek?", "What is 40213?", "Who repairs clocks, and when?"]
 
@@ -289,6 +290,18 @@ def test_another_model_is_refused_by_what_differs(vllm_interface, qwen3, files, 
             started(vllm_interface, qwen3, files, model_config__hf_text_config=told)
     assert started(vllm_interface, qwen3, files)
     assert "not at hand as safetensors" in caplog.text
+
+
+def test_another_scaling_of_the_rotary_embedding_is_refused(vllm_interface, tmp_path):
+    llama = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 256}
+    llama |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = tiny_backbone("llama", rope_parameters=llama)
+    sheet = build_sheet(scaled, DOCUMENTS, FEW_SHOT, budget=96, for_engines=True)
+    files = {"a": sheet.export(tmp_path / "a.vllm", to="vllm")}
+    assert started(vllm_interface, scaled, files)
+    other = tiny_backbone("llama", rope_parameters=llama | {"factor": 32.0})
+    with pytest.raises(MismatchError, match=r"numbers of the rotary scaling: the sheet has .*'factor': 8.0.*32.0"):
+        started(vllm_interface, scaled, files, model_config__hf_text_config=other.config)
 
 
 def test_other_weights_of_the_same_shape_are_refused(vllm_interface, qwen3, files, tmp_path, caplog):

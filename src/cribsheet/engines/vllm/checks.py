@@ -11,7 +11,7 @@ from cribsheet.engines.same_model import rotary_of
 from cribsheet.engines.vllm.file import ExportedSheet
 from cribsheet.engines.vllm.weights import differing_weight
 from cribsheet.errors import MismatchError, ModelError, RequestError, SheetError
-from cribsheet.model.fingerprint import Fingerprint
+from cribsheet.model.fingerprint import Fingerprint, rotary_scaling
 
 _LOGGER = logging.getLogger(__name__)
 VERSIONS = ("0.26", "0.32", "0.33")
@@ -125,6 +125,8 @@ def _settings(made: Fingerprint, loaded: Any) -> Iterator[tuple[str, Any, Any]]:
     yield "rotary scaling", kind, rope.get("rope_type", "default")
     base: Any = rope.get("rope_theta") or getattr(loaded, "rope_theta", 10000.0)
     yield "rotary base", theta, float(base)
+    if made.rotary_scaling:
+        yield "numbers of the rotary scaling", made.rotary_scaling, rotary_scaling(loaded)
 
 
 def _refusal(name: str, made: Fingerprint, what: str, ours: object, theirs: object, model_config: Any) -> MismatchError:
