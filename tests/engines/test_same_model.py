@@ -65,7 +65,7 @@ def test_channels_that_a_file_turns_at_other_speeds_are_refused(tmp_path):
     settings, tensors = settings_of(backbone), tensors_of(backbone)
     for name, value, refused in (
         ("same", factors, None),
-        ("other", factors.clamp(max=4.0), r"rotary scaling of the pair of channels \d: the sheet has 4.78183, the file 4"),
+        ("other", factors.clamp(max=4.0), r"rotary scaling of the pair of channels 3: the sheet has 4.78\d*, the"),
         ("fewer", factors[:6], "number of channels that turn: the sheet has 16, the file 12"),
     ):
         file = Gguf.open(write_gguf(tmp_path / name, settings, tensors | {"rope_freqs.weight": value.contiguous()}))

@@ -112,6 +112,9 @@ USED = {
     },
     "config/model.py": {"ModelConfig": "model revision max_model_len hf_text_config"},
     "config/cache.py": {"CacheConfig": "cache_dtype"},
+    "platforms/interface.py": {"Platform": "is_cpu"},
+    "forward_context.py": {"ForwardContext": "no_compile_layers"},
+    "v1/attention/backends/cpu_attn.py": {"CPUAttentionBackendImpl": "do_kv_cache_update"},
 }
 
 
@@ -128,6 +131,10 @@ def modules(rank):
             name = name.rpartition(".")[0]
             made.setdefault(name, types.ModuleType(name))
     made["vllm"].__version__ = VERSION
+    made["vllm.platforms"] = platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(
+        is_cpu=lambda: False
+    )  # a GPU's caches, whose rows lie as they are
     return made
 
 
@@ -176,22 +183,8 @@ def names_in(node):
 
 def differences(root):
     """What is otherwise in the sources of a vLLM."""
-    found = []
     real = classes(root.joinpath(*BASE.split(".")[1:]).with_suffix(".py"))
-    for ours in (KVConnectorBase_V1, SupportsHMA):
-        methods = {each.name: each for each in real[ours.__name__].body if isinstance(each, ast.FunctionDef)}
-        for name, mine in vars(ours).items():
-            if inspect.isfunction(mine):
-                theirs = parameters(methods[name]) if name in methods else None
-                if theirs != list(inspect.signature(mine).parameters):
-                    found.append(f"{ours.__name__}.{name}: {theirs}")
-        abstract = {
-            name
-            for name, each in methods.items()
-            if any(getattr(mark, "id", "") == "abstractmethod" for mark in each.decorator_list)
-        }
-        if abstract != ours.__abstractmethods__:
-            found.append(f"{ours.__name__} leaves to others {sorted(abstract)}")
+    found = [each for ours in (KVConnectorBase_V1, SupportsHMA) for each in unlike(ours, real[ours.__name__])]
     for file, used in USED.items():
         here = classes(root / file)
         for name, needed in used.items():
@@ -202,6 +195,23 @@ def differences(root):
     if "get_tensor_model_parallel_rank" not in {each.name for each in state.body if isinstance(each, ast.FunctionDef)}:
         found.append("no get_tensor_model_parallel_rank")
     return found
+
+
+def unlike(ours, theirs):
+    """Methods of a class that take other things in its source, or are left to others there and not here."""
+    methods = {each.name: each for each in theirs.body if isinstance(each, ast.FunctionDef)}
+    for name, mine in vars(ours).items():
+        if inspect.isfunction(mine):
+            takes = parameters(methods[name]) if name in methods else None
+            if takes != list(inspect.signature(mine).parameters):
+                yield f"{ours.__name__}.{name}: {takes}"
+    abstract = {
+        name
+        for name, each in methods.items()
+        if any(getattr(mark, "id", "") == "abstractmethod" for mark in each.decorator_list)
+    }
+    if abstract != ours.__abstractmethods__:
+        yield f"{ours.__name__} leaves to others {sorted(abstract)}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,29 +40,35 @@ class Caches:
         self, caches: Mapping[str, Tensor], sheets: Mapping[str, ExportedSheet], heads: range, block: int
     ) -> None:
         made = next(iter(sheets.values())).fingerprint
-        self._block, self._layers = block, {}
+        self._block, self._caches = block, dict(caches)
+        numbers = {name: layer_of(name, made.layers) for name in caches}
         for name, cache in caches.items():
-            number = layer_of(name, made.layers)
             _check_form(name, cache, len(heads), made.head_size, block)
-            self._layers[number] = cache
         self._rows = {
-            name: {
-                number: _pinned(sheet.rows(number, heads, cache.dtype), cache) for number, cache in self._layers.items()
+            sheet: {
+                name: _pinned(exported.rows(numbers[name], heads, cache.dtype), cache) for name, cache in caches.items()
             }
-            for name, sheet in sheets.items()
+            for sheet, exported in sheets.items()
         }
 
-    def write(self, sheet: str, first: int, blocks: Iterable[int]) -> None:
-        """Write a sheet's tokens from the first on into blocks, as many as these hold, in all layers."""
-        given, at = torch.tensor(list(blocks)), {}
-        for number, cache in self._layers.items():
-            size = cache.shape[2]
-            if cache.device not in at:
-                parts = self._block // size
-                at[cache.device] = (given[:, None] * parts + torch.arange(parts)).flatten().to(cache.device)
-            rows = self._rows[sheet][number][:, first : first + len(given) * self._block]
-            paged = rows.to(cache.device, non_blocking=True).unflatten(1, (-1, size)).transpose(0, 1)
-            cache.index_copy_(0, at[cache.device], paged)
+    def write(self, sheet: str, first: int, blocks: Iterable[int], layers: Mapping[str, Any] | None = None) -> None:
+        """Write a sheet's tokens from the first on into blocks, as many as these hold, in all layers.
+
+        Where the backend of vLLM keeps tiles of a form of its own, its `layers` write, which it has by caches' names.
+        """
+        given, places = torch.tensor(list(blocks)), None
+        last = first + len(given) * self._block
+        for name, cache in self._caches.items():
+            rows = self._rows[sheet][name][:, first:last].to(cache.device, non_blocking=True).transpose(0, 1)
+            # Of each row its slot, or of each kernel's block its number.
+            parts = self._block if layers is not None else self._block // cache.shape[2]
+            if places is None:
+                places = (given[:, None] * parts + torch.arange(parts)).flatten().to(cache.device)
+            if layers is None:
+                cache.index_copy_(0, places, rows.unflatten(0, (-1, cache.shape[2])).transpose(1, 2))
+            else:
+                keys, values = (half.contiguous() for half in rows.chunk(2, dim=-1))
+                layers[name].impl.do_kv_cache_update(layers[name], keys, values, layers[name].kv_cache, places)
 
 
 def layer_of(name: str, layers: int) -> int:

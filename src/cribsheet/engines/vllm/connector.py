@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.platforms import current_platform
 
 from cribsheet.engines.vllm.caches import Caches, heads_of
 from cribsheet.engines.vllm.checks import check_model, check_settings, check_version, opened
@@ -94,9 +95,10 @@ class CribsheetConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Write what begins in this step."""
         step: Step = self._get_connector_metadata()
         self._unloaded = set(step.failed)
+        layers = forward_context.no_compile_layers if current_platform.is_cpu() else None
         for load in step.loads:
             assert self._caches is not None
-            self._caches.write(*load)
+            self._caches.write(*load, layers)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of requests that fail in this step."""
