@@ -330,7 +330,7 @@ def test_caches_of_another_form_are_refused(files):
         torch.zeros(8, 2, 16, 32, dtype=torch.uint8),
         torch.zeros(8, 2, 16, 32).to(torch.float8_e4m3fn),
     ):
-        with pytest.raises(ModelError, match=f"The cache '{name}' is .* start vLLM with --kv-cache-dtype auto"):
+        with pytest.raises(ModelError, match=f"The cache '{name}' is .* start vLLM with kv_cache_dtype='auto'"):
             Caches({name: cache}, sheets, range(2), 16)
     for wrong in ("model.layers.3.self_attn.attn", "draft.attn"):
         with pytest.raises(ModelError, match=f"has a cache '{wrong}', for which a sheet of 3 layers holds nothing"):
@@ -371,7 +371,9 @@ def test_numbers_that_vllms_cache_does_not_hold_are_refused(qwen3, qwen3_sheet, 
     wide = build_sheet(qwen3, DOCUMENTS, FEW_SHOT, budget=96, for_engines=True, dtype="bfloat16")
     layers = [replace(layer, values=layer.values * 1e6) for layer in wide.layers]
     exported = ExportedSheet.open(replace(wide, layers=layers).export(tmp_path / "a.vllm", to="vllm"))
-    with pytest.raises(SheetError, match=r"vLLM's cache is torch.float16, which holds 65504; start vLLM with --dtype"):
+    with pytest.raises(
+        SheetError, match=r"vLLM's cache is torch.float16, which holds 65504; start vLLM with dtype='bfloat16'"
+    ):
         exported.rows(0, range(2), torch.float16)
     assert exported.rows(0, range(2), torch.bfloat16).isfinite().all()
 

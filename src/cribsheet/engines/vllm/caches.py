@@ -89,7 +89,7 @@ def _check_form(name: str, cache: Tensor, heads: int, head_size: int, block: int
     if not paged or cache.dtype not in FLOATS:
         raise ModelError(
             f"The cache {name!r} is {shape} in {cache.dtype}, and sheets go into (blocks, {heads}, tokens, "
-            f"{2 * head_size}) in a float type, with blocks of {block}; start vLLM with --kv-cache-dtype auto, and an "
+            f"{2 * head_size}) in a float type, with blocks of {block}; start vLLM with kv_cache_dtype='auto', and an "
             "attention backend that keeps keys and values together."
         )
 

@@ -33,7 +33,7 @@ def opened(told: Any) -> dict[str, ExportedSheet]:
     if not isinstance(sheets, Mapping) or not sheets or not all(isinstance(each, str) for each in sheets.values()):
         raise RequestError(
             f"The connector's settings are {told!r}; use kv_connector_extra_config="
-            '{"sheets": {NAME: FILE, ...}} with files of `cribsheet export --to vllm`.'
+            '{"sheets": {NAME: FILE, ...}} with exported files.'
         )
     return {str(name): ExportedSheet.open(path) for name, path in sheets.items()}
 
@@ -65,14 +65,14 @@ def check_settings(config: Any, cache_config: Any, sheets: Mapping[str, Exported
     ):
         raise ModelError(
             f"vLLM's caches are quantised ({config.cache_config.cache_dtype}), in which sheets were not tested; start "
-            "it with --kv-cache-dtype auto."
+            "it with kv_cache_dtype='auto'."
         )
     block = int(kinds[0].block_size)
     for name, sheet in sheets.items():
         if sheet.tokens % block:
             raise SheetError(
                 f"The sheet {name!r} has {sheet.tokens} tokens, no multiple of vLLM's blocks of {block}; start it with "
-                f"--block-size 16, or build the sheet with a budget that is a multiple of {block}."
+                f"block_size=16, or build the sheet with a budget that is a multiple of {block}."
             )
         if sheet.tokens >= config.model_config.max_model_len:
             raise SheetError(

@@ -83,7 +83,7 @@ class ExportedSheet:
         if not largest <= most:
             raise SheetError(
                 f"The sheet {str(self.path)!r} has numbers up to {largest:.0f}, and vLLM's cache is {dtype}, which "
-                f"holds {most:.0f}; start vLLM with --dtype bfloat16."
+                f"holds {most:.0f}; start vLLM with dtype='bfloat16'."
             )
         return rows.to(dtype)
 
