@@ -148,6 +148,28 @@ def test_a_worker_of_a_pipeline_loads_its_own_layers(qwen3, qwen3_sheet, files):
     assert not cache[[0, 2, 3, 4, 6, 7]].any()
 
 
+class Tiles:
+    """A layer that keeps keys and values in a form of its own, as vLLM's do on processors, and is its own kernel."""
+
+    def __init__(self, blocks, block, heads, size):
+        self.impl, self.kv_cache = self, torch.zeros(blocks * block, 2, size, heads)
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        kv_cache[slot_mapping, 0], kv_cache[slot_mapping, 1] = key.transpose(1, 2), value.transpose(1, 2)
+
+
+def test_layers_that_keep_tiles_of_their_own_write_themselves(qwen3_sheet, files):
+    sheets = {"staff": ExportedSheet.open(files["staff"])}
+    name, cache, tiles = "model.layers.1.self_attn.attn", torch.zeros(8, 2, 32, 32), Tiles(8, 32, 2, 16)
+    Caches({name: cache}, sheets, range(2), 32).write("staff", 32, [6, 2], {name: tiles})
+    layer = qwen3_sheet.layers[1]
+    for half, tensor in enumerate((layer.keys, layer.values)):
+        kept = tiles.kv_cache[:, half].permute(2, 0, 1)
+        assert torch.equal(kept[:, 6 * 32 : 7 * 32], tensor[:, 32:64].float())
+        assert torch.equal(kept[:, 2 * 32 : 3 * 32], tensor[:, 64:96].float())
+    assert not cache.any()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -15,7 +15,6 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
-    KVConnectorRole,
     SupportsHMA,
 )
 from vllm.platforms import current_platform
@@ -47,8 +46,7 @@ class CribsheetConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._caches: Caches | None = None
         self._unloaded: set[int] = set()  # blocks of this step's failing requests
-        if role == KVConnectorRole.SCHEDULER:
-            check_model(vllm_config.model_config, self._sheets)
+        check_model(vllm_config.model_config, self._sheets)
         self._scheduling = Scheduling(self._sheets, self._block)
 
     # In the scheduler.
