@@ -16,6 +16,7 @@ import torch
 from engine_sheets import engine_family, qwen3, qwen3_gguf, qwen3_sheet  # noqa: F401
 from no_network import no_network  # noqa: F401
 from support import SupportTable
+from vllm_interface import interface as vllm_interface  # noqa: F401
 
 from cribsheet.cli import run
 from cribsheet.compress import progress

@@ -35,6 +35,7 @@ CORE = sorted(
     if name != "__init__.py"
     and "__main__" not in name
     and not name.startswith(UPPER)
+    and name != "engines/vllm/connector.py"  # which vLLM imports
     and (
         not name.startswith("kernels/") or name == "kernels/__init__.py" or find_spec("triton")
     )  # torch brings Triton along for CUDA, and only `dispatch` and `llama_step` ask for it

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from cribsheet import Sheet
 from cribsheet.build import build_sheet
 from cribsheet.cli import run
-from cribsheet.engines.llama_cpp import placeholders
+from cribsheet.engines.placeholders import placeholders
 from cribsheet.errors import BudgetError, MismatchError, SheetError
 from cribsheet.sheet.file import load, save
 from cribsheet.testing import tiny_backbone
@@ -97,7 +97,7 @@ def test_int8_goes_there_restored(qwen3, tmp_path):
     ],
     ids=["profiled", "adaptive", "int4", "independent"],
 )
-@pytest.mark.parametrize("engine", ["llama.cpp", "mlx"])
+@pytest.mark.parametrize("engine", ["llama.cpp", "mlx", "vllm"])
 def test_a_sheet_of_another_form_is_refused_with_the_way_out(qwen3, options, said, engine, tmp_path):
     sheet = build_sheet(qwen3, DOCUMENTS, FEW_SHOT, **options)
     with pytest.raises(SheetError, match=said):
@@ -109,7 +109,7 @@ def test_what_was_not_tested_is_refused_by_name(qwen3_sheet, tmp_path):
     for version in (3, 5, True, 0, 4.0):
         with pytest.raises(SheetError, match=f"of version {version!r} were not tested; use version 4"):
             qwen3_sheet.export(tmp_path / "a.state", version=version)
-    with pytest.raises(SheetError, match=r"no engine 'ollama'; use llama.cpp or mlx"):
+    with pytest.raises(SheetError, match=r"no engine 'ollama'; use llama.cpp, mlx, vllm"):
         qwen3_sheet.export(tmp_path / "a.state", to="ollama")
     with pytest.raises(SheetError, match=r"version and gguf are llama.cpp's"):
         qwen3_sheet.export(tmp_path / "a.state", to="mlx", version=4)

@@ -13,6 +13,7 @@ from cribsheet.engines.same_model import check_same_model
 from cribsheet.errors import MismatchError, ModelError
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.template import ChatLayout
+from cribsheet.testing import tiny_backbone
 
 
 def print_of(backbone):
@@ -44,6 +45,48 @@ def test_another_shape_is_refused_by_name(qwen3, changed, said, tmp_path):
     file = save_gguf(qwen3, tmp_path / "other.gguf", **changed)
     with pytest.raises(MismatchError, match=f"another model than the sheet's .*tiny-qwen3.*{said}.*Give the GGUF"):
         check_same_model(Gguf.open(file), print_of(qwen3))
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def test_channels_that_a_file_turns_at_other_speeds_are_refused(tmp_path):
+    backbone = tiny_backbone("llama", rope_parameters=LLAMA3)
+    plain = 10000.0 ** -(torch.arange(0, backbone.head_size, 2) / backbone.head_size)
+    factors = plain / backbone.inv_freqs[0]  # as transformers has them
+    assert factors.min() == 1 and factors.max() == pytest.approx(8) and ((factors > 1.01) & (factors < 7.99)).any()
+    settings, tensors = settings_of(backbone), tensors_of(backbone)
+    for name, value, refused in (
+        ("same", factors, None),
+        ("other", factors.clamp(max=4.0), r"rotary scaling of the pair of channels 3: the sheet has 4.78\d*, the"),
+        ("fewer", factors[:6], "number of channels that turn: the sheet has 16, the file 12"),
+    ):
+        file = Gguf.open(write_gguf(tmp_path / name, settings, tensors | {"rope_freqs.weight": value.contiguous()}))
+        if refused is None:
+            check_same_model(file, print_of(backbone))
+        else:
+            with pytest.raises(MismatchError, match=f"by its {refused}"):
+                check_same_model(file, print_of(backbone))
+    before = print_of(backbone).model_copy(update={"rotary_scaling": {}})  # a sheet that does not say
+    check_same_model(file, before)
+
+
+def test_a_file_that_knows_fewer_tokens_is_refused(qwen3, tmp_path):
+    settings = settings_of(qwen3)
+    for name in ("tokens", "token_type"):
+        settings[f"tokenizer.ggml.{name}"] = settings[f"tokenizer.ggml.{name}"][:-1]
+    file = Gguf.open(write_gguf(tmp_path / "a.gguf", settings, tensors_of(qwen3)))
+    size = len(qwen3.tokenizer)
+    with pytest.raises(MismatchError, match=f"by its vocabulary: the sheet has {size} tokens, the file {size - 1}"):
+        check_same_model(file, print_of(qwen3))
+    check_same_model(file, print_of(qwen3).model_copy(update={"vocabulary": 0}))  # a sheet that does not say
 
 
 def test_another_family_is_refused_by_name(qwen3, tmp_path):

@@ -32,6 +32,15 @@ def test_the_same_weights_have_the_same_print(mine):
     mine.check(taken(tiny_backbone()))
 
 
+def test_a_sheet_that_does_not_say_what_later_ones_do_is_the_same_sheet(sheet):
+    told = sheet.manifest.model_dump(mode="json")
+    assert told["fingerprint"].pop("vocabulary") == len(tiny_backbone().tokenizer)
+    assert told["fingerprint"].pop("rotary_scaling") == {}
+    before = type(sheet.manifest).model_validate(told)
+    assert before.digest == sheet.manifest.digest and before.fingerprint.vocabulary == 0
+    before.fingerprint.check(sheet.manifest.fingerprint)
+
+
 def another_tokenizer():
     backbone = tiny_backbone()
     backbone.tokenizer.add_tokens(["zzzz"])

@@ -76,7 +76,7 @@ def test_the_file_holds_what_the_format_says(sheet, file):
     assert manifest["format"] == 1
     assert set(manifest["fingerprint"]) == {
         "model", "revision", "family", "layers", "heads", "kv_heads", "head_size", "rotary", "weights",
-        "weights_dtype", "weights_probe", "tokenizer", "template", "windows",
+        "weights_dtype", "weights_probe", "tokenizer", "template", "windows", "vocabulary", "rotary_scaling",
     }  # fmt: skip
     assert manifest["documents"][0] == {
         "id": "alice", "characters": 80, "tokens": sheet.manifest.documents[0].tokens, "metadata": {},

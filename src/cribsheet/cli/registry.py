@@ -56,7 +56,7 @@ def pull(
 @flat
 def export(
     file: SheetFile,
-    to: Annotated[Literal["llama.cpp", "mlx"], typer.Option("--to", help="The engine that will read it.")],
+    to: Annotated[Literal["llama.cpp", "mlx", "vllm"], typer.Option("--to", help="The engine that will read it.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
     gguf: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For llama.cpp: must be the model that made the sheet.")

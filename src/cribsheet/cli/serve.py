@@ -51,6 +51,15 @@ def serve(
     retriever: Annotated[
         Literal["bm25", "dense"], typer.Option(help="What finds passages where a request asks for a mode with them.")
     ] = "bm25",
+    engine: Annotated[
+        Literal["cribsheet", "llama.cpp"], typer.Option(help="What answers; vLLM has a server of its own.")
+    ] = "cribsheet",
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --engine llama.cpp, a GGUF of the sheets' model.")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --engine llama.cpp, answers of a sheet at a time.")
+    ] = 4,
     hide_documents: Annotated[bool, typer.Option("--hide-documents", help="Do not show the documents' texts.")] = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Log questions and answers.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Serve by replicas on a Ray cluster, here or elsewhere.")] = False,
@@ -80,6 +89,8 @@ def serve(
     """
     if keys is None and not open_to_all and not _is_local(host):
         misuse(f"--host {host} is open to other machines: give --keys FILE, or --open to let everybody ask")
+    if (engine == "llama.cpp") != (gguf is not None):
+        misuse("--engine llama.cpp and --gguf FILE go together: give both or neither")
     from cribsheet.errors import integration
 
     for needed in ("fastapi", "uvicorn"):
@@ -107,7 +118,7 @@ def serve(
         retriever=retriever,
         hosts=hosts,
     )
-    options = given(model)
+    options = given(model) if engine == "cribsheet" else _of_llama_cpp(model, gguf, slots, ray=ray)
     if ray:
         from cribsheet.cli.ray import serve_on_ray
 
@@ -116,6 +127,16 @@ def serve(
         serve_on_ray(sheets, options, keys, settings, replicas, scale, host, port, ray_address)
     else:
         _run(sheets, options, keys, settings, host, port, drain)
+
+
+def _of_llama_cpp(model: ModelOptions, gguf: Path | None, slots: int, *, ray: bool) -> dict[str, Any]:
+    """How a sheet is opened in llama.cpp; refuses what only our own engine has."""
+    ours = [name for name in ("device", "dtype", "revision") if getattr(model, name)] + ["ray"] * ray
+    if ours:
+        misuse(f"--{ours[0]} is of our own engine, and llama.cpp answers; leave one out")
+    from cribsheet.asking.llama_cpp.served import ServedLlamaCpp
+
+    return {"load": ServedLlamaCpp.load, "gguf": gguf, "slots": slots, "tokenizer": model.model}
 
 
 def _run(

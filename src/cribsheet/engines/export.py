@@ -12,6 +12,7 @@ from cribsheet.engines.gguf import Gguf
 from cribsheet.engines.llama_cpp import write_state
 from cribsheet.engines.mlx import write_prompt_cache
 from cribsheet.engines.same_model import ARCHITECTURES, ROTARIES, check_same_model, rotary_of
+from cribsheet.engines.vllm.file import write_exported
 from cribsheet.errors import SheetError
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from cribsheet.sheet.layers import StoredLayer
     from cribsheet.sheet.manifest import Manifest
 
-EngineName = Literal["llama.cpp", "mlx"]
+EngineName = Literal["llama.cpp", "mlx", "vllm"]
 _AGAIN = "build it again with for_engines=True"
+_FLOATS = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # in which vLLM's file is as the sheet is
 
 
 def export(
@@ -38,7 +40,7 @@ def export(
     the sheet. Raises `SheetError` for a sheet that the engine cannot take, and `MismatchError` for another model.
     """
     if to not in get_args(EngineName):
-        raise SheetError(f"There is no engine {to!r}; use {' or '.join(get_args(EngineName))}.")
+        raise SheetError(f"There is no engine {to!r}; use {', '.join(get_args(EngineName))}.")
     if to != "llama.cpp" and (version is not None or gguf is not None):
         raise SheetError(f"version and gguf are llama.cpp's, and the file is for {to}; leave them out.")
     check_exportable(made, to)
@@ -48,6 +50,9 @@ def export(
     if not target.parent.is_dir():
         raise SheetError(f"The folder {str(target.parent)!r} does not exist; create it first.")
     restored = [layer.restored(torch.device("cpu"), torch.float32) for layer in layers]
+    if to == "vllm":
+        write_exported(restored, made.fingerprint, made.digest, _FLOATS.get(made.dtype, torch.float16), target)
+        return target
     _check_float16(restored, to)
     if to == "mlx":
         write_prompt_cache(restored, made.digest, target)

@@ -9,13 +9,11 @@ leaves values as they are. A file, all numbers little-endian:
     layers times: type 1, bytes a row, rows  keys (P, K * D), rotated for positions 0..P-1
     layers times: the same                   values
 
-A cell of a sheet holds tokens that differ from head to head, so no id is the id of a cell: those that stand here are
-derived from the sheet's digest. The engine compares ids to see what a prompt and its cache share; sheets share nothing.
+Ids are those of `placeholders.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.engines.placeholders import placeholders
 from cribsheet.engines.same_model import ARCHITECTURES
 from cribsheet.errors import SheetError
 from cribsheet.sheet.atomic import writing
@@ -59,11 +58,6 @@ def write_state(
         for rows in (*keys, *values):
             file.write(struct.pack("<iQ", _FLOAT16, rows.shape[1] * rows.element_size()))
             file.write(rows.numpy().tobytes())
-
-
-def placeholders(digest: str, tokens: int) -> list[int]:
-    """Token ids of a sheet's cells: below 256, which all vocabularies have, and other ones for another sheet."""
-    return list(hashlib.shake_256(digest.encode()).digest(tokens))
 
 
 def _rows(heads: Tensor) -> Tensor:

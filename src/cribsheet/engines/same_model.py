@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cribsheet.engines.gguf import Gguf
@@ -57,9 +57,11 @@ def check_same_model(gguf: Gguf, made: Fingerprint) -> None:
             f"{str(gguf.path)!r} is one part of {parts}, and the tensors by which a model is known stand in all of "
             "them; join them with `llama-gguf-split`, and give that file."
         )
-    for what, ours, theirs in _settings(gguf, made):
+    for what, ours, theirs in (*_settings(gguf, made), *_scaled_otherwise(gguf, made)):
         if ours != theirs:
             _refuse(gguf, made, what, ours, theirs)
+    if 0 < gguf.vocabulary < made.vocabulary:  # files have a token for each row of the embeddings, which may be more
+        _refuse(gguf, made, "vocabulary", f"{made.vocabulary} tokens", gguf.vocabulary)
     differing = [list(_differing(gguf, made, tied=tied)) for tied in (False, True)]
     if all(differing):
         name, ours, theirs = min(differing, key=len)[0]
@@ -89,6 +91,33 @@ def _settings(gguf: Gguf, made: Fingerprint) -> Iterator[tuple[str, Any, Any]]:
     yield "rotary scaling", {"default": "none"}.get(kind, kind), theirs
 
 
+def _scaled_otherwise(gguf: Gguf, made: Fingerprint) -> Iterator[tuple[str, Any, Any]]:
+    """Pairs of channels that the file turns at other speeds, where the sheet says how its own are scaled."""
+    held = gguf.tensors.get("rope_freqs.weight")
+    if held is None or not held.is_plain or not made.rotary_scaling:
+        return
+    ours = slower_by(made.rotary_scaling, rotary_of(made)[1], made.head_size)
+    theirs = gguf.read("rope_freqs.weight").flatten().tolist()
+    if len(ours) != len(theirs):
+        yield "number of channels that turn", 2 * len(ours), 2 * len(theirs)
+    for pair, (mine, its) in enumerate(zip(ours, theirs, strict=False)):
+        if not agree(mine, its):
+            yield f"rotary scaling of the pair of channels {pair}", f"{mine:.6g}", f"{its:.6g}"
+
+
+def slower_by(scaling: Mapping[str, float], theta: float, size: int) -> list[float]:
+    """How many times slower each pair of channels turns than without Llama 3's scaling.
+
+    Those that turn within the `original_max_position_embeddings` often enough do not, those that turn seldom by the
+    whole factor, and others by something between.
+    """
+    window, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = [window / (2 * math.pi * theta ** (2 * pair / size)) for pair in range(size // 2)]
+    between = [min(1.0, max(0.0, (often - low) / (high - low))) for often in turns]
+    return [1.0 / ((1.0 - share) / factor + share) for share in between]
+
+
 def rotary_of(made: Fingerprint) -> tuple[str, float]:
     """Kind of rotary embedding and its base, as a fingerprint words them."""
     told = re.match(r"(\w+) theta=(\S+)", made.rotary)
@@ -98,8 +127,13 @@ def rotary_of(made: Fingerprint) -> tuple[str, float]:
 def _differing(gguf: Gguf, made: Fingerprint, *, tied: bool) -> Iterator[tuple[str, float, float]]:
     """Values that are not those of the sheet's model: name of the tensor, the sheet's value, and the file's."""
     for name, ours, theirs in _compared(gguf, made, tied=tied):
-        if not math.isclose(ours, theirs, rel_tol=_TOLERANCE, abs_tol=_ROUNDING):
+        if not agree(ours, theirs):
             yield name, ours, theirs
+
+
+def agree(ours: float, theirs: float) -> bool:
+    """Whether a value of a fingerprint is that of a file, as both may be rounded."""
+    return math.isclose(ours, theirs, rel_tol=_TOLERANCE, abs_tol=_ROUNDING)
 
 
 def _compared(gguf: Gguf, made: Fingerprint, *, tied: bool) -> Iterator[tuple[str, float, float]]:

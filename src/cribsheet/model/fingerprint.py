@@ -45,6 +45,8 @@ class Fingerprint(BaseModel):
     weights_probe: list[float]
     tokenizer: str
     template: str
+    vocabulary: int = 0  # sheets of before do not say, nor the numbers of a scaled rotary embedding
+    rotary_scaling: dict[str, float] = {}
 
     def check(self, loaded: Fingerprint) -> None:
         """Raise `MismatchError` unless a sheet with this print fits the `loaded` model."""
@@ -99,6 +101,8 @@ def fingerprint(backbone: Backbone, layout: ChatLayout) -> Fingerprint:
         weights_probe=[round(float(value), 6) for value in _probes(samples)],
         tokenizer=tokenizer_digest(backbone.tokenizer),
         template=layout.digest,
+        vocabulary=len(backbone.tokenizer),
+        rotary_scaling=rotary_scaling(backbone.config),
     )
 
 
@@ -122,6 +126,18 @@ def _rotary(backbone: Backbone) -> str:
     nested = [value for value in settings.values() if isinstance(value, dict)] or [settings]
     named = ", ".join(f"{each.get('rope_type', 'default')} theta={each.get('rope_theta')}" for each in nested)
     return f"{named} #{_digest(numbers)}"
+
+
+def rotary_scaling(config: Any) -> dict[str, float]:
+    """The numbers by which a model's rotary embedding is scaled, by transformers' names; none where it is plain."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    if settings.get("rope_type", "default") == "default":
+        return {}
+    return {
+        name: float(value)
+        for name, value in sorted(settings.items())
+        if isinstance(value, int | float) and name != "rope_theta"
+    }
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

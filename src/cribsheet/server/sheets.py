@@ -6,16 +6,20 @@ import contextlib
 import datetime
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from cribsheet.asking.llama_cpp.served import ServedLlamaCpp
 from cribsheet.errors import SheetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.sheet.manifest import Manifest
 
 logger = logging.getLogger(__name__)
+Kb = CompressedKnowledgeLLM | ServedLlamaCpp
+"""What answers from a sheet: our engine, or llama.cpp."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
@@ -24,7 +28,7 @@ class Served:
     """A sheet under its name."""
 
     name: str
-    kb: CompressedKnowledgeLLM
+    kb: Kb
 
     @property
     def digest(self) -> str:
@@ -49,23 +53,24 @@ class Sheets(Protocol):
 class Shelf(Mapping[str, Served]):
     """Open sheets by name. Those made with one model share it, and its engine."""
 
-    def __init__(self, sheets: Mapping[str, CompressedKnowledgeLLM]) -> None:
+    def __init__(self, sheets: Mapping[str, Kb]) -> None:
         self._sheets = {_check(name): Served(name, kb) for name, kb in sheets.items()}
 
     @classmethod
-    def open(cls, sheets: Sequence[str | Path], **options: Any) -> Self:
-        """Open `PATH` (named by its file) or `NAME=PATH` each, and put its keys and values on the device.
+    def open(cls, sheets: Sequence[str | Path], load: Callable[..., Kb] | None = None, **options: Any) -> Self:
+        """Open `PATH` (named by its file) or `NAME=PATH` each, in our engine, its keys and values put on the device.
 
-        `options` are those of `CompressedKnowledgeLLM.load`. Raises `SheetError` for names that are none or taken.
+        `options` are those of `CompressedKnowledgeLLM.load`, or of another `load`, such as llama.cpp's. Raises
+        `SheetError` for names that are none or taken.
         """
-        opened: dict[str, CompressedKnowledgeLLM] = {}
+        opened: dict[str, Kb] = {}
         with contextlib.ExitStack() as undo:
             for each in sheets:
                 name, place = named(each)
                 if name in opened:
                     raise SheetError(f"Two sheets have the name {name!r}; write NAME={place} to give one another.")
-                kb = undo.enter_context(CompressedKnowledgeLLM.load(place, **options))
-                logger.info("opened sheet %s: %d tokens, rate %.1f", name, kb.prefix.tokens, kb.sheet.rate)
+                kb = undo.enter_context(contextlib.closing((load or _loaded)(place, **options)))
+                logger.info("opened sheet %s: %d tokens, rate %.1f", name, kb.sheet.length, kb.sheet.rate)
                 opened[name] = kb
             undo.pop_all()
         return cls(opened)
@@ -92,6 +97,17 @@ class Shelf(Mapping[str, Served]):
 
     def __len__(self) -> int:
         return len(self._sheets)
+
+
+def _loaded(place: str, **options: Any) -> CompressedKnowledgeLLM:
+    """A sheet in our engine, its keys and values on the device before anybody asks."""
+    kb = CompressedKnowledgeLLM.load(place, **options)
+    try:
+        assert kb.prefix.tokens
+    except BaseException:
+        kb.close()
+        raise
+    return kb
 
 
 def created(manifest: Manifest) -> int:

@@ -19,6 +19,13 @@ SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
 Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
 
 
+# What two sheets that are the same may differ in; of the fingerprint, what sheets of before did not say.
+_TELLS_NOTHING: Any = {
+    **dict.fromkeys(("created", "build", "history", "retention", "archive"), True),
+    "fingerprint": {"vocabulary", "rotary_scaling"},
+}
+
+
 class DocumentEntry(BaseModel):
     """One document as the manifest lists it; `tokens` is its length in the corpus, `digest` that of id and text."""
 
@@ -206,7 +213,7 @@ class Manifest(BaseModel):
 
         Nor whether there is an archive.
         """
-        told = self.model_dump_json(exclude={"created", "build", "history", "retention", "archive"})
+        told = self.model_dump_json(exclude=_TELLS_NOTHING)
         if studied := self.build.get("study"):  # its figures are those of no other
             told += json.dumps(studied, sort_keys=True, default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -18,16 +18,11 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cribsheet.asking.answer import Answer, Usage
 from cribsheet.asking.llama_cpp.server import LlamaServer, ServerOptions
+from cribsheet.asking.outside.prompts import Prompts
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.engines.gguf import Gguf
-from cribsheet.engines.llama_cpp import placeholders
 from cribsheet.errors import EngineError, MismatchError, RequestError, WindowError
-from cribsheet.model.backbone import load_tokenizer
-from cribsheet.model.fingerprint import tokenizer_digest
-from cribsheet.prompt.template import ChatLayout
-from cribsheet.prompt.turns import Question, as_turns
-from cribsheet.retrieval.placing import after_sheet
-from cribsheet.sheet.registry import load
+from cribsheet.prompt.turns import Question
 from cribsheet.sheet.sheet import Sheet
 
 if TYPE_CHECKING:
@@ -74,15 +69,9 @@ class LlamaCpp:
         for name, value in (("slots", slots), ("room", room)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}; use a whole number of at least 1.")
-        self.sheet, self.gguf = sheet if isinstance(sheet, Sheet) else load(sheet), Path(gguf)
-        made = self.sheet.manifest
-        if tokenizer is None:
-            tokenizer = load_tokenizer(made.fingerprint.model, made.fingerprint.revision)
-        elif isinstance(tokenizer, str | Path):
-            tokenizer = load_tokenizer(str(tokenizer))
-        self._layout = _layout(self.sheet, tokenizer)
-        self.prefix = placeholders(made.digest, self.sheet.length)
-        self.room = _room(self.sheet, Gguf.open(gguf), len(tokenizer), room)
+        self._prompts = Prompts(sheet, tokenizer)
+        self.sheet, self.prefix, self.gguf = self._prompts.sheet, self._prompts.ids, Path(gguf)
+        self.room = _room(self.sheet, Gguf.open(gguf), self._prompts.vocabulary, room)
         self.folder = Path(tempfile.mkdtemp(prefix="cribsheet-"))
         self._emptying = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         try:
@@ -117,7 +106,7 @@ class LlamaCpp:
             )
         timeout, schema = wanted.pop("timeout", None), wanted.pop("json_schema", None)
         params = SamplingParams(**wanted)
-        ids = after_sheet(self._layout, self.sheet.shown_task, self.sheet.resident, as_turns(question)).ids.tolist()
+        ids = self._prompts.question(question)
         left = self.room - len(ids)
         if left < 1:
             raise WindowError(
@@ -155,7 +144,7 @@ class LlamaCpp:
 
     def count_tokens(self, question: Question) -> int:
         """Tokens that a question or conversation takes of `room`, the template's included."""
-        return len(after_sheet(self._layout, self.sheet.shown_task, self.sheet.resident, as_turns(question)).ids)
+        return len(self._prompts.question(question))
 
     def close(self) -> None:
         """End llama.cpp and remove the exported state; safe to call twice."""
@@ -253,27 +242,6 @@ def _room(sheet: Sheet, file: Gguf, vocabulary: int, room: int) -> int:
             "a higher rate."
         )
     return int(min(room, window - sheet.length))
-
-
-def _layout(sheet: Sheet, tokenizer: Any) -> ChatLayout:
-    """The sheet's template. Raises `MismatchError` for another tokenizer, `SheetError` for a model without template."""
-    made = sheet.manifest
-    layout = ChatLayout(tokenizer, system=made.system, options=made.template_options)
-    for what, ours, theirs in (
-        ("tokenizer", made.fingerprint.tokenizer, tokenizer_digest(tokenizer)),
-        ("chat template", made.fingerprint.template, layout.digest),
-    ):
-        if ours != theirs:
-            raise MismatchError(
-                f"This sheet was made with another {what}: the sheet has {ours} (model {made.fingerprint.model}), the "
-                f"tokenizer given has {theirs}. Give that of the model that made it."
-            )
-    if layout.plain:
-        raise MismatchError(
-            f"The model {made.fingerprint.model} has no chat template, so llama.cpp would not know where an answer "
-            "ends; ask the sheet here, or use a model with one."
-        )
-    return layout
 
 
 def _completion(params: SamplingParams, longest: int) -> dict[str, Any]:

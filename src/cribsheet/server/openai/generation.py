@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from cribsheet.asking.answer import Answer
+from cribsheet.asking.llama_cpp.served import AsyncLlamaStream
 from cribsheet.asking.streams import AsyncAnswerStream
 from cribsheet.engine.sampling import TokenLogprob
-from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.server.errors import Refusal, refusal_of
 from cribsheet.server.openai.parameters import Ask
+from cribsheet.server.sheets import Kb
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,12 @@ class Writing:
 
     def __init__(self) -> None:
         self._asks: list[Ask] = []  # of each stream
-        self._streams: list[AsyncAnswerStream] = []
+        self._streams: list[AsyncAnswerStream | AsyncLlamaStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._stopped = False
 
-    def begin(self, kb: CompressedKnowledgeLLM, asks: Sequence[Ask], loop: asyncio.AbstractEventLoop) -> None:
+    def begin(self, kb: Kb, asks: Sequence[Ask], loop: asyncio.AbstractEventLoop) -> None:
         """Hand the questions to the engine; called in a thread, for that may take a while.
 
         Raises `Refusal` for what cannot be answered.
@@ -68,7 +69,7 @@ class Writing:
         for task in self._tasks:
             task.cancel()
 
-    async def _read(self, choice: int, stream: AsyncAnswerStream) -> None:
+    async def _read(self, choice: int, stream: AsyncAnswerStream | AsyncLlamaStream) -> None:
         told = 0
         try:
             async for text in stream:

@@ -9,7 +9,6 @@ from typing import Any
 
 from cribsheet.asking.settings import Retrieval
 from cribsheet.asking.sources import LIMIT
-from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.prompt.turns import Question, as_turns
 from cribsheet.server.errors import Refusal, naming
 from cribsheet.server.openai.protocol import (
@@ -23,6 +22,7 @@ from cribsheet.server.openai.protocol import (
 )
 from cribsheet.server.openai.schemas import check_schemas
 from cribsheet.server.settings import ServerSettings
+from cribsheet.server.sheets import Kb
 from cribsheet.structured.grammar import Grammar
 from cribsheet.structured.tools import Toolbox, closed
 
@@ -47,7 +47,7 @@ class Ask:
     form: str | None = None
 
 
-def chat_ask(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> Ask:
+def chat_ask(body: ChatRequest, kb: Kb, limits: ServerSettings) -> Ask:
     """What a conversation asks. Raises `Refusal` that names the field at fault."""
     settings = _settings(body, kb, limits, body.max_completion_tokens or body.max_tokens)
     tools = [_plain_tool(tool.function.model_dump()) for tool in body.tools or ()]
@@ -79,7 +79,7 @@ def chat_ask(body: ChatRequest, kb: CompressedKnowledgeLLM, limits: ServerSettin
     return Ask(turns, settings, "messages", body.choices, shaped)
 
 
-def completion_asks(body: CompletionRequest, kb: CompressedKnowledgeLLM, limits: ServerSettings) -> list[Ask]:
+def completion_asks(body: CompletionRequest, kb: Kb, limits: ServerSettings) -> list[Ask]:
     """What each prompt asks. Raises `Refusal` that names the field at fault."""
     settings = _settings(body, kb, limits, body.max_tokens)
     if body.logprobs is not None:
@@ -104,16 +104,15 @@ def log_facts(body: Asked) -> dict[str, Any]:
     return facts
 
 
-def _settings(
-    body: Asked, kb: CompressedKnowledgeLLM, limits: ServerSettings, max_tokens: int | None
-) -> dict[str, Any]:
+def _settings(body: Asked, kb: Kb, limits: ServerSettings, max_tokens: int | None) -> dict[str, Any]:
     settings: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     settings["max_tokens"] = max_tokens or limits.max_tokens
     settings["timeout"] = limits.answer_seconds
     _check_sources(body)
     settings |= _extended(body.extension, kb, limits.retriever)
     if body.logit_bias:
-        size = kb.backbone.config.vocab_size
+        with naming("logit_bias"):
+            size = kb.backbone.config.vocab_size
         beyond = [token for token in body.logit_bias if int(token) >= size]
         if beyond:
             raise Refusal(400, f"logit_bias names token {beyond[0]}; use ids from 0 to {size - 1}.", param="logit_bias")
@@ -134,7 +133,7 @@ def _check_sources(body: Asked) -> None:
         )
 
 
-def _extended(extension: Extension, kb: CompressedKnowledgeLLM, retriever: str) -> dict[str, Any]:
+def _extended(extension: Extension, kb: Kb, retriever: str) -> dict[str, Any]:
     """Settings of evidence and retrieval. Raises `Refusal` for what means nothing in this mode or for this sheet."""
     if extension.evidence is False and extension.sources:
         raise Refusal(400, "sources without evidence cannot be; leave out one of them.", param="cribsheet.sources")
