@@ -41,6 +41,11 @@ class AttentionInputs(NamedTuple):
     def attend(self) -> tuple[Tensor, Tensor]:
         """What the new tokens see of the suffix: output (B, H, T, D) and log-sum-exp (B, H, T)."""
         causal = self.mask is None and self.query.shape[2] > 1
+        before = self.key.shape[2] - self.query.shape[2]
+        if causal and before:  # a square is causal everywhere alike, and what is before it is in everybody's sight
+            keys, values = self.key[:, :, :before], self.value[:, :, :before]
+            newest = self._replace(key=self.key[:, :, before:], value=self.value[:, :, before:])
+            return merge(attend(self.query, keys, values, scale=self.scale, softcap=self.softcap), newest.attend())
         return attend(
             self.query, self.key, self.value, scale=self.scale, causal=causal, mask=self.mask, softcap=self.softcap
         )

@@ -20,12 +20,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from cribsheet.attention.agreement import in_a_hurry
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import LongPrefill, Prefill, prefills
 from cribsheet.engine.request import Answering, Request, tell
 from cribsheet.errors import EngineError
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.passes import logits_after, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Engine:
         self._closed = False
         self._eos = backbone.eos_ids
         self._begin()
+        prepare(backbone)
         _ENGINES.add(self)
 
     def _begin(self) -> None:
@@ -108,6 +111,10 @@ class Engine:
         return bool(self._batches or self._waiting or self._short or self._long)
 
     def _run(self) -> None:
+        with in_a_hurry():
+            self._go_on()
+
+    def _go_on(self) -> None:
         while True:
             try:
                 busy = self.step()
@@ -183,7 +190,7 @@ class Engine:
         try:
             logits = work.replayed(self.backbone)
             if logits is None:
-                logits = self.backbone.step(*work.inputs(self.backbone))[:, -1]
+                logits = logits_after(self.backbone, *work.inputs(self.backbone))
                 work.note()
             if isinstance(work, Batch):
                 self._advance(work.running, logits)

@@ -18,8 +18,8 @@ from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance
 from cribsheet.attention.slots import Rows, SlotLayer, prefill_cache, step_cache
-from cribsheet.model import llama_step
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.passes import is_prepared, logits_after
 
 R = TypeVar("R")
 
@@ -40,11 +40,7 @@ def fixed_step(
     """
     rows.fix(inputs[2], tokens)
     glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1]) if evidence else None
-    step = llama_step.find(backbone)
-    if step is not None:
-        logits = step(inputs[0], inputs[1], layers)
-    else:
-        logits = backbone.step(inputs[0, :, None], inputs[1, :, None], step_cache(layers))[:, -1]
+    logits = logits_after(backbone, inputs[0, :, None], inputs[1, :, None], step_cache(layers))
     return logits, glance.masses if glance else None
 
 
@@ -60,7 +56,7 @@ def padded_prefill(
     cache = prefill_cache(prefix.layers, prefix.tokens, None)
     glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights]) if evidence else None
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
-    logits = backbone.step(inputs[None, :size], positions[None], cache, inputs[size:])[:, -1]
+    logits = logits_after(backbone, inputs[None, :size], positions[None], cache, inputs[size:])
     return logits, glance.masses[0] if glance else None, cache.layers
 
 
@@ -140,7 +136,7 @@ class StepGraphs:
     def find(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, evidence: bool) -> StepGraph | None:
         """The graph for the batch as it is, capturing it if it is time; none if this step is run kernel by kernel."""
         longest = max(rows.lengths) + 1
-        if backbone.device.type != "cuda" or longest > _MOST_TOKENS or backbone.attached().share is not None:
+        if not _may_capture(backbone) or longest > _MOST_TOKENS:
             return None
         slots = 1 << (len(rows.lengths) - 1).bit_length()
         tokens = max(_FIRST_TOKENS, 1 << (longest - 1).bit_length())
@@ -179,10 +175,15 @@ class PrefillGraph:
         return self._prefill.replay()
 
 
+def _may_capture(backbone: Backbone) -> bool:
+    """Whether a computation that is captured now is the one that will be run from now on, all of it in this process."""
+    return backbone.device.type == "cuda" and backbone.attached().share is None and is_prepared(backbone)
+
+
 def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> PrefillGraph | None:
     """The graph that reads a question of so many tokens, capturing it if it is time; none if it is read without."""
     sliding = len(backbone.full) < backbone.num_layers
-    if backbone.device.type != "cuda" or tokens > _MOST_QUESTION or sliding:
+    if not _may_capture(backbone) or tokens > _MOST_QUESTION or sliding:
         return None
     size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
     found: PrefillGraph | None = prefix.prefills.find(

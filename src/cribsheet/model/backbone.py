@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
+from cribsheet.attention.agreement import finding_out, is_in_a_hurry
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
@@ -153,7 +154,7 @@ class Backbone:
         layers = [ReadingLayer(layer, start, len(guide), step) for layer in prefix]
         ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
         positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
-        fast = self.fast_read if ids.shape[1] >= _LEAST else None
+        fast = self.found_read() if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
         return layers
 
@@ -161,7 +162,15 @@ class Backbone:
     def fast_read(self) -> LlamaRead | None:
         """A read of few kernels, checked at the first use; none where the model's own layers must be used."""
         weights = self.plain_weights() if self.device.type == "cuda" else None
-        return fast_read(weights, self.name, self.read_by_own_layers) if weights else None
+        return fast_read(weights, self.name, self.read_by_own_layers, self.step) if weights else None
+
+    def found_read(self) -> LlamaRead | None:
+        """`fast_read`; none in a hurry, until it was found out."""
+        if "fast_read" not in vars(self) and not is_in_a_hurry():
+            with finding_out:
+                return self.fast_read
+        found: LlamaRead | None = vars(self).get("fast_read")
+        return found
 
     def plain_weights(self) -> LlamaWeights | None:
         """The weights of a Llama-like model that nobody has put anything into; none of any other."""
