@@ -219,7 +219,10 @@ class Backbone:
 
     def weight_samples(self) -> Tensor:
         """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
-        return torch.cat(list(_weight_samples(self.model)))
+        samples = list(_weight_samples(self.model))
+        if len({each.device for each in samples}) > 1:
+            samples = [each.cpu() for each in samples]
+        return torch.cat(samples).cpu()  # a GPU is waited for once
 
     @property
     def scale(self) -> float:
@@ -238,6 +241,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def _weight_samples(model: Any) -> Iterator[Tensor]:
+    places: dict[tuple[int, torch.device], Tensor] = {}
     for _, weight in sorted(model.named_parameters()):
         if weight.device.type == "meta" or not weight.is_floating_point():
             continue
@@ -247,7 +251,10 @@ def _weight_samples(model: Any) -> Iterator[Tensor]:
         if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
             plain = plain.dequantize()
         flat = plain.reshape(-1)
-        yield flat[sample_places(flat.numel()).to(flat.device)].float().cpu()
+        size = flat.numel(), flat.device
+        if size not in places:
+            places[size] = sample_places(flat.numel()).to(flat.device)
+        yield flat[places[size]].float()
 
 
 def sample_places(numbers: int) -> Tensor:
