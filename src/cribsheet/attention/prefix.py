@@ -100,6 +100,13 @@ class LayerPrefix:
             return torch.arange(self.heads + 1, dtype=torch.int32, device=self.keys.device) * self.keys.shape[1]
         return torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.keys.device)
 
+    def padded_keys(self) -> Tensor:
+        """Keys (K, P, D) of all heads at the end of the longest, and any before them."""
+        if not self.counts:
+            return self.keys
+        last = torch.arange(-self.longest, 0, device=self.keys.device) + self.starts[1:, None]
+        return self.keys[last.clamp(min=0)]
+
     def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""
         if self.counts:
