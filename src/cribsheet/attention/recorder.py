@@ -47,6 +47,7 @@ class Glance:
         none.
         """
         self._told, self._weights = told, weights
+        self._rows: Tensor | None = None  # (B, 1, T) of all rows of the pass, once they are needed
         self._idle = [weight.device.type == "cpu" and not weight.any() for weight in weights or ()]
         self._masses: list[Tensor] = []
         self._on_told: list[list[Tensor]] = [[] for _ in told]
@@ -83,8 +84,10 @@ class Glance:
     def _at_once(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float) -> Tensor:
         """(B, K, start) of all sequences and heads by one kernel."""
         if self._weights is not None:
-            rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
-            lse = weighted(lse, torch.stack(rows).unsqueeze(1))
+            if self._rows is None:
+                rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
+                self._rows = torch.stack(rows).unsqueeze(1)
+            lse = weighted(lse, self._rows)
         prefix = layer.prefix
         keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
         return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)

@@ -195,10 +195,11 @@ def _of(keep: Chosen, indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, 
 
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
-    size, turn = kept_tokens(backbone, kept), Turns(backbone, 0, kept_tokens(backbone, kept))
+    size, most = kept_tokens(backbone, kept), max(layer.keys.shape[1] for layer in kept)
+    turn = Turns(backbone, size - most, size)
     prefix = []
     for number, (layer, counts, window) in enumerate(zip(kept, _counts_of(kept), backbone.windows, strict=True)):
-        cos, sin = (half[size - layer.keys.shape[1] :] for half in turn.of(number))
+        cos, sin = (half[most - layer.keys.shape[1] :] for half in turn.of(number))
         prefix.append(LayerPrefix.of(layer.at((cos, sin)), layer.values, counts, window))
     return prefix
 

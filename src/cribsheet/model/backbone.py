@@ -152,7 +152,7 @@ class Backbone:
         `step` is called at each layer.
         """
         layers = [ReadingLayer(layer, start, len(guide), step) for layer in prefix]
-        ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
+        ids = torch.cat([chunk, guide]).to(self.device, non_blocking=True).unsqueeze(0)
         positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
         fast = self.found_read() if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
