@@ -98,7 +98,8 @@ class LayerPrefix:
         """(K + 1,) int32 where each head begins when all stand one behind the other, and where the last one ends."""
         if not self.counts:
             return torch.arange(self.heads + 1, dtype=torch.int32, device=self.keys.device) * self.keys.shape[1]
-        return torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.keys.device)
+        starts = torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32)
+        return starts.to(self.keys.device, non_blocking=True)  # a GPU is not waited for
 
     def padded_keys(self) -> Tensor:
         """Keys (K, P, D) of all heads at the end of the longest, and any before them."""

@@ -30,13 +30,14 @@ class Batch:
 
     def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (B, V) of the next token of every sequence by a graph; none where the model must make the step."""
-        told, evidence = told_in(self.running), watches(self.running)
-        if any(last > first for first, last in told):
-            return None  # passages lie elsewhere in each sequence: no graph fits
-        graph = self._graphs.find(backbone, self.layers, self.rows, evidence)
+        blocks, evidence = told_in(self.running), watches(self.running)
+        told = any(last > first for first, last in blocks)
+        graph = self._graphs.find(backbone, self.layers, self.rows, evidence=evidence, told=told)
         if graph is None:
             return None
         logits, masses = graph.replay(*self._newest(), self.rows.lengths)
+        if told and masses is not None:  # passages lie elsewhere in each sequence, so all of its suffix was watched
+            masses = [_on_passages(mass, self.prefix.tokens, block) for mass, block in zip(masses, blocks, strict=True)]
         self._took(masses)
         return logits
 
@@ -100,6 +101,12 @@ class Batch:
         self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
         self.running.pop()
         self.rows.lengths.pop()
+
+
+def _on_passages(mass: Tensor, prefix: int, block: tuple[int, int]) -> Tensor:
+    """Of what is looked at in prefix and suffix (M, K, P + n), that in the prefix and in a block of the suffix."""
+    first, last = block
+    return torch.cat([mass[..., :prefix], mass[..., prefix + first : prefix + last]], -1)
 
 
 def _buffers(prefix: Prefix) -> Buffers:

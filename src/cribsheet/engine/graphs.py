@@ -31,15 +31,23 @@ _FIRST_QUESTION, _MOST_QUESTION = 32, 512  # tokens of the shortest and longest 
 
 
 def fixed_step(
-    backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, inputs: Tensor, tokens: int, *, evidence: bool
+    backbone: Backbone,
+    layers: Sequence[SlotLayer],
+    rows: Rows,
+    inputs: Tensor,
+    tokens: int,
+    *,
+    evidence: bool,
+    told: bool = False,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """Logits (B, V) of one step, and what each row looked at, if there is to be evidence.
+    """Logits (B, V) of one step, and what each row looked at (M, K, P), if there is to be evidence.
 
-    `inputs` (3, B) are the rows' newest tokens, their positions, and how long the suffixes were before, below `tokens`:
-    nothing but the device needs to know them.
+    Where passages were `told`, it is (M, K, P + tokens), what it looked at in the whole suffix too. `inputs` (3, B) are
+    the rows' newest tokens, their positions, and how long the suffixes were before, below `tokens`: nothing but the
+    device needs to know them.
     """
     rows.fix(inputs[2], tokens)
-    glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1]) if evidence else None
+    glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1], whole=told) if evidence else None
     logits = logits_after(backbone, inputs[0, :, None], inputs[1, :, None], step_cache(layers))
     return logits, glance.masses if glance else None
 
@@ -98,13 +106,22 @@ class _Captured(Generic[R]):
 class StepGraph:
     """One decoding step of B sequences with suffixes of fewer than `tokens` tokens, as the GPU replays it."""
 
-    def __init__(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, slots: int, evidence: bool) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        layers: Sequence[SlotLayer],
+        rows: Rows,
+        slots: int,
+        *,
+        evidence: bool,
+        told: bool = False,
+    ) -> None:
         tokens = layers[0].keys.shape[2]
         self._inputs = _Staged(3, slots, dtype=torch.int64, device=backbone.device)
         self._inputs.there[1].fill_(layers[0].start)
         self._inputs.there[2].fill_(tokens - 1)  # where nobody has written yet
         self._step = _Captured(
-            lambda: fixed_step(backbone, layers, rows, self._inputs.there, tokens, evidence=evidence)
+            lambda: fixed_step(backbone, layers, rows, self._inputs.there, tokens, evidence=evidence, told=told)
         )
 
     def replay(
@@ -133,7 +150,9 @@ class StepGraphs:
         """Whether anything was captured."""
         return bool(self._graphs)
 
-    def find(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, evidence: bool) -> StepGraph | None:
+    def find(
+        self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, *, evidence: bool, told: bool
+    ) -> StepGraph | None:
         """The graph for the batch as it is, capturing it if it is time; none if this step is run kernel by kernel."""
         longest = max(rows.lengths) + 1
         if not _may_capture(backbone) or longest > _MOST_TOKENS:
@@ -145,7 +164,10 @@ class StepGraphs:
         if self._place != layers[0].keys.data_ptr():  # buffers have grown, and graphs write to the old ones
             self._graphs, self._place = Captures(), layers[0].keys.data_ptr()
         return self._graphs.find(
-            ("a step", slots, evidence), _USES, lambda: StepGraph(backbone, layers, rows, slots, evidence)
+            ("a step", slots, evidence, told),
+            _USES,
+            lambda: StepGraph(backbone, layers, rows, slots, evidence=evidence, told=told),
+            way=is_prepared(backbone),
         )
 
 
@@ -176,8 +198,8 @@ class PrefillGraph:
 
 
 def _may_capture(backbone: Backbone) -> bool:
-    """Whether a computation that is captured now is the one that will be run from now on, all of it in this process."""
-    return backbone.device.type == "cuda" and backbone.attached().share is None and is_prepared(backbone)
+    """Whether all of a computation is made by one GPU of this process."""
+    return backbone.device.type == "cuda" and backbone.attached().share is None
 
 
 def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> PrefillGraph | None:
@@ -187,6 +209,9 @@ def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool
         return None
     size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
     found: PrefillGraph | None = prefix.prefills.find(
-        ("a question", size, evidence), _PREFILL_USES, lambda: PrefillGraph(backbone, prefix, size, evidence)
+        ("a question", size, evidence),
+        _PREFILL_USES,
+        lambda: PrefillGraph(backbone, prefix, size, evidence),
+        way=is_prepared(backbone),
     )
     return found

@@ -1,6 +1,7 @@
 """Questions on their way into the model: short ones together in one pass, long ones piece by piece.
 
-Nothing here reads more than `PIECE` tokens at once, so that whoever is being answered gets the next token soon.
+Nothing here reads more than `PIECE` tokens at once, twice as many on a GPU, so that whoever is being answered gets the
+next token soon.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cribsheet.engine.request import Answering, Suffix
 from cribsheet.model.backbone import Backbone, Inputs
 
 PIECE = 1024  # tokens that are read in one step, padding included
+_ACCELERATOR_PIECE = 2 * PIECE  # of a long question where twice as many take little longer
 _MOST_BEFORE = 16 * PIECE  # recalled tokens that stand before questions of one step, padding included
 
 
@@ -148,10 +150,11 @@ class LongPrefill(Prefill):
             self.place()
             for layer, (keys, values) in zip(self.cache.layers, self.ahead[0], strict=True):
                 layer.update(keys.unsqueeze(0), values.unsqueeze(0))
-        piece = question[self._done : self._done + PIECE]
+        most = PIECE if backbone.device.type == "cpu" else _ACCELERATOR_PIECE
+        piece = question[self._done : self._done + most]
         first = self.prefix.tokens + request.before + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
-        weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
+        weights = question_weights(len(question), request.lead)[self._done : self._done + most]
         self._done += len(piece)
         return self.watched(backbone, piece.unsqueeze(0), positions, [weights])
 

@@ -27,7 +27,7 @@ from cribsheet.model.llama_weights import LlamaWeights, llama_weights
 from cribsheet.model.registration import Attachment
 from cribsheet.model.support import check_supported, head_size, inv_freq, layer_windows, located, resolved
 
-_LEAST = 256  # tokens from which the time of a read is spent in kernels, not in launching them
+_LEAST = 16  # tokens from which reads are those of few kernels
 _SAMPLES = 16  # values looked at in each weight tensor
 Inputs = tuple[Tensor, Tensor, Cache]  # of a step: tokens (B, T), their positions (B, T), and what they see
 Keep = int | Tensor | None  # logits wanted: of the last so many tokens, of these places, or of none
@@ -220,11 +220,11 @@ class Backbone:
     def weight_samples(self) -> Tensor:
         """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
         samples = list(_weight_samples(self.model))
-        if len({each.device for each in samples}) > 1:
-            samples = [each.cpu() for each in samples]
-        return torch.cat(samples).cpu()  # a GPU is waited for once
+        if len({(each.device, each.dtype) for each in samples}) > 1:
+            samples = [each.float().cpu() for each in samples]
+        return torch.cat(samples).float().cpu()  # a GPU is waited for once
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """Factor of the attention logits."""
         scaling: float = self.model.base_model.layers[0].self_attn.scaling
@@ -254,7 +254,7 @@ def _weight_samples(model: Any) -> Iterator[Tensor]:
         size = flat.numel(), flat.device
         if size not in places:
             places[size] = sample_places(flat.numel()).to(flat.device)
-        yield flat[places[size]].float()
+        yield flat[places[size]]
 
 
 def sample_places(numbers: int) -> Tensor:

@@ -73,8 +73,7 @@ class Preparation:
 
     def _run(self) -> None:
         try:
-            with finding_out:  # builds wait for it rather than compile the same
-                self._find_out()
+            self._find_out()
         except Exception:
             logger.warning("kernels could not be made ready ahead, and are at their first use", exc_info=True)
 
@@ -92,9 +91,10 @@ class Preparation:
             lambda: backbone.fast_read,
             lambda: llama_step.find(backbone),
         )
-        for part in parts:
-            if not self._closing.is_set():
-                part()
+        with finding_out:
+            for part in parts:
+                if not self._closing.is_set():
+                    part()
 
 
 def shape_of(backbone: Backbone, weights: LlamaWeights | None) -> Shape:

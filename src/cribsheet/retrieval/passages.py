@@ -101,9 +101,10 @@ def is_told_already(turns: Sequence[Message], known: Known) -> bool:
 
 def says(turns: Sequence[Message], passage: Passage) -> bool:
     """Whether the prompt holds all of a passage, in lines of its own."""
-    flat = flattened(passage.text)
-    lines = (_piece(line, flat) or "" for part in _asked(turns) for line in part.splitlines())
-    return len(flat) >= _WHOLE and flat in flattened(" ".join(lines))
+    flat, asked = flattened(passage.text), _asked(turns)
+    if not _WHOLE <= len(flat) <= sum(len(part) + 1 for part in asked):
+        return False
+    return flat in flattened(" ".join(_piece(line, flat) or "" for part in asked for line in part.splitlines()))
 
 
 def _asked(turns: Sequence[Message]) -> list[str]:

@@ -106,7 +106,7 @@ class Step:
         self._given = self.ids, [prefix.tokens + _BEFORE] * size, [_BEFORE] * size
         self.run: Callable[[], Any]
         if setting.device.type == "cuda":
-            graph = StepGraph(made, self.layers, rows, size, evidence)
+            graph = StepGraph(made, self.layers, rows, size, evidence=evidence)
             self.run, self.replay = partial(graph.replay, *self._given), graph._step.replay
         else:
             inputs = torch.tensor(self._given)
