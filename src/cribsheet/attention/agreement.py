@@ -21,6 +21,11 @@ finding_out = threading.RLock()  # held by whoever finds out: two at once would 
 _this = threading.local()
 
 
+def hurry() -> None:
+    """Nothing that takes long is found out by this thread from now on."""
+    _this.hurries = True
+
+
 @contextlib.contextmanager
 def in_a_hurry() -> Iterator[None]:
     """Nothing that takes long is found out by this thread inside."""

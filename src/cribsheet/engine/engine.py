@@ -20,14 +20,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from cribsheet.attention.agreement import in_a_hurry
+from cribsheet.attention.agreement import hurry
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import LongPrefill, Prefill, prefills
 from cribsheet.engine.request import Answering, Request, tell
 from cribsheet.errors import EngineError
 from cribsheet.model.backbone import Backbone
-from cribsheet.model.passes import logits_after, prepare
+from cribsheet.model.passes import by_few_kernels, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,7 @@ class Engine:
         return bool(self._batches or self._waiting or self._short or self._long)
 
     def _run(self) -> None:
-        with in_a_hurry():
-            self._go_on()
-
-    def _go_on(self) -> None:
+        hurry()
         while True:
             try:
                 busy = self.step()
@@ -190,7 +187,10 @@ class Engine:
         try:
             logits = work.replayed(self.backbone)
             if logits is None:
-                logits = logits_after(self.backbone, *work.inputs(self.backbone))
+                inputs = work.inputs(self.backbone)
+                logits = by_few_kernels(self.backbone, *inputs)
+                if logits is None:
+                    logits = self.backbone.step(*inputs)[:, -1]
                 work.note()
             if isinstance(work, Batch):
                 self._advance(work.running, logits)

@@ -195,10 +195,10 @@ class Nowhere:
         """What a kernel may need, without a bound: who runs it knows its device."""
         return {"max_shared_mem": 1 << 30}
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
         """Handles of a kernel that is not loaded, its registers and spills, and the most threads of it."""
         self.compiled.append(name)
-        return None, None, 0, 0, 1 << 10
+        return name, name, 0, 0, 1 << 10
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """What launches nothing; the launcher of the real driver is compiled on the way, if it can be."""

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cribsheet.attention import dispatch
-from cribsheet.attention.agreement import finding_out
+from cribsheet.attention.agreement import finding_out, in_a_hurry
 from cribsheet.attention.backends import on_cuda
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import SlotLayer
 from cribsheet.kernels.ahead import Shape, compile_ahead
 from cribsheet.model import llama_step
@@ -29,23 +31,34 @@ logger = logging.getLogger(__name__)
 def logits_after(
     backbone: Backbone, ids: Tensor, positions: Tensor, cache: Cache, keep: Tensor | None = None
 ) -> Tensor:
-    """Logits (B, V) after new tokens (B, T) at their positions (B, T): of the last, or of place `keep` (1,).
+    """Logits (B, V) after new tokens (B, T) at their positions (B, T): of the last, or of place `keep` (1,)."""
+    logits = by_few_kernels(backbone, ids, positions, cache, keep)
+    if logits is None:
+        logits = backbone.step(ids, positions, cache, 1 if keep is None else keep)[:, -1]
+    return logits
 
-    On a GPU a Llama-like model runs none of its own layers, once it is known that it need not.
+
+def by_few_kernels(
+    backbone: Backbone, ids: Tensor, positions: Tensor, cache: Cache, keep: Tensor | None = None
+) -> Tensor | None:
+    """`logits_after`, where a Llama-like model on a GPU need not run its own layers; none where it must.
+
+    It must in a hurry too, until it is known that it need not.
     """
     layers = cache.layers
-    if backbone.device.type == "cuda":
-        if isinstance(layers[0], SlotLayer):
-            step = llama_step.find(backbone)
-            if step is not None:
-                for layer in layers:
-                    layer.reserve(len(ids), layer.rows.longest, layer.keys)
-                return step(ids[:, 0].to(backbone.device), positions[:, 0].to(backbone.device), layers)
-        else:
-            read = backbone.found_read()
-            if read is not None:
-                return read.logits(ids.to(backbone.device), positions.to(backbone.device), layers, keep)
-    return backbone.step(ids, positions, cache, 1 if keep is None else keep)[:, -1]
+    if backbone.device.type != "cuda":
+        return None
+    if isinstance(layers[0], SlotLayer):
+        step = llama_step.find(backbone)
+        if step is None:
+            return None
+        for layer in layers:
+            layer.reserve(len(ids), layer.rows.longest, layer.keys)
+        return step(ids[:, 0].to(backbone.device), positions[:, 0].to(backbone.device), layers)
+    read = backbone.found_read()
+    if read is None:
+        return None
+    return read.logits(ids.to(backbone.device), positions.to(backbone.device), layers, keep)
 
 
 class Preparation:
@@ -84,6 +97,7 @@ class Preparation:
         like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
         if not on_cuda(like):
             return
+        _begin(backbone)
         compile_ahead(shape_of(backbone, backbone.plain_weights()), self._closing)
         parts = (
             lambda: dispatch.usable(like, backbone.kv_heads, backbone.softcap),
@@ -95,6 +109,14 @@ class Preparation:
             for part in parts:
                 if not self._closing.is_set():
                     part()
+
+
+def _begin(backbone: Backbone) -> None:
+    """Have CUDA load what it loads at a first pass."""
+    none = torch.empty(backbone.kv_heads, 0, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
+    layers = [LayerPrefix(none, none, window) for window in backbone.windows]
+    with in_a_hurry():
+        backbone.step(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8).unsqueeze(0), prefix_cache(layers, 0))
 
 
 def shape_of(backbone: Backbone, weights: LlamaWeights | None) -> Shape:
