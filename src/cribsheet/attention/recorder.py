@@ -110,10 +110,10 @@ class Glance:
         return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
 
     def _placed(self, device: torch.device) -> Sequence[Tensor]:
-        """The rows' weights where the layers are: one copy for all of them, because a copy waits for the device."""
+        """The rows' weights where the layers are: one copy for all of them."""
         if self._weights and self._weights[0].device != device:
             sizes = [len(weight) for weight in self._weights]
-            self._weights = torch.cat(list(self._weights)).to(device).split(sizes)
+            self._weights = torch.cat(list(self._weights)).to(device, non_blocking=True).split(sizes)
         return self._weights or ()
 
     def _mass(self, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
