@@ -254,7 +254,7 @@ def _weight_samples(model: Any) -> Iterator[Tensor]:
         size = flat.numel(), flat.device
         if size not in places:
             places[size] = sample_places(flat.numel()).to(flat.device)
-        yield flat[places[size]]
+        yield flat.index_select(0, places[size])
 
 
 def sample_places(numbers: int) -> Tensor:
