@@ -11,7 +11,7 @@ CORE := attention/test_attention attention/test_batch attention/test_prefix atte
 	engine/test_engine model/test_backbone structured/test_grammar test_llm test_testing test_truths
 
 .PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers real connectivity certainty \
-	memory throughput speed speed-gpu step-gpu living evidence routing pocket clean
+	memory throughput speed speed-gpu minute-gpu step-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt src/cribsheet_pocket/pyproject.toml $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -50,6 +50,7 @@ oldest: $(OLDEST)/.ready  ## the core's tests with the oldest transformers that 
 
 kernels: .venv-kernels/.ready  ## our own GPU kernels beside their references, in Triton's interpreter, which wants an older numpy
 	TRITON_INTERPRET=1 PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels tests/model/test_llama.py
+	PYTHONPATH=src .venv-kernels/bin/python -m pytest tests/kernels/test_ahead.py
 
 support: $(READY) $(OLDEST)/.ready  ## the table of supported models, from a test run with the oldest and the newest transformers
 	rm -f docs/reference/support/*.json
@@ -90,6 +91,10 @@ speed: $(READY)  ## building and answering against their peers, on a CPU (half a
 
 speed-gpu:  ## the same on one large GPU, with the python that has torch there (five minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 8b --seconds 270 --json speed-gpu.json
+
+minute-gpu:  ## the first minute, whole builds and the paper's promise on a GPU, for small and large models (five minutes)
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 1.5b 0.5b 8b \
+		--only "first minute" "whole builds" promise --json minute-gpu.json
 
 step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.step --json step-gpu.json

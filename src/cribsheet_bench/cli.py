@@ -37,7 +37,11 @@ def speed(
     device: Annotated[Where, typer.Option(help="Where to run.")] = Where.cpu,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="pocket, tiny, 50m or 8b; repeatable.  [default: pocket and 50m, or 8b]"),
+        typer.Option(
+            metavar="NAME",
+            help="tiny, 50m, 0.5b, 1.5b or 8b with random weights, or a model; repeatable.  "
+            "[default: pocket and 50m, or 8b]",
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="End within a minute on a CPU.")] = False,
     only: Annotated[

@@ -7,6 +7,7 @@ import torch
 from reference import full_context_answer, full_context_logits
 
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer, prefix_cache
+from cribsheet.attention.plain import attend_plain
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, _read_window, _share_window
 from cribsheet.compress.loop import nothing_read
 from cribsheet.model.backbone import Backbone
@@ -184,3 +185,21 @@ def test_the_last_tokens_of_a_prefix_and_what_is_before_them_are_all_of_it(tiny)
         for head, (own, whole) in enumerate(zip(before.each, layer.each, strict=True)):
             assert torch.equal(torch.cat([own[0], last_keys[head]]), whole[0])
             assert torch.equal(torch.cat([own[1], last_values[head]]), whole[1])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("before", [1, 5, 40])
+def test_new_tokens_behind_earlier_ones_see_them_all_and_each_other_in_order(before, softcap):
+    random, rows = torch.Generator().manual_seed(before), 7
+    query = torch.randn(2, 4, rows, 16, generator=random)
+    key, value = (torch.randn(2, 2, before + rows, 16, generator=random) for _ in "kv")
+    order = torch.arange(before + rows) <= torch.arange(before, before + rows)[:, None]
+    wanted = attend_plain(query, key, value, scale=0.3, mask=order[None, None], softcap=softcap)
+    got = AttentionInputs(query, key, value, None, 0.3, softcap).attend()
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_of_heads_of_different_lengths_stand_at_the_end_of_the_longest():
+    keys = torch.arange(15.0).reshape(3, 5, 1)
+    found = LayerPrefix.of(keys, keys, [5, 2, 0]).padded_keys()
+    assert torch.equal(found[0], keys[0]) and torch.equal(found[1, 3:], keys[1, 3:]) and found.shape == keys.shape

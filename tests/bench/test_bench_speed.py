@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from cribsheet.attention import backends
+from cribsheet_bench.minute import parts as minute
 from cribsheet_bench.speed import checks, sides
 from cribsheet_bench.speed.page import page
 from cribsheet_bench.speed.parts import Report
@@ -98,3 +99,17 @@ def test_padded_questions_agree_with_those_that_are_alone(setting):
     report = Report()
     checks.steps_agree(setting, report)
     assert len(report.facts) == 2 and max(report.facts.values()) < 1e-4
+
+
+def test_the_first_minute_whole_builds_and_the_promise_are_rows(setting):
+    report = Report()
+    report.model = "tiny"
+    minute.builds(setting, report, {200: 3.0})
+    minute.promise(setting, report, 300)
+    minute.first_minute(setting, report, 200)
+    names = [row["name"] for row in report.rows]
+    assert sum(name.startswith("whole build") for name in names) == 2
+    assert sum(name.startswith("question to answer") for name in names) == 2
+    for kind in ("load to first answer", "second answer, other length", "hybrid with 1000 tokens", "32 at once"):
+        assert sum(name.startswith(kind) and "first," in name for name in names) == 2  # cold, and kernels on disk
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in report.rows)

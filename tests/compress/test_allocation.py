@@ -33,14 +33,16 @@ def test_the_best_scores_stay_wherever_they_are():
     first = torch.tensor([[9.0, 1, 8, 7], [0.1, 0.2, 0.3, 0.4]])
     second = torch.tensor([[0.0, 0, 6, 0], [0.0, 0, 0, 0]])
     kept = keep_best([first, second], 2, least=1, most=4)
-    assert kept[0].tolist() == [[0, 1, 2, 3], [-1, -1, 2, 3]]  # each head its best, then 8, 7, 1 and 0.3
-    assert kept[1].tolist() == [[2], [0]]
+    assert kept[0].places.tolist() == [[0, 1, 2, 3], [-1, -1, 2, 3]]  # each head its best, then 8, 7, 1 and 0.3
+    assert kept[1].places.tolist() == [[2], [0]]
+    assert [layer.counts for layer in kept] == [(4, 2), (1, 1)]
 
 
 def test_no_head_keeps_more_than_the_most_and_none_less_than_the_least():
     scores = [torch.stack([torch.full((20,), 9.0), torch.zeros(20)]) for _ in range(2)]
     kept = keep_best(scores, 6, least=2, most=8)
-    counts = [[int((head >= 0).sum()) for head in layer] for layer in kept]
+    counts = [[int((head >= 0).sum()) for head in layer.places] for layer in kept]
+    assert counts == [list(layer.counts) for layer in kept]
     assert [count[0] for count in counts] == [8, 8] and min(min(count) for count in counts) >= 2
     assert sum(map(sum, counts)) == 4 * 6
 
@@ -48,7 +50,7 @@ def test_no_head_keeps_more_than_the_most_and_none_less_than_the_least():
 def test_what_is_absent_is_never_kept():
     scores = torch.tensor([[float("-inf"), 1.0, 2.0], [5.0, 4.0, 3.0]])
     (kept,) = keep_best([scores], 3, least=1, most=3)
-    assert kept.tolist() == [[-1, 1, 2], [0, 1, 2]]
+    assert kept.places.tolist() == [[-1, 1, 2], [0, 1, 2]] and kept.counts == (2, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ from reference import stock_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from cribsheet.attention.rope import rotate
+from cribsheet.attention.rope import rotate, turns
 from cribsheet.compress.kept import Kept, State
 from cribsheet.compress.loop import compress, earned_budget, nothing_kept
 from cribsheet.corpus.documents import Document
@@ -124,7 +124,7 @@ def test_kept_keys_stand_at_compact_positions_while_the_next_chunk_is_read(famil
     size, chunk = first.kept[0].keys.shape[1], made.corpus.ids[40:80]
     cache = DynamicCache()
     for number, kept in enumerate(first.kept):
-        cache.update(kept.at(torch.arange(size), family.inv_freqs[0])[None], kept.values[None], number)
+        cache.update(kept.at(turns(torch.arange(size), family.inv_freqs[0]))[None], kept.values[None], number)
     positions = torch.arange(size, size + len(chunk))
     family.model(input_ids=chunk[None], position_ids=positions[None], use_cache=True, **family.cached(cache))
     for number, (old, new) in enumerate(zip(first.kept, second.kept, strict=True)):
@@ -144,7 +144,7 @@ def test_kept_keys_are_rotated_for_the_positions_that_are_asked():
     keys = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     kept = Kept(keys, keys.to(torch.bfloat16), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))
     inv_freq, positions = torch.tensor([1.0, 0.5, 0.1, 0.01]), torch.tensor([4, 5, 9])
-    found = kept.at(positions, inv_freq)
+    found = kept.at(turns(positions, inv_freq))
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, rotate(keys, positions, inv_freq).to(torch.bfloat16))
 

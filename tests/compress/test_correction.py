@@ -13,7 +13,17 @@ from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention.rope import rotate
 from cribsheet.build import build_sheet
 from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import choose, condense, correct, kept_tokens, nothing_kept, nothing_read, places, score
+from cribsheet.compress.loop import (
+    Turns,
+    choose,
+    condense,
+    correct,
+    kept_tokens,
+    nothing_kept,
+    nothing_read,
+    places,
+    score,
+)
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.living.combine import combine
 from cribsheet.plan.options import BuildOptions
@@ -31,10 +41,12 @@ def read_and_kept(backbone, rate=4.0):
     (chunk,) = made.corpus.split(made.reading.chunk_tokens)
     before = nothing_kept(backbone)
     layers = backbone.read(nothing_read(backbone), 0, chunk.ids, made.reading.behind(chunk))
-    scores = [score(backbone, layers[n], old, chunk, made.reading, n) for n, old in enumerate(before)]
-    indices = [places(old, chunk) for old in before]
+    indices, again = places(before, chunk), made.reading.repeated(chunk)
+    scores = [score(backbone, layers[n], old, indices[n], made.reading, again, n) for n, old in enumerate(before)]
     keep = choose(backbone, scores, indices, made.reading, made.reading.budget)
-    parts = zip(layers, before, indices, scores, keep, backbone.inv_freqs, strict=True)
+    turn = Turns(backbone, 0, len(chunk.ids), -1)
+    turns = [turn.of(number) for number in range(len(layers))]
+    parts = zip(layers, before, indices, scores, keep, turns, strict=True)
     return layers, [condense(*each) for each in parts]
 
 

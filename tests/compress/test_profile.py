@@ -126,10 +126,10 @@ def test_tokens_are_apportioned_by_weight_between_bounds(weights, limits, total,
 def test_counts_of_one_size_keep_the_top_of_each_head_in_reading_order():
     scores = [torch.rand(2, 30, generator=torch.Generator().manual_seed(layer)) for layer in range(3)]
     alike = keep_counts(scores, [[7, 7]] * 3)
-    assert all(torch.equal(each, keep_top(layer, 7)) for each, layer in zip(alike, scores, strict=True))
+    assert all(torch.equal(each.places, keep_top(layer, 7)) for each, layer in zip(alike, scores, strict=True))
     best = keep_best(scores, 7, least=0, most=30)
-    again = keep_counts(scores, [(each >= 0).sum(-1).tolist() for each in best])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, best, strict=True))
+    again = keep_counts(scores, [each.counts for each in best])
+    assert all(torch.equal(mine.places, theirs.places) for mine, theirs in zip(again, best, strict=True))
 
 
 def test_peaks_decide_which_heads_get_more():

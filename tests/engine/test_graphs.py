@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
 
+from cribsheet.attention.agreement import finding_out
 from cribsheet.attention.cache import PrefixLayer, prefix_cache
 from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.engine.graphs import find_prefill, fixed_step, padded_prefill
+from cribsheet.engine.prefill import on_passages
 from cribsheet.testing import tiny_backbone
 
 TOKENS = 40
@@ -82,7 +85,7 @@ def test_a_step_that_does_not_know_lengths_is_one_that_does(backbone, prefix):
 
 
 def test_nothing_is_captured_on_a_cpu(backbone, prefix):
-    assert [find_prefill(backbone, prefix, 9, True) for _ in range(5)] == [None] * 5 and not prefix.prefills
+    assert [find_prefill(backbone, prefix, 9, evidence=True) for _ in range(5)] == [None] * 5 and not prefix.prefills
 
 
 def test_what_cannot_be_captured_is_told_once_and_what_can_is_made_once(caplog):
@@ -92,3 +95,61 @@ def test_what_cannot_be_captured_is_told_once_and_what_can_is_made_once(caplog):
     assert found == [None] * 5 and len(caplog.records) == 1 and not captures
     good = [captures.find("good", 1, lambda: made.append(1) or "it") for _ in range(4)]
     assert good == [None, "it", "it", "it"] and made == [1] and captures
+
+
+def test_a_step_that_watches_whole_suffixes_sees_on_passages_what_one_that_knows_them_sees(backbone, prefix):
+    told, found = [(1, 4), (3, 9)], []
+    inputs = torch.tensor([[21, 22], [TOKENS + 5, TOKENS + 11], [5, 11]])
+    for whole in (False, True):
+        rows = Rows()
+        layers = [SlotLayer(layer, TOKENS, rows) for layer in prefix.layers]
+        for number, layer in enumerate(layers):
+            layer.reserve(2, 64, layer.keys)
+            for slot, size in enumerate((5, 11)):
+                layer.insert(slot, *(random(backbone.kv_heads, size, backbone.head_size, seed=number) for _ in "kv"))
+        if whole:
+            logits, masses = fixed_step(backbone, layers, rows, inputs, 64, evidence=True, told=True)
+            masses = [on_passages(mass, TOKENS, block) for mass, block in zip(masses, told, strict=True)]
+        else:
+            rows.fix(inputs[2], 64)
+            glance = Glance(layers, backbone.full, told)
+            logits = backbone.step(inputs[0, :, None], inputs[1, :, None], step_cache(layers))[:, -1]
+            masses = glance.masses
+        found.append((logits, masses))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_captured_of_another_way_is_let_go():
+    captures, made = Captures(), []
+    for way in (False, False, True, True):
+        captures.find("it", 0, lambda way=way: made.append(way) or way, way=way)
+    assert made == [False, True] and captures.find("it", 0, lambda: 1 // 0, way=True) is True
+
+
+def test_nothing_is_captured_while_something_is_found_out():
+    captures, held, done = Captures(), threading.Event(), threading.Event()
+
+    def find_out():
+        with finding_out:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=find_out)
+    thread.start()
+    held.wait(30)
+    assert captures.find("it", 0, lambda: "made") is None
+    done.set()
+    thread.join()
+    assert captures.find("it", 0, lambda: "made") == "made"
+
+
+def test_a_padded_question_sees_of_its_passages_what_it_sees_unpadded(backbone, prefix):
+    question, weights, block = torch.arange(20, 32), question_weights(12, 7), (2, 6)
+    cache = prefix_cache(prefix.layers, TOKENS)
+    glance = Glance(cache.layers, backbone.full, [block], [weights])
+    backbone.step(question.unsqueeze(0), torch.arange(TOKENS, TOKENS + 12).unsqueeze(0), cache)
+    inputs = torch.cat([question, torch.full((4,), 33), torch.tensor([11])])
+    padded = torch.cat([weights, torch.zeros(4)])
+    _, mass, _ = padded_prefill(backbone, prefix, inputs, padded, evidence=True, told=True)
+    assert mass.shape[-1] == TOKENS + 16
+    torch.testing.assert_close(on_passages(mass, TOKENS, block), glance.masses[0], atol=1e-5, rtol=1e-4)

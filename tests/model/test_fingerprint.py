@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT, QUESTION
+from tokenizers import decoders, normalizers
 
 from cribsheet import CompressedKnowledgeLLM, build_sheet
 from cribsheet.errors import MismatchError
-from cribsheet.model.fingerprint import Fingerprint, fingerprint
+from cribsheet.model.fingerprint import Fingerprint, fingerprint, tokenizer_digest
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.testing import tiny_backbone
 
@@ -157,3 +160,21 @@ def test_quantised_weights_in_a_class_of_their_own_are_part_of_the_print(mine):
     backbone.model.named_parameters = lambda **_: named.items()
     coarse = taken(backbone)
     assert coarse.weights != mine.weights and coarse.weights_probe != mine.weights_probe
+
+
+def test_a_tokenizer_is_gone_through_once_and_again_after_every_change(monkeypatch):
+    tokenizer, read = tiny_backbone().tokenizer, []
+    right = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(len(text)) or right(text))
+    first = tokenizer_digest(tokenizer)
+    assert tokenizer_digest(tokenizer) == first and len(read) == 1
+    changes = [
+        lambda: tokenizer.add_tokens(["a token that was never there"]),
+        lambda: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda: setattr(tokenizer.backend_tokenizer, "decoder", decoders.Fuse()),
+    ]
+    found = [first]
+    for change in changes:
+        change()
+        found.append(tokenizer_digest(tokenizer))
+    assert len(set(found)) == len(read) == 4

@@ -12,7 +12,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
 from cribsheet.attention import dispatch
+from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
+from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer
 from cribsheet.engine.graphs import fixed_step
 from cribsheet.kernels import rotation, step_attention
@@ -56,7 +58,7 @@ def test_a_step_of_few_kernels_is_a_step(family, own, kernels_are_used):
 @pytest.mark.parametrize("family", OWN)
 def test_a_read_of_few_kernels_is_a_read(family, kernels_are_used):
     backbone = shaken(family)
-    errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers)
+    errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers, backbone.step)
     assert max(errors.values()) < 2e-5, errors
 
 
@@ -77,6 +79,27 @@ def test_a_read_of_few_kernels_takes_heads_of_different_lengths(counts, guide, k
             torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("counts", [(), (30, 7)])
+@pytest.mark.parametrize("lengths", [(9,), (5, 3)], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_new_tokens_by_few_kernels_are_a_pass_of_the_model(batch, lengths, counts, kernels_are_used):
+    backbone = shaken("qwen2")
+    random = torch.Generator().manual_seed(9)
+    shape = (sum(counts), 16) if counts else (2, 30, 16)
+    prefix = [LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv"), None, counts)] * backbone.num_layers
+    ids = torch.randint(20, 900, (batch, sum(lengths)), generator=random)
+    places = torch.arange(30, 30 + sum(lengths)).expand(batch, -1)
+    runs = (LlamaRead(backbone.plain_weights()).logits, lambda *given: backbone.step(*given)[:, -1])
+    found = []
+    for run, own in zip(runs, (False, True), strict=True):
+        cache = prefix_cache(prefix, 30)
+        for piece, at in zip(ids.split(lengths, 1), places.split(lengths, 1), strict=True):
+            glance = Glance(cache.layers, backbone.full, [(0, 0)] * batch, [question_weights(piece.shape[1])] * batch)
+            logits = run(piece, at, cache if own else cache.layers)
+        found.append((logits, glance.masses, [layer.keys[:, :, : layer.length] for layer in cache.layers]))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("part", ["normed", "silu_times", "turned"])
 def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
     backbone = shaken("llama")
@@ -88,7 +111,8 @@ def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
         return tuple(each * 1.2 for each in found) if isinstance(found, tuple) else found * 1.2
 
     monkeypatch.setattr(place, part, wrong)
-    assert max(read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers).values()) > BOUND
+    errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers, backbone.step)
+    assert max(errors.values()) > BOUND
 
 
 def test_sizes_that_fit_no_tile(kernels_are_used):

@@ -21,6 +21,7 @@ from torch import Tensor
 from cribsheet.asking.answer import Answer
 from cribsheet.asking.session import Session
 from cribsheet.asking.sources import per_stretch
+from cribsheet.attention.agreement import in_a_hurry
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.recorder import Glance
 from cribsheet.retrieval.content_words import told_by
@@ -52,7 +53,8 @@ class Judged(NamedTuple):
 
 def judge(session: Session, asked: Tensor, draft: Answer) -> Judged:
     """Measure an answer with log-probabilities, written by the sheet alone to a question in tokens (T,)."""
-    return Judged(probability(session, asked, draft), nearness(session, asked, draft))
+    with in_a_hurry():
+        return Judged(probability(session, asked, draft), nearness(session, asked, draft))
 
 
 def told(question: str, draft: Answer, found: Sequence[Passage]) -> float:

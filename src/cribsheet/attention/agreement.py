@@ -1,15 +1,44 @@
-"""Whether a faster path may be used: it can be run here, and gives what its slow reference gives."""
+"""Whether a faster path may be used: it can be run here, and gives what its slow reference gives.
+
+To find out takes seconds where kernels have to be compiled. Builds wait for it, so that a sheet is the same whenever it
+is built; whoever answers is in a hurry and takes the slower path until somebody else has found out.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+finding_out = threading.RLock()  # held by whoever finds out: two at once would only be in each other's way
+_this = threading.local()
+
+
+def hurry() -> None:
+    """Nothing that takes long is found out by this thread from now on."""
+    _this.hurries = True
+
+
+@contextlib.contextmanager
+def in_a_hurry() -> Iterator[None]:
+    """Nothing that takes long is found out by this thread inside."""
+    before, _this.hurries = is_in_a_hurry(), True
+    try:
+        yield
+    finally:
+        _this.hurries = before
+
+
+def is_in_a_hurry() -> bool:
+    """Whether this thread takes the slower path rather than wait."""
+    return getattr(_this, "hurries", False)
 
 
 def agrees(path: str, check: Callable[[], Mapping[str, float]], bound: float) -> bool:

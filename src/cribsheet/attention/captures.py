@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from cribsheet.attention.agreement import finding_out
 
 logger = logging.getLogger(__name__)
 
@@ -17,18 +19,27 @@ class Captures(Generic[T]):
     def __init__(self) -> None:
         self._made: dict[Hashable, T | None] = {}
         self._uses: dict[Hashable, int] = {}
+        self._way: Hashable = None
+        self.pool: Any = None  # of the memory that they share, if they do
 
     def __bool__(self) -> bool:
         """Whether anything was captured."""
         return any(each is not None for each in self._made.values())
 
-    def find(self, key: Hashable, uses: int, make: Callable[[], T]) -> T | None:
-        """What was captured for `key`; `make` captures it after so many uses without."""
+    def find(self, key: Hashable, uses: int, make: Callable[[], T], *, way: Hashable = None) -> T | None:
+        """What was captured for `key`; `make` captures it after so many uses without, unless something is found out.
+
+        What was captured of another `way` of computing is let go.
+        """
+        if way != self._way:
+            self._made, self._uses, self._way = {}, {}, way
         self._uses[key] = self._uses.get(key, 0) + 1
-        if key not in self._made and self._uses[key] > uses:
+        if key not in self._made and self._uses[key] > uses and finding_out.acquire(blocking=False):
             try:
                 self._made[key] = make()
             except Exception:
                 logger.warning("%r could not be captured and is run kernel by kernel", key, exc_info=True)
                 self._made[key] = None
+            finally:
+                finding_out.release()
         return self._made.get(key)

@@ -1,19 +1,19 @@
 """Our own kernels (`kernels/columns.py`) where they work: on CUDA, in half precision, if Triton is there and agrees.
 
 Before a kind of model uses them, they are compared on a small example with the plain path that they stand for; where
-they cannot be compiled or differ, that is logged once and the plain path stays.
+they cannot be compiled or differ, that is logged once and the plain path stays, as it does for whoever is in a hurry
+(`attention/agreement.py`) until they have been compared.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cribsheet.attention import plain
-from cribsheet.attention.agreement import agrees, relative_error
+from cribsheet.attention.agreement import agrees, finding_out, is_in_a_hurry, relative_error
 from cribsheet.attention.backends import on_cuda
 
 _BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
@@ -77,10 +77,19 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 Check = Callable[[torch.device, torch.dtype, int, int], dict[str, float]]
 
 
-@functools.cache
+_verdicts: dict[tuple[Check, torch.device, torch.dtype, int, int], bool] = {}
+
+
 def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
     """Whether kernels can be compiled for such heads and give what the plain path gives."""
-    return agrees(f"our kernels on {device}", lambda: check(device, dtype, size, shared_by), _BOUND)
+    heads = check, device, dtype, size, shared_by
+    if heads not in _verdicts and not is_in_a_hurry():
+        with finding_out:
+            if heads not in _verdicts:
+                _verdicts[heads] = agrees(
+                    f"our kernels on {device}", lambda: check(device, dtype, size, shared_by), _BOUND
+                )
+    return _verdicts.get(heads, False)
 
 
 def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
@@ -91,14 +100,14 @@ def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -
 def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     found: dict[str, float] = {}
     scale, random = size**-0.5, _Random(device, dtype)
-    for rows in (1, 70):
-        q, k, v = random(2 * shared_by, rows, size), random(2, 300, size), random(2, 300, size)
-        lse = plain.attend_plain(q[None], k[None], v[None], scale=scale)[1][0]
-        weight = torch.linspace(0, 1, rows + 1, device=device)[1:]
-        for name, peak, reference in (("mass", False, plain.plain_mass), ("peak", True, plain.plain_peak)):
-            got = columns(q, k, lse, scale, weight, peak=peak)
-            found[f"{name} of {rows}"] = relative_error(got, reference(q, k, lse, scale, weight, None))
-    found["mass of 33 sequences"] = relative_error(*_on_heads(random, size, shared_by))
+    q, k, v = random(2 * shared_by, 70, size), random(2, 300, size), random(2, 300, size)
+    lse = plain.attend_plain(q[None], k[None], v[None], scale=scale)[1][0]
+    weight = torch.linspace(0, 1, 71, device=device)[1:]
+    for name, peak, reference in (("mass", False, plain.plain_mass), ("peak", True, plain.plain_peak)):
+        got = columns(q, k, lse, scale, weight, peak=peak)
+        found[f"{name} of rows"] = relative_error(got, reference(q, k, lse, scale, weight, None))
+    for sequences in (1, 33):
+        found[f"mass of {sequences} sequences"] = relative_error(*_on_heads(random, sequences, size, shared_by))
     q, keys, values = random(3, 2 * shared_by, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
     index = torch.tensor([0, 70, 129], device=device)
     mask = (torch.arange(130, device=device) <= index[:, None])[:, None, None]
@@ -110,9 +119,9 @@ def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: i
     return found
 
 
-def _on_heads(random: _Random, size: int, shared_by: int) -> tuple[Tensor, Tensor]:
-    """What 33 sequences look at in a prefix of two heads of different lengths, by the kernel and by definition."""
-    q, keys, scale = random(33, 2 * shared_by, 1, size), random(200, size), size**-0.5
+def _on_heads(random: _Random, sequences: int, size: int, shared_by: int) -> tuple[Tensor, Tensor]:
+    """What sequences look at in a prefix of two heads of different lengths, by the kernel and by definition."""
+    q, keys, scale = random(sequences, 2 * shared_by, 1, size), random(200, size), size**-0.5
     heads = list(zip(q.split(shared_by, 1), keys.split([130, 70]), strict=True))
     logits = [rows.float() @ own.float().t() * scale for rows, own in heads]  # (B, G, 1, S)
     lse = torch.cat([each.logsumexp(-1) for each in logits], 1)

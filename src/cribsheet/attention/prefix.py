@@ -41,6 +41,11 @@ class AttentionInputs(NamedTuple):
     def attend(self) -> tuple[Tensor, Tensor]:
         """What the new tokens see of the suffix: output (B, H, T, D) and log-sum-exp (B, H, T)."""
         causal = self.mask is None and self.query.shape[2] > 1
+        before = self.key.shape[2] - self.query.shape[2]
+        if causal and before:  # a square is causal everywhere alike, and what is before it is in everybody's sight
+            keys, values = self.key[:, :, :before], self.value[:, :, :before]
+            newest = self._replace(key=self.key[:, :, before:], value=self.value[:, :, before:])
+            return merge(attend(self.query, keys, values, scale=self.scale, softcap=self.softcap), newest.attend())
         return attend(
             self.query, self.key, self.value, scale=self.scale, causal=causal, mask=self.mask, softcap=self.softcap
         )
@@ -93,7 +98,15 @@ class LayerPrefix:
         """(K + 1,) int32 where each head begins when all stand one behind the other, and where the last one ends."""
         if not self.counts:
             return torch.arange(self.heads + 1, dtype=torch.int32, device=self.keys.device) * self.keys.shape[1]
-        return torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.keys.device)
+        starts = torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32)
+        return starts.to(self.keys.device, non_blocking=True)  # a GPU is not waited for
+
+    def padded_keys(self) -> Tensor:
+        """Keys (K, P, D) of all heads at the end of the longest, and any before them."""
+        if not self.counts:
+            return self.keys
+        last = torch.arange(-self.longest, 0, device=self.keys.device) + self.starts[1:, None]
+        return self.keys[last.clamp(min=0)]
 
     def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""

@@ -39,15 +39,22 @@ class Glance:
         full: Sequence[int],
         told: Sequence[tuple[int, int]],
         weights: Sequence[Tensor] | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         """Watch the cache `layers`.
 
         `told` is where the passages of each sequence begin and end in its suffix, padding included; every row that
         weighs anything stands behind them. `weights` are those of each sequence's last rows (n,), 1 for one row if
-        none.
+        none. If the `whole` suffix is watched, as one new row of each sequence sees it, nothing is told.
         """
-        self._told, self._weights = told, weights
-        self._idle = [weight.device.type == "cpu" and not weight.any() for weight in weights or ()]
+        self._told, self._weights, self._whole = told, weights, whole
+        self._rows: Tensor | None = None  # (B, 1, T) of all rows of the pass, once they are needed
+        on_cpu = [weight.device.type == "cpu" for weight in weights or ()]
+        self._idle = [known and not weight.any() for known, weight in zip(on_cpu, weights or (), strict=True)]
+        self._asking = 0  # of the last rows so many weigh anything; 0 if that is not known
+        if weights and all(on_cpu):
+            self._asking = max(len(weight) - int((weight > 0).float().argmax()) for weight in weights)
         self._masses: list[Tensor] = []
         self._on_told: list[list[Tensor]] = [[] for _ in told]
         for number in watched(full):
@@ -64,36 +71,49 @@ class Glance:
 
     def _look(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
         layer.watch = None
+        if self._whole:
+            self._masses.append(
+                torch.cat(
+                    [self._on_prefix(layer, query, lse, scale, softcap), in_suffix(layer, query, lse, scale, softcap)],
+                    2,
+                )
+            )
+            return
         for row, (first, last) in enumerate(self._told):
             if last > first:
                 self._on_told[row].append(self._on_passages(row, layer, query, lse, scale, softcap))
+        self._masses.append(self._on_prefix(layer, query, lse, scale, softcap))
+
+    def _on_prefix(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """(B, K, start) of all sequences and heads."""
         prefix = layer.prefix
         if prefix.longest == 0:
-            self._masses.append(torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device))
-            return
+            return torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device)
         if dispatch.usable(query, prefix.heads, softcap):
-            self._masses.append(self._at_once(layer, query, lse, scale))
-            return
+            return self._at_once(layer, query, lse, scale)
         heads = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
         sizes = [keys.shape[0] * query.shape[1] // prefix.heads for keys in heads]  # query heads of each
         parts = zip(query.split(sizes, 1), heads, lse.split(sizes, 1), strict=True)
         masses = [self._mass(q, keys, seen, scale, softcap) for q, keys, seen in parts]
-        self._masses.append(torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1))
+        return torch.cat([F.pad(mass, (layer.start - mass.shape[2], 0)) for mass in masses], 1)
 
     def _at_once(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float) -> Tensor:
         """(B, K, start) of all sequences and heads by one kernel."""
         if self._weights is not None:
-            rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
-            lse = weighted(lse, torch.stack(rows).unsqueeze(1))
+            if self._rows is None:
+                rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
+                self._rows = torch.stack(rows).unsqueeze(1)[..., -self._asking or None :]
+            query, lse = query[:, :, -self._rows.shape[2] :], lse[:, :, -self._rows.shape[2] :]
+            lse = weighted(lse, self._rows)
         prefix = layer.prefix
         keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
         return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
 
     def _placed(self, device: torch.device) -> Sequence[Tensor]:
-        """The rows' weights where the layers are: one copy for all of them, because a copy waits for the device."""
+        """The rows' weights where the layers are: one copy for all of them."""
         if self._weights and self._weights[0].device != device:
             sizes = [len(weight) for weight in self._weights]
-            self._weights = torch.cat(list(self._weights)).to(device).split(sizes)
+            self._weights = torch.cat(list(self._weights)).to(device, non_blocking=True).split(sizes)
         return self._weights or ()
 
     def _mass(self, query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -121,9 +141,22 @@ class Glance:
         if self._idle[row]:
             return torch.zeros(keys.shape[:2], device=keys.device)
         weight = self._placed(query.device)[row]
+        if query.is_cuda:  # rows that weigh nothing are the most of a question with passages
+            weight = weight[-self._asking or None :]
         q, seen = query[row, :, -len(weight) :], lse[row, :, -len(weight) :]
         mass = column_mass(q, keys, seen, scale=scale, row_weight=weight, softcap=softcap)
         return mass.reshape(keys.shape[0], -1, keys.shape[1]).sum(1)
+
+
+def in_suffix(layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Weights (B, K, n) of the buffers of the suffix for the one new row of each sequence, query (B, H, 1, D).
+
+    What is behind a sequence's end is any number.
+    """
+    batch, keys = len(query), layer.keys[: len(query)]
+    rows = query.reshape(batch, keys.shape[1], -1, query.shape[3])
+    logits = capped((rows @ keys.transpose(-1, -2)).float() * scale, softcap)
+    return (logits - lse.reshape(batch, keys.shape[1], -1, 1)).exp_().sum(2)
 
 
 def one_row(query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -17,13 +17,21 @@ def rotate(keys: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
 
     `inv_freq` is (R/2,) radians per token; the first R of D dimensions turn, the rest (partial rotary) stay.
     """
-    angles = positions.unsqueeze(-1).float() * inv_freq.float()  # (..., S, R/2)
-    cos, sin = angles.cos(), angles.sin()
-    half = inv_freq.shape[0]
-    keys = keys.float()
+    return turned(keys, turns(positions, inv_freq))
+
+
+def turns(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., S, R/2) of the angles at `positions` (..., S), to be used for many keys."""
+    angles = positions.unsqueeze(-1).float() * inv_freq.float()
+    return angles.cos(), angles.sin()
+
+
+def turned(keys: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn keys (..., S, D) by cosines and sines (..., S, R/2). Returns float32."""
+    (cos, sin), keys = by, keys.float()
+    half = cos.shape[-1]
     first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*turned, rest], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
 def move(keys: Tensor, old: Tensor, new: Tensor, inv_freq: Tensor) -> Tensor:

@@ -64,4 +64,5 @@ class Checkpoint:
 def _state(done: int, held: Mapping[str, Tensor], device: torch.device, layers: int, tokens: int) -> State:
     if not 0 < done <= tokens or len(held) != layers * len(_PARTS):
         raise ValueError(f"{done} of {tokens} tokens were read into {len(held)} tensors")
-    return State(done, [Kept(*(held[f"{n}.{part}"].to(device) for part in _PARTS)) for n in range(layers)])
+    parts = ([held[f"{number}.{part}"].to(device) for part in _PARTS] for number in range(layers))
+    return State(done, [Kept(keys, values, indices, scores) for keys, values, indices, scores in parts])

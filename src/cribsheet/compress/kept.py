@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cribsheet.attention.rope import rotate
+from cribsheet.attention.rope import turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,17 +15,18 @@ class Kept:
 
     Scores of N needs are (N, K, P). Unrotated keys can be given any position without adding up rounding errors from
     chunk to chunk. A head that keeps fewer than P tokens has them at the end, behind indices `ABSENT` with a score of
-    minus infinity.
+    minus infinity. `counts` are how many each head keeps, where that is known without asking a GPU.
     """
 
     keys: Tensor
     values: Tensor
     indices: Tensor
     scores: Tensor
+    counts: tuple[int, ...] | None = None
 
-    def at(self, positions: Tensor, inv_freq: Tensor) -> Tensor:
-        """Keys (K, P, D) rotated for `positions` (P,), in the dtype of the values."""
-        return rotate(self.keys, positions, inv_freq).to(self.values.dtype)
+    def at(self, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys (K, P, D) rotated by cosines and sines (P, R/2), in the dtype of the values."""
+        return turned(self.keys, turn).to(self.values.dtype)
 
 
 @dataclass(frozen=True, slots=True)

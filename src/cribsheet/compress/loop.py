@@ -17,14 +17,26 @@ from torch import Tensor
 
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.attention.rope import rotate
+from cribsheet.attention.rope import turned, turns
 from cribsheet.compress.archiving import Archiving
 from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.compress.correction import refitted
 from cribsheet.compress.kept import Kept, State
 from cribsheet.compress.progress import Listener, Steps, shown
 from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
-from cribsheet.compress.selection import apportion, best_of_all, keep_best, keep_counts, keep_top, spread_out, take
+from cribsheet.compress.selection import (
+    Chosen,
+    apportion,
+    best_of_all,
+    keep_best,
+    keep_counts,
+    keep_top,
+    picked,
+    present,
+    split_like,
+    spread,
+    take,
+)
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.chunks import Chunk, TokenizedCorpus
 from cribsheet.sheet.archive.writer import ArchiveWriter
@@ -135,10 +147,14 @@ def compress(
         if keep_all is not None:
             keep_all(chunk, layers)
         budget = earned_budget(how.budget, chunk.stop, len(corpus), how.pinned)
-        scores = [score(backbone, layers[n], old, chunk, how, n, step) for n, old in enumerate(kept)]
-        indices = [places(old, chunk) for old in kept]
+        indices = places(kept, chunk)
+        scores = [
+            score(backbone, layers[n], old, indices[n], how, how.repeated(chunk), n, step) for n, old in enumerate(kept)
+        ]
         keep = choose(backbone, scores, indices, how, budget)
-        kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, backbone.inv_freqs, strict=True)]
+        back = Turns(backbone, size, size + len(chunk.ids), -1)
+        turn = [back.of(number) for number in range(len(layers))]
+        kept = [condense(*each) for each in zip(layers, kept, indices, scores, keep, turn, strict=True)]
         if how.correction == "refit":
             kept = correct(backbone, layers, kept, how.repeated(chunk), step)
         yield State(chunk.stop, kept)
@@ -164,24 +180,54 @@ def cut(backbone: Backbone, state: State, how: Reading) -> State:
     return State(state.done, [_chosen(layer, indices) for layer, indices in zip(kept, keep, strict=True)])
 
 
-def _chosen(layer: Kept, keep: Tensor) -> Kept:
-    """Of a layer's kept tokens those of these places (K, P), -1 where a head keeps fewer."""
-    absent = keep < 0
-    indices = take(layer.indices, keep).masked_fill(absent, ABSENT)
-    scores = layer.scores.gather(-1, keep.clamp(min=0).expand(*layer.scores.shape[:-1], -1))
-    scores = scores.masked_fill(absent, float("-inf"))
-    return Kept(take(layer.keys, keep), take(layer.values, keep), indices, scores)
+def _chosen(layer: Kept, keep: Chosen) -> Kept:
+    """Of a layer's kept tokens those that were chosen."""
+    keys, values = take(layer.keys, keep.places), take(layer.values, keep.places)
+    return Kept(keys, values, *_of(keep, layer.indices, layer.scores))
+
+
+def _of(keep: Chosen, indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Of a layer's indices (K, S) and scores ([N,] K, S) those that were chosen, and how many of each head."""
+    absent, there = keep.places < 0, keep.places.clamp(min=0)
+    chosen = scores.gather(-1, there.expand(*scores.shape[:-1], -1)).masked_fill(absent, float("-inf"))
+    return picked(indices, there).masked_fill(absent, ABSENT), chosen, keep.counts
 
 
 def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
-    size = kept_tokens(backbone, kept)
-    counts = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()  # waiting for a GPU once
+    size, most = kept_tokens(backbone, kept), max(layer.keys.shape[1] for layer in kept)
+    turn = Turns(backbone, size - most, size)
     prefix = []
-    for layer, held, inv_freq, window in zip(kept, counts, backbone.inv_freqs, backbone.windows, strict=True):
-        positions = torch.arange(size - layer.keys.shape[1], size, device=layer.keys.device)
-        prefix.append(LayerPrefix.of(layer.at(positions, inv_freq), layer.values, held, window))
+    for number, (layer, counts, window) in enumerate(zip(kept, _counts_of(kept), backbone.windows, strict=True)):
+        cos, sin = (half[most - layer.keys.shape[1] :] for half in turn.of(number))
+        prefix.append(LayerPrefix.of(layer.at((cos, sin)), layer.values, counts, window))
     return prefix
+
+
+class Turns:
+    """Cosines and sines of positions, from the first to the last: those of layers that turn alike are made once."""
+
+    def __init__(self, backbone: Backbone, first: int, last: int, sign: int = 1) -> None:
+        self._inv_freqs = backbone.inv_freqs
+        self._made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._positions = sign * torch.arange(first, last, device=backbone.device)
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Those of a layer (positions, R/2)."""
+        inv_freq = self._inv_freqs[layer]
+        alike = inv_freq.data_ptr(), len(inv_freq)
+        if alike not in self._made:
+            self._made[alike] = turns(self._positions, inv_freq)
+        return self._made[alike]
+
+
+def _counts_of(kept: Sequence[Kept]) -> Sequence[Sequence[int]]:
+    """How many tokens each head of each layer keeps; a GPU is waited for only if that was not known."""
+    known = [layer.counts for layer in kept if layer.counts is not None]
+    if len(known) == len(kept):
+        return known
+    counts: list[list[int]] = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()
+    return counts
 
 
 def kept_tokens(backbone: Backbone, kept: Sequence[Kept]) -> int:
@@ -189,36 +235,33 @@ def kept_tokens(backbone: Backbone, kept: Sequence[Kept]) -> int:
     return max(kept[number].keys.shape[1] for number in backbone.full)
 
 
-def places(old: Kept, chunk: Chunk) -> Tensor:
-    """(K, S) index in the corpus of each old and new token of one layer."""
-    fresh = torch.arange(chunk.start, chunk.stop, device=old.indices.device)
-    return torch.cat([old.indices, fresh.expand(old.indices.shape[0], -1)], 1)
+def places(kept: Sequence[Kept], chunk: Chunk) -> list[Tensor]:
+    """(K, S) index in the corpus of each old and new token, by layer."""
+    fresh = torch.arange(chunk.start, chunk.stop, device=kept[0].indices.device)
+    return [torch.cat([old.indices, fresh.expand(old.indices.shape[0], -1)], 1) for old in kept]
 
 
 def score(
     backbone: Backbone,
     read: ReadingLayer,
     old: Kept,
-    chunk: Chunk,
+    indices: Tensor,
     how: Reading,
+    repeated: int,
     layer: int,
     step: Step | None = None,
 ) -> Tensor:
     """Scores (K, S) of old and new tokens of one layer; in a sliding-window layer the latest tokens are the best.
 
-    Where heads share a budget and the scorer tells several needs apart, they are (N, K, S).
+    `indices` (K, S) are their places in the corpus; of the guide so many rows are a repetition. Where heads share a
+    budget and the scorer tells several needs apart, they are (N, K, S).
     """
     if step is not None:
         step()
-    indices = places(old, chunk)
     if backbone.windows[layer] is not None:
         return indices.float()
-    before = read.prefix.keys
-    if read.prefix.counts:
-        stood = torch.arange(read.start - old.keys.shape[1], read.start, device=old.keys.device)
-        before = old.at(stood, backbone.inv_freqs[layer])
     view = LayerView(
-        keys=torch.cat([before, read.chunk_keys], 1),
+        keys=torch.cat([read.prefix.padded_keys(), read.chunk_keys], 1),
         values=torch.cat([old.values, read.chunk_values], 1),
         positions=indices,
         queries=read.guide_queries,
@@ -228,7 +271,7 @@ def score(
         layer=layer,
         seed=how.seed,
         softcap=backbone.softcap,
-        repeated=how.repeated(chunk),
+        repeated=repeated,
     )
     needs: Callable[[LayerView], Tensor] | None = getattr(how.scorer, "needs", None)
     if needs and how.allocation == "profiled":
@@ -246,34 +289,32 @@ def choose(
     indices: Sequence[Tensor],
     how: Reading,
     budget: int,
-) -> list[Tensor]:
-    """Which of its S tokens each head of each layer keeps: (K, P) in reading order, -1 where it keeps fewer than P.
+) -> list[Chosen]:
+    """Which of its S tokens each head of each layer keeps.
 
     Scores (K, S), or (N, K, S) for N needs, and corpus indices (K, S) are by layer. The first tokens of the corpus stay
     if they are pinned. A layer with a sliding window has no choice: it keeps the latest tokens that the next one can
     see. Needs are spread over the heads here, of the tokens that are left: what is kept as their scores is not.
     """
-    found: dict[int, Tensor] = {}
+    found: dict[int, Chosen] = {}
     for number, window in enumerate(backbone.windows):
         if window is not None:
-            found[number] = keep_top(scores[number], min(window - 1, scores[number].shape[1]))
+            found[number] = _alike(keep_top(scores[number], min(window - 1, scores[number].shape[1])))
     wanted, standing = ([part[number] for number in backbone.full] for part in (scores, indices))
+    token = torch.cat([layer.flatten() for layer in standing])
     if wanted[0].dim() == 3:
-        needs = [spread_out([layer[n] for layer in wanted], standing) for n in range(len(wanted[0]))]
-        wanted = [torch.stack(each).amax(0) for each in zip(*needs, strict=True)]
-    full = {
-        number: layer.masked_fill((place >= 0) & (place < how.pinned), float("inf"))
-        for number, layer, place in zip(backbone.full, wanted, standing, strict=True)
-    }
+        needs = [torch.cat([layer[n].flatten() for layer in wanted]) for n in range(len(wanted[0]))]
+        flat = torch.stack([spread(need, token) for need in needs]).amax(0)
+    else:
+        flat = torch.cat([layer.flatten() for layer in wanted])
+    flat = flat.masked_fill((token >= 0) & (token < how.pinned), float("inf"))
+    full = dict(zip(backbone.full, split_like(flat, standing), strict=True))
     shortest = min(layer.shape[1] for layer in full.values())
     if how.allocation == "uniform":
         found |= _keep_top_of_each(full, min(budget, shortest))
     elif how.allocation == "profiled":
-        found |= dict(
-            zip(
-                full, keep_counts(list(full.values()), _counts(list(full.values()), standing, how, budget)), strict=True
-            )
-        )
+        layers = list(full.values())
+        found |= dict(zip(full, keep_counts(layers, _counts(layers, standing, how, budget)), strict=True))
     else:
         least = min(shortest, budget, how.least)
         best = keep_best(list(full.values()), budget, least=least, most=max(budget, how.most))
@@ -283,39 +324,44 @@ def choose(
 
 def _counts(scores: Sequence[Tensor], standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
     """How many of its tokens (K, S) each head of each layer keeps: half by its weight, half by its scores."""
-    limits = torch.stack([(layer != ABSENT).sum(-1) for layer in standing]).flatten().tolist()
-    most, total = max(budget, how.most), budget * len(limits)
-    limits = [min(limit, most) for limit in limits]
-    shares = [(weight + won / budget) / 2 for weight, won in zip(how.weigh(), best_of_all(scores, total), strict=True)]
+    most, total = max(budget, how.most), budget * sum(len(layer) for layer in scores)
+    both: list[list[int]] = torch.stack([present(standing), best_of_all(scores, total)]).tolist()  # a GPU is waited for
+    limits = [min(limit, most) for limit in both[0]]
+    shares = [(weight + won / budget) / 2 for weight, won in zip(how.weigh(), both[1], strict=True)]
     counts = apportion(shares, limits, total, least=min(budget, max(how.least, how.pinned)))
     heads = len(standing[0])
     return [counts[first : first + heads] for first in range(0, len(counts), heads)]
 
 
-def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Tensor]:
+def _alike(places: Tensor) -> Chosen:
+    """As many of all heads (K, P)."""
+    return Chosen(places, (places.shape[1],) * len(places))
+
+
+def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Chosen]:
     """`keep_top` of several layers (K, S), in one go where they are of one length, as they nearly always are."""
     if len({layer.shape for layer in scores.values()}) > 1:
-        return {number: keep_top(layer, budget) for number, layer in scores.items()}
-    return dict(zip(scores, keep_top(torch.stack(list(scores.values())), budget).unbind(), strict=True))
+        return {number: _alike(keep_top(layer, budget)) for number, layer in scores.items()}
+    kept = keep_top(torch.stack(list(scores.values())), budget)
+    return {number: _alike(layer) for number, layer in zip(scores, kept, strict=True)}
 
 
-def condense(read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Tensor, inv_freq: Tensor) -> Kept:
-    """What one layer keeps (K, P) of its old and new tokens, given their indices (K, S) and scores ([N,] K, S)."""
+def condense(
+    read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Chosen, turn: tuple[Tensor, Tensor]
+) -> Kept:
+    """What one layer keeps of its old and new tokens, given their indices (K, S) and scores ([N,] K, S).
+
+    `turn` are cosines and sines (c, R/2) that turn the chunk's keys back from where they stood.
+    """
     before = old.keys.shape[1]
-    absent, is_new = keep < 0, (keep >= before).unsqueeze(-1)
-    place = (keep - before).clamp(min=0)  # in the chunk, of those that come from there
-    unrotated = rotate(take(read.chunk_keys, place), -(read.start + place), inv_freq)
-    values = take(read.chunk_values, place)
+    place = (keep.places - before).clamp(min=0)  # in the chunk, of those that come from there
+    cos, sin = (half[place] for half in turn)
+    unrotated, values = turned(picked(read.chunk_keys, place), (cos, sin)), picked(read.chunk_values, place)
     if before:
-        known = keep.clamp(max=before - 1)
-        unrotated = torch.where(is_new, unrotated, take(old.keys, known))
-        values = torch.where(is_new, values, take(old.values, known))
-    return Kept(
-        unrotated,
-        values,
-        take(indices, keep).masked_fill(absent, ABSENT),
-        scores.gather(-1, keep.clamp(min=0).expand(*scores.shape[:-1], -1)).masked_fill(absent, float("-inf")),
-    )
+        known, is_new = keep.places.clamp(0, before - 1), (keep.places >= before).unsqueeze(-1)
+        unrotated = torch.where(is_new, unrotated, picked(old.keys, known))
+        values = torch.where(is_new, values, picked(old.values, known))
+    return Kept(unrotated, values, *_of(keep, indices, scores))
 
 
 def correct(

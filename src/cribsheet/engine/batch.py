@@ -11,7 +11,7 @@ from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.engine.graphs import StepGraphs
-from cribsheet.engine.prefill import told_in, watches
+from cribsheet.engine.prefill import on_passages, told_in, watches
 from cribsheet.engine.request import Answering, Suffix
 from cribsheet.model.backbone import Backbone, Inputs
 
@@ -30,13 +30,14 @@ class Batch:
 
     def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (B, V) of the next token of every sequence by a graph; none where the model must make the step."""
-        told, evidence = told_in(self.running), watches(self.running)
-        if any(last > first for first, last in told):
-            return None  # passages lie elsewhere in each sequence: no graph fits
-        graph = self._graphs.find(backbone, self.layers, self.rows, evidence)
+        blocks, evidence = told_in(self.running), watches(self.running)
+        told = any(last > first for first, last in blocks)
+        graph = self._graphs.find(backbone, self.layers, self.rows, evidence=evidence, told=told)
         if graph is None:
             return None
         logits, masses = graph.replay(*self._newest(), self.rows.lengths)
+        if told and masses is not None:  # passages lie elsewhere in each sequence, so all of its suffix was watched
+            masses = [on_passages(mass, self.prefix.tokens, block) for mass, block in zip(masses, blocks, strict=True)]
         self._took(masses)
         return logits
 

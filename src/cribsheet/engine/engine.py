@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from cribsheet.attention.agreement import hurry
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import LongPrefill, Prefill, prefills
@@ -27,6 +28,7 @@ from cribsheet.engine.request import Answering, Request, tell
 from cribsheet.engine.sampling import choose
 from cribsheet.errors import EngineError
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.passes import by_few_kernels, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Engine:
         self._closed = False
         self._eos = backbone.eos_ids
         self._begin()
+        prepare(backbone)
         _ENGINES.add(self)
 
     def _begin(self) -> None:
@@ -109,6 +112,7 @@ class Engine:
         return bool(self._batches or self._waiting or self._short or self._long)
 
     def _run(self) -> None:
+        hurry()
         while True:
             try:
                 busy = self.step()
@@ -184,7 +188,10 @@ class Engine:
         try:
             logits = work.replayed(self.backbone)
             if logits is None:
-                logits = self.backbone.step(*work.inputs(self.backbone))[:, -1]
+                inputs = work.inputs(self.backbone)
+                logits = by_few_kernels(self.backbone, *inputs)
+                if logits is None:
+                    logits = self.backbone.step(*inputs)[:, -1]
                 work.note()
             if isinstance(work, Batch):
                 self._advance(work.running, logits)

@@ -9,7 +9,7 @@ been used a few times. `fixed_step` and `padded_prefill` are what is captured; t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance
 from cribsheet.attention.slots import Rows, SlotLayer, prefill_cache, step_cache
-from cribsheet.model import llama_step
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.passes import is_prepared, logits_after
 
 R = TypeVar("R")
 
@@ -27,40 +27,46 @@ _USES = 3  # steps of a bucket before it is captured
 _FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
 _MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
 _PREFILL_USES = 1  # questions of a bucket before it is captured
-_FIRST_QUESTION, _MOST_QUESTION = 32, 512  # tokens of the shortest and longest questions that are captured
+_FIRST_QUESTION, _MOST_QUESTION = 32, 2048  # tokens of the shortest and longest questions that are captured
+_DOUBLES_TO = 512  # tokens up to which buckets of questions double; longer ones are as many times as long
 
 
 def fixed_step(
-    backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, inputs: Tensor, tokens: int, *, evidence: bool
+    backbone: Backbone,
+    layers: Sequence[SlotLayer],
+    rows: Rows,
+    inputs: Tensor,
+    tokens: int,
+    *,
+    evidence: bool,
+    told: bool = False,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """Logits (B, V) of one step, and what each row looked at, if there is to be evidence.
+    """Logits (B, V) of one step, and what each row looked at (M, K, P), if there is to be evidence.
 
-    `inputs` (3, B) are the rows' newest tokens, their positions, and how long the suffixes were before, below `tokens`:
-    nothing but the device needs to know them.
+    Where passages were `told`, it is (M, K, P + tokens), what it looked at in the whole suffix too. `inputs` (3, B) are
+    the rows' newest tokens, their positions, and how long the suffixes were before, below `tokens`: nothing but the
+    device needs to know them.
     """
     rows.fix(inputs[2], tokens)
-    glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1]) if evidence else None
-    step = llama_step.find(backbone)
-    if step is not None:
-        logits = step(inputs[0], inputs[1], layers)
-    else:
-        logits = backbone.step(inputs[0, :, None], inputs[1, :, None], step_cache(layers))[:, -1]
+    glance = Glance(layers, backbone.full, [(0, 0)] * inputs.shape[1], whole=told) if evidence else None
+    logits = logits_after(backbone, inputs[0, :, None], inputs[1, :, None], step_cache(layers))
     return logits, glance.masses if glance else None
 
 
 def padded_prefill(
-    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool
+    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool, told: bool = False
 ) -> tuple[Tensor, Tensor | None, Sequence[object]]:
     """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
 
+    Where passages were `told`, it is (M, K, P + T), what it looked at in all of itself too.
     `inputs` (T + 1,) are its tokens, anything behind them, and the place of the last one. No row sees what stands
     behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding.
     """
     size = len(weights)
     cache = prefill_cache(prefix.layers, prefix.tokens, None)
-    glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights]) if evidence else None
+    glance = Glance(cache.layers, backbone.full, [(0, size if told else 0)], [weights]) if evidence else None
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
-    logits = backbone.step(inputs[None, :size], positions[None], cache, inputs[size:])[:, -1]
+    logits = logits_after(backbone, inputs[None, :size], positions[None], cache, inputs[size:])
     return logits, glance.masses[0] if glance else None, cache.layers
 
 
@@ -83,14 +89,15 @@ class _Staged:
 class _Captured(Generic[R]):
     """A computation on fixed buffers that is replayed; `found` holds its results after each replay."""
 
-    def __init__(self, run: Callable[[], R]) -> None:
+    def __init__(self, run: Callable[[], R], pool: Any = None) -> None:
+        """Capture it, in a `pool` of memory that is shared with others if their results are not needed any more."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # whatever is made at a first use must be made before the capture
             run()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.no_grad(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.found = run()
 
     def replay(self) -> R:
@@ -102,13 +109,22 @@ class _Captured(Generic[R]):
 class StepGraph:
     """One decoding step of B sequences with suffixes of fewer than `tokens` tokens, as the GPU replays it."""
 
-    def __init__(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, slots: int, evidence: bool) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        layers: Sequence[SlotLayer],
+        rows: Rows,
+        slots: int,
+        *,
+        evidence: bool,
+        told: bool = False,
+    ) -> None:
         tokens = layers[0].keys.shape[2]
         self._inputs = _Staged(3, slots, dtype=torch.int64, device=backbone.device)
         self._inputs.there[1].fill_(layers[0].start)
         self._inputs.there[2].fill_(tokens - 1)  # where nobody has written yet
         self._step = _Captured(
-            lambda: fixed_step(backbone, layers, rows, self._inputs.there, tokens, evidence=evidence)
+            lambda: fixed_step(backbone, layers, rows, self._inputs.there, tokens, evidence=evidence, told=told)
         )
 
     def replay(
@@ -137,10 +153,12 @@ class StepGraphs:
         """Whether anything was captured."""
         return bool(self._graphs)
 
-    def find(self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, evidence: bool) -> StepGraph | None:
+    def find(
+        self, backbone: Backbone, layers: Sequence[SlotLayer], rows: Rows, *, evidence: bool, told: bool
+    ) -> StepGraph | None:
         """The graph for the batch as it is, capturing it if it is time; none if this step is run kernel by kernel."""
         longest = max(rows.lengths) + 1
-        if backbone.device.type != "cuda" or longest > _MOST_TOKENS or backbone.attached().share is not None:
+        if not _may_capture(backbone) or longest > _MOST_TOKENS:
             return None
         slots = 1 << (len(rows.lengths) - 1).bit_length()
         tokens = max(_FIRST_TOKENS, 1 << (longest - 1).bit_length())
@@ -149,19 +167,27 @@ class StepGraphs:
         if self._place != layers[0].keys.data_ptr():  # buffers have grown, and graphs write to the old ones
             self._graphs, self._place = Captures(), layers[0].keys.data_ptr()
         return self._graphs.find(
-            ("a step", slots, evidence), _USES, lambda: StepGraph(backbone, layers, rows, slots, evidence)
+            ("a step", slots, evidence, told),
+            _USES,
+            lambda: StepGraph(backbone, layers, rows, slots, evidence=evidence, told=told),
+            way=is_prepared(backbone),
         )
 
 
 class PrefillGraph:
     """Reading one question of at most `tokens` tokens on a prefix, as the GPU replays it."""
 
-    def __init__(self, backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> None:
+    def __init__(
+        self, backbone: Backbone, prefix: Prefix, tokens: int, *, evidence: bool, told: bool = False, pool: Any = None
+    ) -> None:
         self.tokens = tokens
         self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
         self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
         self._prefill = _Captured(
-            lambda: padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
+            lambda: padded_prefill(
+                backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence, told=told
+            ),
+            pool,
         )
 
     def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Sequence[object]]:
@@ -179,13 +205,27 @@ class PrefillGraph:
         return self._prefill.replay()
 
 
-def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> PrefillGraph | None:
+def _may_capture(backbone: Backbone) -> bool:
+    """Whether all of a computation is made by one GPU of this process."""
+    return backbone.device.type == "cuda" and backbone.attached().share is None
+
+
+def find_prefill(
+    backbone: Backbone, prefix: Prefix, tokens: int, *, evidence: bool, told: bool = False
+) -> PrefillGraph | None:
     """The graph that reads a question of so many tokens, capturing it if it is time; none if it is read without."""
     sliding = len(backbone.full) < backbone.num_layers
-    if backbone.device.type != "cuda" or tokens > _MOST_QUESTION or sliding:
+    if not _may_capture(backbone) or tokens > _MOST_QUESTION or sliding:
         return None
     size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
+    if tokens > _DOUBLES_TO:
+        size = -(-tokens // _DOUBLES_TO) * _DOUBLES_TO
+    if prefix.prefills.pool is None:
+        prefix.prefills.pool = torch.cuda.graph_pool_handle()
     found: PrefillGraph | None = prefix.prefills.find(
-        ("a question", size, evidence), _PREFILL_USES, lambda: PrefillGraph(backbone, prefix, size, evidence)
+        ("a question", size, evidence, told),
+        _PREFILL_USES,
+        lambda: PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, pool=prefix.prefills.pool),
+        way=is_prepared(backbone),
     )
     return found

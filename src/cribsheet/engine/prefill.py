@@ -1,6 +1,7 @@
 """Questions on their way into the model: short ones together in one pass, long ones piece by piece.
 
-Nothing here reads more than `PIECE` tokens at once, so that whoever is being answered gets the next token soon.
+Nothing here reads more than `PIECE` tokens at once, twice as many on a GPU, so that whoever is being answered gets the
+next token soon.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cribsheet.engine.request import Answering, Suffix
 from cribsheet.model.backbone import Backbone, Inputs
 
 PIECE = 1024  # tokens that are read in one step, padding included
+_ACCELERATOR_PIECE = 2 * PIECE  # of a long question where twice as many take little longer
 _MOST_BEFORE = 16 * PIECE  # recalled tokens that stand before questions of one step, padding included
 
 
@@ -41,6 +43,24 @@ class Prefill:
     def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (B, V) by a graph that was captured; none where the model must make the pass."""
         return None
+
+    def replayed_alone(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of the only question by a graph, if it is of a length that was captured."""
+        sequence, request = self.sequences[0], self.sequences[0].request
+        if request.ahead:
+            return None
+        block = told_in(self.sequences)[0]
+        graph = find_prefill(
+            backbone, self.prefix, len(request.question), evidence=watches(self.sequences), told=block[1] > block[0]
+        )
+        if graph is None:
+            return None
+        weights = question_weights(len(request.question), request.lead)
+        logits, mass, self.layers = graph.replay(request.question, weights)
+        self.spare = graph.tokens - len(request.question)
+        if mass is not None:
+            sequence.look(on_passages(mass, self.prefix.tokens, block))
+        return logits
 
     def inputs(self, backbone: Backbone) -> Inputs:
         """What the model reads next; `note` must follow."""
@@ -112,19 +132,7 @@ class ShortPrefill(Prefill):
 
     def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (1, V) of a question that is alone and of a length that was captured."""
-        sequence, request = self.sequences[0], self.sequences[0].request
-        if len(self.sequences) > 1 or request.ahead or any(last > first for first, last in told_in(self.sequences)):
-            return None  # passages lie elsewhere in each question: no graph fits
-        graph = find_prefill(backbone, self.prefix, len(request.question), watches(self.sequences))
-        if graph is None:
-            return None
-        logits, mass, self.layers = graph.replay(
-            request.question, question_weights(len(request.question), request.lead)
-        )
-        self.spare = graph.tokens - len(request.question)
-        if mass is not None:
-            sequence.look(mass)
-        return logits
+        return None if len(self.sequences) > 1 else self.replayed_alone(backbone)
 
 
 class LongPrefill(Prefill):
@@ -140,6 +148,13 @@ class LongPrefill(Prefill):
         """Whether there is no further piece."""
         return self._done == len(self.sequences[0].request.question)
 
+    def replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of a question that is not so long that no graph takes it whole."""
+        logits = None if self._done else self.replayed_alone(backbone)
+        if logits is not None:
+            self._done = len(self.sequences[0].request.question)
+        return logits
+
     def inputs(self, backbone: Backbone) -> Inputs:
         """The next piece."""
         request = self.sequences[0].request
@@ -148,10 +163,11 @@ class LongPrefill(Prefill):
             self.place()
             for layer, (keys, values) in zip(self.cache.layers, self.ahead[0], strict=True):
                 layer.update(keys.unsqueeze(0), values.unsqueeze(0))
-        piece = question[self._done : self._done + PIECE]
+        most = PIECE if backbone.device.type == "cpu" else _ACCELERATOR_PIECE
+        piece = question[self._done : self._done + most]
         first = self.prefix.tokens + request.before + self._done
         positions = torch.arange(first, first + len(piece)).unsqueeze(0)
-        weights = question_weights(len(question), request.lead)[self._done : self._done + PIECE]
+        weights = question_weights(len(question), request.lead)[self._done : self._done + most]
         self._done += len(piece)
         return self.watched(backbone, piece.unsqueeze(0), positions, [weights])
 
@@ -165,6 +181,14 @@ def watches(sequences: Sequence[Answering]) -> bool:
 def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
     """Where in each question its passages begin and end; nowhere if nobody wants to know."""
     return [each.request.block if each.request.evidence else (0, 0) for each in sequences]
+
+
+def on_passages(mass: Tensor, prefix: int, block: tuple[int, int]) -> Tensor:
+    """Of what is looked at in prefix and suffix (M, K, P + n), that in the prefix and in a block of the suffix."""
+    first, last = block
+    if last == first:
+        return mass[..., :prefix]
+    return torch.cat([mass[..., :prefix], mass[..., prefix + first : prefix + last]], -1)
 
 
 def prefills(sequences: Sequence[Answering]) -> list[Prefill]:

@@ -1,5 +1,8 @@
 """Kernels of our own for CUDA, in Triton: what keys are looked at, a step's suffix with its merge, and any merge.
 
+Counts are not compiled in (`do_not_specialize`), nor tiles made to fit them: a kernel that is compiled for one length
+or batch serves all others, and nobody waits for a compiler because a question has another length.
+
 Only `attention/dispatch.py` and `step_attention.py` beside it import this file, because importing it needs Triton.
 Their slow references are in `attention/plain.py`. Letters as in `attention/attend.py`; `G` query heads of a key/value
 head.
@@ -12,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_KEYS, _MANY_ROWS, _MERGED = 128, 64, 16  # a program's block
+_KEYS, _FEW_ROWS, _MANY_ROWS, _MERGED = 128, 16, 64, 16  # a program's block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows", "width"])
 def _columns(
     q: tl.tensor, seen: tl.tensor, keys: tl.tensor, starts: tl.tensor, out: tl.tensor, scale: tl.tensor,
     batch: tl.tensor, rows: tl.tensor, width: tl.tensor,
@@ -80,12 +83,12 @@ def columns(
     if not longest or not rows:
         return torch.zeros(batch, heads, width, device=q.device)
     out = torch.empty(batch, heads, width, device=q.device)
-    few = triton.next_power_of_2(rows) if rows <= 16 else 0
-    block = min(_MANY_ROWS, max(16, triton.next_power_of_2(batch) * few)) if few else _MANY_ROWS
+    few = triton.next_power_of_2(rows) if rows <= _FEW_ROWS and not peak else 0
+    block = _FEW_ROWS if few and batch * few <= _FEW_ROWS else _MANY_ROWS
     _columns[triton.cdiv(width, _KEYS), heads](
         q.contiguous(), seen.contiguous(), keys.contiguous(), starts, out, scale, batch, rows, width,
         D=size, BD=max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=block, FEW=few, PEAK=peak,
-        num_warps=4 if block <= 16 else 8,
+        num_warps=4 if block == _FEW_ROWS else 8,
     )  # fmt: skip
     return out
 
@@ -156,7 +159,7 @@ def of_suffix(
     return found, seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _newest(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, index: tl.tensor, before: tl.tensor, before_lse: tl.tensor,
     out: tl.tensor, lse: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
@@ -201,7 +204,7 @@ def newest(
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "heads", "rows"])  # strides are multiples of 16, always
 def _merge(
     first: tl.tensor, first_lse: tl.tensor, second: tl.tensor, second_lse: tl.tensor, out: tl.tensor, lse: tl.tensor,
     count: tl.tensor, heads: tl.tensor, rows: tl.tensor,

@@ -13,7 +13,7 @@ from torch import Tensor
 _TOKENS = 16  # of a program's block, where many are read at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "q_row", "q_head", "kv_row", "kv_head"])
 def _rotated(
     qkv: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, eps: tl.tensor,
     index: tl.tensor, q: tl.tensor, keys: tl.tensor, values: tl.tensor, rows: tl.tensor,

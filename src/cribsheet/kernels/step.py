@@ -111,7 +111,7 @@ def _many(
     return total.trans() if SWAPPED else total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     x: tl.tensor, gain: tl.tensor, eps: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
     b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, residual: tl.tensor, out: tl.tensor, rows: tl.tensor,
@@ -214,7 +214,7 @@ def _gated_one(
     tl.store(out + n, (one / (1.0 + tl.exp(-one)) * two).to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated_many(
     x: tl.tensor, gate: tl.tensor, up: tl.tensor, out: tl.tensor, rows: tl.tensor,
     K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -284,8 +284,8 @@ def _tile(kind: str, size: int, width: int, count: int) -> Tile:
 
 
 def _rows(count: int) -> int:
-    """Rows that are multiplied at once: tensor cores take at least 16."""
-    return 1 if count == 1 else min(64, max(16, 1 << (count - 1).bit_length()))
+    """Rows that are multiplied at once: one, or as many as most batches have, so that few kernels are compiled."""
+    return 1 if count == 1 else 32 if count <= 32 else 64
 
 
 def _entries(tile: Tile, size: int) -> int:

@@ -30,10 +30,10 @@ class Cut:
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
-CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
+CUTS = {16: Cut(16, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens", "blocks", "parts"])
 def _parted(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, starts: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
     index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
@@ -65,7 +65,7 @@ def _parted(
         tl.store(lse + there, own_seen, mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows"])
 def _joined(
     parts: tl.tensor, lses: tl.tensor, out: tl.tensor, lse: tl.tensor, count: tl.tensor, rows: tl.tensor,
     BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -102,8 +102,7 @@ def attend(
     kv_heads, tokens = newer.shape[1:3]
     rows = batch * heads // kv_heads
     cut = cut or next(each for most, each in CUTS.items() if rows <= most)
-    block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
-    blocks = -(-rows // block)
+    blocks = -(-rows // cut.rows)
     parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -113,11 +112,11 @@ def attend(
     shared_by = max(16, 1 << (heads // kv_heads - 1).bit_length())
     _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
         q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
-        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
+        H=heads, KV=kv_heads, D=size, BD=width, BM=cut.rows, BG=shared_by, BN=cut.keys,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     _joined[(batch * heads,)](
         found, seen, out, lse, parts + 1, batch * heads,
-        BS=1 << parts.bit_length(), D=size, BD=width, num_warps=4,
+        BS=_MOST_PARTS + 1, D=size, BD=width, num_warps=4,
     )  # fmt: skip
     return out, lse

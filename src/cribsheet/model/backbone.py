@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
+from cribsheet.attention.agreement import finding_out, is_in_a_hurry
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer, cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
@@ -30,7 +31,7 @@ from cribsheet.model.support import check_supported, head_size, inv_freq, layer_
 
 logger = logging.getLogger(__name__)
 
-_LEAST = 256  # tokens from which the time of a read is spent in kernels, not in launching them
+_LEAST = 16  # tokens from which reads are those of few kernels
 _SAMPLES = 16  # values looked at in each weight tensor
 Inputs = tuple[Tensor, Tensor, Cache]  # of a step: tokens (B, T), their positions (B, T), and what they see
 Keep = int | Tensor | None  # logits wanted: of the last so many tokens, of these places, or of none
@@ -169,12 +170,12 @@ class Backbone:
         `step` is called at each layer.
         """
         layers = [ReadingLayer(layer, start, len(guide), step) for layer in prefix]
-        ids = torch.cat([chunk, guide]).to(self.device).unsqueeze(0)
+        ids = torch.cat([chunk, guide]).to(self.device, non_blocking=True).unsqueeze(0)
         positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
         if (laid_out := self.laid_out()) is not None:
             laid_out.read(ids, positions, layers)
             return layers
-        fast = self.fast_read if ids.shape[1] >= _LEAST else None
+        fast = self.found_read() if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
         return layers
 
@@ -196,7 +197,15 @@ class Backbone:
     def fast_read(self) -> LlamaRead | None:
         """A read of few kernels, checked at the first use; none where the model's own layers must be used."""
         weights = self.plain_weights() if self.device.type == "cuda" else None
-        return fast_read(weights, self.name, self.read_by_own_layers) if weights else None
+        return fast_read(weights, self.name, self.read_by_own_layers, self.step) if weights else None
+
+    def found_read(self) -> LlamaRead | None:
+        """`fast_read`; none in a hurry, until it was found out."""
+        if "fast_read" not in vars(self) and not is_in_a_hurry():
+            with finding_out:
+                return self.fast_read
+        found: LlamaRead | None = vars(self).get("fast_read")
+        return found
 
     def plain_weights(self) -> LlamaWeights | None:
         """The weights of a Llama-like model that nobody has put anything into; none of any other."""
@@ -247,9 +256,12 @@ class Backbone:
 
     def weight_samples(self) -> Tensor:
         """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
-        return torch.cat(list(_weight_samples(self.model)))
+        samples = list(_weight_samples(self.model))
+        if len({(each.device, each.dtype) for each in samples}) > 1:
+            samples = [each.float().cpu() for each in samples]
+        return torch.cat(samples).float().cpu()  # a GPU is waited for once
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """Factor of the attention logits."""
         scaling: float = self.model.base_model.layers[0].self_attn.scaling
@@ -266,6 +278,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def _weight_samples(model: Any) -> Iterator[Tensor]:
+    places: dict[tuple[int, torch.device], Tensor] = {}
     for _, weight in sorted(model.named_parameters()):
         if weight.device.type == "meta" or not weight.is_floating_point():
             continue
@@ -275,7 +288,10 @@ def _weight_samples(model: Any) -> Iterator[Tensor]:
         if type(plain) is not Tensor:  # quantised weights in a class of their own know few operations
             plain = plain.dequantize()
         flat = plain.reshape(-1)
-        yield flat[sample_places(flat.numel()).to(flat.device)].float().cpu()
+        size = flat.numel(), flat.device
+        if size not in places:
+            places[size] = sample_places(flat.numel()).to(flat.device)
+        yield flat.index_select(0, places[size])
 
 
 def sample_places(numbers: int) -> Tensor:

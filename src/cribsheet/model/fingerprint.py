@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -140,12 +141,30 @@ def rotary_scaling(config: Any) -> dict[str, float]:
     }
 
 
+_digests: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()  # state and digest
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
-    """What tells two tokenizers apart."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)  # these two change with use, not with identity
-    state.pop("padding", None)
-    return _digest(json.dumps(state, sort_keys=True).encode())
+    """What tells two tokenizers apart.
+
+    Megabytes of vocabulary are gone through once for each tokenizer, and again if anything was added to it or set.
+    """
+    settings = _settings(tokenizer.backend_tokenizer)
+    known, digest = _digests.get(tokenizer, ("", ""))
+    if not digest or known != settings:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("truncation", None)  # these two change with use, not with identity
+        state.pop("padding", None)
+        digest = _digest(json.dumps(state, sort_keys=True).encode())
+        _digests[tokenizer] = settings, digest
+    return digest
+
+
+def _settings(tokenizer: Any) -> str:
+    """What can be set in a tokenizer that is loaded: its added tokens and all of its parts but the vocabulary."""
+    names = "normalizer", "pre_tokenizer", "post_processor", "decoder"
+    parts = [part and part.__getstate__() for part in (getattr(tokenizer, name) for name in names)]
+    return repr((tokenizer.get_vocab_size(False), tokenizer.get_added_tokens_decoder(), parts))
 
 
 def _close(first: list[float], second: list[float]) -> bool:

@@ -1,7 +1,8 @@
-"""Reading with Llama-like models by few kernels: what stands between products takes a quarter of a long read.
+"""Reading with Llama-like models by few kernels.
 
-As `model/llama_step.py`, for many new tokens of one sequence. Of the last layer only keys, values and what the guide
-looks at are made: nobody asks for what it would hand on.
+What stands between products takes a quarter of a long read, and launching it most of a short one.
+As `model/llama_step.py`, for many new tokens. Where a chunk is read, of the last layer only keys, values and what the
+guide looks at are made: nobody asks for what it would hand on.
 
 Letters as in `attention/prefix.py`.
 """
@@ -13,11 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from cribsheet.attention.agreement import relative_error
-from cribsheet.attention.cache import ReadingLayer
+from cribsheet.attention.cache import PrefixLayer, ReadingLayer, prefix_cache
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
-from cribsheet.model.llama_weights import LlamaWeights, beside, is_fast
+from cribsheet.model.llama_weights import LlamaLayer, LlamaWeights, beside, is_fast
 
 _BEFORE, _CHECKED = 24, 40  # tokens of a small example: of the prefix, and read, half of them the guide
 
@@ -31,37 +33,80 @@ class LlamaRead:
     @torch.no_grad()
     def __call__(self, ids: Tensor, positions: Tensor, layers: Sequence[ReadingLayer]) -> None:
         """Read tokens (1, T) at their positions (1, T) into the layers."""
+        passing = _Passing(self.weights, ids, positions)
+        for mine, layer in zip(self.weights.layers[:-1], layers, strict=False):
+            passing.through(mine, layer)
+        layers[-1].conclude(*passing.asked(self.weights.layers[-1]), self.weights.scale)
+
+    @torch.no_grad()
+    def logits(
+        self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], keep: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, V) after new tokens (B, T) at their positions (B, T): of the last, or of place `keep` (1,)."""
+        passing = _Passing(self.weights, ids, positions)
+        for mine, layer in zip(self.weights.layers, layers, strict=True):
+            passing.through(mine, layer)
+        return F.linear(passing.last(keep), self.weights.lm_head)
+
+
+class _Passing:
+    """New tokens on their way through the layers: rows (B * T, hidden), and what is to be added to them."""
+
+    def __init__(self, weights: LlamaWeights, ids: Tensor, positions: Tensor) -> None:
+        self._weights, self._batch = weights, len(ids)
+        self._rows = F.embedding(ids.flatten(), weights.embed)
+        self._more: Tensor | None = None
+        cos, sin = weights.turns(self._rows[None], positions)
+        self._turn = cos.flatten(0, 1).contiguous(), sin.flatten(0, 1).contiguous()
+
+    def asked(self, mine: LlamaLayer) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, T, D), rotated keys (B, K, T, D) and values of a layer."""
         from cribsheet.kernels.rotation import turned
+        from cribsheet.kernels.step import normed
+
+        self._rows, inner = normed(self._rows, *mine.before, self._more)
+        qkv = beside(inner, mine.qkv)
+        each = turned(qkv, self._turn, self._weights.kv_heads, self._weights.head_size, mine.qk_norms)
+        if self._batch == 1:
+            return each
+        q, keys, values = (part[0].unflatten(1, (self._batch, -1)).transpose(0, 1) for part in each)
+        return q, keys, values
+
+    def through(self, mine: LlamaLayer, layer: PrefixLayer) -> None:
+        """Through one layer."""
         from cribsheet.kernels.step import normed, silu_times
 
-        weights = self.weights
-        rows = F.embedding(ids[0], weights.embed)
-        cos, sin = weights.turns(rows[None], positions)
-        turn, more = (cos[0].contiguous(), sin[0].contiguous()), None
-        for mine, layer in zip(weights.layers, layers, strict=True):
-            rows, inner = normed(rows, *mine.before, more)
-            qkv = beside(inner, mine.qkv)
-            query, key, value = turned(qkv, turn, weights.kv_heads, weights.head_size, mine.qk_norms)
-            if layer is layers[-1]:
-                layer.conclude(query, key, value, weights.scale)
-                return
-            seen = layer.attend(AttentionInputs(query, *layer.update(key, value), None, weights.scale))
-            seen = F.linear(seen.transpose(1, 2).reshape(len(rows), -1), *mine.out)
-            rows, inner = normed(rows, *mine.between, seen)
-            more = F.linear(silu_times(beside(inner, (mine.gate, mine.up))), *mine.down)
+        query, key, value = self.asked(mine)
+        seen = layer.attend(AttentionInputs(query, *layer.update(key, value), None, self._weights.scale))
+        seen = F.linear(seen.transpose(1, 2).reshape(len(self._rows), -1), *mine.out)
+        self._rows, inner = normed(self._rows, *mine.between, seen)
+        self._more = F.linear(silu_times(beside(inner, (mine.gate, mine.up))), *mine.down)
+
+    def last(self, keep: Tensor | None) -> Tensor:
+        """Normalised rows (B, hidden) of the last tokens, or of those at place `keep` (1,)."""
+        from cribsheet.kernels.step import normed
+
+        assert self._more is not None
+        both = (part.unflatten(0, (self._batch, -1)) for part in (self._rows, self._more))
+        rows, more = (part[:, -1] if keep is None else part.index_select(1, keep)[:, 0] for part in both)
+        return normed(rows.contiguous(), *self._weights.norm, more.contiguous())[1]
 
 
 Read = Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None]  # tokens (1, T) at positions (1, T) into layers
+Step = Callable[[Tensor, Tensor, Cache], Tensor]  # tokens (B, T) at positions (B, T) over a cache: logits (B, 1, V)
 
 
-def fast_read(weights: LlamaWeights, name: str, own: Read) -> LlamaRead | None:
-    """A read of few kernels that agrees with the model's `own`; none where it does not, or cannot be run."""
+def fast_read(weights: LlamaWeights, name: str, own: Read, step: Step) -> LlamaRead | None:
+    """A read of few kernels that agrees with the model's `own`, and its logits with those of a `step`.
+
+    None where it does not, or cannot be run.
+    """
     read = LlamaRead(weights)
-    return read if is_fast(weights, f"reads of few kernels for {name}", lambda: errors(read, own)) else None
+    return read if is_fast(weights, f"reads of few kernels for {name}", lambda: errors(read, own, step)) else None
 
 
-def errors(read: LlamaRead, own: Read) -> dict[str, float]:
-    """Relative L2 errors of all that a read leaves in the layers, on a small random example, by kind."""
+def errors(read: LlamaRead, own: Read, step: Step) -> dict[str, float]:
+    """Relative L2 errors of all that a read leaves in the layers and of logits, on a small random example, by kind."""
     weights, generator = read.weights, torch.Generator().manual_seed(0)
     embed = weights.embed
     ids = torch.randint(0, len(embed), (1, _CHECKED), generator=generator).to(embed.device)
@@ -75,4 +120,8 @@ def errors(read: LlamaRead, own: Read) -> dict[str, float]:
         outcomes.append(layers)
     pairs = list(zip(*outcomes, strict=True))
     names = "chunk_keys", "chunk_values", "guide_queries", "guide_lse"
-    return {name: max(relative_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}
+    found = {name: max(relative_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}
+    both, places = ids.view(2, -1), positions[:, : _CHECKED // 2].expand(2, -1)
+    caches = [prefix_cache([LayerPrefix(keys, values) for _ in weights.layers], _BEFORE) for _ in "12"]
+    logits = read.logits(both, places, caches[0].layers)
+    return found | {"logits": relative_error(logits, step(both, places, caches[1])[:, -1])}

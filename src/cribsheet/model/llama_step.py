@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cribsheet.attention.agreement import relative_error
+from cribsheet.attention.agreement import finding_out, is_in_a_hurry, relative_error
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.model.backbone import Backbone
@@ -94,10 +94,12 @@ class LlamaStep:
 
 
 def find(backbone: Backbone) -> LlamaStep | None:
-    """The step of a model, checked at the first call; none where the model's own must be used."""
-    if backbone not in _steps:
-        _steps[backbone] = _checked(backbone) if backbone.device.type == "cuda" else None
-    return _steps[backbone]
+    """The step of a model, checked at the first call; none where the model's own must be used, or is for a hurry."""
+    if backbone not in _steps and not is_in_a_hurry():
+        with finding_out:
+            if backbone not in _steps:
+                _steps[backbone] = _checked(backbone) if backbone.device.type == "cuda" else None
+    return _steps.get(backbone)
 
 
 def use(backbone: Backbone, step: LlamaStep | None) -> None:

@@ -63,13 +63,14 @@ def choose(
         new = _unsaid(passage, said, chosen)
         if new is None:
             continue
-        fitting = _fitting(new, left, encoder)
+        taken = _tokens(new.text, encoder)
+        fitting = new if taken <= left else _cut(new, left, encoder)
         if fitting is not None:
             chosen.append(fitting)
             said.append(flattened(fitting.text))
         if fitting is not new:
             break
-        left -= _tokens(new.text, encoder)
+        left -= taken
     return _in_order(chosen, order)
 
 
@@ -101,9 +102,10 @@ def is_told_already(turns: Sequence[Message], known: Known) -> bool:
 
 def says(turns: Sequence[Message], passage: Passage) -> bool:
     """Whether the prompt holds all of a passage, in lines of its own."""
-    flat = flattened(passage.text)
-    lines = (_piece(line, flat) or "" for part in _asked(turns) for line in part.splitlines())
-    return len(flat) >= _WHOLE and flat in flattened(" ".join(lines))
+    flat, asked = flattened(passage.text), _asked(turns)
+    if not _WHOLE <= len(flat) <= sum(len(part) + 1 for part in asked):
+        return False
+    return flat in flattened(" ".join(_piece(line, flat) or "" for part in asked for line in part.splitlines()))
 
 
 def _asked(turns: Sequence[Message]) -> list[str]:
@@ -197,10 +199,8 @@ def _shared(before: str, after: str) -> int:
     return next((n for n in range(longest, _OVERLAP - 1, -1) if before[-n:] == after[:n]), 0)
 
 
-def _fitting(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
-    """The passage, or as many of its first words as fit; nothing if that is hardly any."""
-    if _tokens(passage.text, encoder) <= tokens:
-        return passage
+def _cut(passage: Passage, tokens: int, encoder: Encoder) -> Passage | None:
+    """As many of the first words of a passage that is too long as fit; nothing if that is hardly any."""
     room = tokens - encoder.count([GAP])
     kept = encoder.first(encoder.defuse(passage.text), room)
     while kept and _tokens(kept, encoder) > tokens:

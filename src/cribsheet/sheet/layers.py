@@ -143,6 +143,11 @@ class FloatLayer(StoredLayer):
         kept = getattr(torch, dtype)
         return cls(layer.keys.to("cpu", kept), layer.values.to("cpu", kept), layer.window, layer.counts)
 
+    def loss(self, layer: LayerPrefix) -> tuple[float, float]:
+        """As of any form; none where the type is the same."""
+        kept = self.keys.dtype, self.values.dtype
+        return (0.0, 0.0) if kept == (layer.keys.dtype, layer.values.dtype) else StoredLayer.loss(self, layer)
+
     def restored(self, device: torch.device, dtype: torch.dtype) -> LayerPrefix:
         """In another float type."""
         keys, values = (half.to(device, dtype, non_blocking=half.is_pinned()) for half in (self.keys, self.values))

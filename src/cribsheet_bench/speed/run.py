@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cribsheet.compare.journal import write_rows
+from cribsheet_bench.minute import parts as minute
 from cribsheet_bench.speed import checks, cuda, parts
 from cribsheet_bench.speed.page import page as markdown
 from cribsheet_bench.speed.parts import Report
@@ -166,6 +167,9 @@ def on_cuda(run: Run, shape: str, *, device: str) -> None:
         ("opening", lambda: parts.opening(setting, report, 512 if real else 4)),
         ("answers", lambda: correctness(run, device, [torch.float16, torch.bfloat16], answers=True)),
         ("default build", lambda: parts.default_build(setting, report, 2 * k, 8)),
+        ("first minute", lambda: minute.first_minute(setting, report, 16 * k)),
+        ("whole builds", lambda: minute.builds(setting, report, {4 * k: 3.0, 16 * k: 3.0, 64 * k: 2.5})),
+        ("promise", lambda: minute.promise(setting, report, 128 * k)),
         ("compiled", lambda: cuda.compiled(setting, report, 16 * k)),
         ("kernels", lambda: cuda.kernels(setting, report)),
     ]
@@ -187,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", nargs="+", choices=["pocket", *SHAPES], help="[default: pocket and 50m, or 8b]")
+    parser.add_argument(
+        "--shape", nargs="+", metavar="NAME", help=f"{', '.join(SHAPES)}, or a model  [default: pocket and 50m, or 8b]"
+    )
     parser.add_argument("--gpu-parts", action="store_true", help="on a CPU too: a rehearsal, with a tiny shape")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="on a CPU")
     parser.add_argument("--quick", action="store_true", help="end within a minute on a CPU")

@@ -33,6 +33,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 10, "num_attention_heads": 10,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
     },
+    "0.5b": {  # Qwen2.5-0.5B
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 151936,
+    },
+    "1.5b": {  # Qwen2.5-1.5B
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151936,
+    },
     "8b": {  # Llama-3.1-8B
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
@@ -124,9 +132,9 @@ class Setting:
 def make_setting(
     shape: str, device: str, dtype: torch.dtype, rounds: int, sizes: dict[str, Any] | None = None
 ) -> Setting:
-    """A setting for one of `SHAPES` or for other `sizes`, its weights made on the device, or for the pocket model."""
-    if shape == "pocket":
-        return Setting(Backbone.load("pocket", device=device, dtype=dtype), shape, rounds)
+    """A setting for one of `SHAPES`, or other `sizes`, with weights made on the device; or for a model by its name."""
+    if shape not in SHAPES and sizes is None:
+        return Setting(Backbone.load(shape, device=device, dtype=dtype), shape, rounds)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", **(sizes or SHAPES[shape]), max_position_embeddings=1 << 20, bos_token_id=1, eos_token_id=None,

@@ -96,9 +96,12 @@ def stock(setting: Setting, cache: DynamicCache, questions: Sequence[Tensor], ne
     return [list(tokens) for tokens in zip(*found, strict=True)]
 
 
-def fresh(setting: Setting, prompt: Tensor, new_tokens: int) -> list[int]:
-    """A greedy answer of stock transformers to a prompt that it reads whole: retrieval-augmented generation."""
-    return stock(setting, DynamicCache(config=setting.backbone.config), [prompt], new_tokens)[0]
+def fresh(setting: Setting, prompt: Tensor, new_tokens: int, times: int = 1) -> list[int]:
+    """A greedy answer of stock transformers to a prompt that it reads whole, so many times at once.
+
+    That is retrieval-augmented generation, if the prompt holds what was retrieved.
+    """
+    return stock(setting, DynamicCache(config=setting.backbone.config), [prompt] * times, new_tokens)[0]
 
 
 class Compiled:

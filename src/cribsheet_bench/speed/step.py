@@ -106,7 +106,7 @@ class Step:
         self._given = self.ids, [prefix.tokens + _BEFORE] * size, [_BEFORE] * size
         self.run: Callable[[], Any]
         if setting.device.type == "cuda":
-            graph = StepGraph(made, self.layers, rows, size, evidence)
+            graph = StepGraph(made, self.layers, rows, size, evidence=evidence)
             self.run, self.replay = partial(graph.replay, *self._given), graph._step.replay
         else:
             inputs = torch.tensor(self._given)
@@ -301,7 +301,7 @@ def families(setting: Setting, found: Found) -> None:
         backbone.model.to(setting.device)
         weights = _weights(backbone)
         errors = llama_step.errors(backbone, llama_step.LlamaStep(weights))
-        errors |= llama_read.errors(llama_read.LlamaRead(weights), backbone.read_by_own_layers)
+        errors |= llama_read.errors(llama_read.LlamaRead(weights), backbone.read_by_own_layers, backbone.step)
         found.fact(f"errors, {family}", errors)
 
 

@@ -40,8 +40,8 @@ class Recall:
 
     def needs(self, view: LayerView) -> Tensor:
         """Scores (2, K, S) for what is asked and for what is repeated."""
-        each = [max_over_group(peak, view) * value_norm(view) for peak in peaks(view)]
-        return carried_on(torch.stack(each), view)
+        both = torch.stack([max_over_group(peak, view) for peak in peaks(view)])
+        return carried_on(both * value_norm(view), view)
 
 
 def peaks(view: LayerView) -> tuple[Tensor, Tensor]:

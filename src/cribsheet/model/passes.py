@@ -1,0 +1,162 @@
+"""Passes of new tokens by as few kernels as a model allows, and finding out ahead which it allows.
+
+Letters as in `attention/slots.py`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from cribsheet.attention import dispatch
+from cribsheet.attention.agreement import finding_out, in_a_hurry
+from cribsheet.attention.backends import on_cuda
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.slots import SlotLayer
+from cribsheet.kernels.ahead import Shape, compile_ahead
+from cribsheet.model import llama_step
+from cribsheet.model.backbone import Backbone
+from cribsheet.model.llama_weights import LlamaWeights
+
+logger = logging.getLogger(__name__)
+
+
+def logits_after(
+    backbone: Backbone, ids: Tensor, positions: Tensor, cache: Cache, keep: Tensor | None = None
+) -> Tensor:
+    """Logits (B, V) after new tokens (B, T) at their positions (B, T): of the last, or of place `keep` (1,)."""
+    logits = by_few_kernels(backbone, ids, positions, cache, keep)
+    if logits is None:
+        logits = backbone.step(ids, positions, cache, 1 if keep is None else keep)[:, -1]
+    return logits
+
+
+def by_few_kernels(
+    backbone: Backbone, ids: Tensor, positions: Tensor, cache: Cache, keep: Tensor | None = None
+) -> Tensor | None:
+    """`logits_after`, where a Llama-like model on a GPU need not run its own layers; none where it must.
+
+    It must in a hurry too, until it is known that it need not.
+    """
+    layers = cache.layers
+    if backbone.device.type != "cuda":
+        return None
+    if isinstance(layers[0], SlotLayer):
+        step = llama_step.find(backbone)
+        if step is None:
+            return None
+        for layer in layers:
+            layer.reserve(len(ids), layer.rows.longest, layer.keys)
+        return step(ids[:, 0].to(backbone.device), positions[:, 0].to(backbone.device), layers)
+    read = backbone.found_read()
+    if read is None:
+        return None
+    return read.logits(ids.to(backbone.device), positions.to(backbone.device), layers, keep)
+
+
+class Preparation:
+    """Finding out in the background what a model on a GPU may use; `is_done` says whether that is over."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = weakref.ref(backbone)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cribsheet-kernels", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything is known that there is to know."""
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Come back when it is done, or after so long."""
+        self._thread.join(seconds)
+
+    def close(self) -> None:
+        """Leave off as soon as possible, and come back then."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._find_out()
+        except Exception:
+            logger.warning("kernels could not be made ready ahead, and are at their first use", exc_info=True)
+
+    def _find_out(self) -> None:
+        backbone = self._backbone()
+        if backbone is None:
+            return
+        like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
+        if not on_cuda(like):
+            return
+        _begin(backbone)
+        compile_ahead(shape_of(backbone, backbone.plain_weights()), self._closing)
+        parts = (
+            lambda: dispatch.usable(like, backbone.kv_heads, backbone.softcap),
+            lambda: dispatch.can_merge(like),
+            lambda: backbone.fast_read,
+            lambda: llama_step.find(backbone),
+        )
+        with finding_out:
+            for part in parts:
+                if not self._closing.is_set():
+                    part()
+
+
+def _begin(backbone: Backbone) -> None:
+    """Have CUDA load what it loads at a first pass."""
+    none = torch.empty(backbone.kv_heads, 0, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
+    layers = [LayerPrefix(none, none, window) for window in backbone.windows]
+    with in_a_hurry():
+        backbone.step(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8).unsqueeze(0), prefix_cache(layers, 0))
+
+
+def shape_of(backbone: Backbone, weights: LlamaWeights | None) -> Shape:
+    """What kernels of a model on a GPU are compiled for, given its weights if it is Llama-like."""
+    major, minor = torch.cuda.get_device_capability(backbone.device)
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    shape = 10 * major + minor, dtype, backbone.num_heads, backbone.kv_heads, backbone.head_size
+    if weights is None:
+        return Shape(*shape)
+    layer = weights.layers[0]
+    return Shape(
+        *shape,
+        hidden=weights.embed.shape[1],
+        inner=len(layer.gate[0]),
+        vocabulary=len(weights.lm_head),
+        biased=(layer.qkv[0][1] is not None, layer.out[1] is not None, layer.down[1] is not None),
+        normed=layer.qk_norms is not None,
+    )
+
+
+_preparations: weakref.WeakKeyDictionary[Backbone, Preparation] = weakref.WeakKeyDictionary()
+
+
+def prepare(backbone: Backbone) -> Preparation | None:
+    """Begin to find out what a model may use, once; nothing is to be found out but on GPUs."""
+    if backbone.device.type != "cuda":
+        return None
+    if backbone not in _preparations:
+        _preparations[backbone] = Preparation(backbone)
+    return _preparations[backbone]
+
+
+def is_prepared(backbone: Backbone) -> bool:
+    """Whether nothing is being found out."""
+    preparation = _preparations.get(backbone)
+    return preparation is None or preparation.is_done
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside torch while the interpreter goes would take the whole process down with an abort."""
+    for preparation in list(_preparations.values()):
+        preparation.close()

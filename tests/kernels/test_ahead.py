@@ -1,0 +1,136 @@
+"""What is compiled ahead is all that a session needs, whatever its lengths and batches: `make kernels`.
+
+Kernels are compiled for real here, for a GPU that nobody has to have; the interpreter of the other tests compiles none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1" or not find_spec("triton"):
+    pytest.skip("make kernels runs these", allow_module_level=True)
+
+from transformers import AutoModelForCausalLM
+
+from cribsheet.attention import dispatch
+from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.slots import Rows, SlotLayer
+from cribsheet.kernels import ahead, columns
+from cribsheet.model.llama_step import LlamaStep
+from cribsheet.model.llama_weights import llama_weights
+from cribsheet.testing import tiny_config
+
+SIZE, HEADS, KV_HEADS = 32, 12, 2
+SHAPE = ahead.Shape(
+    arch=90, dtype="bfloat16", heads=HEADS, kv_heads=KV_HEADS, head_size=SIZE, hidden=96, inner=160, vocabulary=1000
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory):
+    """All kernels of the shape, in a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield ahead.run(SHAPE, 1)
+
+
+def made(*sizes, dtype=torch.bfloat16):
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+def floats(*sizes):
+    return made(*sizes, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def step():
+    sizes = {"head_dim": SIZE, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    config = tiny_config("llama", **sizes, hidden_size=96, intermediate_size=160)
+    with torch.device("meta"):
+        weights = llama_weights(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    turns = lambda rows, positions: (made(*positions.shape, SIZE), made(*positions.shape, SIZE))  # noqa: E731
+    return LlamaStep(replace(weights, turns=turns))
+
+
+def slots(batch, tokens, counts):
+    """Layers of a step over a prefix of heads of different lengths, none of it in memory."""
+    rows = Rows()
+    rows.index, rows.count, rows.longest = made(batch, dtype=torch.int64), batch, tokens
+    layers = []
+    for _ in range(3):
+        prefix = LayerPrefix(made(sum(counts), SIZE), made(sum(counts), SIZE), None, counts)
+        prefix.__dict__["starts"] = made(KV_HEADS + 1, dtype=torch.int32)
+        layer = SlotLayer(prefix, max(counts), rows)
+        layer.keys = layer.values = made(batch, KV_HEADS, tokens, SIZE)
+        layers.append(layer)
+    return layers
+
+
+def test_a_model_needs_few_kernels(kernels):
+    assert 0 < len(kernels.compiled) <= 26, kernels.compiled
+
+
+@pytest.mark.parametrize("counts", [(9111, 3000), (24, 24), (700, 1501)])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 16, 32, 33, 64])
+def test_no_batch_and_no_sheet_needs_another_step(kernels, step, batch, counts):
+    before = len(kernels.compiled)
+    for tokens in (64, 192, 256, 2048):
+        layers = slots(batch, tokens, counts)
+        step(made(batch, dtype=torch.int64), made(batch, dtype=torch.int64), layers)
+        q, lse = made(batch, HEADS, 1, SIZE), floats(batch, HEADS, 1)
+        prefix = layers[0].prefix
+        dispatch.on_prefix(q, lse, prefix.keys, prefix.starts, prefix.longest, max(counts), 0.1)
+        columns.newest(q, layers[0].keys, layers[0].values, layers[0].rows.index, 0.1, (q, lse))
+    assert kernels.compiled[before:] == []
+
+
+@pytest.mark.parametrize("rows", [3, 17, 32, 57, 60, 64, 512, 1001, 1024, 4096])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_length_of_a_question_or_a_guide_needs_another_kernel(kernels, batch, rows):
+    before = len(kernels.compiled)
+    q, lse = made(batch, HEADS, rows, SIZE), floats(batch, HEADS, rows)
+    columns.merge((q, lse), (made(batch, rows, HEADS, SIZE).transpose(1, 2), lse))
+    starts = made(KV_HEADS + 1, dtype=torch.int32)
+    dispatch.on_prefix(q, lse, made(12111, SIZE), starts, 9111, 9111, 0.1)
+    for tokens in (63, 980, 8192):
+        for peak in (False, True):
+            if rows > 16 or peak:
+                dispatch.columns(q[0], made(KV_HEADS, tokens, SIZE), lse[0], 0.1, None, peak=peak)
+    assert kernels.compiled[before:] == []
+
+
+def test_another_process_compiles_once_and_is_left_alone_afterwards(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    small = ahead.Shape(arch=90, dtype="float16", heads=4, kv_heads=2, head_size=16)
+    with caplog.at_level(logging.INFO):
+        ahead.compile_ahead(small, threading.Event())
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert len(kept) > 5 and not caplog.records
+    monkeypatch.setattr(ahead.subprocess, "Popen", lambda *given, **named: 1 / 0)
+    ahead.compile_ahead(small, threading.Event())
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_compiler_that_fails_is_told_of_and_nothing_else_happens(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        ahead.compile_ahead(
+            ahead.Shape(arch=90, dtype="no such type", heads=4, kv_heads=2, head_size=16), threading.Event()
+        )
+    assert "at their first use" in caplog.text and not list(tmp_path.glob("cribsheet-*"))
+
+
+def test_who_closes_does_not_wait_for_a_compiler(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    closing = threading.Event()
+    closing.set()
+    with caplog.at_level(logging.INFO):
+        ahead.compile_ahead(SHAPE, closing)
+    assert not caplog.records and not list(tmp_path.glob("cribsheet-*"))

@@ -1,0 +1,93 @@
+"""Passes of new tokens are the model's own where nothing faster is known, and nobody in a hurry finds that out."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from cribsheet.attention import dispatch
+from cribsheet.attention.agreement import in_a_hurry, is_in_a_hurry
+from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.slots import Rows, SlotLayer, step_cache
+from cribsheet.model import llama_step
+from cribsheet.model.passes import is_prepared, logits_after, prepare
+from cribsheet.testing import tiny_backbone
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def prefix(backbone):
+    shape = backbone.kv_heads, TOKENS, backbone.head_size
+    random = torch.Generator().manual_seed(0)
+    return [LayerPrefix(*(torch.randn(shape, generator=random) for _ in "kv")) for _ in range(backbone.num_layers)]
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_a_pass_is_the_models_own(backbone, prefix, keep):
+    ids, positions = torch.arange(20, 26).reshape(2, 3), torch.arange(TOKENS, TOKENS + 3).expand(2, -1)
+    place = None if keep is None else torch.tensor([keep])
+    got = logits_after(backbone, ids, positions, prefix_cache(prefix, TOKENS), place)
+    wanted = backbone.step(ids, positions, prefix_cache(prefix, TOKENS), 3)[:, -1 if keep is None else keep]
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_so_is_a_step(backbone, prefix):
+    found = []
+    for run in (logits_after, lambda *given: backbone.step(*given)[:, -1]):
+        rows = Rows()
+        rows.lengths = [0, 0]
+        layers = [SlotLayer(layer, TOKENS, rows) for layer in prefix]
+        rows.prepare(backbone.device)
+        ids, positions = torch.tensor([[20], [21]]), torch.full((2, 1), TOKENS)
+        found.append(run(backbone, ids, positions, step_cache(layers)) if run is logits_after
+                     else run(ids, positions, step_cache(layers)))  # fmt: skip
+    assert torch.equal(*found)
+
+
+def test_on_a_cpu_nothing_is_prepared(backbone):
+    assert prepare(backbone) is None and is_prepared(backbone) and llama_step.find(backbone) is None
+
+
+def test_who_is_in_a_hurry_takes_the_plain_path_until_somebody_else_has_found_out(monkeypatch):
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    asked = []
+
+    def check(*heads):
+        asked.append(heads)
+        return {"all": 0.0}
+
+    heads = torch.device("cpu"), torch.float32, 64, 2
+    with in_a_hurry():
+        assert not dispatch._agree(check, *heads) and not asked
+        thread = threading.Thread(target=dispatch._agree, args=(check, *heads))  # who has time
+        thread.start()
+        thread.join()
+        assert dispatch._agree(check, *heads) and len(asked) == 1
+    assert dispatch._agree(check, *heads) and len(asked) == 1 and not is_in_a_hurry()
+
+
+def test_two_that_have_time_find_out_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    asked, begun = [], threading.Barrier(4)
+
+    check = lambda *heads: asked.append(heads) or {}  # noqa: E731
+
+    def find_out():
+        begun.wait(30)
+        dispatch._agree(check, torch.device("cpu"), torch.float32, 64, 2)
+
+    threads = [threading.Thread(target=find_out) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
