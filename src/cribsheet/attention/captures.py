@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from cribsheet.attention.agreement import finding_out
 
@@ -20,7 +20,6 @@ class Captures(Generic[T]):
         self._made: dict[Hashable, T | None] = {}
         self._uses: dict[Hashable, int] = {}
         self._way: Hashable = None
-        self.pool: Any = None  # of the memory that they share, if they do
 
     def __bool__(self) -> bool:
         """Whether anything was captured."""

@@ -9,7 +9,7 @@ been used a few times. `fixed_step` and `padded_prefill` are what is captured; t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ _USES = 3  # steps of a bucket before it is captured
 _FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
 _MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
 _PREFILL_USES = 1  # questions of a bucket before it is captured
-_FIRST_QUESTION, _MOST_QUESTION = 32, 2048  # tokens of the shortest and longest questions that are captured
-_DOUBLES_TO = 512  # tokens up to which buckets of questions double; longer ones are as many times as long
+_FIRST_QUESTION, _MOST_QUESTION = 32, 512  # tokens of the shortest and longest questions that are captured
 
 
 def fixed_step(
@@ -54,17 +53,16 @@ def fixed_step(
 
 
 def padded_prefill(
-    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool, told: bool = False
+    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool
 ) -> tuple[Tensor, Tensor | None, Sequence[object]]:
     """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
 
-    Where passages were `told`, it is (M, K, P + T), what it looked at in all of itself too.
     `inputs` (T + 1,) are its tokens, anything behind them, and the place of the last one. No row sees what stands
     behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding.
     """
     size = len(weights)
     cache = prefill_cache(prefix.layers, prefix.tokens, None)
-    glance = Glance(cache.layers, backbone.full, [(0, size if told else 0)], [weights]) if evidence else None
+    glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights]) if evidence else None
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
     logits = logits_after(backbone, inputs[None, :size], positions[None], cache, inputs[size:])
     return logits, glance.masses[0] if glance else None, cache.layers
@@ -89,15 +87,14 @@ class _Staged:
 class _Captured(Generic[R]):
     """A computation on fixed buffers that is replayed; `found` holds its results after each replay."""
 
-    def __init__(self, run: Callable[[], R], pool: Any = None) -> None:
-        """Capture it, in a `pool` of memory that is shared with others if their results are not needed any more."""
+    def __init__(self, run: Callable[[], R]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # whatever is made at a first use must be made before the capture
             run()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.no_grad(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.found = run()
 
     def replay(self) -> R:
@@ -177,17 +174,12 @@ class StepGraphs:
 class PrefillGraph:
     """Reading one question of at most `tokens` tokens on a prefix, as the GPU replays it."""
 
-    def __init__(
-        self, backbone: Backbone, prefix: Prefix, tokens: int, *, evidence: bool, told: bool = False, pool: Any = None
-    ) -> None:
+    def __init__(self, backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> None:
         self.tokens = tokens
         self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
         self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
         self._prefill = _Captured(
-            lambda: padded_prefill(
-                backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence, told=told
-            ),
-            pool,
+            lambda: padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
         )
 
     def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Sequence[object]]:
@@ -210,22 +202,16 @@ def _may_capture(backbone: Backbone) -> bool:
     return backbone.device.type == "cuda" and backbone.attached().share is None
 
 
-def find_prefill(
-    backbone: Backbone, prefix: Prefix, tokens: int, *, evidence: bool, told: bool = False
-) -> PrefillGraph | None:
+def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> PrefillGraph | None:
     """The graph that reads a question of so many tokens, capturing it if it is time; none if it is read without."""
     sliding = len(backbone.full) < backbone.num_layers
     if not _may_capture(backbone) or tokens > _MOST_QUESTION or sliding:
         return None
     size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
-    if tokens > _DOUBLES_TO:
-        size = -(-tokens // _DOUBLES_TO) * _DOUBLES_TO
-    if prefix.prefills.pool is None:
-        prefix.prefills.pool = torch.cuda.graph_pool_handle()
     found: PrefillGraph | None = prefix.prefills.find(
-        ("a question", size, evidence, told),
+        ("a question", size, evidence),
         _PREFILL_USES,
-        lambda: PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, pool=prefix.prefills.pool),
+        lambda: PrefillGraph(backbone, prefix, size, evidence),
         way=is_prepared(backbone),
     )
     return found
