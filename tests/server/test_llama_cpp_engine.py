@@ -72,22 +72,30 @@ def test_a_stream_is_the_answer_in_pieces_and_who_leaves_frees_the_slot(live, kb
 
 
 @pytest.mark.parametrize(
-    ("field", "said"),
+    ("field", "said", "named"),
     [
-        ({"cribsheet": {"evidence": True}}, "have no sources"),
-        ({"response_format": {"type": "json_object"}}, "without forms"),
-        ({"logit_bias": {"5": 1}}, "without logit_bias"),
-        ({"logprobs": True}, "without logprobs"),
-        ({"frequency_penalty": 1.0}, "frequency_penalty is 1.0"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {}}}]}, "without tools"),
-        ({"cribsheet": {"mode": "hybrid"}}, "without mode"),
-        ({"messages": [{"role": "user", "content": "word " * 4000}]}, "room="),
+        ({"cribsheet": {"evidence": True}}, "without evidence and sources", "cribsheet.evidence"),
+        ({"cribsheet": {"sources": 2}}, "without evidence and sources", "cribsheet.evidence"),
+        ({"response_format": {"type": "json_object"}}, "without forms", "response_format"),
+        ({"logit_bias": {"5": 1}}, "without logit_bias", "logit_bias"),
+        ({"logprobs": True}, "without logprobs", "logprobs"),
+        ({"frequency_penalty": 1.0}, "without penalties", "frequency_penalty"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {}}}]}, "without tools", "tools"),
+        ({"cribsheet": {"mode": "hybrid"}}, "without modes with passages", "cribsheet.mode"),
+        ({"messages": [{"role": "user", "content": "word " * 4000}]}, "room=", "messages"),
     ],
-    ids=["evidence", "form", "bias", "logprobs", "penalty", "tools", "mode", "too long"],
+    ids=["evidence", "sources", "form", "bias", "logprobs", "penalty", "tools", "mode", "too long"],
 )
-def test_what_llama_cpp_does_not_do_is_refused(live, field, said):
+def test_what_llama_cpp_does_not_do_is_refused_by_the_fields_name(live, field, said, named):
     reply = live.post(**{**asked(QUESTION), **field})
-    assert reply.status_code == 400 and said in reply.json()["error"]["message"]
+    told = reply.json()["error"]
+    assert reply.status_code == 400 and said in told["message"] and told["param"] == named
+
+
+def test_settings_that_ask_for_nothing_are_no_fault(live, kb):
+    nothing = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "cribsheet": {"evidence": False}}
+    reply = live.post(**asked(QUESTION, tools=[], response_format={"type": "text"}, **nothing))
+    assert reply.json()["choices"][0]["message"]["content"].rstrip("\ufffd") == words(kb, QUESTION)
 
 
 def test_what_a_sheet_holds_is_told_as_for_our_engine(live, qwen3_sheet):
