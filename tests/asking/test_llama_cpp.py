@@ -138,6 +138,10 @@ def test_stop_strings_and_a_schema_bind_the_answer(llama, kb):
 def test_what_it_does_not_have_is_refused_by_name(llama):
     with pytest.raises(RequestError, match=r"llama.cpp answers without logprobs, retriever; use max_tokens, .*here"):
         llama.ask(QUESTION, logprobs=1, retriever="bm25")
+    for name in ("frequency_penalty", "presence_penalty"):
+        with pytest.raises(RequestError, match=f"{name} is -0.5, and llama.cpp would count the ids that stand for"):
+            llama.ask(QUESTION, **{name: -0.5})
+        assert llama.ask(QUESTION, max_tokens=4, **{name: 0.0}).text
     with pytest.raises(RequestError, match="max_tokens is 0"):
         llama.ask(QUESTION, max_tokens=0)
     with pytest.raises(WindowError, match=r"takes \d+ tokens, and there is room=256 .* behind the sheet of 96"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +11,8 @@ from corpus import QUESTION
 from live import serving
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.asking.llama_cpp.served import ServedLlamaCpp
+from cribsheet.asking.llama_cpp.llm import LlamaStream
+from cribsheet.asking.llama_cpp.served import AsyncLlamaStream, ServedLlamaCpp
 from cribsheet.cli import run
 from cribsheet.errors import EngineError
 
@@ -69,21 +72,30 @@ def test_a_stream_is_the_answer_in_pieces_and_who_leaves_frees_the_slot(live, kb
 
 
 @pytest.mark.parametrize(
-    ("field", "said"),
+    ("field", "said", "named"),
     [
-        ({"cribsheet": {"evidence": True}}, "have no sources"),
-        ({"response_format": {"type": "json_object"}}, "without forms"),
-        ({"logit_bias": {"5": 1}}, "without logit_bias"),
-        ({"logprobs": True}, "without logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {}}}]}, "without tools"),
-        ({"cribsheet": {"mode": "hybrid"}}, "without mode"),
-        ({"messages": [{"role": "user", "content": "word " * 4000}]}, "room="),
+        ({"cribsheet": {"evidence": True}}, "without evidence and sources", "cribsheet.evidence"),
+        ({"cribsheet": {"sources": 2}}, "without evidence and sources", "cribsheet.evidence"),
+        ({"response_format": {"type": "json_object"}}, "without forms", "response_format"),
+        ({"logit_bias": {"5": 1}}, "without logit_bias", "logit_bias"),
+        ({"logprobs": True}, "without logprobs", "logprobs"),
+        ({"frequency_penalty": 1.0}, "without penalties", "frequency_penalty"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {}}}]}, "without tools", "tools"),
+        ({"cribsheet": {"mode": "hybrid"}}, "without modes with passages", "cribsheet.mode"),
+        ({"messages": [{"role": "user", "content": "word " * 4000}]}, "room=", "messages"),
     ],
-    ids=["evidence", "form", "bias", "logprobs", "tools", "mode", "too long"],
+    ids=["evidence", "sources", "form", "bias", "logprobs", "penalty", "tools", "mode", "too long"],
 )
-def test_what_llama_cpp_does_not_do_is_refused(live, field, said):
+def test_what_llama_cpp_does_not_do_is_refused_by_the_fields_name(live, field, said, named):
     reply = live.post(**{**asked(QUESTION), **field})
-    assert reply.status_code == 400 and said in reply.json()["error"]["message"]
+    told = reply.json()["error"]
+    assert reply.status_code == 400 and said in told["message"] and told["param"] == named
+
+
+def test_settings_that_ask_for_nothing_are_no_fault(live, kb):
+    nothing = {"frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "cribsheet": {"evidence": False}}
+    reply = live.post(**asked(QUESTION, tools=[], response_format={"type": "text"}, **nothing))
+    assert reply.json()["choices"][0]["message"]["content"].rstrip("\ufffd") == words(kb, QUESTION)
 
 
 def test_what_a_sheet_holds_is_told_as_for_our_engine(live, qwen3_sheet):
@@ -97,6 +109,29 @@ def test_an_answer_that_takes_too_long_gets_504(llama):
     assert reply.status_code == 504
 
 
+def test_what_nobody_waits_for_any_longer_is_not_asked():
+    asked = []
+
+    def said(name):
+        asked.append(name)
+        yield {"content": name, "stop": True}
+
+    async def streamed():
+        loop, busy = asyncio.get_running_loop(), threading.Event()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(busy.wait)
+            gone, _, kept = (
+                AsyncLlamaStream(LlamaStream(said(name), 0, 0, timeout), timeout, loop, threads)
+                for name, timeout in (("gone", None), ("late", 0.0), ("kept", None))
+            )
+            gone.cancel()
+            busy.set()
+            assert [text async for text in kept] == ["kept"]
+
+    asyncio.run(streamed())
+    assert asked == ["kept"]
+
+
 def test_a_closed_one_answers_no_more(qwen3, qwen3_sheet, qwen3_gguf, llama):
     served = ServedLlamaCpp.load(qwen3_sheet, gguf=qwen3_gguf, tokenizer=qwen3.tokenizer)
     served.close()
@@ -108,6 +143,7 @@ def test_the_command_says_which_options_go_together(tmp_path, capsys):
     for flags, said in (
         (["--engine", "llama.cpp"], "--engine llama.cpp and --gguf FILE go together"),
         (["--gguf", "a.gguf"], "--engine llama.cpp and --gguf FILE go together"),
+        (["--slots", "4"], "--slots is of llama.cpp"),
         (["--engine", "llama.cpp", "--gguf", "a.gguf", "--dtype", "bfloat16"], "--dtype is of our own engine"),
         (["--engine", "llama.cpp", "--gguf", "a.gguf", "--ray"], "--ray is of our own engine"),
     ):

@@ -58,8 +58,9 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="With --engine llama.cpp, a GGUF of the sheets' model.")
     ] = None,
     slots: Annotated[
-        int, typer.Option(metavar="N", min=1, help="With --engine llama.cpp, answers of a sheet at a time.")
-    ] = 4,
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --engine llama.cpp, answers of a sheet at a time.  [default: 4]"),
+    ] = None,
     hide_documents: Annotated[bool, typer.Option("--hide-documents", help="Do not show the documents' texts.")] = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Log questions and answers.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Serve by replicas on a Ray cluster, here or elsewhere.")] = False,
@@ -91,6 +92,8 @@ def serve(
         misuse(f"--host {host} is open to other machines: give --keys FILE, or --open to let everybody ask")
     if (engine == "llama.cpp") != (gguf is not None):
         misuse("--engine llama.cpp and --gguf FILE go together: give both or neither")
+    if slots is not None and gguf is None:
+        misuse("--slots is of llama.cpp; give --engine llama.cpp and --gguf FILE with it")
     from cribsheet.errors import integration
 
     for needed in ("fastapi", "uvicorn"):
@@ -118,7 +121,7 @@ def serve(
         retriever=retriever,
         hosts=hosts,
     )
-    options = given(model) if engine == "cribsheet" else _of_llama_cpp(model, gguf, slots, ray=ray)
+    options = given(model) if engine == "cribsheet" else _of_llama_cpp(model, gguf, slots or 4, ray=ray)
     if ray:
         from cribsheet.cli.ray import serve_on_ray
 

@@ -90,7 +90,7 @@ class LlamaCpp:
         """Answer a question, or the last turn of a conversation.
 
         `settings` are those of `SamplingParams` that llama.cpp has, `json_schema` and `timeout`. Raises `RequestError`
-        for others, `WindowError` for a question that leaves no room, and `EngineError` when time is up.
+        for others and for penalties, `WindowError` for a question that leaves no room, `EngineError` when time is up.
         """
         with self.stream(question, **settings) as stream:
             for _ in stream:
@@ -106,6 +106,7 @@ class LlamaCpp:
             )
         timeout, schema = wanted.pop("timeout", None), wanted.pop("json_schema", None)
         params = SamplingParams(**wanted)
+        _check_penalties(params)
         ids = self._prompts.question(question)
         left = self.room - len(ids)
         if left < 1:
@@ -244,6 +245,16 @@ def _room(sheet: Sheet, file: Gguf, vocabulary: int, room: int) -> int:
     return int(min(room, window - sheet.length))
 
 
+def _check_penalties(params: SamplingParams) -> None:
+    """Raise `RequestError` for penalties: llama.cpp counts for them what stands in the prompt, too."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if value := getattr(params, name):
+            raise RequestError(
+                f"{name} is {value}, and llama.cpp would count the ids that stand for the sheet as if they had been "
+                "said; leave it out, or ask the sheet here."
+            )
+
+
 def _completion(params: SamplingParams, longest: int) -> dict[str, Any]:
     """Settings as llama.cpp's server names them; what it adds by default is turned off."""
     return {
@@ -253,8 +264,6 @@ def _completion(params: SamplingParams, longest: int) -> dict[str, Any]:
         "top_k": params.top_k,
         "min_p": 0.0,
         "repeat_penalty": 1.0,
-        "frequency_penalty": params.frequency_penalty,
-        "presence_penalty": params.presence_penalty,
         "stop": list(params.stops),
         **({} if params.seed is None else {"seed": params.seed % (1 << 32)}),
     }

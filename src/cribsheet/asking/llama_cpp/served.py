@@ -101,14 +101,18 @@ class AsyncLlamaStream:
     def _read(self) -> None:
         """Read the answer, in a thread."""
         try:
+            self._check_awaited()  # a thread may have been long in coming
             with self._stream as pieces:
                 for text in pieces:
-                    if self._cancelled.is_set() or self.is_late:
-                        raise EngineError("The answer was stopped before it was complete; allow more time.")
+                    self._check_awaited()
                     self._tell(text)
             self._tell(None)
         except Exception as error:
             self._tell(error)
+
+    def _check_awaited(self) -> None:
+        if self._cancelled.is_set() or self.is_late:
+            raise EngineError("The answer was stopped before it was complete; allow more time.")
 
     def _tell(self, event: str | BaseException | None) -> None:
         try:

@@ -100,7 +100,11 @@ class Scheduling:
 
     def _named(self, request: Any) -> None:
         """Raise `RequestError` for a request that means a sheet, by its name or its ids, and cannot have it."""
-        begun, named = self._begun(request), (request.kv_transfer_params or {}).get(KEY)
+        told = request.kv_transfer_params
+        if told is not None and not isinstance(told, Mapping):
+            request.kv_transfer_params = None  # vLLM asks it for what is its own, and would end
+            raise RequestError(f"Its kv_transfer_params are {told!r}; use {{{KEY!r}: NAME}}.")
+        begun, named = self._begun(request), (told or {}).get(KEY)
         name = begun if named is None else named
         if name is None:
             return

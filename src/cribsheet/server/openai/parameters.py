@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cribsheet.asking.llama_cpp.served import ServedLlamaCpp
 from cribsheet.asking.settings import Retrieval
 from cribsheet.asking.sources import LIMIT
 from cribsheet.prompt.turns import Question, as_turns
@@ -30,6 +31,15 @@ _READ_AGAIN = (
     60  # sources of all answers to a request, where they are more than answers carry: each answer is read again
 )
 _MODES = {"sure": "auto", "retriever": "recall", "no_archive": "recall"}  # settings that mean nothing in others
+_OF_OURS = {  # settings that llama.cpp has not: the field of each, and what it asks for
+    "evidence": ("cribsheet.evidence", "evidence and sources"),
+    "mode": ("cribsheet.mode", "modes with passages"),
+    "tools": ("tools", "tools"),
+    "grammar": ("response_format", "forms"),
+    "logprobs": ("logprobs", "logprobs"),
+    "frequency_penalty": ("frequency_penalty", "penalties"),
+    "presence_penalty": ("presence_penalty", "penalties"),
+}
 _SAME = ("frequency_penalty", "presence_penalty", "temperature", "top_k", "top_p", "seed", "stop")
 
 
@@ -75,6 +85,7 @@ def chat_ask(body: ChatRequest, kb: Kb, limits: ServerSettings) -> Ask:
         settings["logprobs"] = body.top_logprobs or 0
     if tools:
         settings |= {"tools": tools, "tool_choice": choice}
+    _check_engine(settings, kb)
     shaped = "tool_choice" if form is not None else "response_format" if "grammar" in settings else None
     return Ask(turns, settings, "messages", body.choices, shaped)
 
@@ -84,6 +95,7 @@ def completion_asks(body: CompletionRequest, kb: Kb, limits: ServerSettings) -> 
     settings = _settings(body, kb, limits, body.max_tokens)
     if body.logprobs is not None:
         settings["logprobs"] = body.logprobs
+    _check_engine(settings, kb)
     alone = isinstance(body.prompt, str)
     asks = []
     for number, prompt in enumerate(body.prompts):
@@ -118,6 +130,13 @@ def _settings(body: Asked, kb: Kb, limits: ServerSettings, max_tokens: int | Non
             raise Refusal(400, f"logit_bias names token {beyond[0]}; use ids from 0 to {size - 1}.", param="logit_bias")
         settings["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     return settings
+
+
+def _check_engine(settings: Mapping[str, Any], kb: Kb) -> None:
+    """Refuse what llama.cpp does not do, where it answers."""
+    for name, (field, asked) in _OF_OURS.items() if isinstance(kb, ServedLlamaCpp) else ():
+        if settings.get(name) or (name == "logprobs" and name in settings):  # 0: those of the tokens themselves
+            raise Refusal(400, f"llama.cpp answers here, without {asked}; leave out {field}.", param=field)
 
 
 def _check_sources(body: Asked) -> None:
