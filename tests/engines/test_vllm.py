@@ -363,6 +363,15 @@ def test_caches_of_another_form_are_refused(files):
             Caches({wrong: torch.zeros(8, 2, 16, 32)}, sheets, range(2), 16)
 
 
+def test_a_damaged_file_is_refused(files, tmp_path):
+    held = bytearray(files["staff"].read_bytes())
+    held[-100] ^= 1
+    path = tmp_path / "damaged.vllm"
+    path.write_bytes(held)
+    with pytest.raises(SheetError, match=r"damaged\.vllm' is damaged: .* export it again with to='vllm'"):
+        ExportedSheet.open(path)
+
+
 def test_the_file_holds_the_sheet_in_its_own_type_and_says_which_model_made_it(qwen3, qwen3_sheet, files, tmp_path):
     exported = ExportedSheet.open(files["staff"])
     assert exported.digest == qwen3_sheet.manifest.digest and exported.fingerprint == qwen3_sheet.manifest.fingerprint
