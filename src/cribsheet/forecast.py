@@ -233,7 +233,6 @@ def _peak_bytes(backbone: Backbone, part: _Part, tokens: int, lengths: Tensor) -
     """
     reading, config = part.reading, backbone.config
     size, head = backbone.model.dtype.itemsize, backbone.head_size
-    weights = sum(weight.nbytes for weight in backbone.model.parameters())
     chunk = min(len(part.corpus), reading.chunk_tokens)
     piece = Chunk(part.corpus.ids[:chunk], 0, chunk)
     rows = _rows(reading, piece)
@@ -249,5 +248,5 @@ def _peak_bytes(backbone: Backbone, part: _Part, tokens: int, lengths: Tensor) -
         longest = int(min(float(lengths.max()) * reading.budget, max(reading.budget, reading.most)))
         seen = _fitted_rows(backbone, reading, piece)
         fitting = 12 * longest * (longest + seen) + 20 * backbone.kv_heads * seen * head
-    most: int = weights + kept + beside + cached + max(ranked + 3 * logits, passing, fitting)
+    most: int = backbone.weight_bytes + kept + beside + cached + max(ranked + 3 * logits, passing, fitting)
     return most

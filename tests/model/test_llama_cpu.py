@@ -14,7 +14,7 @@ from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.model import llama_cpu
 from cribsheet.model.backbone import Backbone
-from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, errors, parameters
+from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, errors, padded_rows, parameters
 from cribsheet.model.llama_weights import BOUND
 from cribsheet.testing import save_tiny_model, tiny_backbone
 
@@ -104,6 +104,75 @@ def test_changed_weights_are_laid_out_again(can_be_laid_out):
     assert max(errors(after, own_step(backbone)).values()) < 0.02 < max(errors(before, own_step(backbone)).values())
 
 
+def add_adapter(model):
+    """What LoRA does: another module stands where a product was."""
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Linear(*[attention.q_proj.out_features] * 2))
+    model.to(torch.bfloat16)
+
+
+def in_another_parameter(model):
+    model.model.norm.weight = torch.nn.Parameter(2 * model.model.norm.weight.detach())
+
+
+def other_data(model):
+    model.lm_head.weight.data = 2 * model.lm_head.weight.data
+
+
+CHANGES = {
+    "data in place, which nobody counts": lambda model: model.lm_head.weight.data.mul_(2),
+    "other data": other_data,
+    "another parameter": in_another_parameter,
+    "an adapter": add_adapter,
+    "a hook": lambda model: model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: 2 * out),
+    "another type": lambda model: model.float(),
+    "a longer vocabulary": lambda model: model.resize_token_embeddings(1003, mean_resizing=False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_answers_as_its_own_layers_do(change, can_be_laid_out):
+    backbone = in_bfloat16()
+    backbone.may_copy = True
+
+    def logits():
+        shape = (2, 1, backbone.head_size)
+        layers = [LayerPrefix(torch.ones(shape).to(backbone.dtype), torch.ones(shape).to(backbone.dtype))] * 3
+        return backbone.step(torch.arange(9)[None], torch.arange(1, 10)[None], prefix_cache(layers, 1), 4).float()
+
+    before = logits()
+    assert backbone.laid_out() is not None
+    CHANGES[change](backbone.model)
+    after = logits()
+    backbone.may_copy, backbone._laid_out = False, None
+    own = logits()
+    assert before.shape != own.shape or not torch.allclose(before, own, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(after, own, atol=0.02, rtol=0.02)
+
+
+def test_products_of_all_numbers_of_rows_are_made_by_those_of_few(can_be_laid_out):
+    asked = range(1, 4097)
+    made = [padded_rows(rows) for rows in asked]
+    assert all(rows <= more <= 1.125 * rows for rows, more in zip(asked, made, strict=True))
+    assert len(set(made)) <= 80 and made == sorted(made)
+    random = torch.Generator().manual_seed(3)
+    weight, bias = (torch.randn(*shape, generator=random).bfloat16() for shape in ((24, 16), (24,)))
+    product = llama_cpu.PackedLinear((weight, bias))
+    for shape in ((1, 1, 16), (1, 37, 16), (5, 7, 16)):
+        rows = torch.randn(*shape, generator=random).bfloat16()
+        torch.testing.assert_close(product(rows), torch.nn.functional.linear(rows, weight, bias), atol=0.05, rtol=0.02)
+
+
+def test_what_is_laid_out_is_counted_with_the_weights(can_be_laid_out):
+    backbone = in_bfloat16()
+    once = backbone.weight_bytes
+    assert once == sum(weight.nbytes for weight in backbone.model.parameters())
+    backbone.may_copy = True
+    assert 1.5 * once < backbone.weight_bytes <= 2 * once
+    assert backbone.laid_out() is not None
+    assert 1.5 * once < backbone.weight_bytes <= 2 * once
+
+
 def test_gradients_go_through_the_models_own_layers(can_be_laid_out):
     backbone = in_bfloat16()
     backbone.may_copy = True
@@ -141,7 +210,9 @@ def test_bfloat16_is_chosen_only_where_it_is_faster_and_rounds_no_weight(monkeyp
     for faster in (False, True):
         monkeypatch.setattr(llama_cpu, "_is_faster", lambda width, inner, faster=faster: faster)
         assert chosen_dtype(config_of()) == (torch.bfloat16 if faster else torch.float32)
-    for changed in ({"dtype": torch.float32}, {"model_type": "gemma2"}, {"num_hidden_layers": 0, "vocab_size": 900}):
+    small = {"num_hidden_layers": 0, "vocab_size": 900}
+    quantised = {"quantization_config": {"quant_method": "awq"}}
+    for changed in ({"dtype": torch.float32}, {"model_type": "gemma2"}, small, quantised):
         assert chosen_dtype(config_of(**changed)) == torch.float32
     assert parameters(config_of()) == pytest.approx(1.24e9, rel=0.01)  # Llama 3.2 1B
 
@@ -165,3 +236,24 @@ def test_timing_says_yes_or_no_and_once(can_be_laid_out):
     assert llama_cpu._is_faster(64, 128) in (True, False)
     assert llama_cpu._is_faster(64, 128) in (True, False)
     assert llama_cpu._is_faster.cache_info().hits == 1
+
+
+def test_timing_waits_for_no_other_thread_and_leaves_threads_and_numbers_as_they_were(can_be_laid_out, monkeypatch):
+    seen, times = set(), llama_cpu._times
+
+    def watched(*given):
+        seen.add(torch.get_num_threads())
+        return times(*given)
+
+    monkeypatch.setattr(llama_cpu, "_times", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(7)
+    wanted = torch.randn(3)
+    torch.manual_seed(7)
+    try:
+        llama_cpu._is_faster.__wrapped__(64, 128)
+        assert seen == {1} and torch.get_num_threads() == 2
+        assert torch.equal(torch.randn(3), wanted)
+    finally:
+        torch.set_num_threads(before)

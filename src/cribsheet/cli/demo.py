@@ -37,6 +37,8 @@ def demo(
     """Build a sheet and ask it, beside passages that BM25 finds, and beside everything in the context.
 
     The documents ship with cribsheet, and so does the model; every question is put to each, and every answer counts.
+    The set was picked to show where a sheet is good, one narrow task: of questions about other made-up worlds that were
+    tried, BM25's passages answered more.
     """
     quiet_libraries()
     from cribsheet.demo import read_script

@@ -23,9 +23,9 @@ from cribsheet.attention.agreement import finding_out, is_in_a_hurry
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer, cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
-from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass
+from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass, laid_out_bytes
 from cribsheet.model.llama_read import LlamaRead, fast_read
-from cribsheet.model.llama_weights import LlamaWeights, llama_weights
+from cribsheet.model.llama_weights import LlamaWeights, Unchanged, llama_weights
 from cribsheet.model.registration import Attachment
 from cribsheet.model.support import check_supported, head_size, inv_freq, layer_windows, located, resolved
 
@@ -76,6 +76,7 @@ class Backbone:
         self._attachment = Attachment.of(model)
         self.may_copy = False
         self._laid_out: LlamaPass | None = None
+        self._unchanged: Unchanged | None = None  # since weights were laid out
 
     @classmethod
     def load(
@@ -180,15 +181,26 @@ class Backbone:
         return layers
 
     def laid_out(self) -> LlamaPass | None:
-        """Passes with weights laid out for a CPU, made and checked at the first use; none where they may not be."""
-        if self._laid_out is not None and self._laid_out.is_current:
+        """Passes with weights laid out for a CPU, made and checked at the first use; none where they may not be.
+
+        They are made anew when anybody has changed the weights, and no more when something was put into the model.
+        """
+        if self._laid_out is not None and self._unchanged:
             return self._laid_out
         if self.may_copy:
             self.may_copy, self._laid_out = False, None  # the model's own layers serve while they are checked
-            weights = self.plain_weights()
+            self._unchanged = Unchanged(self.model)  # before it is copied: what changes meanwhile is seen
+            weights = self.plain_weights() if self.device.type == "cpu" and self.dtype == torch.bfloat16 else None
             self._laid_out = cpu_pass(weights, self.name, self._over) if weights else None
             self.may_copy = self._laid_out is not None
         return self._laid_out
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, with those that are or will be laid out for a CPU."""
+        weights = self.plain_weights() if self.may_copy else None
+        own: int = sum(weight.nbytes for weight in self.model.parameters())
+        return own + (laid_out_bytes(weights) if weights else 0)
 
     def _over(self, ids: Tensor, positions: Tensor, layers: list[PrefixLayer], keep: int | Tensor) -> Tensor:
         return self.step(ids, positions, cache_of(layers), keep)

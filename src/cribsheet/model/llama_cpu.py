@@ -11,10 +11,11 @@ Letters as in `attention/prefix.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 LEAST_PARAMETERS = 100_000_000  # of smaller models, which are fast anyway, figures stay the same on all machines
 _GAIN = 1.25  # times faster that reading must be
 _MOST_SIDE = 2048  # entries of the matrices that are timed
-_READ, _ROUNDS = 128, 3  # rows of the product that stands for reading, and how often each is timed
+_READ = 128  # rows of the product that stands for reading
+_ROUNDS, _SECONDS = 3, 0.05  # how often products are timed at least, and for how long
 _BEFORE, _CHECKED = 24, 8  # tokens of a small example: of the prefix, and new
 
 Keep = int | Tensor  # logits wanted: of the last so many tokens, or of these places
@@ -66,15 +68,8 @@ class LlamaPass:
     def __init__(self, weights: LlamaWeights) -> None:
         """Lay the weights out."""
         self.weights = weights
-        self._copied = [weight for layer in weights.layers for weight in _matrices(layer)] + [weights.lm_head]
-        self._versions = [weight._version for weight in self._copied]
         self._layers = [_PackedLayer(layer) for layer in weights.layers]
         self._lm_head = PackedLinear((weights.lm_head, None))
-
-    @property
-    def is_current(self) -> bool:
-        """Whether nobody has changed the model's weights since they were laid out."""
-        return [weight._version for weight in self._copied] == self._versions
 
     @torch.no_grad()
     def read(self, ids: Tensor, positions: Tensor, layers: Sequence[ReadingLayer]) -> None:
@@ -115,8 +110,10 @@ class LlamaPass:
         return query, key, value.transpose(1, 2)
 
 
-def _matrices(layer: LlamaLayer) -> list[Tensor]:
-    return [weight for weight, _ in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down)]
+def laid_out_bytes(weights: LlamaWeights) -> int:
+    """Bytes of the second copy of a model's matrices."""
+    each = ((*layer.qkv, layer.out, layer.gate, layer.up, layer.down) for layer in weights.layers)
+    return weights.lm_head.nbytes + sum(weight.nbytes for layer in each for weight, _ in layer)
 
 
 def _behind(rows: int, columns: int, device: torch.device) -> Tensor | None:
@@ -143,8 +140,19 @@ def _laid_out(weight: Tensor) -> Any:
 
 @torch.no_grad()
 def _times(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return found
+    flat = rows.flatten(0, -2)
+    padded = F.pad(flat, (0, 0, 0, padded_rows(len(flat)) - len(flat)))
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return found[: len(flat)].view(*rows.shape[:-1], -1)
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of the product that is made for so many: at most an eighth more, of few numbers.
+
+    For each number of rows and each form of a matrix oneDNN makes code, half a megabyte of it, which stays.
+    """
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def cpu_pass(weights: LlamaWeights, name: str, own: Own) -> LlamaPass | None:
@@ -184,10 +192,11 @@ def chosen_dtype(config: Any) -> torch.dtype:
     """The type in which to compute on this processor where nobody says one: float32, or bfloat16 if that is faster.
 
     Only for checkpoints in bfloat16, of which no weight is rounded, and for models that `LlamaPass` takes. Products are
-    timed on matrices of the model's shape, in a few hundredths of a second.
+    timed on matrices of the model's shape, on one thread, in a tenth of a second.
     """
     stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    if stored != "bfloat16" or not is_plain(config) or parameters(config) < LEAST_PARAMETERS:
+    quantised = getattr(config, "quantization_config", None) is not None  # whose products are other ones
+    if stored != "bfloat16" or quantised or not is_plain(config) or parameters(config) < LEAST_PARAMETERS:
         return torch.float32
     sides = (min(side, _MOST_SIDE) for side in (config.hidden_size, config.intermediate_size))
     return torch.bfloat16 if _is_faster(*sides) else torch.float32
@@ -204,12 +213,13 @@ def parameters(config: Any) -> int:
 def _is_faster(width: int, inner: int) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    weight, rows = torch.randn(inner, width), torch.randn(_READ, width)
+    weight, rows = (torch.ones(length, width, dtype=torch.float32, device="cpu") for length in (inner, _READ))
     try:
-        packed = _laid_out(weight.bfloat16())
-        halves = rows.bfloat16()
-        read = _seconds(lambda: F.linear(rows, weight)) / _seconds(lambda: _times(halves, packed, None))
-        step = _seconds(lambda: F.linear(rows[:1], weight)) / _seconds(lambda: _times(halves[:1], packed, None))
+        with _one_thread():
+            packed = _laid_out(weight.bfloat16())
+            halves = rows.bfloat16()
+            read = _gain(lambda: F.linear(rows, weight), lambda: _times(halves, packed, None))
+            step = _gain(lambda: F.linear(rows[:1], weight), lambda: _times(halves[:1], packed, None))
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         logger.info("bfloat16 cannot be tried on this processor, so float32 stays: %s", error)
         return False
@@ -217,11 +227,29 @@ def _is_faster(width: int, inner: int) -> bool:
     return read >= _GAIN and step >= 1
 
 
-def _seconds(product: Callable[[], Tensor]) -> float:
-    product()
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread computes inside: where others want the processors several wait for each other, whatever the type."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _gain(slow: Callable[[], Tensor], fast: Callable[[], Tensor]) -> float:
+    """How many times as fast, each at its best: they take turns, so that a neighbour is in the way of both."""
+    for product in (slow, fast):
         product()
-        best = min(best, time.perf_counter() - began)
-    return best
+    times: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    while len(times) < _ROUNDS or time.perf_counter() - began < _SECONDS:
+        times.append((_seconds(slow), _seconds(fast)))
+    return min(one for one, _ in times) / min(other for _, other in times)
+
+
+def _seconds(product: Callable[[], Tensor]) -> float:
+    began = time.perf_counter()
+    product()
+    return time.perf_counter() - began

@@ -5,7 +5,7 @@ A model is taken only if all its parts are the plain ones that we know and nobod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ _LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 _PARTS = {"", "self_attn", "mlp", *_LINEAR, *_MLP, *_NORMS}  # modules of a layer
+_LOOKED_AT = 4  # numbers of each matrix by which changes are seen that nobody counts
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of as many bytes
 
 Linear = tuple[Tensor, Tensor | None]  # weight (N, K) and bias (N,)
 Norm = tuple[Tensor, float]  # gain (K,) and epsilon
@@ -58,6 +61,46 @@ class LlamaWeights:
     kv_heads: int
     head_size: int
     scale: float
+
+
+class Unchanged:
+    """A model as it is now, to be told later whether anybody has changed it.
+
+    Changes of `weight.data` in place are not counted by PyTorch (adapters are merged so), and are seen by a few numbers
+    of each matrix.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._places = [place for module in self._modules for place in _places(module)]
+        self._matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+        self._numbers = [_some_numbers(weight.detach()) for weight in self._matrices]
+        self._states, self._seen = self._now(), torch.cat(self._numbers)
+
+    def __bool__(self) -> bool:
+        """Whether modules, hooks and matrices are those of then."""
+        return (
+            all(held.get(name) is part for held, name, part in self._places)
+            and not any(_is_hooked(module) for module in self._modules)
+            and self._now() == self._states
+            and torch.equal(torch.cat(self._numbers), self._seen)
+        )
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(weight.data_ptr(), weight._version) for weight in self._matrices]
+
+
+def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
+    """Where the parts and the parameters of a module are held."""
+    for held in (module._modules, module._parameters):
+        for name, part in held.items():
+            yield held, name, part
+
+
+def _some_numbers(matrix: Tensor) -> Tensor:
+    """A view (N,) of a few numbers, in bits, so that what is no number is equal to itself."""
+    bits = matrix.reshape(-1).view(_BITS[matrix.dtype.itemsize])
+    return bits[:: max(1, len(bits) // _LOOKED_AT)]
 
 
 def is_plain(config: Any) -> bool:

@@ -110,7 +110,6 @@ def peak_bytes(backbone: Backbone, sheet: Sheet, longest: int) -> int:
     others are computed again.
     """
     config, size, rows = backbone.config, backbone.dtype.itemsize, batch_size(backbone) * longest
-    weights = sum(weight.nbytes for weight in backbone.model.parameters())
     held = math.prod(sheet.indices.shape[:2]) * sheet.tokens
     learnt = 2 * _LEARNT * held * backbone.head_size * torch.float32.itemsize
     wide: int = getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -119,4 +118,4 @@ def peak_bytes(backbone: Backbone, sheet: Sheet, longest: int) -> int:
     passing = rows * backbone.num_layers * each
     scores = 4 * _SCORES * rows * backbone.num_heads * (sheet.length + longest)
     logits = rows * config.vocab_size * (size + 12)
-    return int(weights + learnt + passing + max(scores, logits))
+    return int(backbone.weight_bytes + learnt + passing + max(scores, logits))
