@@ -288,6 +288,13 @@ def practice_for(kb):
     return Practice(found[:20], found[20:], 24, Counter(), practice_of(kb.sheet), 7.0)
 
 
+def test_a_practice_of_before_a_print_said_more_serves_a_sheet_of_now(tiny):
+    sheet = built(tiny).sheet
+    before = sheet.manifest.fingerprint.model_copy(update={"vocabulary": 0, "rotary_scaling": {}})
+    old = replace(sheet, manifest=sheet.manifest.model_copy(update={"fingerprint": before}))
+    assert old.manifest.fingerprint != sheet.manifest.fingerprint and practice_of(old) == practice_of(sheet)
+
+
 def test_one_practice_serves_sheets_of_any_size_and_storage_and_no_others(tiny, tmp_path):
     kb, path = built(tiny, guide="resident", budget=120), tmp_path / "night.practice"
     write_practice(path, practice_for(kb))
