@@ -14,6 +14,7 @@ from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.model import llama_step, passes
+from cribsheet.model.backbone import Backbone
 from cribsheet.model.passes import is_prepared, logits_after, prepare
 from cribsheet.testing import tiny_backbone
 
@@ -65,6 +66,16 @@ def test_what_cannot_be_made_ready_keeps_nobody_from_finding_out_the_rest(monkey
     passes.Preparation(backbone).wait()  # no device here has a capability
     assert "could not be made ready" in caplog.text
     assert "fast_read" in vars(backbone) and backbone in llama_step._steps
+
+
+def test_processes_in_step_are_ready_at_once_and_make_no_pass_of_their_own(monkeypatch):
+    """A pass beside those of others, or another way than theirs, would have all of them wait for each other."""
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    monkeypatch.setattr(Backbone, "in_step", property(lambda backbone: True))
+    backbone, made = tiny_backbone(), []
+    monkeypatch.setattr(backbone, "step", lambda *given, **named: made.append(given))
+    assert passes.Preparation(backbone).is_done and not made
+    assert "fast_read" in vars(backbone)
 
 
 def test_a_model_is_not_held_while_its_kernels_are_compiled(monkeypatch):

@@ -72,6 +72,8 @@ class Preparation:
         weakref.finalize(backbone, self._closing.set).atexit = False
         self._thread = threading.Thread(target=self._run, name="cribsheet-kernels", daemon=True)
         self._thread.start()
+        if backbone.in_step:  # the others would find out sooner or later, and go another way meanwhile
+            self._thread.join()
 
     @property
     def is_done(self) -> bool:
@@ -134,7 +136,9 @@ def _told() -> Iterator[None]:
 
 
 def _begin(backbone: Backbone) -> None:
-    """Have CUDA load what it loads at a first pass."""
+    """Have CUDA load what it loads at a first pass, if that is nobody else's business."""
+    if backbone.in_step:
+        return
     none = torch.empty(backbone.kv_heads, 0, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
     layers = [LayerPrefix(none, none, window) for window in backbone.windows]
     with in_a_hurry():
