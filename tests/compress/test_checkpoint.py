@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 
 from cribsheet import build_sheet
 from cribsheet.errors import SheetError
+from cribsheet.plan.describe import identity
+from cribsheet.plan.options import BuildOptions
+from cribsheet.plan.plan import plan
+from cribsheet.prompt.template import ChatLayout
 from cribsheet.sheet.tensors import TensorFile
 from cribsheet.sheet.tensors import digest_with as digest
 from cribsheet.testing import tiny_backbone
@@ -64,6 +68,13 @@ def test_a_build_killed_after_any_chunk_ends_with_the_same_bits(backbone, tmp_pa
             build(backbone, checkpoint=checkpoint, progress=killer(after))
         same(build(backbone, checkpoint=checkpoint, progress=lambda done, total: read.append(done)), whole)  # noqa: B023
         assert read[0] == after * CHUNK and len(read) == chunks - after + 1
+
+
+def test_what_the_print_of_a_model_says_since_then_is_no_part_of_a_builds_identity(backbone):
+    """A build that a version of before began is gone on with."""
+    made = plan(backbone, ChatLayout(backbone.tokenizer), DOCUMENTS, FEW_SHOT, BuildOptions(rate=3))
+    told = identity(made, backbone)["fingerprint"]
+    assert "weights" in told and not {"vocabulary", "rotary_scaling"} & told.keys()
 
 
 def test_a_build_may_be_killed_again_and_again(backbone, tmp_path):

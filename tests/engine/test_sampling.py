@@ -55,12 +55,42 @@ def test_who_chooses_with_others_takes_what_it_takes_alone():
             assert [value for _, value in made.best] == pytest.approx(best.values.tolist())
 
 
-def test_a_model_that_computes_no_numbers_is_told_from_one_that_does():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_computes_no_numbers_is_told_from_one_that_does(temperature):
     rows = torch.stack([LOGITS, LOGITS * math.nan])
-    good, bad = choose(rows, [Sampler(SamplingParams(temperature=1.0)) for _ in range(2)])
+    good, bad = choose(rows, [Sampler(SamplingParams(temperature=temperature)) for _ in range(2)])
     good.check()
     with pytest.raises(EngineError, match="NaN"):
         bad.check()
+
+
+@pytest.mark.parametrize("asked", [{}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 0.0, "presence_penalty": 1.0}])
+def test_nothing_is_drawn_from_what_is_no_number(asked):
+    broken = LOGITS.clone()
+    broken[2] = math.nan
+    with pytest.raises(EngineError, match="NaN"):
+        draw(1, logits=broken, **asked)
+
+
+class OnAnApple(torch.Tensor):
+    """Numbers of a GPU that has no double precision; brought over, they are plain ones."""
+
+    device = torch.device("mps")
+    is_cuda = False
+
+    @classmethod
+    def __torch_function__(cls, called, types, args=(), kwargs=None):
+        if called is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it.")
+        found = super().__torch_function__(called, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) if called is torch.Tensor.cpu else found
+
+
+def test_a_gpu_without_double_precision_is_sampled_from_as_any_other():
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
+    samplers = [[Sampler(SamplingParams(temperature=1.0, seed=n)) for n in range(3)] for _ in range(2)]
+    there, here = (choose(each, own) for each, own in zip((rows.as_subclass(OnAnApple), rows), samplers, strict=True))
+    assert [each.token for each in there] == [each.token for each in here]
 
 
 REFUSED = {

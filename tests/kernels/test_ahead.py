@@ -127,6 +127,22 @@ def test_a_compiler_that_fails_is_told_of_and_nothing_else_happens(monkeypatch, 
     assert "at their first use" in caplog.text and not list(tmp_path.glob("cribsheet-*"))
 
 
+def test_a_folder_that_cannot_be_looked_into_is_told_of_and_nothing_else_happens(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / ("too long" * 50)))
+    with caplog.at_level(logging.INFO):
+        ahead.compile_ahead(ahead.Shape(arch=90, dtype="float16", heads=4, kv_heads=2, head_size=16), threading.Event())
+    assert "at their first use" in caplog.text
+
+
+def test_nothing_is_imported_from_where_somebody_works(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    (tmp_path / "triton.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO):
+        ahead.compile_ahead(ahead.Shape(arch=90, dtype="float16", heads=4, kv_heads=2, head_size=16), threading.Event())
+    assert not caplog.records and list((tmp_path / "kernels").glob("cribsheet-*"))
+
+
 def test_who_closes_does_not_wait_for_a_compiler(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     closing = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -12,7 +13,8 @@ from cribsheet.attention.agreement import in_a_hurry, is_in_a_hurry
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
-from cribsheet.model import llama_step
+from cribsheet.model import llama_step, passes
+from cribsheet.model.backbone import Backbone
 from cribsheet.model.passes import is_prepared, logits_after, prepare
 from cribsheet.testing import tiny_backbone
 
@@ -55,6 +57,44 @@ def test_so_is_a_step(backbone, prefix):
 
 def test_on_a_cpu_nothing_is_prepared(backbone):
     assert prepare(backbone) is None and is_prepared(backbone) and llama_step.find(backbone) is None
+
+
+def test_what_cannot_be_made_ready_keeps_nobody_from_finding_out_the_rest(monkeypatch, caplog):
+    """The engine's thread never finds anything out itself."""
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    backbone = tiny_backbone()
+    passes.Preparation(backbone).wait()  # no device here has a capability
+    assert "could not be made ready" in caplog.text
+    assert "fast_read" in vars(backbone) and backbone in llama_step._steps
+
+
+def test_processes_in_step_are_ready_at_once_and_make_no_pass_of_their_own(monkeypatch):
+    """A pass beside those of others, or another way than theirs, would have all of them wait for each other."""
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    monkeypatch.setattr(Backbone, "in_step", property(lambda backbone: True))
+    backbone, made = tiny_backbone(), []
+    monkeypatch.setattr(backbone, "step", lambda *given, **named: made.append(given))
+    assert passes.Preparation(backbone).is_done and not made
+    assert "fast_read" in vars(backbone)
+
+
+def test_a_model_is_not_held_while_its_kernels_are_compiled(monkeypatch):
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    monkeypatch.setattr(passes, "shape_of", lambda *given: None)
+    compiling, gone = threading.Event(), []
+
+    def compile_ahead(shape, closing):
+        compiling.set()
+        gone.append(closing.wait(60))
+
+    monkeypatch.setattr(passes, "compile_ahead", compile_ahead)
+    backbone = tiny_backbone()
+    preparation = passes.Preparation(backbone)
+    assert compiling.wait(60)
+    del backbone
+    gc.collect()
+    preparation.wait()
+    assert gone == [True]
 
 
 def test_who_is_in_a_hurry_takes_the_plain_path_until_somebody_else_has_found_out(monkeypatch):

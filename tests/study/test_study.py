@@ -272,6 +272,12 @@ def test_stretches_that_are_asked_about_together_give_what_they_give_one_by_one(
     assert (together.tried, together.left_out) == (one_by_one.tried, one_by_one.left_out)
 
 
+def test_questions_that_the_window_has_no_room_to_answer_are_told_of(staff, monkeypatch):
+    monkeypatch.setattr(staff.backbone, "window", 8)
+    practice = make_practice(staff.session.loaded, staff.session.layout, staff.sheet)
+    assert not practice.questions and practice.left_out["unended"] > 0
+
+
 def test_with_time_left_rounds_go_on_until_they_give_hardly_anything_and_ask_nothing_twice():
     with CompressedKnowledgeLLM.build(STAFF[:2], TASK, model="pocket", rate=4) as kb:
         usual = make_practice(kb.session.loaded, kb.session.layout, kb.sheet, seed=3)
@@ -286,6 +292,13 @@ def test_with_time_left_rounds_go_on_until_they_give_hardly_anything_and_ask_not
 def practice_for(kb):
     found = exercises(kb, 24)
     return Practice(found[:20], found[20:], 24, Counter(), practice_of(kb.sheet), 7.0)
+
+
+def test_a_practice_of_before_a_print_said_more_serves_a_sheet_of_now(tiny):
+    sheet = built(tiny).sheet
+    before = sheet.manifest.fingerprint.model_copy(update={"vocabulary": 0, "rotary_scaling": {}})
+    old = replace(sheet, manifest=sheet.manifest.model_copy(update={"fingerprint": before}))
+    assert old.manifest.fingerprint != sheet.manifest.fingerprint and practice_of(old) == practice_of(sheet)
 
 
 def test_one_practice_serves_sheets_of_any_size_and_storage_and_no_others(tiny, tmp_path):

@@ -112,8 +112,7 @@ class Choice(NamedTuple):
 
     def check(self) -> None:
         """Raise `EngineError` where there was nothing to choose from."""
-        if self.token == _NONE:
-            raise EngineError("The model's probabilities are no numbers (NaN); load it with dtype='float32'.")
+        _check(self.token)
 
     def described(self, text_of: Callable[[int], str]) -> TokenLogprob:
         """The reportable form, in texts of tokens as they are here; what a grammar forbids is left out."""
@@ -138,10 +137,14 @@ class Sampler:
         return float(torch.rand((), generator=self._generator))
 
     def pick(self, logits: Tensor) -> tuple[int, Tensor]:
-        """The next token and the log-probabilities (V,) float32 that it was drawn from, before temperature."""
+        """The next token and the log-probabilities (V,) float32 that it was drawn from, before temperature.
+
+        Raises `EngineError` where there is nothing to choose from.
+        """
         logits = self._penalised(logits.float().cpu())
         logprobs = logits.log_softmax(-1)
-        token = int(logits.argmax()) if self.params.temperature == 0 else self._draw(logits)
+        token = int(_likeliest(logits)) if self.params.temperature == 0 else self._draw(logits)
+        _check(token)
         return token, logprobs
 
     def took(self, token: int) -> None:
@@ -174,8 +177,8 @@ class Sampler:
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """What samplers that are plain take, each of its row of logits (B, V), waited for once."""
-    rows = logits.float()
-    tokens = rows.argmax(-1)
+    rows = logits.float() if logits.is_cuda else logits.float().cpu()  # Apple's GPUs have no double precision
+    tokens = _likeliest(rows)
     warm = [row for row, each in enumerate(samplers) if each.params.temperature]
     if warm:
         temperatures = torch.tensor([[samplers[row].params.temperature] for row in warm], device=rows.device)
@@ -196,6 +199,17 @@ def describe(tokens: Tensor, logprobs: Tensor, wanted: Sequence[int]) -> list[Ch
     ]
 
 
+def _check(token: int) -> None:
+    if token == _NONE:
+        raise EngineError("The model's probabilities are no numbers (NaN); load it with dtype='float32'.")
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The token (...,) of the highest of logits (..., V); or -1 (`_NONE`) where one is no number."""
+    tokens = logits.argmax(-1, keepdim=True)  # of what is no number, if there is any
+    return tokens.where(~logits.gather(-1, tokens).isnan(), _NONE)[..., 0]
+
+
 def _warmed(logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Probabilities (..., V): from the maximum and with a floor, or temperatures near 0 would divide to infinities."""
     floor = temperature.clamp(min=1e-6) if isinstance(temperature, Tensor) else max(temperature, 1e-6)
@@ -209,7 +223,8 @@ def _drawn(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """
     sums = probabilities.double().cumsum(-1)
     places = torch.searchsorted(sums, numbers.double() * sums[..., -1:], right=True)
-    return places.clamp(max=probabilities.shape[-1] - 1).where(sums[..., -1:].isfinite(), _NONE)
+    whole = sums[..., -1:]  # zero where `_best` found nothing among what is no number
+    return places.clamp(max=probabilities.shape[-1] - 1).where(whole.isfinite() & (whole > 0), _NONE)
 
 
 def _nucleus(probabilities: Tensor, share: float) -> Tensor:

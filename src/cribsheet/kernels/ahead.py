@@ -60,15 +60,15 @@ def compile_ahead(shape: Shape, closing: threading.Event) -> None:
     What goes wrong there is logged and costs time later: kernels are compiled at their first use.
     """
     mark = _mark(shape)
-    if mark is None or mark.exists():
+    if mark is None or os.path.exists(mark):  # where one may not look, there is none
         return
-    command = [sys.executable, "-m", "cribsheet.kernels.ahead", json.dumps(asdict(shape))]
+    command = [sys.executable, "-P", "-m", "cribsheet.kernels.ahead", json.dumps(asdict(shape))]
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         with subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, text=True, errors="replace",
         ) as process:  # fmt: skip
             failure = _waited(process, closing)
         if failure is None:
@@ -76,7 +76,7 @@ def compile_ahead(shape: Shape, closing: threading.Event) -> None:
             mark.touch()
         elif failure:
             logger.info("kernels could not be compiled ahead, and are at their first use: %s", failure)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # a program that holds Python inside may not say where it is
         logger.info("kernels could not be compiled ahead, and are at their first use: %r", error)
 
 

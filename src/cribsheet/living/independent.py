@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from cribsheet.living.segments import (
     write_preamble,
 )
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.fingerprint import SAID_SINCE
 from cribsheet.plan.assemble import archive_layout
 from cribsheet.plan.describe import circumstances, describe, list_documents
 from cribsheet.plan.options import DEFAULT_RATE, BuildOptions
@@ -47,11 +49,10 @@ from cribsheet.vocabulary import Allocation, StorageDtype
 # Tokens that are kept of any document, or all of a shorter one: none vanishes. Heads that share may have fewer each.
 LEAST: dict[Allocation, int] = {"uniform": 4, "adaptive": 1}
 _WIDEST = 1e9  # a rate at which every document keeps the least
-_NOT_TERMS = {"created", "build", "history", "documents", "segments", "budget", "guide", "guide_tokens"} | {
-    "corpus_digest",
-    "corpus_tokens",
-    "retention",
-    "archive",
+_NOT_TERMS: Any = {
+    **dict.fromkeys(("created", "build", "history", "documents", "segments", "budget", "guide", "guide_tokens"), True),
+    **dict.fromkeys(("corpus_digest", "corpus_tokens", "retention", "archive"), True),
+    "fingerprint": SAID_SINCE,
 }
 
 

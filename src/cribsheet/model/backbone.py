@@ -234,6 +234,11 @@ class Backbone:
         """A forward pass, of which nobody needs to be told; `model/divided.py` tells the other processes."""
         return nullcontext()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether other processes make the same passes in the same order, so that nobody may make one in between."""
+        return False
+
     def cached(self, cache: Cache) -> dict[str, Cache]:
         """A cache as an argument of the model, and of its `generate`, by the name that this transformers has for it."""
         return {self._cache_name: cache}

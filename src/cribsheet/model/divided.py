@@ -72,6 +72,11 @@ class DividedBackbone(Backbone):
         """A forward pass, that the others are told of if this process leads."""
         return self.announce(ids, positions, keep) if self.announce else contextlib.nullcontext()
 
+    @property
+    def in_step(self) -> bool:
+        """Where no process leads."""
+        return self.announce is None
+
     def plain_weights(self) -> LlamaWeights | None:
         """None: this process has not all of them."""
         return None

@@ -25,6 +25,8 @@ _PROBE_TOLERANCE = 0.02  # relative; rounding float32 to bfloat16 moves a value 
 
 
 _Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+SAID_SINCE = {"vocabulary", "rotary_scaling"}
+"""What files of before do not say: digests that are compared with theirs are made without it."""
 
 
 class Fingerprint(BaseModel):

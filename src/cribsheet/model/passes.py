@@ -6,9 +6,11 @@ Letters as in `attention/slots.py`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -67,8 +69,11 @@ class Preparation:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = weakref.ref(backbone)
         self._closing = threading.Event()
+        weakref.finalize(backbone, self._closing.set).atexit = False
         self._thread = threading.Thread(target=self._run, name="cribsheet-kernels", daemon=True)
         self._thread.start()
+        if backbone.in_step:  # the others would find out sooner or later, and go another way meanwhile
+            self._thread.join()
 
     @property
     def is_done(self) -> bool:
@@ -85,34 +90,55 @@ class Preparation:
         self._thread.join()
 
     def _run(self) -> None:
-        try:
-            self._find_out()
-        except Exception:
-            logger.warning("kernels could not be made ready ahead, and are at their first use", exc_info=True)
-
-    def _find_out(self) -> None:
+        """One part after the other: where one fails, the others are found out all the same."""
         backbone = self._backbone()
         if backbone is None:
             return
         like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
         if not on_cuda(like):
             return
-        _begin(backbone)
-        compile_ahead(shape_of(backbone, backbone.plain_weights()), self._closing)
-        parts = (
-            lambda: dispatch.usable(like, backbone.kv_heads, backbone.softcap),
-            lambda: dispatch.can_merge(like),
-            lambda: backbone.fast_read,
-            lambda: llama_step.find(backbone),
+        del backbone  # a model that is let go meanwhile is not held until all is compiled
+        parts: tuple[Callable[[Backbone], object], ...] = (
+            lambda backbone: dispatch.usable(like, backbone.kv_heads, backbone.softcap),
+            lambda backbone: dispatch.can_merge(like),
+            lambda backbone: backbone.fast_read,
+            llama_step.find,
         )
+        self._take(_begin)
+        self._compile()
         with finding_out:
             for part in parts:
-                if not self._closing.is_set():
-                    part()
+                self._take(part)
+
+    def _compile(self) -> None:
+        shapes: list[Shape] = []
+        self._take(lambda backbone: shapes.append(shape_of(backbone, backbone.plain_weights())))
+        for shape in shapes:
+            with _told():
+                compile_ahead(shape, self._closing)
+
+    def _take(self, part: Callable[[Backbone], object]) -> None:
+        """Do a part, unless it is over."""
+        backbone = self._backbone()
+        if backbone is None or self._closing.is_set():
+            return
+        with _told():
+            part(backbone)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong inside is logged."""
+    try:
+        yield
+    except Exception:
+        logger.warning("something could not be made ready ahead, and slower ways are used", exc_info=True)
 
 
 def _begin(backbone: Backbone) -> None:
-    """Have CUDA load what it loads at a first pass."""
+    """Have CUDA load what it loads at a first pass, if that is nobody else's business."""
+    if backbone.in_step:
+        return
     none = torch.empty(backbone.kv_heads, 0, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
     layers = [LayerPrefix(none, none, window) for window in backbone.windows]
     with in_a_hurry():

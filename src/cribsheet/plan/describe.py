@@ -17,7 +17,7 @@ from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.formats.record import METADATA_DEPTH
 from cribsheet.model.backbone import Backbone
-from cribsheet.model.fingerprint import fingerprint
+from cribsheet.model.fingerprint import SAID_SINCE, fingerprint
 from cribsheet.plan.plan import Plan
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.manifest import DocumentEntry, Manifest, format_of
@@ -57,7 +57,8 @@ def describe(plan: Plan, backbone: Backbone, seconds: float) -> Manifest:
 def identity(plan: Plan, backbone: Backbone) -> dict[str, Any]:
     """Everything that decides what is kept, for checkpoints; how it is stored does not."""
     manifest = describe(replace(plan, dtype="float32"), backbone, 0.0)
-    told = manifest.model_dump(exclude={"created", "build", "dtype", "archive"})
+    nothing: Any = {**dict.fromkeys(("created", "build", "dtype", "archive"), True), "fingerprint": SAID_SINCE}
+    told = manifest.model_dump(exclude=nothing)
     archive = {"archive": plan.archive} if plan.archive else {}
     return {**told, **archive, "dtype": str(backbone.dtype)}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from cribsheet.model.fingerprint import Fingerprint
+from cribsheet.model.fingerprint import SAID_SINCE, Fingerprint
 from cribsheet.vocabulary import Allocation, Correction, SheetKind, StorageDtype
 
 FORMATS = (1, 2)  # 2 packs four bits a number, which readers of 1 cannot read
@@ -19,10 +19,10 @@ SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
 Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
 
 
-# What two sheets that are the same may differ in; of the fingerprint, what sheets of before did not say.
+# What two sheets that are the same may differ in.
 _TELLS_NOTHING: Any = {
     **dict.fromkeys(("created", "build", "history", "retention", "archive"), True),
-    "fingerprint": {"vocabulary", "rotary_scaling"},
+    "fingerprint": SAID_SINCE,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cribsheet.model.fingerprint import SAID_SINCE
 from cribsheet.sheet.sheet import Sheet
 
 _DECIDES = {"fingerprint", "system", "template_options", "head", "task", "guide", "form", "corpus_digest"}
@@ -81,7 +82,7 @@ def practice_of(sheet: Sheet, documents: Collection[str] = ()) -> str:
 
     `documents` are the ids of those that alone are practised on, if not all are.
     """
-    where = {"fingerprint": {"model", "revision"}}  # where the model was loaded from says nothing
+    where = {"fingerprint": {"model", "revision"} | SAID_SINCE}  # where the model was loaded from says nothing
     told = sheet.manifest.model_dump_json(include=_DECIDES, exclude=where)
     told += "".join(f"\n{each}" for each in sorted(documents))
     return hashlib.sha256(told.encode()).hexdigest()

@@ -300,6 +300,7 @@ class _Maker:
         answers = exam.answers(
             [read[each.stretch] for each in asked], turns, [{"logprobs": 0}] * len(turns), _ANSWER_TOKENS
         )
+        self.left_out["unended"] += answers.count(None)  # where the window has no room
         serving = [
             (each, turn, answer)
             for each, turn, answer in zip(asked, turns, answers, strict=True)
