@@ -163,8 +163,12 @@ class Exam:
             text = layout.guide(self.task).resident
         else:  # right behind the text: small models write about what they read last
             text = layout.question([{"role": "user", "content": _REQUEST}], self.task, False)
-            text += f"{'' if text[-1:].isspace() else ' '}Question:"
-        return layout.encoder.after(f"{text}{'' if text[-1:].isspace() else ' '}{opening}")
+            text = _led(text, "Question:")
+        return self.led(text, opening)
+
+    def led(self, text: str, opening: str) -> Tensor:
+        """Tokens (T,) of what follows the documents, and of the beginning of what is to be written after it."""
+        return self.layout.encoder.after(_led(text, opening))
 
     def written(
         self,
@@ -233,6 +237,10 @@ class Exam:
             return None
         params = SamplingParams(**settings, max_tokens=left)
         return AnswerStream(Prepared(Told(ids), prefix.tokens, params, ends=self.layout.stop, recalled=ahead))
+
+
+def _led(text: str, opening: str) -> str:
+    return f"{text}{'' if text[-1:].isspace() else ' '}{opening}"
 
 
 def _read(stream: AnswerStream) -> Answer:

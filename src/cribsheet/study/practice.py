@@ -281,10 +281,9 @@ class _Maker:
 
     def _begun(self, sentence: str, opening: str, alike: str) -> Tensor:
         """The tokens (T,) of a request for a question about a sentence, and of its beginning."""
-        layout = self._exam.layout
         text = _ASKED.format(sentence.strip()[:_LONGEST], alike)
-        turns = layout.question([{"role": "user", "content": text}], self._exam.task, False)
-        return layout.encoder.after(f"{turns}{'' if turns[-1:].isspace() else ' '}{opening}")
+        turns = self._exam.layout.question([{"role": "user", "content": text}], self._exam.task, False)
+        return self._exam.led(turns, opening)
 
     def _openings(self, sentence: str, turn: int) -> list[str]:
         """Those of a round for a sentence: others each time, until it has had them all."""
