@@ -73,9 +73,10 @@ _ASKED = (
 )
 _OF_ALL = (
     "Write one question that the documents above answer in a few words: about who does something, why, how, or what "
-    "comes of it.\n\nWhoever gets the question does not see them next to it, so name what it is about. {}Write the "
+    "comes of it. {}\n\nWhoever gets the question does not see them next to it, so name what it is about. {}Write the "
     "question only."
 )
+_FOR = "The question is one for this task: {}"
 _ALIKE = "Questions look like these: {}\n\n"
 _GO_ON = "Continue the documents where they read: {}"
 
@@ -209,6 +210,7 @@ class _Maker:
         self._rare = rare_words(stretches, _RARE)
         shown = " / ".join(question for question, _ in exam.task.examples[:3])
         self._alike = _ALIKE.format(shown) if shown else ""
+        self._for = _FOR.format(exam.task.description)
         self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
         self.found: list[Exercise] = []
         self.tried, self.began = 0, time.monotonic()
@@ -299,7 +301,7 @@ class _Maker:
         """The tokens (T,) of a request for a question of a kind, about a sentence or all, and of its beginning."""
         text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if kind else "")
         if kind == 2:
-            text = _OF_ALL.format(self._alike)
+            text = _OF_ALL.format(self._for, self._alike)
         turns = self._exam.layout.question([{"role": "user", "content": text}], self._exam.task, False)
         return self._exam.led(turns, opening)
 

@@ -62,6 +62,7 @@ WAYS = (
     _studied("study-int4", _MINUTES),
     _studied("study-int4-1", 1.0),
     _studied("study-int4-10", 10.0),
+    _studied("study-int4-60", 60.0),  # for a processor
     _studied("study-random", _MINUTES, "random", allocation="uniform"),  # of tokens that nobody chose
     Way(KVZIP),
     _both("hybrid-bm25", "hybrid", "bm25"),
