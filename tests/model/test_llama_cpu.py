@@ -52,7 +52,7 @@ def test_a_pass_is_a_pass_of_the_models_own_layers(family, can_be_laid_out):
     assert max(found.values()) < 0.02, found
 
 
-@pytest.mark.parametrize("part", ["_normed", "_turned", "_times"])
+@pytest.mark.parametrize("part", ["_normed", "_turned", "_product"])
 def test_a_planted_bug_in_a_pass_is_seen(part, can_be_laid_out, monkeypatch):
     backbone = in_bfloat16()
     right = getattr(llama_cpu, part)
@@ -188,7 +188,7 @@ def test_a_model_that_cannot_be_laid_out_keeps_its_own_layers(caplog, monkeypatc
     def refuse(weight):
         raise RuntimeError("no such products here")
 
-    monkeypatch.setattr(llama_cpu, "_laid_out", refuse)
+    monkeypatch.setattr(llama_cpu, "laid_out", refuse)
     backbone = in_bfloat16()
     backbone.may_copy = True
     with caplog.at_level(logging.WARNING):
@@ -239,13 +239,13 @@ def test_timing_says_yes_or_no_and_once(can_be_laid_out):
 
 
 def test_timing_waits_for_no_other_thread_and_leaves_threads_and_numbers_as_they_were(can_be_laid_out, monkeypatch):
-    seen, times = set(), llama_cpu._times
+    seen, times = set(), llama_cpu._product
 
     def watched(*given):
         seen.add(torch.get_num_threads())
         return times(*given)
 
-    monkeypatch.setattr(llama_cpu, "_times", watched)
+    monkeypatch.setattr(llama_cpu, "_product", watched)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.manual_seed(7)
