@@ -108,7 +108,8 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
     wide = rows.float() * scale
     if more := parts * at_once - count:
         wide = F.pad(wide, (0, 0, 0, more))
-    out, lse = rows.new_empty(wide.shape), wide.new_empty(wide.shape[:2])
+    out = rows.new_empty(wide.shape)
+    peaks, shares = wide.new_empty(2, *wide.shape[:2])  # the largest logit of each row, and its weight
     kept = [wide.new_empty(parts * at_once, len(span.keys)) for span in spans] if noted else []
     for head, span in enumerate(spans):
         keys = span.keys.float()
@@ -116,10 +117,11 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
             block = slice(first, first + at_once)
             logits = _logits(wide[head, block], keys, span.hidden)
             weights = torch.softmax(logits, -1, out=kept[head][block]) if noted else logits.softmax(-1)
-            lse[head, block] = logits.amax(-1) - weights.amax(-1).log_()  # what the largest lost is what all come to
-            out[head, block] = _weighed(weights.to(rows.dtype), span.values)
-    found = Weights([each[:count] for each in kept], spans, lse[:, :count]) if noted else None
-    return out[:, :count], lse[:, :count], found
+            torch.amax(logits, -1, out=peaks[head, block])
+            torch.amax(weights, -1, out=shares[head, block])
+            _weigh(weights.to(rows.dtype), span.values, out[head, block])
+    lse = peaks.sub_(shares.log_())[:, :count]  # what the largest lost is what all come to
+    return out[:, :count], lse, Weights([each[:count] for each in kept], spans, lse) if noted else None
 
 
 def _logits(rows: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
@@ -128,7 +130,9 @@ def _logits(rows: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
     return rows @ keys.t() if hidden is None else torch.addmm(hidden, rows, keys.t())
 
 
-def _weighed(weights: Tensor, values: Tensor) -> Tensor:
+def _weigh(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """Sums (R, D) of values by their weights."""
     if len(weights) > _FEW and weights.dtype == torch.float32:
-        return times(weights, values.t(), None)
-    return weights @ values
+        out.copy_(times(weights, values.t(), None))
+    else:
+        torch.mm(weights, values, out=out)

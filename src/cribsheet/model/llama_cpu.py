@@ -86,23 +86,34 @@ class LlamaPass:
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], keep: Keep = 1) -> Tensor:
         """Logits (B, keep, V) of new tokens (B, T) at their positions (B, T), as `Backbone.step` gives them."""
-        rows = self._run(ids, positions, layers)
-        wanted = rows[:, -keep:] if isinstance(keep, int) else rows[:, keep]
-        return self._lm_head(_normed(wanted, self.weights.norm))
+        rows = self._run(ids, positions, layers, keep=keep)
+        return self._lm_head(_normed(rows, self.weights.norm))
 
-    def _run(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], *, concluded: bool = False) -> Tensor:
+    def _run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        layers: Sequence[PrefixLayer],
+        *,
+        keep: Keep = 0,
+        concluded: bool = False,
+    ) -> Tensor:
         rows = F.embedding(ids, self.weights.embed)
         cos, sin = (part.unsqueeze(1) for part in self.weights.turns(rows, positions))
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         for mine, layer in zip(self._layers, layers, strict=True):
             query, key, value = self._heads(mine, rows, cos, sin)
-            if concluded and layer is layers[-1]:
+            is_last = layer is layers[-1]
+            if concluded and is_last:
                 cast(ReadingLayer, layer).conclude(query, key, value, self.weights.scale)
                 break
             keys, values = layer.update(key, value)
             mask = _behind(query.shape[2], keys.shape[2], query.device)
             seen = layer.attend(AttentionInputs(query, keys, values, mask, self.weights.scale))
-            rows = rows + mine.out(seen.transpose(1, 2).flatten(2))
+            seen = seen.transpose(1, 2).flatten(2)
+            if is_last:  # nobody asks for the others
+                rows, seen = _wanted(rows, keep), _wanted(seen, keep)
+            rows = rows + mine.out(seen)
             inner = _normed(rows, mine.between)
             rows = rows + mine.down(F.silu(mine.gate(inner)) * mine.up(inner))
         return rows
@@ -125,6 +136,10 @@ def laid_out_bytes(weights: LlamaWeights) -> int:
     """Bytes of the second copy of a model's matrices."""
     each = ((*layer.qkv, layer.out, layer.gate, layer.up, layer.down) for layer in weights.layers)
     return weights.lm_head.nbytes + sum(weight.nbytes for layer in each for weight, _ in layer)
+
+
+def _wanted(rows: Tensor, keep: Keep) -> Tensor:
+    return rows[:, -keep:] if isinstance(keep, int) else rows[:, keep]
 
 
 def _behind(rows: int, columns: int, device: torch.device) -> Tensor | None:
