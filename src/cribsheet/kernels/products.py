@@ -110,18 +110,23 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
         wide = F.pad(wide, (0, 0, 0, more))
     out = rows.new_empty(wide.shape)
     peaks, shares = wide.new_empty(2, *wide.shape[:2])  # the largest logit of each row, and its weight
-    kept = [wide.new_empty(parts * at_once, len(span.keys)) for span in spans] if noted else []
+    kept: list[Tensor] = []
     for head, span in enumerate(spans):
         keys = span.keys.float()
+        pieces = []
         for first in range(0, parts * at_once, at_once):
             block = slice(first, first + at_once)
-            logits = _logits(wide[head, block], keys, span.hidden)
-            weights = torch.softmax(logits, -1, out=kept[head][block]) if noted else logits.softmax(-1)
-            torch.amax(logits, -1, out=peaks[head, block])
+            weights = _logits(wide[head, block], keys, span.hidden)
+            torch.amax(weights, -1, out=peaks[head, block])
+            torch.softmax(weights, -1, out=weights)  # row by row, so in place: what does not stay in the cache is slow
             torch.amax(weights, -1, out=shares[head, block])
             _weigh(weights.to(rows.dtype), span.values, out[head, block])
+            if noted:
+                pieces.append(weights)
+        if noted:
+            kept.append(pieces[0][:count] if parts == 1 else torch.cat(pieces)[:count])
     lse = peaks.sub_(shares.log_())[:, :count]  # what the largest lost is what all come to
-    return out[:, :count], lse, Weights([each[:count] for each in kept], spans, lse) if noted else None
+    return out[:, :count], lse, Weights(kept, spans, lse) if noted else None
 
 
 def _logits(rows: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
