@@ -113,20 +113,20 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
     kept: list[Tensor] = []
     for head, span in enumerate(spans):
         keys = span.keys.float()
-        pieces = []
+        if noted and parts > 1:
+            kept.append(wide.new_empty(parts * at_once, len(keys)))
         for first in range(0, parts * at_once, at_once):
             block = slice(first, first + at_once)
-            weights = _logits(wide[head, block], keys, span.hidden)
-            torch.amax(weights, -1, out=peaks[head, block])
-            torch.softmax(weights, -1, out=weights)  # row by row, so in place: what does not stay in the cache is slow
+            logits = _logits(wide[head, block], keys, span.hidden)
+            torch.amax(logits, -1, out=peaks[head, block])
+            # in place, which rows of their own allow, unless it is kept: what does not stay in the cache is slow
+            weights = torch.softmax(logits, -1, out=kept[head][block] if noted and parts > 1 else logits)
             torch.amax(weights, -1, out=shares[head, block])
             _weigh(weights.to(rows.dtype), span.values, out[head, block])
-            if noted:
-                pieces.append(weights)
-        if noted:
-            kept.append(pieces[0][:count] if parts == 1 else torch.cat(pieces)[:count])
+        if noted and parts == 1:
+            kept.append(weights)
     lse = peaks.sub_(shares.log_())[:, :count]  # what the largest lost is what all come to
-    return out[:, :count], lse, Weights(kept, spans, lse) if noted else None
+    return out[:, :count], lse, Weights([each[:count] for each in kept], spans, lse) if noted else None
 
 
 def _logits(rows: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
