@@ -22,7 +22,7 @@ from typing import Any
 
 from cribsheet.compare.questions import Asked as Question
 from cribsheet.engines.vllm.scheduling import KEY
-from cribsheet_bench.beside_vllm.work import PLAIN, SHEETS, WHOLE, Asked, Ours, Work, add_rows
+from cribsheet_bench.beside_vllm.work import PLAIN, SHEETS, WHOLE, Asked, Work, add_rows
 from cribsheet_bench.command import tell_progress
 
 logger = logging.getLogger(__name__)
@@ -111,14 +111,6 @@ class Server:
                 came.failed.append(number)
         return came
 
-    def parting(self, ours: Ours, theirs: Sequence[int]) -> float | None:
-        """By how many nats we preferred our token where an answer parts from ours; nothing where none does."""
-        kept = [[token for token in tokens if token not in self.work.ends] for tokens in (ours.tokens, theirs)]
-        if kept[0] == kept[1]:
-            return None
-        places = (place for place, (a, b) in enumerate(zip(*kept, strict=False)) if a != b)
-        return ours.margins[min(next(places, min(map(len, kept))), len(ours.margins) - 1)]
-
     def _prompt(self, question: Asked, way: str) -> list[int]:
         corpus = self.work.corpora[question.corpus]
         before = {SHEETS: corpus.ids, WHOLE: corpus.whole}.get(way)
@@ -165,7 +157,7 @@ def same_words(server: Server, settings: dict[str, Any]) -> list[dict[str, Any]]
     for again in (False, True):
         came = server.ask([(each, SHEETS) for each in asked])
         pairs = [(each.ours[dtype], tokens) for each, tokens in zip(asked, came.tokens, strict=True)]
-        partings = [margin for ours, tokens in pairs if (margin := server.parting(ours, tokens)) is not None]
+        partings = [margin for ours, tokens in pairs if (margin := server.work.parting(ours, tokens)) is not None]
         rows.append(
             {
                 "again": again,

@@ -7,7 +7,7 @@ rows. Each is a process of its own, so that one that fails or hangs takes nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -77,6 +77,14 @@ class Work:
     def write(self, folder: Path) -> None:
         """Leave it in a folder."""
         (folder / "work.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def parting(self, ours: Ours, theirs: Sequence[int]) -> float | None:
+        """By how many nats we preferred our token where an answer parts from ours; nothing where none does."""
+        kept = [[token for token in tokens if token not in self.ends] for tokens in (ours.tokens, theirs)]
+        if kept[0] == kept[1]:
+            return None
+        places = (place for place, (a, b) in enumerate(zip(*kept, strict=False)) if a != b)
+        return ours.margins[min(next(places, min(map(len, kept))), len(ours.margins) - 1)]
 
 
 def _asked(ours: dict[str, Any], **told: Any) -> Asked:
