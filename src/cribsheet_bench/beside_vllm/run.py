@@ -98,11 +98,11 @@ def _parser() -> argparse.ArgumentParser:
 def _servers(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What each vLLM is started with and asked."""
     timed, *others = settings["dtypes"]
-    yield {"dtype": timed, "blocks": None, "parts": ["same words", *([] if others else ["mixed"]), "speed"]}
     for blocks in settings["blocks"]:
         yield {"dtype": timed, "blocks": blocks, "parts": ["speed"]}
     for dtype in others:
         yield {"dtype": dtype, "blocks": None, "parts": ["same words", "mixed"]}
+    yield {"dtype": timed, "blocks": None, "parts": ["same words", *([] if others else ["mixed"]), "speed"]}
 
 
 def _child(part: str, folder: Path, settings: dict[str, Any], limit: float) -> bool:
