@@ -23,11 +23,17 @@ class Captures(Generic[T]):
 
     def __bool__(self) -> bool:
         """Whether anything was captured."""
-        return any(each is not None for each in self._made.values())
+        return bool(self.made)
 
-    def find(self, key: Hashable, uses: int, make: Callable[[], T], *, way: Hashable = None) -> T | None:
+    @property
+    def made(self) -> list[T]:
+        """All that was captured."""
+        return [each for each in self._made.values() if each is not None]
+
+    def find(self, key: Hashable, uses: int, make: Callable[[], T | None], *, way: Hashable = None) -> T | None:
         """What was captured for `key`; `make` captures it after so many uses without, unless something is found out.
 
+        Where that gives none, it is not tried again.
         What was captured of another `way` of computing is let go.
         """
         if way != self._way:
