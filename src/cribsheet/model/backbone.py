@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -77,6 +78,9 @@ class Backbone:
         self.may_copy = False
         self._laid_out: LlamaPass | None = None
         self._unchanged: Unchanged | None = None  # since weights were laid out
+        self._samples: Tensor | None = None  # of the weights, while nobody changes them
+        self._inside = 0  # how many say so
+        self._sampling = threading.Lock()
 
     @classmethod
     def load(
@@ -273,10 +277,25 @@ class Backbone:
 
     def weight_samples(self) -> Tensor:
         """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
-        samples = list(_weight_samples(self.model))
-        if len({(each.device, each.dtype) for each in samples}) > 1:
-            samples = [each.float().cpu() for each in samples]
-        return torch.cat(samples).float().cpu()  # a GPU is waited for once
+        with self._sampling:
+            samples = _all_samples(self.model) if self._samples is None else self._samples
+            if self._inside:
+                self._samples = samples
+        return samples
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Nobody changes the weights inside: they are sampled once, on a GPU beside whatever comes first."""
+        with self._sampling:
+            self._inside += 1
+        try:
+            if self.device.type == "cuda" and not self.in_step:
+                threading.Thread(target=self.weight_samples, name="cribsheet-weights", daemon=True).start()
+            yield
+        finally:
+            with self._sampling:
+                self._inside -= 1
+                self._samples = self._samples if self._inside else None
 
     @cached_property
     def scale(self) -> float:
@@ -292,6 +311,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"There is no usable tokenizer at {name!r}: {_first_line(error)}") from error
+
+
+def _all_samples(model: Any) -> Tensor:
+    samples = list(_weight_samples(model))
+    if len({(each.device, each.dtype) for each in samples}) > 1:
+        samples = [each.float().cpu() for each in samples]
+    return torch.cat(samples).float().cpu()  # a GPU is waited for once
 
 
 def _weight_samples(model: Any) -> Iterator[Tensor]:
