@@ -14,16 +14,21 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
+from corpus import DOCUMENTS, FEW_SHOT
+
 from cribsheet.attention import dispatch
 from cribsheet.attention.attend import column_mass, column_peak
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
+from cribsheet.build import build_sheet
+from cribsheet.compress import keeping
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import ShortPrefill
 from cribsheet.engine.request import Answering, Request
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.kernels import columns as kernels
+from cribsheet.kernels import keeping as taking
 from cribsheet.testing import tiny_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
@@ -56,9 +61,9 @@ def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
     right = kernels.columns
     monkeypatch.setattr(kernels, "columns", lambda *given, **named: right(*given, **named) * 1.1)
     monkeypatch.setattr(dispatch, "_verdicts", {})
-    assert not dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
+    assert not dispatch.agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
     monkeypatch.undo()
-    assert dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
+    assert dispatch.agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
 
 
 def passed(backbone, work):
@@ -151,3 +156,29 @@ def test_a_row_that_saw_nothing_in_either_part_is_zero_and_says_so():
     assert (found == 0).all() and lse.isneginf().all()
     found, lse = kernels.merge((out, nothing), (out * 2, torch.zeros(1, 2, 3)))
     assert (found == 2).all() and (lse == 0).all()
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_what_is_taken_and_set_by_kernels_is_what_is_taken_and_set_without(size):
+    errors = keeping.errors(torch.device("cpu"), torch.float32, size, 1)
+    assert len(errors) == 10 and max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "adaptive"}, {"allocation": "uniform", "guide": "dropped"}])
+def test_a_build_by_kernels_keeps_what_a_build_without_keeps(options, monkeypatch):
+    backbone, sheets = tiny_backbone(), []
+    for used in (False, True):
+        monkeypatch.setattr(keeping, "_by_kernels", lambda kept, used=used: used)
+        sheets.append(build_sheet(backbone, DOCUMENTS, FEW_SHOT, rate=3, chunk_tokens=90, **options))
+    one, other = sheets
+    assert torch.equal(one.indices, other.indices) and one.indices.shape[2] > 20
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert mine.counts == theirs.counts
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-6, rtol=1e-5)
+        assert torch.equal(mine.values, theirs.values)
+
+
+def test_a_planted_bug_in_what_is_taken_is_found(monkeypatch):
+    right = taking.take
+    monkeypatch.setattr(taking, "take", lambda places, *given: right(places.roll(1, 1), *given))
+    assert max(keeping.errors(torch.device("cpu"), torch.float32, 16, 1).values()) > 0.1

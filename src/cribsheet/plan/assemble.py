@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, turned_back
+from cribsheet.compress.keeping import as_prefix, kept_tokens
 from cribsheet.compress.kept import Kept, State
-from cribsheet.compress.loop import as_prefix, kept_tokens
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import describe
 from cribsheet.plan.plan import Plan
