@@ -23,6 +23,8 @@ from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.build import build_sheet
 from cribsheet.compress import keeping
+from cribsheet.compress.scoring import recall
+from cribsheet.compress.scoring.view import LayerView
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import ShortPrefill
 from cribsheet.engine.request import Answering, Request
@@ -54,7 +56,7 @@ def random_prefix(backbone, tokens, counts=()):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_give_what_the_plain_path_gives(dtype, size):
     errors = dispatch.check(torch.device("cpu"), dtype, size, 3)
-    assert len(errors) == 7 and max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-3), errors
+    assert len(errors) == 8 and max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-3), errors
 
 
 def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
@@ -182,3 +184,16 @@ def test_a_planted_bug_in_what_is_taken_is_found(monkeypatch):
     right = taking.take
     monkeypatch.setattr(taking, "take", lambda places, *given: right(places.roll(1, 1), *given))
     assert max(keeping.errors(torch.device("cpu"), torch.float32, 16, 1).values()) > 0.1
+
+
+@pytest.mark.parametrize("repeated", [200, 64, 7])
+def test_a_repetition_is_looked_at_by_a_kernel_as_without(repeated, monkeypatch):
+    made = torch.Generator().manual_seed(2)
+    queries, keys, values = (torch.randn(heads, 230, 32, generator=made) for heads in (6, 2, 2))
+    lse, places = torch.rand(6, 230, generator=made) + 3, torch.arange(230).expand(2, -1)
+    carried = torch.empty(2, 0)
+    view = LayerView(keys, values, places, queries, lse, carried, scale=0.2, layer=0, repeated=repeated)
+    wanted = recall.copied(view)
+    monkeypatch.setattr(dispatch, "usable", lambda q, kv_heads, softcap=None: True)
+    assert wanted.shape == (6, repeated)
+    torch.testing.assert_close(recall.copied(view), wanted, atol=1e-5, rtol=1e-4)

@@ -45,6 +45,13 @@ def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor 
     return found.transpose(0, 1).reshape(-1, size)
 
 
+def around(q: Tensor, lse: Tensor, keys: Tensor, block: int, margin: int, scale: float) -> Tensor:
+    """Largest weight (H, R) of each key from the rows about its block, as `kernels.columns.around` takes them."""
+    from cribsheet.kernels import columns as kernels
+
+    return kernels.around(q, lse, keys, block, margin, scale)
+
+
 def on_prefix(q: Tensor, lse: Tensor, keys: Tensor, starts: Tensor, longest: int, width: int, scale: float) -> Tensor:
     """Weights (B, K, width) of the keys (N, D) of a prefix, summed over the rows of q (B, H, T, D).
 
@@ -106,6 +113,12 @@ def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: i
     for name, peak, reference in (("mass", False, plain.plain_mass), ("peak", True, plain.plain_peak)):
         got = columns(q, k, lse, scale, weight, peak=peak)
         found[f"{name} of rows"] = relative_error(got, reference(q, k, lse, scale, weight, None))
+    own, far = k[:, :70], torch.arange(70, device=device)
+    logits = q.float() @ own.float().repeat_interleave(shared_by, 0).transpose(1, 2) * scale - lse.unsqueeze(-1)
+    first = far // 32 * 32
+    near = (far[:, None] >= first - 5) & (far[:, None] < first + 37)  # rows about the block of a key
+    wanted = logits.exp().masked_fill(~near, 0.0).amax(1)
+    found["peak of rows about"] = relative_error(around(q, lse, own, 32, 5, scale), wanted)
     for sequences in (1, 33):
         found[f"mass of {sequences} sequences"] = relative_error(*_on_heads(random, sequences, size, shared_by))
     q, keys, values = random(3, 2 * shared_by, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)

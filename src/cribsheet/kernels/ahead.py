@@ -127,6 +127,8 @@ def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     if shape.hidden:
         yield from _layers(shape, made)
     yield from _keeping(shape, made)
+    rows = made(heads, _ROWS, size), floats(heads, _ROWS)
+    yield partial(columns.around, *rows, made(kv_heads, _ROWS, size), 64, 16, 0.1)
     for peak in (True, False):
         yield partial(columns.columns, *many, keys, starts, 300, 300, 0.1, peak=peak)
     yield partial(columns.merge, part, part)
