@@ -9,7 +9,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -290,12 +290,16 @@ class Backbone:
             self._inside += 1
         try:
             if self.device.type == "cuda" and not self.in_step:
-                threading.Thread(target=self.weight_samples, name="cribsheet-weights", daemon=True).start()
+                threading.Thread(target=self._sample_ahead, name="cribsheet-weights", daemon=True).start()
             yield
         finally:
             with self._sampling:
                 self._inside -= 1
                 self._samples = self._samples if self._inside else None
+
+    def _sample_ahead(self) -> None:
+        with suppress(Exception):  # whoever asks for them hears of it
+            self.weight_samples()
 
     @cached_property
     def scale(self) -> float:
