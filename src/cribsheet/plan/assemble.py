@@ -77,13 +77,14 @@ def _with_guide(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> t
     """
     layers = as_prefix(backbone, kept)
     size = kept_tokens(backbone, kept)
-    full = [kept[number].indices for number in backbone.full]
-    indices = torch.stack([F.pad(layer, (size - layer.shape[1], 0), value=ABSENT) for layer in full]).cpu()
     if len(resident):
         read = backbone.read(layers, size, resident, resident[:0])
         layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-        indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
-    return layers, indices.to(torch.int32)
+    full = [kept[number].indices for number in backbone.full]
+    padded = [F.pad(layer, (size - layer.shape[1], 0), value=ABSENT) for layer in full]
+    indices = torch.stack(padded).to(torch.int32).cpu()  # a GPU is waited for
+    guide = indices.new_full((*indices.shape[:2], len(resident)), -1)
+    return layers, torch.cat([indices, guide], 2)
 
 
 def _storage_loss(stored: Sequence[StoredLayer], layers: Sequence[LayerPrefix]) -> dict[str, float]:
