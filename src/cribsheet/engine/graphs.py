@@ -250,9 +250,9 @@ def find_prefill(
     Graphs over one prefix share their memory, because what one has found is used before another is replayed. One that
     does not agree with the model's own layers on the question at hand is not used.
     """
-    sliding = len(backbone.full) < backbone.num_layers
-    if not _may_capture(backbone) or len(question) > _MOST_QUESTION or sliding:
-        return None
+    sliding, most = len(backbone.full) < backbone.num_layers, _MOST_QUESTION if is_prepared(backbone) else _DOUBLES_TO
+    if not _may_capture(backbone) or len(question) > most or sliding:
+        return None  # a long one that is captured before it is known how to compute is captured twice
     size, others = bucket(len(question)), prefix.prefills
 
     def make() -> PrefillGraph | None:
