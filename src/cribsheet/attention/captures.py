@@ -23,12 +23,7 @@ class Captures(Generic[T]):
 
     def __bool__(self) -> bool:
         """Whether anything was captured."""
-        return bool(self.made)
-
-    @property
-    def made(self) -> list[T]:
-        """All that was captured."""
-        return [each for each in self._made.values() if each is not None]
+        return any(each is not None for each in self._made.values())
 
     def find(self, key: Hashable, uses: int, make: Callable[[], T | None], *, way: Hashable = None) -> T | None:
         """What was captured for `key`; `make` captures it after so many uses without, unless something is found out.

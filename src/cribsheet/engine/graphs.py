@@ -8,6 +8,7 @@ been used a few times. `fixed_step` and `padded_prefill` are what is captured; t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -26,11 +27,14 @@ from cribsheet.model.passes import is_prepared, logits_after
 
 R = TypeVar("R")
 
+_prefills: weakref.WeakKeyDictionary[Backbone, weakref.WeakSet[PrefillGraph]] = weakref.WeakKeyDictionary()
+
 _USES = 3  # steps of a bucket before it is captured
 _FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
 _MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
 _PREFILL_USES = 1  # questions of a bucket before it is captured
 _FIRST_QUESTION, _MOST_QUESTION = 32, 2048  # tokens of the shortest and longest questions that are captured
+_MOST_LONG = 8  # longer ones of a model, over all of its prefixes: each holds keys and values of its own
 _DOUBLES_TO = 512  # tokens up to which buckets of questions double; longer ones are as many times as long
 
 
@@ -247,18 +251,24 @@ def find_prefill(
 ) -> PrefillGraph | None:
     """The graph that reads a question (n,) whose rows weigh so much, captured if it is time; none if it goes without.
 
-    Graphs over one prefix share their memory, because what one has found is used before another is replayed. One that
-    does not agree with the model's own layers on the question at hand is not used.
+    Graphs of one model share the memory in which they work, because what one has found is used before another is
+    replayed. One that does not agree with the model's own layers on the question at hand is not used.
     """
     sliding, most = len(backbone.full) < backbone.num_layers, _MOST_QUESTION if is_prepared(backbone) else _DOUBLES_TO
     if not _may_capture(backbone) or len(question) > most or sliding:
         return None  # a long one that is captured before it is known how to compute is captured twice
-    size, others = bucket(len(question)), prefix.prefills
+    size, others = bucket(len(question)), _prefills.setdefault(backbone, weakref.WeakSet())
 
     def make() -> PrefillGraph | None:
-        pool = next((graph.pool for graph in others.made), None)
+        if size > _DOUBLES_TO and sum(graph.tokens > _DOUBLES_TO for graph in others) >= _MOST_LONG:
+            return None
+        pool = next((graph.pool for graph in others), None)
         graph = PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, pool=pool)
         path = f"captured questions of up to {size} tokens"
-        return graph if agrees(path, lambda: graph.errors(backbone, prefix, question, weights), BOUND) else None
+        if not agrees(path, lambda: graph.errors(backbone, prefix, question, weights), BOUND):
+            return None
+        others.add(graph)
+        return graph
 
-    return others.find(("a question", size, evidence, told), _PREFILL_USES, make, way=is_prepared(backbone))
+    key = "a question", size, evidence, told
+    return prefix.prefills.find(key, _PREFILL_USES, make, way=is_prepared(backbone))
