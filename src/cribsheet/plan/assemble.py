@@ -65,8 +65,8 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: 
 
 def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
     """`Sheet.origins` for these kept indices: rows (U, 4) of index, document, first and last-plus-one character."""
-    used = torch.unique(indices)
-    used = used[used >= 0].long()
+    seen = torch.zeros(len(corpus) - ABSENT, dtype=torch.bool)  # what stands for no token is below zero
+    used = seen.index_fill_(0, indices.flatten().long() - ABSENT, True)[-ABSENT:].nonzero().flatten()
     return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
 
 
