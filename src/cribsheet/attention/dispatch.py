@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cribsheet.attention import plain
 from cribsheet.attention.agreement import agrees, finding_out, is_in_a_hurry, relative_error
-from cribsheet.attention.backends import on_cuda
+from cribsheet.attention.backends import is_hopper, on_cuda
 
 _BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
+_FLASHED_ROWS, _FLASHED_SIZES = 2048, (64, 128)  # rows from which our causal attention pays, and its head sizes
 
 
 def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
@@ -29,6 +30,20 @@ def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
 def can_merge(out: Tensor) -> bool:
     """Whether `merge` takes such outputs (B, H, T, D)."""
     return on_cuda(out) and agree(_merging, out.device, out.dtype, out.shape[-1], 1)
+
+
+def can_flash(q: Tensor, k: Tensor) -> bool:
+    """Whether `causal` takes such queries (B, H, T, D) and keys (B, K, T, D)."""
+    if q.shape[2] < _FLASHED_ROWS or q.shape[-1] not in _FLASHED_SIZES or not (on_cuda(q) and is_hopper(q.device)):
+        return False
+    return agree(_flashing, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention.attend` of rows that see up to their own key, by one kernel for Hopper."""
+    from cribsheet.kernels import flash
+
+    return flash.causal(q, k, v, scale)
 
 
 def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, *, peak: bool) -> Tensor:
@@ -101,7 +116,8 @@ def agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, sha
 
 def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all kernels on small random examples, by case."""
-    return _attending(device, dtype, size, shared_by) | _merging(device, dtype, size, shared_by)
+    found = _attending(device, dtype, size, shared_by) | _merging(device, dtype, size, shared_by)
+    return found | _flashing(device, dtype, size, shared_by) if size in _FLASHED_SIZES else found
 
 
 def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
@@ -150,6 +166,15 @@ def _merging(device: torch.device, dtype: torch.dtype, size: int, shared_by: int
     second = random(2, 3 * shared_by, 37, size), random(2, 3 * shared_by, 37).float()
     second[1][:, 0] = float("-inf")  # a part in which rows saw nothing
     return {"merge": _worse(merge(first, second), plain.plain_merge(first, second))}
+
+
+def _flashing(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
+    random, found = _Random(device, dtype), dict[str, float]()
+    for tokens in (70, 300):
+        q, k, v = (random(2, heads, tokens, size) for heads in (2 * shared_by, 2, 2))
+        wanted = plain.attend_plain(q, k, v, scale=size**-0.5, causal=True)
+        found[f"causal attention of {tokens}"] = _worse(causal(q, k, v, size**-0.5), wanted)
+    return found
 
 
 class _Random:

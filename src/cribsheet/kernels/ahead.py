@@ -109,7 +109,7 @@ def _mark(shape: Shape) -> Path | None:
 
 def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     """Calls that need every kernel of a model once, those of builds and questions first."""
-    from cribsheet.kernels import columns
+    from cribsheet.kernels import columns, flash
 
     dtype = getattr(torch, shape.dtype)
 
@@ -129,6 +129,9 @@ def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     yield from _keeping(shape, made)
     rows = made(heads, _ROWS, size), floats(heads, _ROWS)
     yield partial(columns.around, *rows, made(kv_heads, _ROWS, size), 64, 16, 0.1)
+    if shape.arch == 90 and size in flash.TILES:
+        seen = made(1, kv_heads, 300, size)
+        yield partial(flash.causal, made(1, heads, 300, size), seen, seen, 0.1)
     for peak in (True, False):
         yield partial(columns.columns, *many, keys, starts, 300, 300, 0.1, peak=peak)
     yield partial(columns.merge, part, part)
