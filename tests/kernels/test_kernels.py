@@ -16,8 +16,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from corpus import DOCUMENTS, FEW_SHOT
 
-from cribsheet.attention import dispatch
-from cribsheet.attention.attend import column_mass, column_peak
+from cribsheet.attention import backends, dispatch, plain
+from cribsheet.attention.attend import attend, column_mass, column_peak
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
@@ -198,3 +198,14 @@ def test_a_repetition_is_looked_at_by_a_kernel_as_without(repeated, monkeypatch)
     monkeypatch.setattr(dispatch, "usable", lambda q, kv_heads, softcap=None: True)
     assert wanted.shape == (6, repeated)
     torch.testing.assert_close(recall.copied(view), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_see_up_to_their_own_key_go_to_the_kernel_for_hopper_where_it_may_be_used(monkeypatch):
+    made = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, heads, 150, 64, generator=made) for heads in (6, 2, 2))
+    wanted = plain.attend_plain(q, k, v, scale=0.1, causal=True)
+    monkeypatch.setattr(backends, "on_cpu", lambda q: False)
+    monkeypatch.setattr(backends, "on_cuda", lambda q: True)
+    monkeypatch.setattr(dispatch, "can_flash", lambda q, k: True)
+    for got, other in zip(attend(q, k, v, scale=0.1, causal=True), wanted, strict=True):
+        torch.testing.assert_close(got, other, atol=1e-5, rtol=1e-4)
