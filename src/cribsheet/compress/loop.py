@@ -275,9 +275,10 @@ def choose(
 def _counts(scores: Sequence[Tensor], standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
     """How many of its tokens (K, S) each head of each layer keeps: half by its weight, half by its scores."""
     most, total = max(budget, how.most), budget * sum(len(layer) for layer in scores)
+    weights = how.weigh()  # while a GPU still reads
     both: list[list[int]] = torch.stack([present(standing), best_of_all(scores, total)]).tolist()  # a GPU is waited for
     limits = [min(limit, most) for limit in both[0]]
-    shares = [(weight + won / budget) / 2 for weight, won in zip(how.weigh(), both[1], strict=True)]
+    shares = [(weight + won / budget) / 2 for weight, won in zip(weights, both[1], strict=True)]
     counts = apportion(shares, limits, total, least=min(budget, max(how.least, how.pinned)))
     heads = len(standing[0])
     return [counts[first : first + heads] for first in range(0, len(counts), heads)]
