@@ -80,6 +80,7 @@ class Backbone:
         self._unchanged: Unchanged | None = None  # since weights were laid out
         self._samples: Tensor | None = None  # of the weights, while nobody changes them
         self._inside = 0  # how many say so
+        self._are_sampled = True  # or are being sampled
         self._sampling = threading.Lock()
 
     @classmethod
@@ -182,6 +183,9 @@ class Backbone:
             return layers
         fast = self.found_read() if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
+        if not self._are_sampled and self.device.type == "cuda" and not self.in_step:
+            self._are_sampled = True
+            threading.Thread(target=self._sample_meanwhile, name="cribsheet-weights", daemon=True).start()
         return layers
 
     def laid_out(self) -> LlamaPass | None:
@@ -285,19 +289,19 @@ class Backbone:
 
     @contextmanager
     def unchanging(self) -> Iterator[None]:
-        """Nobody changes the weights inside: they are sampled once, on a GPU beside whatever comes first."""
+        """Nobody changes the weights inside: they are sampled once, on a GPU while that reads what is read first."""
         with self._sampling:
             self._inside += 1
+            self._are_sampled = False
         try:
-            if self.device.type == "cuda" and not self.in_step:
-                threading.Thread(target=self._sample_ahead, name="cribsheet-weights", daemon=True).start()
             yield
         finally:
             with self._sampling:
                 self._inside -= 1
-                self._samples = self._samples if self._inside else None
+                if not self._inside:
+                    self._samples, self._are_sampled = None, True
 
-    def _sample_ahead(self) -> None:
+    def _sample_meanwhile(self) -> None:
         with suppress(Exception):  # whoever asks for them hears of it
             self.weight_samples()
 

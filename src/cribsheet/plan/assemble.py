@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from cribsheet.sheet.int4 import block_sizes
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet, with_archive
 from cribsheet.vocabulary import ABSENT, StorageDtype
+
+Halves = tuple[Tensor, Tensor]  # keys and values
 
 
 def archive_writer(
@@ -50,11 +54,15 @@ def archive_layout(backbone: Backbone, dtype: StorageDtype, runs: Sequence[int])
 
 def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: ArchiveWriter | None = None) -> Sheet:
     """The sheet of what was kept, begun at a time of `time.perf_counter`, with its archive if that was written."""
-    layers, indices = _with_guide(backbone, state.kept, plan.resident)
-    if plan.dtype == "int4":
-        length = indices.shape[-1]
-        layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
-    stored = [StoredLayer.of(layer, plan.dtype) for layer in layers]
+    before = as_prefix(backbone, state.kept)
+    with ThreadPoolExecutor(1) as meanwhile:
+        room = meanwhile.submit(_room_for, before, len(plan.resident), plan.dtype)
+        layers, indices = _with_guide(backbone, before, state.kept, plan.resident)
+        if plan.dtype == "int4":
+            length = indices.shape[-1]
+            layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
+        pairs = zip(layers, room.result(), strict=True)
+        stored = [StoredLayer.of(_moved(layer, to), plan.dtype) for layer, to in pairs]
     loss, origins = _storage_loss(stored, layers), kept_origins(plan.corpus, indices)
     manifest = describe(plan, backbone, time.perf_counter() - began)
     manifest.build.update(loss)
@@ -70,12 +78,40 @@ def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
     return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
 
 
-def _with_guide(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tuple[list[LayerPrefix], Tensor]:
-    """The final prefix, with the resident guide (T,) read on top.
+def _room_for(
+    layers: Sequence[LayerPrefix], guide_tokens: int, dtype: StorageDtype
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Host memory for keys and values of each layer with a guide of so many tokens behind it, where a GPU has them.
+
+    It is written to once, in a thread, while the guide is read: a system gives memory page by page at its first use,
+    which takes several times longer than the copy. None for layers with windows, and forms that are made elsewhere.
+    """
+    kept = None if dtype in ("int8", "int4") else getattr(torch, dtype)
+    return [
+        _zeros(layer, guide_tokens, kept) if kept and layer.keys.is_cuda and layer.window is None else None
+        for layer in layers
+    ]
+
+
+def _zeros(layer: LayerPrefix, guide_tokens: int, dtype: torch.dtype) -> Halves:
+    """For keys and values of a layer with so many tokens behind each head."""
+    more, size = layer.heads * guide_tokens, layer.keys.shape[-1]
+    shape = (sum(layer.counts) + more, size) if layer.counts else (layer.heads, layer.longest + guide_tokens, size)
+    return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+
+def _moved(layer: LayerPrefix, to: Halves | None) -> LayerPrefix:
+    """A layer copied there, or as it is if there is no room for it."""
+    return layer if to is None else replace(layer, keys=to[0].copy_(layer.keys), values=to[1].copy_(layer.values))
+
+
+def _with_guide(
+    backbone: Backbone, layers: list[LayerPrefix], kept: Sequence[Kept], resident: Tensor
+) -> tuple[list[LayerPrefix], Tensor]:
+    """The final prefix, with the resident guide (T,) read on top of what is kept.
 
     Also the indices (F, K, P + T) of what the F layers keep that see everything, as in `Sheet`.
     """
-    layers = as_prefix(backbone, kept)
     size = kept_tokens(backbone, kept)
     if len(resident):
         read = backbone.read(layers, size, resident, resident[:0])
