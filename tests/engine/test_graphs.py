@@ -145,14 +145,15 @@ def test_nothing_is_captured_while_something_is_found_out():
     assert captures.find("it", 0, lambda: "made") == "made"
 
 
-def test_a_padded_question_sees_of_its_passages_what_it_sees_unpadded(backbone, prefix):
+@pytest.mark.parametrize("rows", [0, 5, 9, 14])
+def test_a_padded_question_sees_of_its_passages_what_it_sees_unpadded(backbone, prefix, rows):
     question, weights, block = torch.arange(20, 32), question_weights(12, 7), (2, 6)
     cache = prefix_cache(prefix.layers, TOKENS)
     glance = Glance(cache.layers, backbone.full, [block], [weights])
     backbone.step(question.unsqueeze(0), torch.arange(TOKENS, TOKENS + 12).unsqueeze(0), cache)
     inputs = torch.cat([question, torch.full((4,), 33), torch.tensor([11])])
     padded = torch.cat([weights, torch.zeros(4)])
-    _, mass, _ = padded_prefill(backbone, prefix, inputs, padded, evidence=True, told=True)
+    _, mass, _ = padded_prefill(backbone, prefix, inputs, padded, evidence=True, told=True, rows=rows)
     assert mass.shape[-1] == TOKENS + 16
     torch.testing.assert_close(on_passages(mass, TOKENS, block), glance.masses[0], atol=1e-5, rtol=1e-4)
 

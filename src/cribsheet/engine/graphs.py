@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ _FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
 _MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
 _PREFILL_USES = 1  # questions of a bucket before it is captured
 _FIRST_QUESTION, _MOST_QUESTION = 32, 2048  # tokens of the shortest and longest questions that are captured
+_ASKING = 128  # rows that are looked at of longer ones that begin with passages, if these are enough
 _MOST_LONG = 8  # longer ones of a model, over all of its prefixes: each holds keys and values of its own
 _DOUBLES_TO = 512  # tokens up to which buckets of questions double; longer ones are as many times as long
 
@@ -61,17 +62,31 @@ def fixed_step(
 
 
 def padded_prefill(
-    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool, told: bool = False
+    backbone: Backbone,
+    prefix: Prefix,
+    inputs: Tensor,
+    weights: Tensor,
+    *,
+    evidence: bool,
+    told: bool = False,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor | None, Sequence[object]]:
     """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
 
     Where passages were `told`, it is (M, K, P + T), what it looked at in all of itself too.
     `inputs` (T + 1,) are its tokens, anything behind them, and the place of the last one. No row sees what stands
-    behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding.
+    behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding; where
+    none but the last so many `rows` of the question weigh anything, the others need not be looked at.
     """
     size = len(weights)
     cache = prefill_cache(prefix.layers, prefix.tokens, None)
-    glance = Glance(cache.layers, backbone.full, [(0, size if told else 0)], [weights]) if evidence else None
+    glance: Glance | None = None
+    if evidence:
+        asking = inputs[size:] + torch.arange(1 - rows, 1, device=inputs.device) if rows else None  # (rows,)
+        if asking is not None:
+            weights = weights[asking.clamp(min=0)].masked_fill(asking < 0, 0.0)
+            asking = asking.clamp(min=0)
+        glance = Glance(cache.layers, backbone.full, [(0, size if told else 0)], [weights], rows=asking)
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
     logits = logits_after(backbone, inputs[None, :size], positions[None], cache, inputs[size:])
     return logits, glance.masses[0] if glance else None, cache.layers
@@ -186,18 +201,34 @@ class StepGraphs:
         )
 
 
+class _How(TypedDict):
+    """How a captured question is looked at, as `padded_prefill` takes it."""
+
+    evidence: bool
+    told: bool
+    rows: int
+
+
 class PrefillGraph:
     """Reading one question of at most `tokens` tokens on a prefix, as the GPU replays it."""
 
     def __init__(
-        self, backbone: Backbone, prefix: Prefix, tokens: int, *, evidence: bool, told: bool = False, pool: Any = None
+        self,
+        backbone: Backbone,
+        prefix: Prefix,
+        tokens: int,
+        *,
+        evidence: bool,
+        told: bool = False,
+        rows: int = 0,
+        pool: Any = None,
     ) -> None:
         self.tokens = tokens
+        self._how = _How(evidence=evidence, told=told, rows=rows)
         inputs = self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
         weights = self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
-        self._prefill = _Captured(
-            lambda: padded_prefill(backbone, prefix, inputs.there, weights.there, evidence=evidence, told=told), pool
-        )
+        how = self._how
+        self._prefill = _Captured(lambda: padded_prefill(backbone, prefix, inputs.there, weights.there, **how), pool)
 
     @property
     def pool(self) -> Any:
@@ -207,8 +238,7 @@ class PrefillGraph:
     def errors(self, backbone: Backbone, prefix: Prefix, question: Tensor, weights: Tensor) -> dict[str, float]:
         """Relative L2 errors on a question: of what is replayed, by kind, and against the model's own layers."""
         logits, mass, layers = self.replay(question, weights)
-        how = {"evidence": mass is not None, "told": mass is not None and mass.shape[-1] > prefix.tokens}
-        again, seen, other = padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, **how)
+        again, seen, other = padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, **self._how)
         found = {"replayed": relative_error(logits, again)}
         if mass is not None and seen is not None:
             found["evidence"] = relative_error(mass, seen)
@@ -258,17 +288,18 @@ def find_prefill(
     if not _may_capture(backbone) or len(question) > most or sliding:
         return None  # a long one that is captured before it is known how to compute is captured twice
     size, others = bucket(len(question)), _prefills.setdefault(backbone, weakref.WeakSet())
+    rows = _ASKING if size > _ASKING and evidence and not weights[:-_ASKING].any() else 0
 
     def make() -> PrefillGraph | None:
         if size > _DOUBLES_TO and sum(graph.tokens > _DOUBLES_TO for graph in others) >= _MOST_LONG:
             return None
         pool = next((graph.pool for graph in others), None)
-        graph = PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, pool=pool)
+        graph = PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, rows=rows, pool=pool)
         path = f"captured questions of up to {size} tokens"
         if not agrees(path, lambda: graph.errors(backbone, prefix, question, weights), BOUND):
             return None
         others.add(graph)
         return graph
 
-    key = "a question", size, evidence, told
+    key = "a question", size, evidence, told, rows
     return prefix.prefills.find(key, _PREFILL_USES, make, way=is_prepared(backbone))
