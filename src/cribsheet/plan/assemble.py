@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cribsheet.compress.kept import Kept, State
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import describe
 from cribsheet.plan.plan import Plan
+from cribsheet.plan.room import moved, room_for
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.archive.layout import Layout
 from cribsheet.sheet.archive.writer import ArchiveWriter, unfinished_archive
@@ -26,8 +26,6 @@ from cribsheet.sheet.int4 import block_sizes
 from cribsheet.sheet.layers import StoredLayer
 from cribsheet.sheet.sheet import Sheet, with_archive
 from cribsheet.vocabulary import ABSENT, StorageDtype
-
-Halves = tuple[Tensor, Tensor]  # keys and values
 
 
 def archive_writer(
@@ -56,13 +54,13 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: 
     """The sheet of what was kept, begun at a time of `time.perf_counter`, with its archive if that was written."""
     before = as_prefix(backbone, state.kept)
     with ThreadPoolExecutor(1) as meanwhile:
-        room = meanwhile.submit(_room_for, before, len(plan.resident), plan.dtype)
+        room = meanwhile.submit(room_for, before, len(plan.resident), plan.dtype)
         layers, indices = _with_guide(backbone, before, state.kept, plan.resident)
         if plan.dtype == "int4":
             length = indices.shape[-1]
             layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
         pairs = zip(layers, room.result(), strict=True)
-        stored = [StoredLayer.of(_moved(layer, to), plan.dtype) for layer, to in pairs]
+        stored = [StoredLayer.of(moved(layer, to), plan.dtype) for layer, to in pairs]
     loss, origins = _storage_loss(stored, layers), kept_origins(plan.corpus, indices)
     manifest = describe(plan, backbone, time.perf_counter() - began)
     manifest.build.update(loss)
@@ -76,33 +74,6 @@ def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
     seen = torch.zeros(len(corpus) - ABSENT, dtype=torch.bool)  # what stands for no token is below zero
     used = seen.index_fill_(0, indices.flatten().long() - ABSENT, True)[-ABSENT:].nonzero().flatten()
     return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
-
-
-def _room_for(
-    layers: Sequence[LayerPrefix], guide_tokens: int, dtype: StorageDtype
-) -> list[tuple[Tensor, Tensor] | None]:
-    """Host memory for keys and values of each layer with a guide of so many tokens behind it, where a GPU has them.
-
-    It is written to once, in a thread, while the guide is read: a system gives memory page by page at its first use,
-    which takes several times longer than the copy. None for layers with windows, and forms that are made elsewhere.
-    """
-    kept = None if dtype in ("int8", "int4") else getattr(torch, dtype)
-    return [
-        _zeros(layer, guide_tokens, kept) if kept and layer.keys.is_cuda and layer.window is None else None
-        for layer in layers
-    ]
-
-
-def _zeros(layer: LayerPrefix, guide_tokens: int, dtype: torch.dtype) -> Halves:
-    """For keys and values of a layer with so many tokens behind each head."""
-    more, size = layer.heads * guide_tokens, layer.keys.shape[-1]
-    shape = (sum(layer.counts) + more, size) if layer.counts else (layer.heads, layer.longest + guide_tokens, size)
-    return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-
-
-def _moved(layer: LayerPrefix, to: Halves | None) -> LayerPrefix:
-    """A layer copied there, or as it is if there is no room for it."""
-    return layer if to is None else replace(layer, keys=to[0].copy_(layer.keys), values=to[1].copy_(layer.values))
 
 
 def _with_guide(
