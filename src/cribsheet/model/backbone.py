@@ -217,7 +217,9 @@ class Backbone:
     def fast_read(self) -> LlamaRead | None:
         """A read of few kernels, checked at the first use; none where the model's own layers must be used."""
         weights = self.plain_weights() if self.device.type == "cuda" else None
-        return fast_read(weights, self.name, self.read_by_own_layers, self.step) if weights else None
+        if weights is None:
+            return None
+        return fast_read(weights, self.name, self.read_by_own_layers, self.step, self.tokenizer)
 
     def found_read(self) -> LlamaRead | None:
         """`fast_read`; none in a hurry, until it was found out."""
