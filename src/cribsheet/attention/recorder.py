@@ -85,9 +85,7 @@ class Glance:
         if self._weights is not None:
             rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
             lse = weighted(lse, torch.stack(rows).unsqueeze(1))
-        prefix = layer.prefix
-        keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
-        return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
+        return layer.prefix.looked_at(query, lse, layer.start, scale)
 
     def _placed(self, device: torch.device) -> Sequence[Tensor]:
         """The rows' weights where the layers are: one copy for all of them, because a copy waits for the device."""

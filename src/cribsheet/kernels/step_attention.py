@@ -1,7 +1,7 @@
 """Attention of a decoding step in two kernels of our own, in Triton: all parts of prefix and suffix, and their merge.
 
-Only `model/llama_step.py` imports this file, because importing it needs Triton. Its slow reference is
-`SlotLayer.attend`. Letters as in `attention/attend.py`; `G` query heads of a key/value head, `S` parts.
+Only `model/llama_step.py` and `attention/packed` import this file, because importing it needs Triton. Its slow
+reference is `SlotLayer.attend`. Letters as in `attention/attend.py`; `G` query heads of a key/value head, `S` parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cribsheet.kernels.codes import TILE, Codes
 from cribsheet.kernels.columns import of_suffix, over
+from cribsheet.kernels.packed import half_block, over_codes
 
 _MOST_PARTS = 63
 
@@ -31,32 +33,59 @@ class Cut:
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
 CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
+# The same for keys and values in four bits.
+CODE_CUTS = {32: Cut(32, keys=64, warps=4, stages=3, programs=264), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
+
+Suffix = tuple[Tensor, Tensor, Tensor]
+Floats = tuple[Tensor, Tensor, Tensor, int]
 
 
 @triton.jit
 def _parted(
-    q: tl.tensor, keys: tl.tensor, values: tl.tensor, starts: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, starts: tl.tensor, ranges: tl.tensor, values_ranges: tl.tensor,
+    tiles: tl.tensor, freqs: tl.tensor, near: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
     index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
     blocks: tl.tensor, parts: tl.tensor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A part of one head's prefix for a block of rows, or the suffix of one sequence and head."""
+    """A part of one head's prefix for a block of rows, or the suffix of one sequence and head.
+
+    Keys and values are codes if there are GROUPS of values' channels.
+    """
     GROUP: tl.constexpr = H // KV
     program, d = tl.program_id(0), tl.arange(0, BD)
     if program < parts * KV * blocks:
         part, head, block = program % parts, program // parts % KV, program // (parts * KV)
-        begin = tl.load(starts + head).to(tl.int64)
-        count = (tl.load(starts + head + 1) - begin).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(count, parts), BN) * BN
         r = block * BM + tl.arange(0, BM)
         line, real = r // GROUP * H + head * GROUP + r % GROUP, r < batch * GROUP
-        row = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
-        low, high = part * share, tl.minimum(part * share + share, count)
-        found, seen = over(row, keys + begin * D, values + begin * D, low, high, scale, D, BD, BM, BN)
         place = part * batch * H + line
-        tl.store(out + place[:, None] * D + d[None, :], found, mask=real[:, None] & (d[None, :] < D))
-        tl.store(lse + place, seen, mask=real)
+        if GROUPS > 0:
+            HALF: tl.constexpr = D // 2
+            h = tl.arange(0, BH)
+            low = tl.load(starts + 2 * head).to(tl.int64) * (TILE // BN)
+            high = tl.load(starts + 2 * head + 1).to(tl.int64) * (TILE // BN)
+            share = tl.cdiv(high - low, parts)
+            low, high = low + part * share, tl.minimum(low + part * share + share, high)
+            half = real[:, None] & (h[None, :] < HALF)
+            lower = tl.load(q + line[:, None] * D + h[None, :], mask=half, other=0.0).to(tl.float32)
+            upper = tl.load(q + line[:, None] * D + HALF + h[None, :], mask=half, other=0.0).to(tl.float32)
+            found, upper_found, seen = over_codes(
+                lower, upper, keys, values, ranges, values_ranges, tiles, freqs, near, low, high, scale,
+                q.dtype.element_ty, D, BH, BM, BN, GROUPS, TILE,
+            )  # fmt: skip
+            tl.store(out + place[:, None] * D + h[None, :], found, mask=half)
+            tl.store(out + place[:, None] * D + HALF + h[None, :], upper_found, mask=half)
+            tl.store(lse + place, seen, mask=real)
+        else:
+            begin = tl.load(starts + head).to(tl.int64)
+            count = (tl.load(starts + head + 1) - begin).to(tl.int32)
+            share = tl.cdiv(tl.cdiv(count, parts), BN) * BN
+            row = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None] & (d[None, :] < D), other=0.0)
+            low, high = part * share, tl.minimum(part * share + share, count)
+            found, seen = over(row, keys + begin * D, values + begin * D, low, high, scale, D, BD, BM, BN)
+            tl.store(out + place[:, None] * D + d[None, :], found, mask=real[:, None] & (d[None, :] < D))
+            tl.store(lse + place, seen, mask=real)
     else:
         pair, g = program - parts * KV * blocks, tl.arange(0, BG)
         own, own_seen = of_suffix(q, newer, newer_values, index, scale, pair, KV, tokens, GROUP, BG, D, BD, BN)
@@ -84,40 +113,44 @@ def _joined(
 
 
 def attend(
-    q: Tensor,
-    prefix: tuple[Tensor, Tensor, Tensor, int],
-    suffix: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    *,
-    cut: Cut | None = None,
+    q: Tensor, prefix: Floats | Codes, suffix: Suffix | None, scale: float, *, cut: Cut | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
 
     `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
-    the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
-    sees (B,).
+    the most tokens of a head, maybe none; or codes. `suffix` are whole buffers (slots, K, tokens, D) and how far each
+    sequence sees (B,), or none, where somebody else looks there.
     """
-    (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
+    codes = prefix if isinstance(prefix, Codes) else None
     batch, heads, _, size = q.shape
-    kv_heads, tokens = newer.shape[1:3]
+    if codes is not None:
+        kv_heads = len(codes.spans)
+        keys, values, starts, longest = codes.keys, codes.values, codes.spans, codes.most * TILE
+        more = codes.key_ranges, codes.value_ranges, codes.tiles, codes.freqs, codes.near
+    else:
+        keys, values, starts, longest = prefix
+        kv_heads, more = len(starts) - 1, (keys,) * 5
+    newer, newer_values, index = suffix or (q, q, starts)
     rows = batch * heads // kv_heads
-    cut = cut or next(each for most, each in CUTS.items() if rows <= most)
+    cut = cut or next(each for most, each in (CUTS if codes is None else CODE_CUTS).items() if rows <= most)
     block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
     parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
+    every = parts if suffix is None else parts + 1
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
-    seen = q.new_empty(parts + 1, batch * heads, dtype=torch.float32)
+    found = q.new_empty(every, batch * heads, size, dtype=torch.float32)
+    seen = q.new_empty(every, batch * heads, dtype=torch.float32)
     width = max(16, 1 << (size - 1).bit_length())
     shared_by = max(16, 1 << (heads // kv_heads - 1).bit_length())
-    _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
-        q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
-        H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
+    _parted[(parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads),)](
+        q, keys, values, starts, *more, newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks,
+        parts, H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
+        GROUPS=codes.groups if codes else 0, BH=half_block(size), TILE=TILE,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     _joined[(batch * heads,)](
-        found, seen, out, lse, parts + 1, batch * heads,
-        BS=1 << parts.bit_length(), D=size, BD=width, num_warps=4,
+        found, seen, out, lse, every, batch * heads,
+        BS=1 << (every - 1).bit_length(), D=size, BD=width, num_warps=4,
     )  # fmt: skip
     return out, lse
