@@ -33,8 +33,8 @@ class Codes(NamedTuple):
         (K, 2) int32: the first tile of each head, and the one behind its last.
     freqs
         (D / 2,) float32, radians a token.
-    near
-        (2, TILE, D / 2) float32: cosine and sine of the turns of the first positions.
+    turns
+        (TILE + n, 2, D / 2) float32: cosine and sine of the turns of the first TILE positions, then of every TILEth.
     most
         tiles of the head that has most.
     """
@@ -46,7 +46,7 @@ class Codes(NamedTuple):
     tiles: Tensor
     spans: Tensor
     freqs: Tensor
-    near: Tensor
+    turns: Tensor
     most: int
 
     @property

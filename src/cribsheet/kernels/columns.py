@@ -21,7 +21,7 @@ _KEYS, _MANY_ROWS, _MERGED = TILE, 64, 16  # a program's block
 @triton.jit
 def _columns(
     q: tl.tensor, seen: tl.tensor, keys: tl.tensor, starts: tl.tensor, ranges: tl.tensor, tiles: tl.tensor,
-    freqs: tl.tensor, near: tl.tensor, out: tl.tensor, scale: tl.tensor,
+    turns: tl.tensor, out: tl.tensor, scale: tl.tensor,
     batch: tl.tensor, rows: tl.tensor, width: tl.tensor,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr, PEAK: tl.constexpr,
     CODES: tl.constexpr,
@@ -43,7 +43,7 @@ def _columns(
         n = tl.arange(0, BN)
         column = place + n
         shown = n < count
-        k = turned_keys(keys, ranges, freqs, near, tile, place, D, BD // 2, BN).to(q.dtype.element_ty)
+        k = turned_keys(keys, ranges, turns, tile, place, D, BD // 2, BN).to(q.dtype.element_ty)
     else:
         first = tl.load(starts + head)
         count = tl.load(starts + head + 1) - first
@@ -105,11 +105,11 @@ def columns(
     heads, batch, rows, size = q.shape
     codes = prefix if isinstance(prefix, Codes) else None
     if codes is not None:
-        given = codes.keys, codes.spans, codes.key_ranges, codes.tiles, codes.freqs, codes.near
+        given = codes.keys, codes.spans, codes.key_ranges, codes.tiles, codes.turns
         blocks, block = codes.most, 2 * half_block(size)
     else:
         keys, starts, longest = prefix
-        given, blocks, block = (keys.contiguous(), starts, *(keys,) * 4), longest and triton.cdiv(width, _KEYS), 0
+        given, blocks, block = (keys.contiguous(), starts, *(keys,) * 3), longest and triton.cdiv(width, _KEYS), 0
     if not blocks or not rows:
         return torch.zeros(batch, heads, width, device=q.device)
     made = torch.empty if codes is None else torch.zeros

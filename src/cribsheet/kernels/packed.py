@@ -16,42 +16,63 @@ from cribsheet.kernels.codes import TILE, Codes
 
 
 @triton.jit
-def numbers(pairs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Codes of the lower and of the upper halves of bytes."""
-    return (pairs & 15).to(tl.float32), (pairs >> 4).to(tl.float32)
+def numbers(pairs: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Codes of the lower and of the upper halves of bytes, exact in any float type.
+
+    In float16 they are the last bits of 1024 and more: no conversion, and two at once.
+    """
+    if dtype == tl.float16:
+        lower = ((pairs & 15).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+        upper = ((pairs & 240).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) * 0.0625 - 64.0
+        return lower.to(tl.float16), upper.to(tl.float16)
+    else:
+        return (pairs & 15).to(dtype), (pairs >> 4).to(dtype)
 
 
 @triton.jit
 def key_ranges(
-    ranges: tl.tensor, tile: tl.tensor, d: tl.tensor, D: tl.constexpr
+    ranges: tl.tensor, tile: tl.tensor, d: tl.tensor, dtype: tl.constexpr, D: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Scales and offsets of the lower channels, then of the upper ones, of the keys of a `tile`, in 64 bits."""
     HALF: tl.constexpr = D // 2
     place, real = ranges + tile * (2 * D) + d, d < HALF
-    scale = tl.load(place, mask=real, other=0.0).to(tl.float32)
-    upper_scale = tl.load(place + HALF, mask=real, other=0.0).to(tl.float32)
-    offset = tl.load(place + D, mask=real, other=0.0).to(tl.float32)
-    upper_offset = tl.load(place + D + HALF, mask=real, other=0.0).to(tl.float32)
-    return scale, offset, upper_scale, upper_offset
+    scale = tl.load(place, mask=real, other=0.0)
+    upper_scale = tl.load(place + HALF, mask=real, other=0.0)
+    offset = tl.load(place + D, mask=real, other=0.0)
+    upper_offset = tl.load(place + D + HALF, mask=real, other=0.0)
+    return scale.to(dtype), offset.to(dtype), upper_scale.to(dtype), upper_offset.to(dtype)
 
 
 @triton.jit
 def value_ranges(
-    ranges: tl.tensor, tile: tl.tensor, n: tl.tensor, GROUPS: tl.constexpr, TILE: tl.constexpr
+    ranges: tl.tensor, tile: tl.tensor, n: tl.tensor, dtype: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The same of the values in slots `n` of a tile."""
     place = ranges + tile * (2 * GROUPS * TILE) + n
     scale, upper_scale = tl.load(place), tl.load(place + (GROUPS - 1) * TILE)
     offset, upper_offset = tl.load(place + GROUPS * TILE), tl.load(place + (2 * GROUPS - 1) * TILE)
-    return scale.to(tl.float32), offset.to(tl.float32), upper_scale.to(tl.float32), upper_offset.to(tl.float32)
+    return scale.to(dtype), offset.to(dtype), upper_scale.to(dtype), upper_offset.to(dtype)
+
+
+@triton.jit
+def turned_by(
+    turns: tl.tensor, place: tl.tensor, d: tl.tensor, D: tl.constexpr, TILE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Cosine and sine of the turns of one position, which are those of two that add up to it."""
+    HALF: tl.constexpr = D // 2
+    near = turns + place % TILE * D + d
+    far = turns + (TILE + place // TILE) * D + d
+    a, b = tl.load(near, mask=d < HALF, other=0.0), tl.load(near + HALF, mask=d < HALF, other=0.0)
+    c, e = tl.load(far, mask=d < HALF, other=0.0), tl.load(far + HALF, mask=d < HALF, other=0.0)
+    return a * c - b * e, a * e + b * c
 
 
 @triton.jit
 def over_codes(
     lower: tl.tensor, upper: tl.tensor, keys: tl.tensor, values: tl.tensor, ranges: tl.tensor,
-    values_ranges: tl.tensor, tiles: tl.tensor, freqs: tl.tensor, near: tl.tensor, low: tl.tensor, high: tl.tensor,
+    values_ranges: tl.tensor, tiles: tl.tensor, turns: tl.tensor, low: tl.tensor, high: tl.tensor,
     scale: tl.tensor, dtype: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GROUPS: tl.constexpr, TILE: tl.constexpr,
+    GROUPS: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Attention of some rows, given and found as two halves (BM, BH), and its log-sum-exp (BM,).
 
@@ -61,18 +82,26 @@ def over_codes(
     BLOCKS: tl.constexpr = TILE // BN
     d, n = tl.arange(0, BH), tl.arange(0, BN)
     real = d < HALF
-    freq = tl.load(freqs + d, mask=real, other=0.0)
-    turn = near + n[None, :] * HALF + d[:, None]
-    near_cos = tl.load(turn, mask=real[:, None], other=0.0)
-    near_sin = tl.load(turn + TILE * HALF, mask=real[:, None], other=0.0)
+    turn = turns + n[None, :] * D + d[:, None]
+    near_cos = tl.load(turn, mask=real[:, None], other=0.0).to(dtype)
+    near_sin = tl.load(turn + HALF, mask=real[:, None], other=0.0).to(dtype)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     found = tl.zeros((BM, BH), tl.float32)
     upper_found = tl.zeros((BM, BH), tl.float32)
     scale = scale * 1.4426950408889634  # of logits to base 2
+    if AHEAD:
+        here = tl.maximum(tl.minimum(low, high - 1), 0)  # a part may be empty
+        cos, sin = turned_by(turns, tl.load(tiles + here // BLOCKS * 3) + here % BLOCKS * BN, d, D, TILE)
     for block in range(low, high):
         tile, first = block // BLOCKS, block % BLOCKS * BN
-        place = tl.load(tiles + tile * 3) + first
+        if AHEAD:
+            after = tl.minimum(high - 1, block + 1)
+            place = tl.load(tiles + after // BLOCKS * 3) + after % BLOCKS * BN
+            next_cos, next_sin = turned_by(turns, place, d, D, TILE)
+        else:
+            place = tl.load(tiles + tile * 3) + first
+            cos, sin = turned_by(turns, place, d, D, TILE)
         count = tl.load(tiles + tile * 3 + 1) - first
         base = block * (BN * HALF)
         if HALF == BH:
@@ -81,30 +110,30 @@ def over_codes(
         else:
             pairs = tl.load(keys + base + n[None, :] * HALF + d[:, None], mask=real[:, None], other=0)
             value_pairs = tl.load(values + base + n[:, None] * HALF + d[None, :], mask=real[None, :], other=0)
-        far = place.to(tl.float32) * freq
-        cos, sin = tl.cos(far)[None, :], tl.sin(far)[None, :]
-        row = (lower * cos + upper * sin).to(dtype)
-        upper_row = (upper * cos - lower * sin).to(dtype)
-        k, upper_k = numbers(pairs)
-        s, o, upper_s, upper_o = key_ranges(ranges, tile, d, D)
+        row = (lower * cos[None, :] + upper * sin[None, :]).to(dtype)
+        upper_row = (upper * cos[None, :] - lower * sin[None, :]).to(dtype)
+        k, upper_k = numbers(pairs, dtype)
+        s, o, upper_s, upper_o = key_ranges(ranges, tile, d, dtype, D)
         k = k * s[:, None] + o[:, None]
         upper_k = upper_k * upper_s[:, None] + upper_o[:, None]
-        logits = tl.dot(row, (k * near_cos - upper_k * near_sin).to(dtype), input_precision="ieee")
-        turned = (upper_k * near_cos + k * near_sin).to(dtype)
+        logits = tl.dot(row, k * near_cos - upper_k * near_sin, input_precision="ieee")
+        turned = upper_k * near_cos + k * near_sin
         logits = tl.dot(upper_row, turned, logits, input_precision="ieee") * scale
         logits = tl.where(n[None, :] < count, logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)  # a block of a short tile may be empty
         shrink, weights = tl.exp2(top - level), tl.exp2(logits - level[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        v, upper_v = numbers(value_pairs)
-        s, o, upper_s, upper_o = value_ranges(values_ranges, tile, first + n, GROUPS, TILE)
-        v = (v * s[:, None] + o[:, None]).to(dtype)
-        upper_v = (upper_v * upper_s[:, None] + upper_o[:, None]).to(dtype)
+        v, upper_v = numbers(value_pairs, dtype)
+        s, o, upper_s, upper_o = value_ranges(values_ranges, tile, first + n, dtype, GROUPS, TILE)
+        v = v * s[:, None] + o[:, None]
+        upper_v = upper_v * upper_s[:, None] + upper_o[:, None]
         weights = weights.to(dtype)
         found = tl.dot(weights, v, found * shrink[:, None], input_precision="ieee")
         upper_found = tl.dot(weights, upper_v, upper_found * shrink[:, None], input_precision="ieee")
         top = higher
+        if AHEAD:
+            cos, sin = next_cos, next_sin
     there = total > 0
     whole = tl.where(there, total, 1.0)[:, None]
     seen = tl.where(there, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -113,24 +142,24 @@ def over_codes(
 
 @triton.jit
 def turned_keys(
-    keys: tl.tensor, ranges: tl.tensor, freqs: tl.tensor, near: tl.tensor, tile: tl.tensor, place: tl.tensor,
+    keys: tl.tensor, ranges: tl.tensor, turns: tl.tensor, tile: tl.tensor, place: tl.tensor,
     D: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Rotated keys (TILE, 2 * BH) of a tile in float32, BH columns for each half of their channels."""
     HALF: tl.constexpr = D // 2
     d, n = tl.arange(0, BH), tl.arange(0, TILE)
     real = d[None, :] < HALF
-    there = n[:, None] * HALF + d[None, :]
-    pairs = tl.load(keys + tile * (TILE * HALF) + there, mask=real, other=0)
-    k, upper = numbers(pairs)
-    s, o, upper_s, upper_o = key_ranges(ranges, tile, d, D)
+    pairs = tl.load(keys + tile * (TILE * HALF) + n[:, None] * HALF + d[None, :], mask=real, other=0)
+    k, upper = numbers(pairs, tl.float32)
+    s, o, upper_s, upper_o = key_ranges(ranges, tile, d, tl.float32, D)
     k = k * s[None, :] + o[None, :]
     upper = upper * upper_s[None, :] + upper_o[None, :]
-    far = place.to(tl.float32) * tl.load(freqs + d, mask=d < HALF, other=0.0)
-    far_cos, far_sin = tl.cos(far)[None, :], tl.sin(far)[None, :]
-    near_cos = tl.load(near + there, mask=real, other=0.0)
-    near_sin = tl.load(near + TILE * HALF + there, mask=real, other=0.0)
-    cos, sin = far_cos * near_cos - far_sin * near_sin, far_sin * near_cos + far_cos * near_sin
+    far_cos, far_sin = turned_by(turns, place, d, D, TILE)
+    near = turns + n[:, None] * D + d[None, :]
+    near_cos = tl.load(near, mask=real, other=0.0)
+    near_sin = tl.load(near + HALF, mask=real, other=0.0)
+    cos = far_cos[None, :] * near_cos - far_sin[None, :] * near_sin
+    sin = far_sin[None, :] * near_cos + far_cos[None, :] * near_sin
     both = tl.join(k * cos - upper * sin, upper * cos + k * sin)  # (TILE, BH, 2)
     return tl.reshape(tl.permute(both, (0, 2, 1)), (TILE, 2 * BH))
 
@@ -150,8 +179,8 @@ def _unpacked(
     inside = (n[:, None] < count) & (d[None, :] < HALF)
     source = tile * (TILE * HALF) + n[:, None] * HALF + d[None, :]
     target = (row.to(tl.int64) + n)[:, None] * D + d[None, :]
-    k, upper = numbers(tl.load(keys + source, mask=inside, other=0))
-    s, o, upper_s, upper_o = key_ranges(ranges, tile, d, D)
+    k, upper = numbers(tl.load(keys + source, mask=inside, other=0), tl.float32)
+    s, o, upper_s, upper_o = key_ranges(ranges, tile, d, tl.float32, D)
     k = k * s[None, :] + o[None, :]
     upper = upper * upper_s[None, :] + upper_o[None, :]
     freq = tl.load(freqs + d, mask=d < HALF, other=0.0)
@@ -159,8 +188,8 @@ def _unpacked(
     cos, sin = tl.cos(angle), tl.sin(angle)
     tl.store(key_out + target, (k * cos - upper * sin).to(key_out.dtype.element_ty), mask=inside)
     tl.store(key_out + target + HALF, (upper * cos + k * sin).to(key_out.dtype.element_ty), mask=inside)
-    v, upper = numbers(tl.load(values + source, mask=inside, other=0))
-    s, o, upper_s, upper_o = value_ranges(values_ranges, tile, n, GROUPS, TILE)
+    v, upper = numbers(tl.load(values + source, mask=inside, other=0), tl.float32)
+    s, o, upper_s, upper_o = value_ranges(values_ranges, tile, n, tl.float32, GROUPS, TILE)
     v = v * s[:, None] + o[:, None]
     upper = upper * upper_s[:, None] + upper_o[:, None]
     tl.store(value_out + target, v.to(value_out.dtype.element_ty), mask=inside)

@@ -29,6 +29,7 @@ class Cut:
     warps: int
     stages: int
     programs: int
+    ahead: bool = True
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
@@ -43,11 +44,11 @@ Floats = tuple[Tensor, Tensor, Tensor, int]
 @triton.jit
 def _parted(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, starts: tl.tensor, ranges: tl.tensor, values_ranges: tl.tensor,
-    tiles: tl.tensor, freqs: tl.tensor, near: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
+    tiles: tl.tensor, turns: tl.tensor, newer: tl.tensor, newer_values: tl.tensor,
     index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
     blocks: tl.tensor, parts: tl.tensor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr,
+    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """A part of one head's prefix for a block of rows, or the suffix of one sequence and head.
 
@@ -71,8 +72,8 @@ def _parted(
             lower = tl.load(q + line[:, None] * D + h[None, :], mask=half, other=0.0).to(tl.float32)
             upper = tl.load(q + line[:, None] * D + HALF + h[None, :], mask=half, other=0.0).to(tl.float32)
             found, upper_found, seen = over_codes(
-                lower, upper, keys, values, ranges, values_ranges, tiles, freqs, near, low, high, scale,
-                q.dtype.element_ty, D, BH, BM, BN, GROUPS, TILE,
+                lower, upper, keys, values, ranges, values_ranges, tiles, turns, low, high, scale,
+                tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16, D, BH, BM, BN, GROUPS, TILE, AHEAD,
             )  # fmt: skip
             tl.store(out + place[:, None] * D + h[None, :], found, mask=half)
             tl.store(out + place[:, None] * D + HALF + h[None, :], upper_found, mask=half)
@@ -126,10 +127,10 @@ def attend(
     if codes is not None:
         kv_heads = len(codes.spans)
         keys, values, starts, longest = codes.keys, codes.values, codes.spans, codes.most * TILE
-        more = codes.key_ranges, codes.value_ranges, codes.tiles, codes.freqs, codes.near
+        more = codes.key_ranges, codes.value_ranges, codes.tiles, codes.turns
     else:
         keys, values, starts, longest = prefix
-        kv_heads, more = len(starts) - 1, (keys,) * 5
+        kv_heads, more = len(starts) - 1, (keys,) * 4
     newer, newer_values, index = suffix or (q, q, starts)
     rows = batch * heads // kv_heads
     cut = cut or next(each for most, each in (CUTS if codes is None else CODE_CUTS).items() if rows <= most)
@@ -146,7 +147,7 @@ def attend(
     _parted[(parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads),)](
         q, keys, values, starts, *more, newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks,
         parts, H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
-        GROUPS=codes.groups if codes else 0, BH=half_block(size), TILE=TILE,
+        GROUPS=codes.groups if codes else 0, BH=half_block(size), TILE=TILE, AHEAD=cut.ahead,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     _joined[(batch * heads,)](

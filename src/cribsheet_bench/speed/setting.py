@@ -33,6 +33,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 10, "num_attention_heads": 10,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000,
     },
+    "1.5b": {  # Qwen2.5-1.5B, but for its biases and its shared embedding
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151936,
+    },
     "8b": {  # Llama-3.1-8B
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
@@ -95,15 +99,19 @@ class Setting:
         Ragged, heads keep from a third to twice as many as one of them, which is the mean of four.
         """
         made = self.backbone
-        shares = [(1 / 3, 2 / 3, 1.0, 2.0)[n % 4] for n in range(made.kv_heads)]
-        mean = sum(shares) / len(shares)
-        counts = tuple(max(1, round(tokens * share / mean)) for share in shares) if ragged else ()
+        counts = self.counts(tokens) if ragged else ()
         shape = (sum(counts),) if ragged else (made.kv_heads, tokens)
         layers = []
         for _ in range(made.num_layers):
             keys = torch.randn(*shape, made.head_size, dtype=made.dtype, device=self.device)
             layers.append(LayerPrefix(keys, torch.randn_like(keys), None, counts))
         return Prefix(layers, max(counts, default=tokens))
+
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of ragged heads that have so many on average."""
+        shares = [(1 / 3, 2 / 3, 1.0, 2.0)[n % 4] for n in range(self.backbone.kv_heads)]
+        mean = sum(shares) / len(shares)
+        return tuple(max(1, round(tokens * share / mean)) for share in shares)
 
     def facts(self) -> dict[str, Any]:
         """What a reader needs to make the same numbers."""

@@ -64,5 +64,5 @@ def example(generator: torch.Generator, size: int, device: torch.device, kept: t
         return codes.to(device), scales.to(device, torch.float16), offsets.to(device, torch.float16)
 
     freqs = (1e4 ** (-torch.arange(0, size, 2) / size)).to(device)
-    turn = freqs, layout.turns(freqs)
+    turn = freqs, layout.turns(freqs, _LENGTH)
     return layout.tiled(halves(len(sizes), size), halves(tokens, groups), sizes, kept, _LENGTH, turn)

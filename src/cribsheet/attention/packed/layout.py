@@ -20,10 +20,12 @@ def takes(head_size: int, groups: int, freqs: Tensor) -> bool:
     return head_size % 16 == 0 and groups in (1, 2) and 2 * len(freqs) == head_size
 
 
-def turns(freqs: Tensor) -> Tensor:
-    """`Codes.near` of frequencies (D / 2,)."""
-    angles = torch.arange(TILE, device=freqs.device).unsqueeze(-1).float() * freqs.float()
-    return torch.stack([angles.cos(), angles.sin()])
+def turns(freqs: Tensor, length: int) -> Tensor:
+    """`Codes.turns` of frequencies (D / 2,), for so many positions."""
+    near = torch.arange(TILE, device=freqs.device)
+    places = torch.cat([near, torch.arange(0, length, TILE, device=freqs.device)])
+    angles = places.unsqueeze(-1).float() * freqs.float()
+    return torch.stack([angles.cos(), angles.sin()], 1)
 
 
 def tiled(
