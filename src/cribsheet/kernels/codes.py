@@ -10,14 +10,15 @@ Letters: `K` key/value heads, `S` tiles, `D` head size, `G` groups of a value's 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 TILE = 128
 
 
-class Codes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Codes:
     """One layer on the device.
 
     keys, values

@@ -103,23 +103,23 @@ def columns(
     Keys stand at the end of the width, and zeros before them.
     """
     heads, batch, rows, size = q.shape
-    codes = prefix if isinstance(prefix, Codes) else None
-    if codes is not None:
-        given = codes.keys, codes.spans, codes.key_ranges, codes.tiles, codes.turns
-        blocks, block = codes.most, 2 * half_block(size)
+    packed = isinstance(prefix, Codes)
+    if isinstance(prefix, Codes):
+        given = prefix.keys, prefix.spans, prefix.key_ranges, prefix.tiles, prefix.turns
+        blocks, block = prefix.most, 2 * half_block(size)
     else:
         keys, starts, longest = prefix
         given, blocks, block = (keys.contiguous(), starts, *(keys,) * 3), longest and triton.cdiv(width, _KEYS), 0
     if not blocks or not rows:
         return torch.zeros(batch, heads, width, device=q.device)
-    made = torch.empty if codes is None else torch.zeros
+    made = torch.zeros if packed else torch.empty
     out = made(batch, heads, width, device=q.device)
     few = triton.next_power_of_2(rows) if rows <= 16 else 0
     at_once = min(_MANY_ROWS, max(16, triton.next_power_of_2(batch) * few)) if few else _MANY_ROWS
     _columns[blocks, heads](
         q.contiguous(), seen.contiguous(), *given, out, scale, batch, rows, width,
         D=size, BD=block or max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=at_once, FEW=few, PEAK=peak,
-        CODES=codes is not None, num_warps=4 if at_once <= 16 else 8,
+        CODES=packed, num_warps=4 if at_once <= 16 else 8,
     )  # fmt: skip
     return out
 

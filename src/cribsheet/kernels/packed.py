@@ -210,4 +210,4 @@ def unpack(codes: Codes, keys: Tensor, values: Tensor) -> None:
 
 def half_block(size: int) -> int:
     """Columns of a block that hold half of a head's channels: products take at least 16."""
-    return max(16, triton.next_power_of_2(size // 2))
+    return max(16, 1 << (size // 2 - 1).bit_length())

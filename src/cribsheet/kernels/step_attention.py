@@ -35,7 +35,10 @@ class Cut:
 # By the most rows that look at one head (`make step-gpu`, one H200).
 CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
 # The same for keys and values in four bits.
-CODE_CUTS = {32: Cut(32, keys=64, warps=4, stages=3, programs=264), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
+CODE_CUTS = {
+    32: Cut(32, keys=64, warps=4, stages=3, programs=264),
+    1 << 30: Cut(64, 64, warps=8, stages=3, programs=264),
+}
 
 Suffix = tuple[Tensor, Tensor, Tensor]
 Floats = tuple[Tensor, Tensor, Tensor, int]
@@ -122,18 +125,18 @@ def attend(
     the most tokens of a head, maybe none; or codes. `suffix` are whole buffers (slots, K, tokens, D) and how far each
     sequence sees (B,), or none, where somebody else looks there.
     """
-    codes = prefix if isinstance(prefix, Codes) else None
     batch, heads, _, size = q.shape
-    if codes is not None:
-        kv_heads = len(codes.spans)
-        keys, values, starts, longest = codes.keys, codes.values, codes.spans, codes.most * TILE
-        more = codes.key_ranges, codes.value_ranges, codes.tiles, codes.turns
+    if isinstance(prefix, Codes):
+        keys, values, starts, longest = prefix.keys, prefix.values, prefix.spans, prefix.most * TILE
+        more = prefix.key_ranges, prefix.value_ranges, prefix.tiles, prefix.turns
+        kv_heads, groups, cuts = len(starts), prefix.groups, CODE_CUTS
     else:
         keys, values, starts, longest = prefix
-        kv_heads, more = len(starts) - 1, (keys,) * 4
+        more = keys, keys, keys, keys
+        kv_heads, groups, cuts = len(starts) - 1, 0, CUTS
     newer, newer_values, index = suffix or (q, q, starts)
     rows = batch * heads // kv_heads
-    cut = cut or next(each for most, each in (CUTS if codes is None else CODE_CUTS).items() if rows <= most)
+    cut = cut or next(each for most, each in cuts.items() if rows <= most)
     block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
     parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
@@ -147,7 +150,7 @@ def attend(
     _parted[(parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads),)](
         q, keys, values, starts, *more, newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks,
         parts, H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
-        GROUPS=codes.groups if codes else 0, BH=half_block(size), TILE=TILE, AHEAD=cut.ahead,
+        GROUPS=groups, BH=half_block(size), TILE=TILE, AHEAD=cut.ahead,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     _joined[(batch * heads,)](

@@ -5,8 +5,6 @@ Whoever changes, studies or exports a sheet takes its numbers from `segments.she
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from cribsheet.build import build_sheet
-from cribsheet.corpus.documents import Document
-from cribsheet.corpus.task import Task
 from cribsheet.attention.packed.layout import turns
 from cribsheet.attention.packed.prefix import PackedPrefix, Room
 from cribsheet.attention.prefix import LayerPrefix, Prefix
+from cribsheet.build import build_sheet
+from cribsheet.corpus.documents import Document
+from cribsheet.corpus.task import Task
 from cribsheet.living.segments import placed_layer
 from cribsheet.sheet.layers import FloatLayer, Int4Layer
 from cribsheet.sheet.sheet import Sheet
@@ -43,14 +45,12 @@ def in_four_bits(setting: Setting, tokens: int, *, ragged: bool, packed: bool) -
     if packed:
         room = Room(sum(stored.kept), made.head_size, made.dtype, setting.device)
         codes = stored.tiled(setting.device, length, (freqs, turns(freqs, length)))
-        own = codes.keys, codes.values, codes.key_ranges, codes.value_ranges, codes.tiles, codes.spans
-        layers: list[LayerPrefix] = [
-            PackedPrefix(codes.__class__(*(each.clone() for each in own), *codes[6:]), stored.kept, made.dtype, room)
-            for _ in range(made.num_layers)
-        ]
+        names = "keys", "values", "key_ranges", "value_ranges", "tiles", "spans"
+        layers: list[LayerPrefix] = []
+        for _ in range(made.num_layers):
+            copied = replace(codes, **{name: getattr(codes, name).clone() for name in names})
+            layers.append(PackedPrefix(copied, stored.kept, made.dtype, room))
     else:
         layer = placed_layer(stored, length, freqs, setting.device, made.dtype)
-        layers = [
-            LayerPrefix(layer.keys.clone(), layer.values.clone(), None, counts) for _ in range(made.num_layers)
-        ]
+        layers = [LayerPrefix(layer.keys.clone(), layer.values.clone(), None, counts) for _ in range(made.num_layers)]
     return Prefix(layers, length)

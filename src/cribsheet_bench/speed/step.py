@@ -285,7 +285,7 @@ def four_bits(setting: Setting, found: Found, tokens: int, sizes: Sequence[int],
                     step.run()
                     best[name] = min(best[name], timed(setting, step.replay, rounds=1))
             wanted, got = (steps[name].logits() for name in ("16 bits", "int4"))
-            value = {f"{name}, ms": round(took * 1e3, 3) for name, took in best.items()}
+            value: dict[str, Any] = {f"{name}, ms": round(took * 1e3, 3) for name, took in best.items()}
             value |= {
                 "times": round(best["16 bits"] / best["int4"], 3),
                 "apart": round(_apart(got, wanted), 4),

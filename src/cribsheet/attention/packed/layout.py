@@ -6,6 +6,7 @@ Letters as in `kernels/codes.py`; `N` tokens of all heads one behind the other, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -55,17 +56,21 @@ def tiled(
     slot = (torch.arange(len(block)) * TILE - row).to(device).repeat_interleave(
         count.to(device), output_size=sum(counts)
     ) + torch.arange(sum(counts), device=device)
-    ranges = [x.new_zeros(len(block) * TILE, x.shape[1]).index_copy_(0, slot, x) for x in values[1:]]
-    both = torch.cat([x.view(len(block), TILE, -1).transpose(1, 2) for x in ranges], 1)
+
+    def in_slots(vectors: Tensor) -> Tensor:
+        return vectors.new_zeros(len(block) * TILE, vectors.shape[1]).index_copy_(0, slot, vectors)
+
+    ranges = [in_slots(each).view(len(block), TILE, -1).transpose(1, 2) for each in values[1:]]
     spans = torch.stack([borders[:-1], borders[1:]], 1)
     return Codes(
-        *(x.new_zeros(len(block) * TILE, x.shape[1]).index_copy_(0, slot, x) for x in (keys[0], values[0])),
-        torch.stack([x[block.to(device)] for x in keys[1:]], 1),
-        both.contiguous(),
+        in_slots(keys[0]),
+        in_slots(values[0]),
+        torch.stack([each[block.to(device)] for each in keys[1:]], 1),
+        torch.cat(ranges, 1).contiguous(),
         torch.stack([place, count, row], 1).to(device, torch.int32),
         spans.to(device, torch.int32),
         *turn,
-        int((spans[:, 1] - spans[:, 0]).max()),
+        most=int((spans[:, 1] - spans[:, 0]).max()),
     )
 
 
@@ -79,7 +84,7 @@ def shorter(codes: Codes, tokens: int) -> Codes:
     spans[:, 1] = torch.stack([first + (tiles[first:last, 1] > 0).sum() for first, last in spans.tolist()])
     tiles[:, 2] = tiles[:, 1].cumsum(0) - tiles[:, 1]
     most = int((spans[:, 1] - spans[:, 0]).max())
-    return codes._replace(tiles=tiles.to(codes.tiles), spans=spans.to(codes.spans), most=most)
+    return replace(codes, tiles=tiles.to(codes.tiles), spans=spans.to(codes.spans), most=most)
 
 
 def keys(codes: Codes, dtype: torch.dtype) -> Tensor:

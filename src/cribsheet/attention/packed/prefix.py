@@ -1,14 +1,13 @@
 """A layer of a sheet that stays in four bits on the device, and is read by kernels of our own.
 
-A step, and few rows of any kind, read the codes. Many rows read the layer in 16 bits from room that all layers of a
-sheet share, one after the other: attention over them takes far longer than unpacking does.
+A step, and few rows of any kind, read the codes. Many rows read the layer in 16 bits, in room that the next layer uses
+again: attention over them takes far longer than unpacking does.
 
 Letters as in `attention/prefix.py`; `S` tiles as in `kernels/codes.py`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -23,19 +22,27 @@ _FEW = 128  # rows of a head that read codes: more of them would unpack the same
 
 
 class Room:
-    """Room for keys and values of one layer in 16 bits, made at its first use and never again.
+    """Room for keys and values of one layer in 16 bits, of the layer that has most vectors.
 
-    What was captured with it goes on writing there, so it neither grows nor goes before the sheet does.
+    Captured computations share it, since they are replayed one after the other; each would keep its own for ever. All
+    others take room of the allocator, which orders whoever uses it.
     """
 
     def __init__(self, vectors: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._dtype, self._device = (2, vectors, size), dtype, device
-        self.lock = threading.RLock()  # whoever unpacks into it attends before anybody else unpacks
+        self._vectors, self._size, self._dtype, self._device = vectors, size, dtype, device
+
+    def halves(self, vectors: int) -> Tensor:
+        """(2, N, D), of anything."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._captured[:, :vectors]
+        return self._made(vectors)
 
     @cached_property
-    def halves(self) -> Tensor:
-        """(2, N, D), N of the layer that has most."""
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+    def _captured(self) -> Tensor:
+        return self._made(self._vectors)
+
+    def _made(self, vectors: int) -> Tensor:
+        return torch.empty(2, vectors, self._size, dtype=self._dtype, device=self._device)
 
 
 class PackedPrefix(LayerPrefix):
@@ -59,17 +66,17 @@ class PackedPrefix(LayerPrefix):
     _kept: tuple[int, ...]
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         """Rotated keys, as of any layer."""
         return self._shaped(layout.keys(self.codes, self.dtype))
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """As of any layer."""
         return self._shaped(layout.values(self.codes, self.dtype))
 
     @property
-    def each(self) -> list[tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def each(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (P, D) of each head, unpacked for this."""
         return list(zip(self._apart(self.keys), self._apart(self.values), strict=True))
 
@@ -109,19 +116,18 @@ class PackedPrefix(LayerPrefix):
 
         batch, heads, tokens, size = query.shape
         if softcap is None and batch * tokens * heads // self.heads <= _FEW:
-            rows = query.transpose(1, 2).reshape(batch * tokens, heads, 1, size)
+            rows = query.transpose(1, 2).reshape(batch * tokens, heads, 1, size).contiguous()
             out, lse = attend(rows, self.codes, None, scale)
             out, lse = out.view(batch, tokens, heads, size), lse.view(batch, tokens, heads)
             return out.transpose(1, 2), lse.transpose(1, 2)
-        with self.room.lock:
-            keys, values = self.room.halves[:, : sum(self._kept)]
-            unpack(self.codes, keys, values)
-            return self.over(self._shaped(keys), self._shaped(values), query, scale, softcap)
+        keys, values = self.room.halves(sum(self._kept))
+        unpack(self.codes, keys, values)
+        return self.over(self._shaped(keys), self._shaped(values), query, scale, softcap)
 
     def last(self, tokens: int) -> tuple[Tensor, Tensor]:
         """As of any layer."""
-        keys, values = (torch.stack([own[len(own) - tokens :] for own in self._apart(x)]) for x in (self.keys, self.values))
-        return keys, values
+        ends = [[own[len(own) - tokens :] for own in self._apart(half)] for half in (self.keys, self.values)]
+        return torch.stack(ends[0]), torch.stack(ends[1])
 
     def without_last(self, tokens: int) -> PackedPrefix:
         """As of any layer; the codes are shared."""
