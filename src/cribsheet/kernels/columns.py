@@ -119,7 +119,7 @@ def columns(
     _columns[blocks, heads](
         q.contiguous(), seen.contiguous(), *given, out, scale, batch, rows, width,
         D=size, BD=block or max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=at_once, FEW=few, PEAK=peak,
-        CODES=packed, num_warps=4 if at_once <= 16 else 8,
+        CODES=packed, num_warps=4 if at_once <= 16 and not packed else 8,
     )  # fmt: skip
     return out
 
