@@ -76,7 +76,7 @@ def tiled(
 
 def shorter(codes: Codes, tokens: int) -> Codes:
     """Without the last tokens of every head, which has as many; keys, values and ranges are shared."""
-    tiles, spans = codes.tiles.cpu(), codes.spans.cpu()
+    tiles, spans = codes.tiles.cpu().clone(), codes.spans.cpu().clone()
     for first, last in spans.tolist():
         ends = tiles[first:last, 1].cumsum(0)
         left = (ends[-1:] - tokens).clamp(min=0)
