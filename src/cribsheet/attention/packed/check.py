@@ -33,7 +33,7 @@ def _agree(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) 
 def errors(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all that reads codes on a small random example, by case."""
     generator, found = torch.Generator().manual_seed(0), dict[str, float]()
-    prefix = PackedPrefix(example(generator, size, device), _KEPT, dtype, Room(sum(_KEPT), size, dtype, device))
+    prefix = PackedPrefix(example(generator, size, device, _KEPT), _KEPT, dtype, Room(sum(_KEPT), size, dtype, device))
     plain, scale = LayerPrefix(prefix.keys, prefix.values, None, prefix.counts), size**-0.5
     for batch, tokens in ((1, 1), (3, 2), (1, 200)):
         q = torch.randn(batch, 2 * shared_by, tokens, size, generator=generator).to(device, dtype)
@@ -52,7 +52,7 @@ def _reference(plain: LayerPrefix, q: Tensor, scale: float) -> tuple[Tensor, Ten
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
 
-def example(generator: torch.Generator, size: int, device: torch.device, kept: tuple[int, ...] = _KEPT) -> Codes:
+def example(generator: torch.Generator, size: int, device: torch.device, kept: tuple[int, ...]) -> Codes:
     """Random codes of heads that keep so many tokens."""
     groups, tokens = (2 if size % 64 == 0 and size > 64 else 1), sum(kept)
     sizes = torch.tensor([min(128, count - first) for count in kept for first in range(0, count, 128)])
