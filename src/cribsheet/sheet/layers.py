@@ -104,6 +104,11 @@ class StoredLayer(ABC):
         """Bytes of keys and values and of what restores them."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    @property
+    def vectors(self) -> int:
+        """How many keys it has, or values, in all heads."""
+        return self.keys.shape[:-1].numel()
+
     def loss(self, layer: LayerPrefix) -> tuple[float, float]:
         """Relative L2 error of keys and of values against the layer that was stored."""
         back = self.restored(torch.device("cpu"), torch.float32)
@@ -344,6 +349,11 @@ class LayersOfFile(Sequence[StoredLayer]):
     def nbytes(self) -> int:
         """Bytes of all of them; nothing is read."""
         return sum(layer.nbytes for layer in self._like)
+
+    @property
+    def vectors(self) -> int:
+        """Keys, or values, of all of them; nothing is read."""
+        return sum(layer.vectors for layer in self._like)
 
     @overload
     def __getitem__(self, number: int) -> StoredLayer: ...
