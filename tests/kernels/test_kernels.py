@@ -142,7 +142,7 @@ def test_sequences_of_few_rows_share_a_pass(batch, rows, counts):
         for head, own in enumerate(keys.split(counts)):
             weights = torch.exp(q[head] @ own.t() * 0.3 - seen[head, ..., None])
             wanted[:, head, 150 - len(own) :] = weights.amax(1) if peak else weights.sum(1)
-        got = kernels.columns(q, seen, (keys, starts, max(counts)), 150, 0.3, peak=peak)
+        got = kernels.columns(q, seen, keys, starts, max(counts), 150, 0.3, peak=peak)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 

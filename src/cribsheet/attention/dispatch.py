@@ -15,7 +15,6 @@ from torch import Tensor
 from cribsheet.attention import plain
 from cribsheet.attention.agreement import agrees, relative_error
 from cribsheet.attention.backends import on_cuda
-from cribsheet.kernels.codes import Codes
 
 _BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
 
@@ -40,22 +39,23 @@ def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor 
     rows = q.reshape(heads, -1, *q.shape[1:])  # (K, G, T, D)
     seen = lse if row_weight is None else plain.weighted(lse, row_weight)
     starts = torch.arange(heads + 1, device=q.device, dtype=torch.int32) * size
-    prefix = k.flatten(0, 1), starts, size
-    found = kernels.columns(rows, seen.reshape(rows.shape[:3]), prefix, size, scale, peak=peak)  # (G, K, S)
+    found = kernels.columns(
+        rows, seen.reshape(rows.shape[:3]), k.flatten(0, 1), starts, size, size, scale, peak=peak
+    )  # (G, K, S)
     return found.transpose(0, 1).reshape(-1, size)
 
 
-def on_prefix(q: Tensor, lse: Tensor, prefix: tuple[Tensor, Tensor, int] | Codes, width: int, scale: float) -> Tensor:
-    """Weights (B, K, width) of the keys of a prefix, summed over the rows of q (B, H, T, D).
+def on_prefix(q: Tensor, lse: Tensor, keys: Tensor, starts: Tensor, longest: int, width: int, scale: float) -> Tensor:
+    """Weights (B, K, width) of the keys (N, D) of a prefix, summed over the rows of q (B, H, T, D).
 
     `lse` (B, H, T) holds the rows' weights already (`plain.weighted`); the others are as in `kernels.columns`.
     """
     from cribsheet.kernels import columns as kernels
 
-    batch, heads = q.shape[0], len(prefix.spans) if isinstance(prefix, Codes) else len(prefix[1]) - 1
+    batch, heads = q.shape[0], len(starts) - 1
     rows = q.reshape(batch, heads, -1, q.shape[-1]).transpose(0, 1)  # (K, B, G * T, D)
     seen = lse.reshape(batch, heads, -1).transpose(0, 1)
-    return kernels.columns(rows, seen, prefix, width, scale, peak=False)
+    return kernels.columns(rows, seen, keys, starts, longest, width, scale, peak=False)
 
 
 def newest(
@@ -119,7 +119,7 @@ def _on_heads(random: _Random, size: int, shared_by: int) -> tuple[Tensor, Tenso
     masses = [each.softmax(-1).sum((1, 2)) for each in logits]
     wanted = torch.stack([torch.nn.functional.pad(mass, (140 - mass.shape[1], 0)) for mass in masses], 1)
     starts = torch.tensor([0, 130, 200], device=q.device, dtype=torch.int32)
-    return on_prefix(q, lse, (keys, starts, 130), 140, scale), wanted
+    return on_prefix(q, lse, keys, starts, 130, 140, scale), wanted
 
 
 def _merging(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:

@@ -130,9 +130,8 @@ class LayerPrefix:
 
     def looked_at(self, query: Tensor, lse: Tensor, width: int, scale: float) -> Tensor:
         """How much rows look at each of `width` positions, (B, K, width), as `dispatch.on_prefix` says it."""
-        whole = self.whole
-        seen = whole if isinstance(whole, Codes) else (whole[0], *whole[2:])
-        return dispatch.on_prefix(query, lse, seen, width, scale)
+        keys = self.keys if self.counts else self.keys.flatten(0, 1)
+        return dispatch.on_prefix(query, lse, keys, self.starts, self.longest, width, scale)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:
         """With more tokens (K, T, D) behind it, as far back as its window reaches."""

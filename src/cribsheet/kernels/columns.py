@@ -12,46 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cribsheet.kernels.codes import TILE, Codes
-from cribsheet.kernels.packed import half_block, turned_keys
-
-_KEYS, _MANY_ROWS, _MERGED = TILE, 64, 16  # a program's block
+_KEYS, _MANY_ROWS, _MERGED = 128, 64, 16  # a program's block
 
 
 @triton.jit
 def _columns(
-    q: tl.tensor, seen: tl.tensor, keys: tl.tensor, starts: tl.tensor, ranges: tl.tensor, tiles: tl.tensor,
-    turns: tl.tensor, out: tl.tensor, scale: tl.tensor,
+    q: tl.tensor, seen: tl.tensor, keys: tl.tensor, starts: tl.tensor, out: tl.tensor, scale: tl.tensor,
     batch: tl.tensor, rows: tl.tensor, width: tl.tensor,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr, PEAK: tl.constexpr,
-    CODES: tl.constexpr,
 ) -> None:  # fmt: skip
     """A block of columns of one head against all rows, which pass by: no weight is ever written down.
 
-    A sequence of at most FEW rows shares a pass with others, as many as fit into BM rows. With CODES a block is a
-    tile, and nothing is written of columns that have no key.
+    A sequence of at most FEW rows shares a pass with others, as many as fit into BM rows.
     """
     block, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    if CODES:
-        HALF: tl.constexpr = D // 2
-        tile, behind = tl.load(starts + 2 * head).to(tl.int64) + block, tl.load(starts + 2 * head + 1)
-        place = tl.load(tiles + 3 * tile, mask=tile < behind, other=0)
-        count = tl.load(tiles + 3 * tile + 1, mask=tile < behind, other=0)
-        tile = tl.where(tile < behind, tile, 0)
-        own, half = tl.arange(0, BD) % (BD // 2), tl.arange(0, BD) // (BD // 2)
-        d = tl.where(own < HALF, own + half * HALF, D)  # channels of the lower halves, then of the upper ones
-        n = tl.arange(0, BN)
-        column = place + n
-        shown = n < count
-        k = turned_keys(keys, ranges, turns, tile, place, D, BD // 2, BN).to(q.dtype.element_ty)
-    else:
-        first = tl.load(starts + head)
-        count = tl.load(starts + head + 1) - first
-        column, d = block * BN + tl.arange(0, BN), tl.arange(0, BD)
-        shown = column < width
-        n = column - (width - count)  # negative: columns before the head's keys
-        inside = (n[:, None] >= 0) & (n[:, None] < count) & (d[None, :] < D)
-        k = tl.load(keys + (first + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    first = tl.load(starts + head)
+    count = tl.load(starts + head + 1) - first
+    column, d = block * BN + tl.arange(0, BN), tl.arange(0, BD)
+    n = column - (width - count)  # negative: columns before the head's keys
+    inside = (n[:, None] >= 0) & (n[:, None] < count) & (d[None, :] < D)
+    k = tl.load(keys + (first + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
     if FEW > 0:
         TOGETHER: tl.constexpr = BM // FEW
         m = tl.arange(0, BM)
@@ -64,9 +44,9 @@ def _columns(
             logits = tl.reshape(logits, (BN, TOGETHER, FEW))
             found = tl.exp(tl.max(logits, 2)) if PEAK else tl.sum(tl.exp(logits), 2)
             one = b + tl.arange(0, TOGETHER)
-            target = (one[None, :] * heads + head) * width + column[:, None]
+            place = (one[None, :] * heads + head) * width + column[:, None]
             kept = tl.where(n[:, None] >= 0, found, 0.0)
-            tl.store(out + target, kept, mask=shown[:, None] & (one[None, :] < batch))
+            tl.store(out + place, kept, mask=(column[:, None] < width) & (one[None, :] < batch))
     else:
         for b in range(batch):
             base = (head * batch + b) * rows
@@ -84,42 +64,28 @@ def _columns(
             if PEAK:
                 found = tl.exp(found)
             kept = tl.where(n >= 0, found, 0.0)
-            tl.store(out + (b * heads + head) * width + column, kept, mask=shown)
+            tl.store(out + (b * heads + head) * width + column, kept, mask=column < width)
 
 
 def columns(
-    q: Tensor,
-    seen: Tensor,
-    prefix: tuple[Tensor, Tensor, int] | Codes,
-    width: int,
-    scale: float,
-    *,
-    peak: bool,
+    q: Tensor, seen: Tensor, keys: Tensor, starts: Tensor, longest: int, width: int, scale: float, *, peak: bool
 ) -> Tensor:
     """Weights (B, K, width) in float32 of each key, summed over the rows of a batch, or the largest of them.
 
-    `q` is (K, B, R, D), `seen` (K, B, R) the log-sum-exp of each row less the logarithm of its weight. `prefix` are
-    keys (N, D) of all heads one behind the other, where each begins (K + 1,) int32, and the most of a head; or codes.
+    `q` is (K, B, R, D), `seen` (K, B, R) the log-sum-exp of each row less the logarithm of its weight, `keys` (N, D)
+    those of all heads one behind the other, `starts` (K + 1,) int32 where each begins, `longest` the most of a head.
     Keys stand at the end of the width, and zeros before them.
     """
     heads, batch, rows, size = q.shape
-    packed = isinstance(prefix, Codes)
-    if isinstance(prefix, Codes):
-        given = prefix.keys, prefix.spans, prefix.key_ranges, prefix.tiles, prefix.turns
-        blocks, block = prefix.most, 2 * half_block(size)
-    else:
-        keys, starts, longest = prefix
-        given, blocks, block = (keys.contiguous(), starts, *(keys,) * 3), longest and triton.cdiv(width, _KEYS), 0
-    if not blocks or not rows:
+    if not longest or not rows:
         return torch.zeros(batch, heads, width, device=q.device)
-    made = torch.zeros if packed else torch.empty
-    out = made(batch, heads, width, device=q.device)
+    out = torch.empty(batch, heads, width, device=q.device)
     few = triton.next_power_of_2(rows) if rows <= 16 else 0
-    at_once = min(_MANY_ROWS, max(16, triton.next_power_of_2(batch) * few)) if few else _MANY_ROWS
-    _columns[blocks, heads](
-        q.contiguous(), seen.contiguous(), *given, out, scale, batch, rows, width,
-        D=size, BD=block or max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=at_once, FEW=few, PEAK=peak,
-        CODES=packed, num_warps=4 if at_once <= 16 and not packed else 8,
+    block = min(_MANY_ROWS, max(16, triton.next_power_of_2(batch) * few)) if few else _MANY_ROWS
+    _columns[triton.cdiv(width, _KEYS), heads](
+        q.contiguous(), seen.contiguous(), keys.contiguous(), starts, out, scale, batch, rows, width,
+        D=size, BD=max(16, triton.next_power_of_2(size)), BN=_KEYS, BM=block, FEW=few, PEAK=peak,
+        num_warps=4 if block <= 16 else 8,
     )  # fmt: skip
     return out
 

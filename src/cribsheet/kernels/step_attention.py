@@ -29,7 +29,8 @@ class Cut:
     warps: int
     stages: int
     programs: int
-    ahead: bool = True
+    carry: bool = False
+    registers: int | None = None
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
@@ -51,7 +52,7 @@ def _parted(
     index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
     blocks: tl.tensor, parts: tl.tensor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, CARRY: tl.constexpr,
 ) -> None:  # fmt: skip
     """A part of one head's prefix for a block of rows, or the suffix of one sequence and head.
 
@@ -76,7 +77,7 @@ def _parted(
             upper = tl.load(q + line[:, None] * D + HALF + h[None, :], mask=half, other=0.0).to(tl.float32)
             found, upper_found, seen = over_codes(
                 lower, upper, keys, values, ranges, values_ranges, tiles, turns, low, high, scale,
-                tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16, D, BH, BM, BN, GROUPS, TILE, AHEAD,
+                tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16, D, BH, BM, BN, GROUPS, TILE, CARRY,
             )  # fmt: skip
             tl.store(out + place[:, None] * D + h[None, :], found, mask=half)
             tl.store(out + place[:, None] * D + HALF + h[None, :], upper_found, mask=half)
@@ -150,8 +151,8 @@ def attend(
     _parted[(parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads),)](
         q, keys, values, starts, *more, newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks,
         parts, H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
-        GROUPS=groups, BH=half_block(size), TILE=TILE, AHEAD=cut.ahead,
-        num_warps=cut.warps, num_stages=cut.stages,
+        GROUPS=groups, BH=half_block(size), TILE=TILE, CARRY=cut.carry,
+        num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
     _joined[(batch * heads,)](
         found, seen, out, lse, every, batch * heads,

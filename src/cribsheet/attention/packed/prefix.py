@@ -14,11 +14,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cribsheet.attention import dispatch
 from cribsheet.attention.packed import layout
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.kernels.codes import Codes
 
 _FEW = 128  # rows of a head that read codes: more of them would unpack the same codes again and again
+_FEW_EACH = 16  # rows of a sequence and head that look at codes together
 
 
 class Room:
@@ -123,6 +125,20 @@ class PackedPrefix(LayerPrefix):
         keys, values = self.room.halves(sum(self._kept))
         unpack(self.codes, keys, values)
         return self.over(self._shaped(keys), self._shaped(values), query, scale, softcap)
+
+    def looked_at(self, query: Tensor, lse: Tensor, width: int, scale: float) -> Tensor:
+        """As of any layer, by the codes where rows are few."""
+        from cribsheet.kernels.packed import glances, unpack
+
+        batch, heads, tokens, size = query.shape
+        shared_by = heads // self.heads
+        if shared_by * tokens <= _FEW_EACH:
+            rows = query.reshape(batch, self.heads, -1, size).transpose(0, 1)  # (K, B, G * T, D)
+            seen = lse.reshape(batch, self.heads, -1).transpose(0, 1)
+            return glances(self.codes, rows, seen, width, scale)
+        keys, values = self.room.halves(sum(self._kept))
+        unpack(self.codes, keys, values)
+        return dispatch.on_prefix(query, lse, keys, self.starts, self.longest, width, scale)
 
     def last(self, tokens: int) -> tuple[Tensor, Tensor]:
         """As of any layer."""
