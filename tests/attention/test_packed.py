@@ -30,7 +30,7 @@ def frequencies(size=32):
 
 def packed(layer, dtype=torch.float32, length=LENGTH):
     freqs = frequencies(2 * layer.keys.shape[-1])
-    codes = layer.tiled(CPU, length, (freqs, layout.turns(freqs, length)))
+    codes = layer.tiled(CPU, length, (freqs, layout.turns(freqs, length, dtype)))
     return PackedPrefix(codes, layer.kept, dtype, Room(sum(layer.kept), len(freqs) * 2, dtype, CPU))
 
 

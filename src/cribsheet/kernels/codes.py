@@ -35,9 +35,12 @@ class Codes:
     freqs
         (D / 2,) float32, radians a token.
     turns
-        (TILE + n, 2, D / 2) float32: cosine and sine of the turns of the first TILE positions, then of every TILEth.
+        (P + TILE, 2, D / 2) float16, or float32 for models in it: cosine and sine of the turns of all P positions, and
+        of those that slots without a token seem to have.
     most
         tiles of the head that has most.
+    even
+        whether all tiles are full but the last one of each head.
     """
 
     keys: Tensor
@@ -49,6 +52,7 @@ class Codes:
     freqs: Tensor
     turns: Tensor
     most: int
+    even: bool
 
     @property
     def head_size(self) -> int:

@@ -18,6 +18,7 @@ from cribsheet.kernels.columns import of_suffix, over
 from cribsheet.kernels.packed import half_block, over_codes
 
 _MOST_PARTS = 63
+_MOST_CODE_PARTS = 127
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Cut:
     warps: int
     stages: int
     programs: int
-    carry: bool = False
     registers: int | None = None
 
 
@@ -37,8 +37,8 @@ class Cut:
 CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
 # The same for keys and values in four bits.
 CODE_CUTS = {
-    32: Cut(32, keys=64, warps=4, stages=3, programs=264),
-    1 << 30: Cut(64, 64, warps=8, stages=3, programs=264),
+    32: Cut(32, keys=64, warps=8, stages=3, programs=256),
+    1 << 30: Cut(64, 32, warps=8, stages=3, programs=256),
 }
 
 Suffix = tuple[Tensor, Tensor, Tensor]
@@ -52,7 +52,7 @@ def _parted(
     index: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor,
     blocks: tl.tensor, parts: tl.tensor,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, CARRY: tl.constexpr,
+    BN: tl.constexpr, GROUPS: tl.constexpr, BH: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
     """A part of one head's prefix for a block of rows, or the suffix of one sequence and head.
 
@@ -73,11 +73,11 @@ def _parted(
             share = tl.cdiv(high - low, parts)
             low, high = low + part * share, tl.minimum(low + part * share + share, high)
             half = real[:, None] & (h[None, :] < HALF)
-            lower = tl.load(q + line[:, None] * D + h[None, :], mask=half, other=0.0).to(tl.float32)
-            upper = tl.load(q + line[:, None] * D + HALF + h[None, :], mask=half, other=0.0).to(tl.float32)
+            lower = tl.load(q + line[:, None] * D + h[None, :], mask=half, other=0.0).to(turns.dtype.element_ty)
+            upper = tl.load(q + line[:, None] * D + HALF + h[None, :], mask=half, other=0.0).to(turns.dtype.element_ty)
             found, upper_found, seen = over_codes(
                 lower, upper, keys, values, ranges, values_ranges, tiles, turns, low, high, scale,
-                tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16, D, BH, BM, BN, GROUPS, TILE, CARRY,
+                D, BH, BM, BN, GROUPS, TILE, EVEN,
             )  # fmt: skip
             tl.store(out + place[:, None] * D + h[None, :], found, mask=half)
             tl.store(out + place[:, None] * D + HALF + h[None, :], upper_found, mask=half)
@@ -130,17 +130,19 @@ def attend(
     if isinstance(prefix, Codes):
         keys, values, starts, longest = prefix.keys, prefix.values, prefix.spans, prefix.most * TILE
         more = prefix.key_ranges, prefix.value_ranges, prefix.tiles, prefix.turns
-        kv_heads, groups, cuts = len(starts), prefix.groups, CODE_CUTS
+        kv_heads, groups, even = len(starts), prefix.groups, prefix.even
+        cuts, most = CODE_CUTS, _MOST_CODE_PARTS
     else:
         keys, values, starts, longest = prefix
         more = keys, keys, keys, keys
-        kv_heads, groups, cuts = len(starts) - 1, 0, CUTS
+        kv_heads, groups, even = len(starts) - 1, 0, True
+        cuts, most = CUTS, _MOST_PARTS
     newer, newer_values, index = suffix or (q, q, starts)
     rows = batch * heads // kv_heads
-    cut = cut or next(each for most, each in cuts.items() if rows <= most)
+    cut = cut or next(each for count, each in cuts.items() if rows <= count)
     block = min(cut.rows, max(16, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block)
-    parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
+    parts = min(max(1, cut.programs // (kv_heads * blocks)), most, -(-longest // cut.keys))
     every = parts if suffix is None else parts + 1
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -151,7 +153,7 @@ def attend(
     _parted[(parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads),)](
         q, keys, values, starts, *more, newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks,
         parts, H=heads, KV=kv_heads, D=size, BD=width, BM=block, BG=shared_by, BN=cut.keys,
-        GROUPS=groups, BH=half_block(size), TILE=TILE, CARRY=cut.carry,
+        GROUPS=groups, BH=half_block(size), TILE=TILE, EVEN=even,
         num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
     _joined[(batch * heads,)](

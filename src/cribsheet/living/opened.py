@@ -35,7 +35,7 @@ def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
             continue
         if freqs.data_ptr() not in turns:  # layers that turn alike share their frequencies
             there = freqs.to(backbone.device, torch.float32).contiguous()
-            turns[freqs.data_ptr()] = there, layout.turns(there, sheet.length)
+            turns[freqs.data_ptr()] = there, layout.turns(there, sheet.length, backbone.dtype)
         codes = own.tiled(backbone.device, sheet.length, turns[freqs.data_ptr()])
         layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room))
     return Prefix(layers, sheet.length)

@@ -44,7 +44,7 @@ def in_four_bits(setting: Setting, tokens: int, *, ragged: bool, packed: bool) -
     freqs = made.inv_freqs[0].to(setting.device, torch.float32)
     if packed:
         room = Room(sum(stored.kept), made.head_size, made.dtype, setting.device)
-        codes = stored.tiled(setting.device, length, (freqs, turns(freqs, length)))
+        codes = stored.tiled(setting.device, length, (freqs, turns(freqs, length, made.dtype)))
         names = "keys", "values", "key_ranges", "value_ranges", "tiles", "spans"
         layers: list[LayerPrefix] = []
         for _ in range(made.num_layers):

@@ -33,7 +33,9 @@ def _agree(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) 
 def errors(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all that reads codes on a small random example, by case."""
     generator, found = torch.Generator().manual_seed(0), dict[str, float]()
-    prefix = PackedPrefix(example(generator, size, device, _KEPT), _KEPT, dtype, Room(sum(_KEPT), size, dtype, device))
+    prefix = PackedPrefix(
+        example(generator, size, device, dtype, _KEPT), _KEPT, dtype, Room(sum(_KEPT), size, dtype, device)
+    )
     plain, scale = LayerPrefix(prefix.keys, prefix.values, None, prefix.counts), size**-0.5
     for batch, tokens in ((1, 1), (3, 2), (1, 200)):
         q = torch.randn(batch, 2 * shared_by, tokens, size, generator=generator).to(device, dtype)
@@ -52,7 +54,9 @@ def _reference(plain: LayerPrefix, q: Tensor, scale: float) -> tuple[Tensor, Ten
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
 
-def example(generator: torch.Generator, size: int, device: torch.device, kept: tuple[int, ...]) -> Codes:
+def example(
+    generator: torch.Generator, size: int, device: torch.device, dtype: torch.dtype, kept: tuple[int, ...]
+) -> Codes:
     """Random codes of heads that keep so many tokens."""
     groups, tokens = (2 if size % 64 == 0 and size > 64 else 1), sum(kept)
     sizes = torch.tensor([min(128, count - first) for count in kept for first in range(0, count, 128)])
@@ -64,5 +68,5 @@ def example(generator: torch.Generator, size: int, device: torch.device, kept: t
         return codes.to(device), scales.to(device, torch.float16), offsets.to(device, torch.float16)
 
     freqs = (1e4 ** (-torch.arange(0, size, 2) / size)).to(device)
-    turn = freqs, layout.turns(freqs, _LENGTH)
+    turn = freqs, layout.turns(freqs, _LENGTH, dtype)
     return layout.tiled(halves(len(sizes), size), halves(tokens, groups), sizes, kept, _LENGTH, turn)

@@ -21,12 +21,12 @@ def takes(head_size: int, groups: int, freqs: Tensor) -> bool:
     return head_size % 16 == 0 and groups in (1, 2) and 2 * len(freqs) == head_size
 
 
-def turns(freqs: Tensor, length: int) -> Tensor:
-    """`Codes.turns` of frequencies (D / 2,), for so many positions."""
-    near = torch.arange(TILE, device=freqs.device)
-    places = torch.cat([near, torch.arange(0, length, TILE, device=freqs.device)])
+def turns(freqs: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """`Codes.turns` of frequencies (D / 2,), for so many positions, for a model whose numbers are of a type."""
+    places = torch.arange(length + TILE, device=freqs.device)
     angles = places.unsqueeze(-1).float() * freqs.float()
-    return torch.stack([angles.cos(), angles.sin()], 1)
+    kind = torch.float32 if dtype == torch.float32 else torch.float16
+    return torch.stack([angles.cos(), angles.sin()], 1).to(kind)
 
 
 def tiled(
@@ -60,6 +60,7 @@ def tiled(
     def in_slots(vectors: Tensor) -> Tensor:
         return vectors.new_zeros(len(block) * TILE, vectors.shape[1]).index_copy_(0, slot, vectors)
 
+    last = torch.isin(torch.arange(len(block)), borders[1:] - 1)
     ranges = [in_slots(each).view(len(block), TILE, -1).transpose(1, 2) for each in values[1:]]
     spans = torch.stack([borders[:-1], borders[1:]], 1)
     return Codes(
@@ -71,6 +72,7 @@ def tiled(
         spans.to(device, torch.int32),
         *turn,
         most=int((spans[:, 1] - spans[:, 0]).max()),
+        even=bool((last | (count == TILE)).all()),
     )
 
 
