@@ -77,15 +77,15 @@ def test_unpacked_numbers_are_those_of_torch(kept, tokens):
 
 
 @pytest.mark.parametrize("even", [False, True])
-@pytest.mark.parametrize("cut", [(16, 64, 264), (32, 128, 3), (16, 32, 20)])
+@pytest.mark.parametrize("cut", [(16, 64, 264), (32, 128, 3), (64, 32, 20)])
 @pytest.mark.parametrize("kept", [(300, 300), (300, 7), (0, 70)])
 def test_attention_in_parts_over_codes_is_attention(kept, cut, even):
     prefix, random = layer(kept), torch.Generator().manual_seed(6)
     assert prefix.codes.even
-    rows, batch = Rows(), 5
-    rows.fix(torch.tensor([70, 0, 3, 66, 127]), 128)
+    rows, batch = Rows(), 15
+    rows.fix(torch.tensor([70, 0, 3, 66, 127] * 3), 128)
     slots = SlotLayer(in_floats(prefix), 5000, rows)
-    slots.keys, slots.values = (torch.randn(8, 2, 128, 32, generator=random) for _ in "kv")
+    slots.keys, slots.values = (torch.randn(16, 2, 128, 32, generator=random) for _ in "kv")
     q = torch.randn(batch, 6, 1, 32, generator=random)
     wanted = slots.look(AttentionInputs(q, slots.keys, slots.values, None, 0.3))
     suffix, (count, keys, programs) = (slots.keys, slots.values, rows.index), cut

@@ -23,8 +23,9 @@ def numbers(pairs: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor
     In float16 they are the last bits of 1024 and more: no conversion, and two at once.
     """
     if dtype == tl.float16:
-        lower = ((pairs & 15).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-        upper = ((pairs & 240).to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) * 0.0625 - 64.0
+        wide = pairs.to(tl.uint16)
+        lower = ((wide & 15) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+        upper = ((wide & 240) | 0x6400).to(tl.float16, bitcast=True) * 0.0625 - 64.0
         return lower.to(tl.float16), upper.to(tl.float16)
     else:
         return (pairs & 15).to(dtype), (pairs >> 4).to(dtype)
@@ -99,8 +100,9 @@ def over_codes(
     LIFT: tl.constexpr = 256.0
     d, n = tl.arange(0, BH), tl.arange(0, BN)
     top = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM, BN), tl.float32)
-    shift, upper_shift = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    LAZY: tl.constexpr = BM < 64  # sums over slots are added up at the end, where there are registers for that
+    total = tl.zeros((BM, BN if LAZY else 1), tl.float32)
+    shift, upper_shift = tl.zeros((BM, BN if LAZY else 1), tl.float32), tl.zeros((BM, BN if LAZY else 1), tl.float32)
     found, upper_found = tl.zeros((BM, BH), tl.float32), tl.zeros((BM, BH), tl.float32)
     scale = scale * 1.4426950408889634  # of logits to base 2
     here = tl.maximum(tl.minimum(low, high - 1), 0)  # a part may be empty
@@ -140,9 +142,15 @@ def over_codes(
         upper_scaled = (weights * (upper_v_s * LIFT)[None, :]).to(lower.dtype)
         found = tl.dot(scaled, v, found * shrink, input_precision="ieee")
         upper_found = tl.dot(upper_scaled, upper_v, upper_found * shrink, input_precision="ieee")
-        total = total * shrink + weights
-        shift = shift * shrink + weights * v_o[None, :]
-        upper_shift = upper_shift * shrink + weights * upper_v_o[None, :]
+        lower_part, upper_part = weights * v_o[None, :], weights * upper_v_o[None, :]
+        if LAZY:
+            total = total * shrink + weights
+            shift = shift * shrink + lower_part
+            upper_shift = upper_shift * shrink + upper_part
+        else:
+            total = total * shrink + tl.sum(weights, 1)[:, None]
+            shift = shift * shrink + tl.sum(lower_part, 1)[:, None]
+            upper_shift = upper_shift * shrink + tl.sum(upper_part, 1)[:, None]
         top = higher
         v_s, v_o, upper_v_s, upper_v_o = next_s, next_o, next_upper_s, next_upper_o
     total = tl.sum(total, 1)

@@ -38,7 +38,7 @@ CUTS = {32: Cut(32, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64,
 # The same for keys and values in four bits.
 CODE_CUTS = {
     32: Cut(32, keys=64, warps=8, stages=3, programs=256),
-    1 << 30: Cut(64, 32, warps=8, stages=3, programs=256),
+    1 << 30: Cut(64, 64, warps=4, stages=3, programs=132),
 }
 
 Suffix = tuple[Tensor, Tensor, Tensor]
