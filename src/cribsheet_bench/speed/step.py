@@ -1,6 +1,7 @@
 """Where a decoding step's time goes on a GPU, and what our own step makes of it.
 
     python -m cribsheet_bench.speed.step --json step.json
+    python -m cribsheet_bench.speed.step --int4 --shape 1.5b   # only steps over int4 against 16 bits
     TRITON_INTERPRET=1 python -m cribsheet_bench.speed.step --device cpu --shape tiny   # a rehearsal
 
 Kernels of one captured step by kind, the model's own step beside ours, both against the time that reading the weights
@@ -349,17 +350,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--seconds", type=float, default=190, help="start no part after so long")
+    parser.add_argument("--int4", action="store_true", help="only steps over a sheet in int4 against 16 bits")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = Found(Console(width=170), arguments.json, arguments.seconds)
-    run(found, arguments.device, arguments.shape)
+    (only_int4 if arguments.int4 else run)(found, arguments.device, arguments.shape)
     table = Table("step", "ms", "weights alone, ms", "times that", "of weights and prefix", "error", "same choice")
     for row in found.table:
         table.add_row(*row)
     found.console.print(table)
     found.keep()
     return 0
+
+
+def only_int4(found: Found, device: str, shape: str) -> None:
+    """Steps over a sheet in int4 against 16 bits."""
+    real = device == "cuda"
+    found.facts |= versions()
+    setting = make_setting(shape, device, torch.bfloat16 if real else torch.float32, 2)
+    found.fact("device", torch.cuda.get_device_name() if real else device)
+    for ragged in (False, True):
+        part = partial(four_bits, setting, found, 32768 if real else 64, (1, 16) if real else (1, 3), ragged=ragged)
+        found.part(f"int4{', adaptive' if ragged else ''}", part)
 
 
 def run(found: Found, device: str, shape: str) -> None:
