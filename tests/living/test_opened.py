@@ -66,6 +66,14 @@ def test_other_types_and_heads_of_few_tokens_are_floats(codes_are_read, options)
     assert all(type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers)
 
 
+def test_layers_that_half_precision_does_not_hold_are_floats(codes_are_read):
+    backbone, sheet = built()
+    loud, wide, *rest = sheet.layers
+    loud.key_offsets[0, 3], wide.value_scales[0] = -4e4, 300
+    kinds = [type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers]
+    assert kinds == [True, True, *[False] * len(rest)]
+
+
 def test_without_kernels_a_sheet_is_opened_in_floats():
     backbone, sheet = built()
     assert all(type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers)

@@ -17,6 +17,8 @@ from cribsheet.model.backbone import Backbone
 from cribsheet.sheet.layers import Int4Layer, StoredLayer
 from cribsheet.sheet.sheet import Sheet
 
+_LOUDEST, _WIDEST = 3e4, 255.0  # numbers of keys, and scales of values, that kernels hold (`kernels/packed.py`)
+
 
 def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
     """The prefix of a sheet, in the model's dtype; layers in int4 that see everything stay in it where they can."""
@@ -49,10 +51,16 @@ def _reads_codes(backbone: Backbone) -> bool:
     return check.usable(like, backbone.kv_heads)
 
 
+def _in_half(layer: Int4Layer) -> bool:
+    """Whether kernels hold its keys, rotated, and the scales of its values in float16."""
+    loudest = layer.key_offsets.float().abs().max() + 15 * layer.key_scales.float().max()
+    return float(loudest) < _LOUDEST and float(layer.value_scales.max()) < _WIDEST
+
+
 def _packable(layer: StoredLayer, freqs: Tensor) -> Int4Layer | None:
     """A layer that may stay in four bits: of full tiles for the most part, so that it takes less than 16 bits would."""
     if not isinstance(layer, Int4Layer) or layer.window is not None or not sum(layer.kept):
         return None
     tiles = int((-(-layer.key_blocks.long() // TILE)).sum())
     fits = layout.takes(2 * layer.keys.shape[-1], layer.value_scales.shape[-1], freqs)
-    return layer if fits and tiles * TILE <= 2 * sum(layer.kept) else None
+    return layer if fits and tiles * TILE <= 2 * sum(layer.kept) and _in_half(layer) else None
