@@ -15,7 +15,7 @@ from cribsheet.compress.loop import nothing_read
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.errors import RequestError, WindowError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.opened import opened
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.encoder import LONG
@@ -123,7 +123,7 @@ class Session:
         with self._lock:
             self.running.check_open()  # whoever closes it comes for the prefix next
             if self._prefix is None:
-                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.length)
+                self._prefix = opened(self.backbone, self.sheet)
             if not (guide := self._guide_after(passages)):
                 return self._prefix
             if self._unguided is None:

@@ -105,9 +105,7 @@ class Glance:
                 self._rows = torch.stack(rows).unsqueeze(1)[..., -self._asking or None :]
             query, lse = query[:, :, -self._rows.shape[2] :], lse[:, :, -self._rows.shape[2] :]
             lse = weighted(lse, self._rows)
-        prefix = layer.prefix
-        keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
-        return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
+        return layer.prefix.looked_at(query, lse, layer.start, scale)
 
     def _placed(self, device: torch.device) -> Sequence[Tensor]:
         """The rows' weights where the layers are: one copy for all of them."""

@@ -1,0 +1,374 @@
+"""Kernels of our own, in Triton, that read keys and values in four bits as `kernels/codes.py` puts them.
+
+Words become numbers in the registers where products take them. On a device that is done two numbers at a time by
+instructions of its own, where Triton would take them one by one (`FAST`); what these do stands beside them as Triton
+says it, which is used for float32 and by Triton's interpreter.
+
+Only `attention/packed` and the kernels beside it import this file, because importing it needs Triton. Their slow
+reference is `layout.keys` and `layout.values`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from cribsheet.kernels.codes import TILE, Codes
+from cribsheet.kernels.columns import of_suffix
+
+_FEW_ROWS, _MANY_ROWS = 16, 64  # a program's block
+
+# Of a word's quarter 0 or 1, of lower channels, and of quarter 2 or 3, of upper ones, to two turned numbers of each:
+# $3 to $8 are the ranges, $9 and $10 the cosines and sines.
+_TURN = """{
+.reg .b32 a, b, c, d;
+shl.b32 a, $2, %d;
+shr.u32 b, $2, %d;
+lop3.b32 a, a, 0x03C003C0, 0x3C003C00, 0xEA;
+lop3.b32 b, b, 0x03C003C0, 0x3C003C00, 0xEA;
+fma.rn.f16x2 c, $4, b, $5;
+fma.rn.f16x2 c, $3, a, c;
+fma.rn.f16x2 d, $7, a, $8;
+fma.rn.f16x2 d, $6, b, d;
+mul.rn.f16x2 a, d, $10;
+neg.f16x2 a, a;
+fma.rn.f16x2 a, c, $9, a;
+mul.rn.f16x2 b, c, $10;
+fma.rn.f16x2 $1, d, $9, b;
+mov.b32 $0, a;
+}"""
+_FIRST, _SECOND = tl.constexpr(_TURN % (6, 2)), tl.constexpr(_TURN % (2, 6))
+_NUMBERS = tl.constexpr("lop3.b32 $0, $1, 0x03C003C0, 0x3C003C00, 0xEA;")
+
+
+@triton.jit
+def _side_by_side(words: tl.tensor, ROWS: tl.constexpr, SIZE: tl.constexpr) -> tl.tensor:
+    """Words (ROWS, SIZE / 2) of two float16 each, one by one (ROWS, SIZE)."""
+    lower = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    upper = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return tl.reshape(tl.join(lower, upper), (ROWS, SIZE))
+
+
+@triton.jit
+def _quarter(
+    words: tl.tensor, dtype: tl.constexpr, QUARTER: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    FAST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """One quarter's numbers (ROWS, SIZE), 1 to 2, of words (ROWS, SIZE / 2)."""
+    bits = words << (6 - 4 * QUARTER) if QUARTER < 2 else words >> (4 * QUARTER - 6)
+    if FAST:
+        bits = tl.inline_asm_elementwise(_NUMBERS, "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        bits = (bits & 0x03C003C0) | 0x3C003C00
+    return _side_by_side(bits, ROWS, SIZE).to(dtype)
+
+
+@triton.jit
+def _in_order(
+    first: tl.tensor, second: tl.tensor, third: tl.tensor, fourth: tl.tensor, ROWS: tl.constexpr, SIZE: tl.constexpr
+) -> tl.tensor:
+    """Quarters (ROWS, SIZE) as they lie in words, one behind the other, each in its order: nothing moves for that."""
+    found = tl.join(tl.join(first, third), tl.join(second, fourth))
+    found = tl.reshape(found, (ROWS, SIZE // 8, 2, 4, 2, 2))
+    return tl.reshape(tl.permute(found, (0, 4, 5, 2, 1, 3)), (ROWS, 4 * SIZE))
+
+
+@triton.jit
+def _turned(
+    lower: tl.tensor, upper: tl.tensor, ranges: tl.tensor, turn: tl.tensor, D: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A quarter of the lower channels and its partner, of numbers 1 to 2: what they stand for, turned."""
+    HALF: tl.constexpr = D // 2
+    c, n = tl.arange(0, D // 4), tl.arange(0, lower.shape[0])
+    a = tl.load(ranges + c) * lower + (tl.load(ranges + HALF + c) * upper + tl.load(ranges + 2 * HALF + c))
+    b = tl.load(ranges + 3 * HALF + c) * upper + (
+        tl.load(ranges + 4 * HALF + c) * lower + tl.load(ranges + 5 * HALF + c)
+    )
+    place = turn + n[:, None] * D + c[None, :]
+    cos, sin = tl.load(place), tl.load(place + HALF)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def _turned_at_once(
+    words: tl.tensor, ranges: tl.tensor, cos: tl.tensor, sin: tl.tensor, SECOND: tl.constexpr, D: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The same of words (TILE, D / 8), as pairs of float16 in words, for quarters 0 and 2, or 1 and 3 (SECOND)."""
+    QUARTER: tl.constexpr = D // 4
+    c = ranges + tl.arange(0, D // 8)
+    a1, a2, a0 = tl.load(c)[None, :], tl.load(c + QUARTER)[None, :], tl.load(c + 2 * QUARTER)[None, :]
+    b1, b2, b0 = tl.load(c + 3 * QUARTER)[None, :], tl.load(c + 4 * QUARTER)[None, :], tl.load(c + 5 * QUARTER)[None, :]
+    return tl.inline_asm_elementwise(
+        _SECOND if SECOND else _FIRST, "=&r,=&r,r,r,r,r,r,r,r,r,r", [words, a1, a2, a0, b1, b2, b0, cos, sin],
+        dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _small_turns(turns: tl.tensor, D: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr) -> tl.tuple:
+    """Cosines and sines of a tile's slots for the two quarters, as words of two, to be held in registers; or nothing."""
+    if FAST:
+        QUARTER: tl.constexpr = D // 4
+        n, w = tl.arange(0, TILE), tl.arange(0, D // 8)
+        place = turns.to(tl.pointer_type(tl.int32)) + n[:, None] * (D // 2) + w[None, :]
+        half: tl.constexpr = D // 8
+        return tl.load(place), tl.load(place + QUARTER), tl.load(place + half), tl.load(place + QUARTER + half)
+    else:
+        return turns, turns, turns, turns
+
+
+@triton.jit
+def _keys_of(
+    words: tl.tensor, ranges: tl.tensor, turns: tl.tensor, tile: tl.tensor, small: tl.tuple,
+    D: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The rotated keys (TILE, D) of a tile's words (TILE, D / 8)."""
+    QUARTER: tl.constexpr = D // 4
+    if FAST:
+        own = ranges.to(tl.pointer_type(tl.int32)) + tile * (3 * D // 2)
+        first, third = _turned_at_once(words, own, small[0], small[1], False, D)
+        second, fourth = _turned_at_once(words, own + D // 8, small[2], small[3], True, D)
+        return _in_order(
+            _side_by_side(first, TILE, QUARTER), _side_by_side(second, TILE, QUARTER),
+            _side_by_side(third, TILE, QUARTER), _side_by_side(fourth, TILE, QUARTER), TILE, QUARTER,
+        )  # fmt: skip
+    else:
+        dtype: tl.constexpr = turns.dtype.element_ty
+        own = ranges + tile * (3 * D)
+        lower, upper = (
+            _quarter(words, dtype, 0, TILE, QUARTER, False), _quarter(words, dtype, 2, TILE, QUARTER, False)
+        )  # fmt: skip
+        first, third = _turned(lower, upper, own, turns, D)
+        lower, upper = (
+            _quarter(words, dtype, 1, TILE, QUARTER, False), _quarter(words, dtype, 3, TILE, QUARTER, False)
+        )  # fmt: skip
+        second, fourth = _turned(lower, upper, own + QUARTER, turns + QUARTER, D)
+        return _in_order(first, second, third, fourth, TILE, QUARTER)
+
+
+@triton.jit
+def _values_of(
+    words: tl.tensor, dtype: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr
+) -> tl.tensor:
+    """Numbers 1 to 2 (ROWS, TILE) of a tile's words (ROWS, TILE / 8) of some channels of its values."""
+    QUARTER: tl.constexpr = TILE // 4
+    return _in_order(
+        _quarter(words, dtype, 0, ROWS, QUARTER, FAST), _quarter(words, dtype, 1, ROWS, QUARTER, FAST),
+        _quarter(words, dtype, 2, ROWS, QUARTER, FAST), _quarter(words, dtype, 3, ROWS, QUARTER, FAST), ROWS, QUARTER,
+    )  # fmt: skip
+
+
+@triton.jit
+def _over_codes(
+    rows: tl.tensor, keys: tl.tensor, values: tl.tensor, ranges: tl.tensor, values_ranges: tl.tensor,
+    tiles: tl.tensor, turns: tl.tensor, low: tl.tensor, high: tl.tensor, scale: tl.tensor,
+    D: tl.constexpr, BM: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Attention of some rows (BM, D) over tiles from `low` to `high`, in two halves (BM, D / 2), and its log-sum-exp.
+
+    A value is 16 s (1 + c / 16) + o - 16 s: scales go to the weights, LIFT times as large so that float16 holds small
+    ones, and what is left to sums of their own, which few rows add up over slots at the end only (LAZY).
+    """
+    HALF: tl.constexpr = D // 2
+    LIFT: tl.constexpr = 256.0
+    LAZY: tl.constexpr = BM < 64
+    n, h = tl.arange(0, TILE), tl.arange(0, HALF)
+    w, nw = tl.arange(0, D // 8), tl.arange(0, TILE // 8)
+    small = _small_turns(turns, D, TILE, FAST)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM, TILE if LAZY else 1), tl.float32)
+    shift, upper_shift = (
+        tl.zeros((BM, TILE if LAZY else 1), tl.float32),
+        tl.zeros((BM, TILE if LAZY else 1), tl.float32),
+    )
+    found, upper_found = tl.zeros((BM, HALF), tl.float32), tl.zeros((BM, HALF), tl.float32)
+    scale = scale * 1.4426950408889634  # of logits to base 2
+    for tile in range(low, high):
+        words = tl.load(keys + tile * (TILE * D // 8) + n[:, None] * (D // 8) + w[None, :])
+        own = values + tile * (TILE * D // 8) + h[:, None] * (TILE // 8) + nw[None, :]
+        value_words, upper_words = tl.load(own), tl.load(own + HALF * TILE // 8)
+        range_at = values_ranges + tile * (2 * GROUPS * TILE) + n
+        v_s, upper_v_s = tl.load(range_at).to(tl.float32), tl.load(range_at + (GROUPS - 1) * TILE).to(tl.float32)
+        v_o = tl.load(range_at + GROUPS * TILE).to(tl.float32) - 16.0 * v_s
+        upper_v_o = tl.load(range_at + (2 * GROUPS - 1) * TILE).to(tl.float32) - 16.0 * upper_v_s
+        count = tl.load(tiles + tile * 3 + 1)
+        k = _keys_of(words, ranges, turns, tile, small, D, TILE, FAST)
+        logits = tl.dot(rows, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.where(n[None, :] < count, logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, weights = tl.exp2(top - level)[:, None], tl.exp2(logits - level[:, None])
+        scaled = (weights * (v_s * LIFT)[None, :]).to(rows.dtype)
+        upper_scaled = (weights * (upper_v_s * LIFT)[None, :]).to(rows.dtype)
+        lower_part, upper_part = weights * v_o[None, :], weights * upper_v_o[None, :]
+        if LAZY:
+            total = total * shrink + weights
+            shift, upper_shift = shift * shrink + lower_part, upper_shift * shrink + upper_part
+        else:
+            total = total * shrink + tl.sum(weights, 1)[:, None]
+            shift = shift * shrink + tl.sum(lower_part, 1)[:, None]
+            upper_shift = upper_shift * shrink + tl.sum(upper_part, 1)[:, None]
+        v = _values_of(value_words, rows.dtype, HALF, TILE, FAST)
+        found = tl.dot(scaled, tl.trans(v), found * shrink, input_precision="ieee")
+        v = _values_of(upper_words, rows.dtype, HALF, TILE, FAST)
+        upper_found = tl.dot(upper_scaled, tl.trans(v), upper_found * shrink, input_precision="ieee")
+        top = higher
+    sums = tl.sum(total, 1)
+    there = sums > 0  # a part may be empty
+    whole = tl.where(there, sums, 1.0)[:, None]
+    seen = tl.where(there, (top + tl.log2(sums)) * 0.6931471805599453, float("-inf"))
+    found = found * (16.0 / LIFT) + tl.sum(shift, 1)[:, None]
+    upper_found = upper_found * (16.0 / LIFT) + tl.sum(upper_shift, 1)[:, None]
+    return found / whole, upper_found / whole, seen
+
+
+@triton.jit
+def _share(spans: tl.tensor, head: tl.tensor, part: tl.tensor, parts: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The tiles of one of a head's parts, which differ by no more than one."""
+    first = tl.load(spans + 2 * head).to(tl.int64)
+    count = tl.load(spans + 2 * head + 1) - first
+    return first + count * part // parts, first + count * (part + 1) // parts
+
+
+@triton.jit(do_not_specialize=["batch", "tokens", "blocks", "parts"])
+def _parted_codes(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, spans: tl.tensor, ranges: tl.tensor, values_ranges: tl.tensor,
+    tiles: tl.tensor, turns: tl.tensor, newer: tl.tensor, newer_values: tl.tensor, index: tl.tensor, out: tl.tensor,
+    lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor, blocks: tl.tensor, parts: tl.tensor,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr, GROUPS: tl.constexpr,
+    TILE: tl.constexpr, FAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """`step_attention._parted` over codes."""
+    GROUP: tl.constexpr = H // KV
+    HALF: tl.constexpr = D // 2
+    program = tl.program_id(0)
+    if program < parts * KV * blocks:
+        part, head, block = program % parts, program // parts % KV, program // (parts * KV)
+        d, h, r = tl.arange(0, D), tl.arange(0, HALF), block * BM + tl.arange(0, BM)
+        line, real = r // GROUP * H + head * GROUP + r % GROUP, r < batch * GROUP
+        rows = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None], other=0.0).to(turns.dtype.element_ty)
+        low, high = _share(spans, head, part, parts)
+        found, upper_found, seen = _over_codes(
+            rows, keys, values, ranges, values_ranges, tiles, turns, low, high, scale, D, BM, GROUPS, TILE, FAST
+        )
+        place = part * batch * H + line
+        tl.store(out + place[:, None] * D + h[None, :], found, mask=real[:, None])
+        tl.store(out + place[:, None] * D + HALF + h[None, :], upper_found, mask=real[:, None])
+        tl.store(lse + place, seen, mask=real)
+    else:
+        pair, d, g = program - parts * KV * blocks, tl.arange(0, D), tl.arange(0, BG)
+        own, own_seen = of_suffix(q, newer, newer_values, index, scale, pair, KV, tokens, GROUP, BG, D, D, 64)
+        there = parts * batch * H + pair * GROUP + g
+        tl.store(out + there[:, None] * D + d[None, :], own, mask=g[:, None] < GROUP)
+        tl.store(lse + there, own_seen, mask=g < GROUP)
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "width", "parts"])
+def _glances(
+    q: tl.tensor, seen: tl.tensor, keys: tl.tensor, ranges: tl.tensor, tiles: tl.tensor, spans: tl.tensor,
+    turns: tl.tensor, out: tl.tensor, scale: tl.tensor, batch: tl.tensor, rows: tl.tensor, width: tl.tensor,
+    parts: tl.tensor, D: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr,
+) -> None:  # fmt: skip
+    """A part of one head's keys against all rows: what the FEW rows of each sequence look at together."""
+    TOGETHER: tl.constexpr = BM // FEW
+    dtype: tl.constexpr = turns.dtype.element_ty
+    part, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    d, n, m, w = tl.arange(0, D), tl.arange(0, TILE), tl.arange(0, BM), tl.arange(0, D // 8)
+    low, high = _share(spans, head, part, parts)
+    small = _small_turns(turns, D, TILE, FAST)
+    for b in range(0, batch, TOGETHER):
+        line = (head * batch + b + m // FEW) * rows + m % FEW
+        real = (b + m // FEW < batch) & (m % FEW < rows)
+        row = tl.load(q + line[:, None] * D + d[None, :], mask=real[:, None], other=0.0).to(dtype)
+        offset = tl.load(seen + line, mask=real, other=float("inf"))
+        one = b + tl.arange(0, TOGETHER)
+        for tile in range(low, high):
+            place, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1)
+            words = tl.load(keys + tile * (TILE * D // 8) + n[:, None] * (D // 8) + w[None, :])
+            k = _keys_of(words, ranges, turns, tile, small, D, TILE, FAST)
+            logits = tl.dot(row, tl.trans(k), input_precision="ieee") * scale - offset[:, None]
+            found = tl.sum(tl.reshape(tl.exp(logits), (TOGETHER, FEW, TILE)), 1)
+            target = (one[:, None] * heads + head) * width + place + n[None, :]
+            tl.store(out + target, found, mask=(one[:, None] < batch) & (n[None, :] < count))
+
+
+def glances(codes: Codes, q: Tensor, seen: Tensor, width: int, scale: float) -> Tensor:
+    """Weights (B, K, width) in float32 of each key, summed over the rows of a batch, at the positions of the keys.
+
+    `q` is (K, B, R, D) of at most 16 rows, `seen` (K, B, R) the log-sum-exp of each row less the logarithm of its
+    weight.
+    """
+    heads, batch, rows, size = q.shape
+    out = torch.zeros(batch, heads, width, device=q.device)
+    few = triton.next_power_of_2(rows)
+    _glances[min(-(-264 // heads), codes.most), heads](
+        q.contiguous(), seen.contiguous(), codes.keys, codes.key_ranges, codes.tiles, codes.spans, codes.turns, out,
+        scale, batch, rows, width, min(-(-264 // heads), codes.most),
+        D=size, BM=_FEW_ROWS if batch * few <= _FEW_ROWS else _MANY_ROWS, FEW=few, TILE=TILE, FAST=is_fast(codes),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _place(c: tl.tensor, SIZE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The word of each of SIZE channels or slots, and where in it the code begins: `codes.order`."""
+    QUARTER: tl.constexpr = SIZE // 4
+    own = c % QUARTER
+    word = own % (QUARTER // 2) // 4 * 4 + own // (QUARTER // 2) * 2 + own % 4 // 2
+    return word, own % 2 * 16 + c // QUARTER * 4
+
+
+@triton.jit
+def _unpacked(
+    keys: tl.tensor, values: tl.tensor, ranges: tl.tensor, values_ranges: tl.tensor, tiles: tl.tensor,
+    freqs: tl.tensor, key_out: tl.tensor, value_out: tl.tensor,
+    D: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """A tile as numbers, its keys rotated."""
+    HALF: tl.constexpr = D // 2
+    tile = tl.program_id(0).to(tl.int64)
+    d, n = tl.arange(0, HALF), tl.arange(0, TILE)
+    count, row = tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
+    target = (row.to(tl.int64) + n)[:, None] * D + d[None, :]
+    inside = n[:, None] < count
+    word, bits = _place(d, D)
+    pair = tl.load(keys + tile * (TILE * D // 8) + n[:, None] * (D // 8) + word[None, :]) >> bits[None, :]
+    a = 1.0 + (pair & 15).to(tl.float32) / 16.0
+    b = 1.0 + ((pair >> 8) & 15).to(tl.float32) / 16.0  # a channel's partner is two quarters further
+    own = ranges + tile * (3 * D) + d // (D // 4) * (D // 4) + 2 * word + bits // 16
+    a1, a2, a0 = tl.load(own).to(tl.float32), tl.load(own + HALF).to(tl.float32), tl.load(own + 2 * HALF).to(tl.float32)
+    own += 3 * HALF
+    b1, b2, b0 = tl.load(own).to(tl.float32), tl.load(own + HALF).to(tl.float32), tl.load(own + 2 * HALF).to(tl.float32)
+    low, high = a * a1 + b * a2 + a0, b * b1 + a * b2 + b0
+    angle = n.to(tl.float32)[:, None] * tl.load(freqs + d)[None, :]
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    tl.store(key_out + target, (low * cos - high * sin).to(key_out.dtype.element_ty), mask=inside)
+    tl.store(key_out + target + HALF, (high * cos + low * sin).to(key_out.dtype.element_ty), mask=inside)
+    word, bits = _place(n, TILE)
+    for upper in tl.static_range(2):
+        base = values + tile * (TILE * D // 8) + (upper * HALF + d)[None, :] * (TILE // 8)
+        code = ((tl.load(base + word[:, None]) >> bits[:, None]) & 15).to(tl.float32)
+        range_at = values_ranges + tile * (2 * GROUPS * TILE) + upper * (GROUPS - 1) * TILE + n
+        scale, offset = tl.load(range_at).to(tl.float32), tl.load(range_at + GROUPS * TILE).to(tl.float32)
+        v = code * scale[:, None] + offset[:, None]
+        tl.store(value_out + target + upper * HALF, v.to(value_out.dtype.element_ty), mask=inside)
+
+
+def unpack(codes: Codes, keys: Tensor, values: Tensor) -> None:
+    """Write rotated keys and values (N, D) of all heads, one behind the other, in their own type.
+
+    They are what `layout` gives: nothing is fused that is not there.
+    """
+    _unpacked[(len(codes.tiles),)](
+        codes.keys, codes.values, codes.key_ranges, codes.value_ranges, codes.tiles, codes.freqs, keys, values,
+        D=codes.head_size, GROUPS=codes.groups, TILE=TILE, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def is_fast(codes: Codes) -> bool:
+    """Whether numbers are taken apart by instructions of the device."""
+    return codes.turns.dtype == torch.float16 and not knobs.runtime.interpret

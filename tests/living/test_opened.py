@@ -1,0 +1,79 @@
+"""A sheet in int4 on the device: which layers stay in four bits, and that nobody else notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from corpus import DOCUMENTS, FEW_SHOT
+
+from cribsheet.attention.packed.prefix import PackedPrefix
+from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.build import build_sheet
+from cribsheet.living import opened as opening
+from cribsheet.living.opened import opened
+from cribsheet.living.segments import sheet_layers
+from cribsheet.recall.placing import taken_off
+from cribsheet.testing import tiny_backbone
+
+
+@pytest.fixture
+def codes_are_read(monkeypatch):
+    """As on a card whose kernels agree; nothing here runs them."""
+    monkeypatch.setattr(opening, "_reads_codes", lambda backbone: True)
+
+
+def built(family="llama", **options):
+    backbone = tiny_backbone(family, head_dim=64)
+    settings = {"rate": 1.5, "dtype": "int4", "scorer": "task", "guide": "resident"}
+    return backbone, build_sheet(backbone, DOCUMENTS, FEW_SHOT, **(settings | options))
+
+
+def equal(prefix, floats):
+    return all(
+        torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
+        for one, two in zip(prefix.layers, floats, strict=True)
+    )
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
+def test_layers_stay_in_four_bits_where_kernels_read_them(codes_are_read, allocation):
+    backbone, sheet = built(allocation=allocation)
+    prefix, floats = opened(backbone, sheet), sheet_layers(backbone, sheet)
+    assert all(isinstance(layer, PackedPrefix) for layer in prefix.layers) and prefix.tokens == sheet.length
+    assert equal(prefix, floats)
+    assert sum(layer.nbytes for layer in prefix.layers) < sum(layer.nbytes for layer in floats) / 3
+    turns = {layer.codes.turns.data_ptr() for layer in prefix.layers}
+    assert len(turns) == 1  # layers that turn alike share them
+    guide = sheet.manifest.guide_tokens
+    unguided = prefix.without_last(guide)
+    assert equal(unguided, [layer.without_last(guide) for layer in floats])
+    mine, theirs = (
+        taken_off(each, guide, backbone.inv_freqs) for each in (prefix, type(prefix)(floats, prefix.tokens))
+    )
+    assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+
+
+def test_layers_that_slide_are_floats(codes_are_read):
+    backbone, sheet = built("qwen2")
+    kinds = [type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers]
+    assert kinds == [window is not None for window in backbone.windows] and not all(kinds)
+    assert equal(opened(backbone, sheet), sheet_layers(backbone, sheet))
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": "bfloat16"}, {"budget": 40, "rate": None}])
+def test_other_types_and_heads_of_few_tokens_are_floats(codes_are_read, options):
+    backbone, sheet = built(guide="dropped", **options)
+    assert all(type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers)
+
+
+def test_layers_that_half_precision_does_not_hold_are_floats(codes_are_read):
+    backbone, sheet = built()
+    loud, wide, *rest = sheet.layers
+    loud.key_offsets[0, 3], wide.value_scales[0] = -4e4, 300
+    kinds = [type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers]
+    assert kinds == [True, True, *[False] * len(rest)]
+
+
+def test_without_kernels_a_sheet_is_opened_in_floats():
+    backbone, sheet = built()
+    assert all(type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers)
