@@ -32,8 +32,7 @@ def order(size: int) -> list[tuple[int, int, int]]:
     found = []
     for place in range(size):
         own = place % quarter
-        upper, lane, last = own // (quarter // 2), own % (quarter // 2) // 4, own % 4
-        found.append((4 * lane + 2 * upper + last // 2, last % 2, place // quarter))
+        found.append((own % 8 // 2 * (size // 32) + own // 8, own % 2, place // quarter))
     return found
 
 
@@ -44,7 +43,7 @@ class Codes:
     keys
         (S * TILE, D / 8) int32, words of each token.
     values
-        (S, D, TILE / 8) int32, words of each channel.
+        (S, D / 2, 4, 2, TILE / 32) int32, words of each channel and its partner, a fourth of them at a time.
     key_ranges
         (S, 6, D / 2) float16, or float32 for models in it: A1, A2, A0, B1, B2, B0 of the channels of a tile's keys, in
         the order of their words and halves.

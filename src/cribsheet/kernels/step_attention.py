@@ -34,6 +34,7 @@ class Cut:
     warps: int
     stages: int
     programs: int
+    registers: int | None = None
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
@@ -122,7 +123,7 @@ def attend(
         _parted_codes[(programs,)](
             q, prefix.keys, prefix.values, prefix.spans, prefix.key_ranges, prefix.value_ranges, prefix.tiles,
             prefix.turns, *behind, H=heads, KV=kv_heads, D=size, BM=cut.rows, BG=shared_by, GROUPS=prefix.groups,
-            TILE=TILE, FAST=is_fast(prefix), num_warps=cut.warps, num_stages=cut.stages,
+            TILE=TILE, FAST=is_fast(prefix), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
         )  # fmt: skip
     else:
         _parted[(programs,)](

@@ -63,7 +63,7 @@ def tiled(
     spans = torch.stack([borders[:-1], borders[1:]], 1)
     return Codes(
         _words(_apart(in_slots(keys[0]))),
-        _words(_apart(in_slots(values[0])).unflatten(0, (-1, TILE)).transpose(1, 2)),
+        _in_pairs(_words(_apart(in_slots(values[0])).unflatten(0, (-1, TILE)).transpose(1, 2))),
         _key_ranges(keys[1][own].float(), keys[2][own].float(), rope.turns(place.to(device), freqs)).to(small.dtype),
         torch.cat(ranges, 1).contiguous(),
         torch.stack([place, count, row], 1).to(device, torch.int32),
@@ -110,7 +110,8 @@ def values(codes: Codes, dtype: torch.dtype) -> Tensor:
     """Values (N, D)."""
     ranges = codes.value_ranges.transpose(1, 2).flatten(0, 1).float()  # (S * TILE, 2 * G)
     scales, offsets = (x.repeat_interleave(codes.head_size // codes.groups, 1) for x in ranges.chunk(2, 1))
-    found = _numbers(codes.values, TILE).sub_(1).mul_(16).transpose(1, 2).flatten(0, 1)
+    words = codes.values.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)  # (S, D, TILE / 8)
+    found = _numbers(words, TILE).sub_(1).mul_(16).transpose(1, 2).flatten(0, 1)
     return found.mul(scales).add_(offsets)[_held(codes)].to(dtype)
 
 
@@ -141,6 +142,11 @@ def _words(codes: Tensor) -> Tensor:
     for (half, quarter), places in _by_bits(codes.shape[-1]).items():
         words |= codes[..., places].int() << (16 * half + 4 * quarter)
     return words
+
+
+def _in_pairs(words: Tensor) -> Tensor:
+    """Words (S, D, TILE / 8) of channels as `Codes.values` has them."""
+    return words.unflatten(1, (2, -1)).unflatten(-1, (4, -1)).permute(0, 2, 3, 1, 4).contiguous()
 
 
 def _numbers(words: Tensor, size: int) -> Tensor:
