@@ -129,7 +129,7 @@ def _turned_at_once(
 
 @triton.jit
 def _small_turns(turns: tl.tensor, D: tl.constexpr, TILE: tl.constexpr, FAST: tl.constexpr) -> tl.tuple:
-    """Cosines and sines of a tile's slots for the two quarters, as words of two, to be held in registers; or nothing."""
+    """Cosines and sines of a tile's slots for both quarters, as words of two, to be held in registers; or nothing."""
     if FAST:
         QUARTER: tl.constexpr = D // 4
         n, w = tl.arange(0, TILE), tl.arange(0, D // 8)
