@@ -56,9 +56,9 @@ def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
     right = kernels.columns
     monkeypatch.setattr(kernels, "columns", lambda *given, **named: right(*given, **named) * 1.1)
     monkeypatch.setattr(dispatch, "_verdicts", {})
-    assert not dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
+    assert not dispatch.agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
     monkeypatch.undo()
-    assert dispatch._agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
+    assert dispatch.agree(dispatch.check, torch.device("cpu"), torch.float32, 64, 2)
 
 
 def passed(backbone, work):

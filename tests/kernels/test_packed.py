@@ -34,7 +34,7 @@ def kernels_are_used(monkeypatch):
 
 def layer(kept, size=64, dtype=torch.float32):
     codes = check.example(torch.Generator().manual_seed(3), size, CPU, dtype, kept)
-    return PackedPrefix(codes, kept, dtype, Room(sum(kept), size, dtype, CPU))
+    return PackedPrefix(codes, kept, dtype, Room(sum(kept), size, dtype, CPU), lambda: True)
 
 
 def in_floats(prefix):

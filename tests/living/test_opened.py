@@ -6,10 +6,10 @@ import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT
 
+from cribsheet.attention.packed import check
 from cribsheet.attention.packed.prefix import PackedPrefix
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.build import build_sheet
-from cribsheet.living import opened as opening
 from cribsheet.living.opened import opened
 from cribsheet.living.segments import sheet_layers
 from cribsheet.recall.placing import taken_off
@@ -18,8 +18,8 @@ from cribsheet.testing import tiny_backbone
 
 @pytest.fixture
 def codes_are_read(monkeypatch):
-    """As on a card whose kernels agree; nothing here runs them."""
-    monkeypatch.setattr(opening, "_reads_codes", lambda backbone: True)
+    """As on a card of which it is not known yet whether its kernels agree."""
+    monkeypatch.setattr(check, "is_ruled_out", lambda like, kv_heads: False)
 
 
 def built(family="llama", **options):
@@ -28,9 +28,13 @@ def built(family="llama", **options):
     return backbone, build_sheet(backbone, DOCUMENTS, FEW_SHOT, **(settings | options))
 
 
+def near(one, two):
+    return bool((one - two).norm() <= 1e-6 * two.norm())
+
+
 def equal(prefix, floats):
     return all(
-        torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
+        near(one.keys, two.keys) and torch.equal(one.values, two.values)
         for one, two in zip(prefix.layers, floats, strict=True)
     )
 
@@ -50,7 +54,7 @@ def test_layers_stay_in_four_bits_where_kernels_read_them(codes_are_read, alloca
     mine, theirs = (
         taken_off(each, guide, backbone.inv_freqs) for each in (prefix, type(prefix)(floats, prefix.tokens))
     )
-    assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+    assert near(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
 
 
 def test_layers_that_slide_are_floats(codes_are_read):
@@ -60,7 +64,7 @@ def test_layers_that_slide_are_floats(codes_are_read):
     assert equal(opened(backbone, sheet), sheet_layers(backbone, sheet))
 
 
-@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": "bfloat16"}, {"budget": 40, "rate": None}])
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": "bfloat16"}, {"budget": 24, "rate": None}])
 def test_other_types_and_heads_of_few_tokens_are_floats(codes_are_read, options):
     backbone, sheet = built(guide="dropped", **options)
     assert all(type(layer) is LayerPrefix for layer in opened(backbone, sheet).layers)

@@ -107,12 +107,12 @@ def test_who_is_in_a_hurry_takes_the_plain_path_until_somebody_else_has_found_ou
 
     heads = torch.device("cpu"), torch.float32, 64, 2
     with in_a_hurry():
-        assert not dispatch._agree(check, *heads) and not asked
-        thread = threading.Thread(target=dispatch._agree, args=(check, *heads))  # who has time
+        assert not dispatch.agree(check, *heads) and not asked
+        thread = threading.Thread(target=dispatch.agree, args=(check, *heads))  # who has time
         thread.start()
         thread.join()
-        assert dispatch._agree(check, *heads) and len(asked) == 1
-    assert dispatch._agree(check, *heads) and len(asked) == 1 and not is_in_a_hurry()
+        assert dispatch.agree(check, *heads) and len(asked) == 1
+    assert dispatch.agree(check, *heads) and len(asked) == 1 and not is_in_a_hurry()
 
 
 def test_two_that_have_time_find_out_once(monkeypatch):
@@ -123,7 +123,7 @@ def test_two_that_have_time_find_out_once(monkeypatch):
 
     def find_out():
         begun.wait(30)
-        dispatch._agree(check, torch.device("cpu"), torch.float32, 64, 2)
+        dispatch.agree(check, torch.device("cpu"), torch.float32, 64, 2)
 
     threads = [threading.Thread(target=find_out) for _ in range(4)]
     for thread in threads:

@@ -23,12 +23,12 @@ def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
     """Whether the kernels take these queries (B, H, T, D) or (H, T, D)."""
     if softcap is not None or not on_cuda(q):
         return False
-    return _agree(_attending, q.device, q.dtype, q.shape[-1], q.shape[-3] // kv_heads)
+    return agree(_attending, q.device, q.dtype, q.shape[-1], q.shape[-3] // kv_heads)
 
 
 def can_merge(out: Tensor) -> bool:
     """Whether `merge` takes such outputs (B, H, T, D)."""
-    return on_cuda(out) and _agree(_merging, out.device, out.dtype, out.shape[-1], 1)
+    return on_cuda(out) and agree(_merging, out.device, out.dtype, out.shape[-1], 1)
 
 
 def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, *, peak: bool) -> Tensor:
@@ -80,7 +80,7 @@ Check = Callable[[torch.device, torch.dtype, int, int], dict[str, float]]
 _verdicts: dict[tuple[Check, torch.device, torch.dtype, int, int], bool] = {}
 
 
-def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
+def agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
     """Whether kernels can be compiled for such heads and give what the plain path gives."""
     heads = check, device, dtype, size, shared_by
     if heads not in _verdicts and not is_in_a_hurry():
@@ -90,6 +90,11 @@ def _agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, sh
                     f"our kernels on {device}", lambda: check(device, dtype, size, shared_by), _BOUND
                 )
     return _verdicts.get(heads, False)
+
+
+def disagrees(check: Check, device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
+    """Whether it is known that they cannot, or do not."""
+    return not _verdicts.get((check, device, dtype, size, shared_by), True)
 
 
 def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:

@@ -121,10 +121,11 @@ def _turned_at_once(
     c = ranges + tl.arange(0, D // 8)
     a1, a2, a0 = tl.load(c)[None, :], tl.load(c + QUARTER)[None, :], tl.load(c + 2 * QUARTER)[None, :]
     b1, b2, b0 = tl.load(c + 3 * QUARTER)[None, :], tl.load(c + 4 * QUARTER)[None, :], tl.load(c + 5 * QUARTER)[None, :]
-    return tl.inline_asm_elementwise(
+    lower, upper = tl.inline_asm_elementwise(
         _SECOND if SECOND else _FIRST, "=&r,=&r,r,r,r,r,r,r,r,r,r", [words, a1, a2, a0, b1, b2, b0, cos, sin],
         dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
     )  # fmt: skip
+    return lower, upper
 
 
 @triton.jit

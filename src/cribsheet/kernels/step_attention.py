@@ -102,13 +102,14 @@ def attend(
     sequence sees (B,), or none, where somebody else looks there.
     """
     batch, heads, _, size = q.shape
-    coded = isinstance(prefix, Codes)
-    kv_heads, longest = (len(prefix.spans), prefix.most * TILE) if coded else (len(prefix[2]) - 1, prefix[3])
+    if isinstance(prefix, Codes):
+        kv_heads, longest, cuts, most = len(prefix.spans), prefix.most * TILE, CODE_CUTS, _MOST_CODE_PARTS
+    else:
+        kv_heads, longest, cuts, most = len(prefix[2]) - 1, prefix[3], CUTS, _MOST_PARTS
     newer, newer_values, index = suffix or (q, q, q.new_empty(0, dtype=torch.int64))
     rows = batch * heads // kv_heads
-    cut = cut or next(each for most, each in (CODE_CUTS if coded else CUTS).items() if rows <= most)
+    cut = cut or next(each for count, each in cuts.items() if rows <= count)
     blocks = -(-rows // cut.rows)
-    most = _MOST_CODE_PARTS if coded else _MOST_PARTS
     parts = min(max(1, cut.programs // (kv_heads * blocks)), most, -(-longest // cut.keys))
     every = parts if suffix is None else parts + 1
     out = torch.empty_like(q)

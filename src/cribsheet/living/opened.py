@@ -5,6 +5,8 @@ Whoever changes, studies or exports a sheet takes its numbers from `segments.she
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.kernels.codes import TILE
 from cribsheet.living.segments import placed_layer, sheet_layers
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.passes import prepare
 from cribsheet.sheet.layers import Int4Layer, StoredLayer
 from cribsheet.sheet.sheet import Sheet
 
@@ -22,11 +25,14 @@ _LOUDEST, _WIDEST = 1e4, 255.0  # numbers of keys, and scales of values, that ke
 
 def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
     """The prefix of a sheet, in the model's dtype; layers in int4 that see everything stay in it where they can."""
-    if sheet.manifest.rotated or not _reads_codes(backbone):
+    like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, dtype=backbone.dtype, device=backbone.device)
+    if sheet.manifest.rotated or backbone.softcap is not None or check.is_ruled_out(like, backbone.kv_heads):
         return Prefix(sheet_layers(backbone, sheet), sheet.length)
     kept = [_packable(layer, turn) for layer, turn in zip(sheet.layers, backbone.inv_freqs, strict=True)]
     if not any(kept):
         return Prefix(sheet_layers(backbone, sheet), sheet.length)
+    prepare(backbone, codes=True)
+    reads = partial(check.usable, like, backbone.kv_heads)
     most = max(sum(layer.kept) for layer in kept if layer)
     room = Room(most, backbone.head_size, backbone.dtype, backbone.device)
     turns: dict[int, tuple[Tensor, Tensor]] = {}
@@ -39,16 +45,8 @@ def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
             there = freqs.to(backbone.device, torch.float32).contiguous()
             turns[freqs.data_ptr()] = there, layout.turns(there, backbone.dtype)
         codes = own.tiled(backbone.device, sheet.length, turns[freqs.data_ptr()])
-        layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room))
+        layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room, reads))
     return Prefix(layers, sheet.length)
-
-
-def _reads_codes(backbone: Backbone) -> bool:
-    """Whether kernels read codes of such heads here."""
-    if backbone.softcap is not None:
-        return False
-    like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, dtype=backbone.dtype, device=backbone.device)
-    return check.usable(like, backbone.kv_heads)
 
 
 def _in_half(layer: Int4Layer) -> bool:

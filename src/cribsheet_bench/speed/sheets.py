@@ -49,7 +49,7 @@ def in_four_bits(setting: Setting, tokens: int, *, ragged: bool, packed: bool) -
         layers: list[LayerPrefix] = []
         for _ in range(made.num_layers):
             copied = replace(codes, **{name: getattr(codes, name).clone() for name in names})
-            layers.append(PackedPrefix(copied, stored.kept, made.dtype, room))
+            layers.append(PackedPrefix(copied, stored.kept, made.dtype, room, lambda: True))
     else:
         layer = placed_layer(stored, length, freqs, setting.device, made.dtype)
         layers = [LayerPrefix(layer.keys.clone(), layer.values.clone(), None, counts) for _ in range(made.num_layers)]

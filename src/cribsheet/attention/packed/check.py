@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from cribsheet.attention.agreement import agrees, relative_error
+from cribsheet.attention import dispatch
+from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.backends import on_cuda
 from cribsheet.attention.packed import layout
 from cribsheet.attention.packed.prefix import PackedPrefix, Room
@@ -15,27 +14,28 @@ from cribsheet.attention.plain import attend_plain
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.kernels.codes import Codes
 
-_BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
 _KEPT, _LENGTH = (300, 130), 5000
 
 
 def usable(like: Tensor, kv_heads: int) -> bool:
-    """Whether queries (B, H, T, D) of such heads are answered right from codes; where not, that is logged once."""
-    return on_cuda(like) and _agree(like.device, like.dtype, like.shape[-1], like.shape[1] // kv_heads)
+    """Whether queries (B, H, T, D) of such heads are answered right from codes, as far as whoever asks can wait."""
+    return on_cuda(like) and dispatch.agree(errors, *_heads(like, kv_heads))
 
 
-@functools.cache
-def _agree(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
-    name = f"kernels that read int4 on {device}"
-    return agrees(name, lambda: errors(device, dtype, size, shared_by), _BOUND)
+def is_ruled_out(like: Tensor, kv_heads: int) -> bool:
+    """Whether it is known that they are not."""
+    return not on_cuda(like) or dispatch.disagrees(errors, *_heads(like, kv_heads))
+
+
+def _heads(like: Tensor, kv_heads: int) -> tuple[torch.device, torch.dtype, int, int]:
+    return like.device, like.dtype, like.shape[-1], like.shape[1] // kv_heads
 
 
 def errors(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all that reads codes on a small random example, by case."""
     generator, found = torch.Generator().manual_seed(0), dict[str, float]()
-    prefix = PackedPrefix(
-        example(generator, size, device, dtype, _KEPT), _KEPT, dtype, Room(sum(_KEPT), size, dtype, device)
-    )
+    room = Room(sum(_KEPT), size, dtype, device)
+    prefix = PackedPrefix(example(generator, size, device, dtype, _KEPT), _KEPT, dtype, room, lambda: True)
     plain, scale = LayerPrefix(prefix.keys, prefix.values, None, prefix.counts), size**-0.5
     for batch, tokens in ((1, 1), (3, 2), (1, 200)):
         q = torch.randn(batch, 2 * shared_by, tokens, size, generator=generator).to(device, dtype)

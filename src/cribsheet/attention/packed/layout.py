@@ -138,7 +138,7 @@ def _apart(pairs: Tensor) -> Tensor:
 
 def _words(codes: Tensor) -> Tensor:
     """Codes (..., n) in words (..., n / 8) int32."""
-    words = codes.new_zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int32)
+    words: Tensor = codes.new_zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int32)
     for (half, quarter), places in _by_bits(codes.shape[-1]).items():
         words |= codes[..., places].int() << (16 * half + 4 * quarter)
     return words
@@ -146,12 +146,13 @@ def _words(codes: Tensor) -> Tensor:
 
 def _in_pairs(words: Tensor) -> Tensor:
     """Words (S, D, TILE / 8) of channels as `Codes.values` has them."""
-    return words.unflatten(1, (2, -1)).unflatten(-1, (4, -1)).permute(0, 2, 3, 1, 4).contiguous()
+    apart = words.view(len(words), 2, -1, 4, words.shape[-1] // 4)
+    return apart.permute(0, 2, 3, 1, 4).contiguous()
 
 
 def _numbers(words: Tensor, size: int) -> Tensor:
     """What codes (..., n) of words stand for, 1 to 2."""
-    found = torch.empty(*words.shape[:-1], size, device=words.device)
+    found: Tensor = torch.empty(*words.shape[:-1], size, device=words.device)
     for (half, quarter), places in _by_bits(size).items():
         found[..., places] = 1 + ((words >> (16 * half + 4 * quarter)) & 15) / 16
     return found

@@ -1,14 +1,15 @@
 """A layer of a sheet that stays in four bits on the device, and is read by kernels of our own.
 
 A step, and few rows of any kind, read the codes. Many rows read the layer in 16 bits, in room that the next layer uses
-again: attention over them takes far longer than unpacking does.
+again: attention over them takes far longer than unpacking does. Where kernels do not read codes, or it is not known yet
+whether they do, plain torch unpacks the layer each time.
 
 Letters as in `attention/prefix.py`; `S` tiles as in `kernels/codes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -50,21 +51,25 @@ class Room:
 class PackedPrefix(LayerPrefix):
     """A layer of a prefix as `codes`; `dtype` is the type that its numbers have for whoever asks for them.
 
-    Keys and values that are asked for are unpacked for that, each time.
+    `reads` says whether kernels read them, as far as that is known. Keys and values that are asked for are unpacked for
+    that, each time.
     """
 
-    def __init__(self, codes: Codes, counts: Sequence[int], dtype: torch.dtype, room: Room) -> None:
+    def __init__(
+        self, codes: Codes, counts: Sequence[int], dtype: torch.dtype, room: Room, reads: Callable[[], bool]
+    ) -> None:
         """Of heads that keep so many tokens each."""
         alike = len(set(counts)) == 1
         for name, value in (
             ("codes", codes), ("window", None), ("counts", () if alike else tuple(counts)), ("dtype", dtype),
-            ("room", room), ("_kept", tuple(counts)),
+            ("room", room), ("reads", reads), ("_kept", tuple(counts)),
         ):  # fmt: skip
             object.__setattr__(self, name, value)
 
     codes: Codes
     dtype: torch.dtype
     room: Room
+    reads: Callable[[], bool]
     _kept: tuple[int, ...]
 
     @property
@@ -103,9 +108,9 @@ class PackedPrefix(LayerPrefix):
         return self.codes.nbytes
 
     @property
-    def whole(self) -> Codes:
-        """The codes."""
-        return self.codes
+    def whole(self) -> tuple[Tensor, Tensor, Tensor, int] | Codes:
+        """The codes, or what is unpacked of them."""
+        return self.codes if self.reads() else super().whole
 
     def none_behind(self) -> Tensor:
         """As of any layer."""
@@ -113,32 +118,29 @@ class PackedPrefix(LayerPrefix):
 
     def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """As of any layer, by the codes where rows are few."""
-        from cribsheet.kernels.packed import unpack
+        if softcap is not None or not self.reads():
+            return super().attend(query, scale, softcap)
         from cribsheet.kernels.step_attention import attend
 
         batch, heads, tokens, size = query.shape
-        if softcap is None and batch * tokens * heads // self.heads <= _FEW:
-            rows = query.transpose(1, 2).reshape(batch * tokens, heads, 1, size).contiguous()
-            out, lse = attend(rows, self.codes, None, scale)
-            out, lse = out.view(batch, tokens, heads, size), lse.view(batch, tokens, heads)
-            return out.transpose(1, 2), lse.transpose(1, 2)
-        keys, values = self.room.halves(sum(self._kept))
-        unpack(self.codes, keys, values)
-        return self.over(self._shaped(keys), self._shaped(values), query, scale, softcap)
+        if batch * tokens * heads // self.heads > _FEW:
+            keys, values = self._unpacked()
+            return self.over(self._shaped(keys), self._shaped(values), query, scale, None)
+        rows = query.transpose(1, 2).reshape(batch * tokens, heads, 1, size).contiguous()
+        out, lse = attend(rows, self.codes, None, scale)
+        return out.view(batch, tokens, heads, size).transpose(1, 2), lse.view(batch, tokens, heads).transpose(1, 2)
 
     def looked_at(self, query: Tensor, lse: Tensor, width: int, scale: float) -> Tensor:
-        """As of any layer, by the codes where rows are few."""
-        from cribsheet.kernels.packed import glances, unpack
+        """As of any layer, by the codes where each sequence has one row."""
+        if not self.reads():
+            return super().looked_at(query, lse, width, scale)
+        from cribsheet.kernels.packed import glances
 
-        batch, heads, tokens, size = query.shape
-        shared_by = heads // self.heads
-        if tokens == 1 and shared_by <= _FEW_EACH:
-            rows = query.reshape(batch, self.heads, -1, size).transpose(0, 1)  # (K, B, G * T, D)
-            seen = lse.reshape(batch, self.heads, -1).transpose(0, 1)
-            return glances(self.codes, rows, seen, width, scale)
-        keys, values = self.room.halves(sum(self._kept))
-        unpack(self.codes, keys, values)
-        return dispatch.on_prefix(query, lse, keys, self.starts, self.longest, width, scale)
+        batch, heads, tokens, _ = query.shape
+        if tokens > 1 or heads // self.heads > _FEW_EACH:
+            return dispatch.on_prefix(query, lse, self._unpacked()[0], self.starts, self.longest, width, scale)
+        rows = query.reshape(batch, self.heads, -1, query.shape[-1]).transpose(0, 1)  # (K, B, G, D)
+        return glances(self.codes, rows, lse.reshape(batch, self.heads, -1).transpose(0, 1), width, scale)
 
     def last(self, tokens: int) -> tuple[Tensor, Tensor]:
         """As of any layer."""
@@ -148,7 +150,15 @@ class PackedPrefix(LayerPrefix):
     def without_last(self, tokens: int) -> PackedPrefix:
         """As of any layer; the codes are shared."""
         codes = layout.shorter(self.codes, tokens)
-        return PackedPrefix(codes, [count - tokens for count in self._kept], self.dtype, self.room)
+        return PackedPrefix(codes, [count - tokens for count in self._kept], self.dtype, self.room, self.reads)
+
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, D) by one kernel, in room that is used again."""
+        from cribsheet.kernels.packed import unpack
+
+        keys, values = self.room.halves(sum(self._kept))
+        unpack(self.codes, keys, values)
+        return keys, values
 
     def _shaped(self, vectors: Tensor) -> Tensor:
         """(N, D), or (K, P, D) where heads keep as many each."""
