@@ -93,9 +93,7 @@ def _place(c: tl.tensor, SIZE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _turned(
-    numbers: tl.tensor, ranges: tl.tensor, turns: tl.tensor, D: tl.constexpr, TILE: tl.constexpr
-) -> tl.tensor:
+def _turned(numbers: tl.tensor, ranges: tl.tensor, turns: tl.tensor, D: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
     """What numbers (D, TILE), 1 to 2, stand for, turned."""
     HALF: tl.constexpr = D // 2
     n, d = tl.arange(0, TILE), tl.arange(0, HALF)
