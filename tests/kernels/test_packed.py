@@ -10,6 +10,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
+import ptx
+from triton.runtime.interpreter import InterpreterBuilder
+
 from cribsheet.attention import dispatch
 from cribsheet.attention.packed import check, layout
 from cribsheet.attention.packed.prefix import PackedPrefix, Room
@@ -47,6 +50,17 @@ def test_kernels_give_what_floats_give(size, dtype, bound, monkeypatch):
     monkeypatch.setattr(check, "_KEPT", (150, 30))
     errors = check.errors(CPU, dtype, size, 3)
     assert len(errors) == 9 and max(errors.values()) < bound, errors
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_what_a_device_does_by_name_is_what_triton_says(size, monkeypatch):
+    monkeypatch.setattr(check, "_KEPT", (150, 30))
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", ptx.create_inline_asm)
+    asked = []
+    for module in (kernels, step_attention):
+        monkeypatch.setattr(module, "is_fast", lambda codes: asked.append(codes) or True)
+    errors = check.errors(CPU, torch.float16, size, 3)
+    assert asked and max(errors.values()) < 3e-3, errors
 
 
 @pytest.mark.parametrize("part", ["unpack", "attend"])
