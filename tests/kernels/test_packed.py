@@ -77,7 +77,7 @@ def test_a_planted_bug_is_found(part, monkeypatch):
     else:
         attend = step_attention.attend
         monkeypatch.setattr(step_attention, "attend", lambda *given: (attend(*given)[0] * 1.1, attend(*given)[1]))
-    assert max(check.errors(CPU, torch.float32, 64, 2).values()) > check._BOUND
+    assert max(check.errors(CPU, torch.float32, 64, 2).values()) > dispatch._BOUND
 
 
 @pytest.mark.parametrize("tokens", [0, 9, 150])
