@@ -21,7 +21,7 @@ def _fused(a, b, c):
 DOES = {
     "shl.b32": lambda a, count: a << count,
     "shr.u32": lambda a, count: a >> count,
-    "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else 1 / 0,
+    "lop3.b32": lambda a, b, c, table: (a & b) | c if (table == 0xEA).all() else 1 / 0,
     "fma.rn.f16x2": _fused,
     "mul.rn.f16x2": lambda a, b: (_halves(a) * _halves(b)).view(np.uint32),
     "neg.f16x2": lambda a: a ^ np.uint32(0x80008000),
@@ -39,7 +39,8 @@ def create_inline_asm(builder, text, constraints, values, kinds, is_pure, pack):
             assert name in ("", ".reg"), line
             continue
         target, *given = (each.strip() for each in rest.split(","))
-        numbers = [held[each] if each in held else np.uint32(int(each, 0)) for each in given]
+        like = next(iter(held.values()))
+        numbers = [held[each] if each in held else np.full_like(like, int(each, 0)) for each in given]
         held[target] = DOES[name](*numbers)
     like, kinds = values[0].data, [kind.scalar if hasattr(kind, "scalar") else kind for kind in kinds]
     found = [

@@ -48,7 +48,7 @@ class Codes:
         (S, 6, D / 2) float16, or float32 for models in it: A1, A2, A0, B1, B2, B0 of the channels of a tile's keys, in
         the order of their words and halves.
     value_ranges
-        (S, 2 * G, TILE) float16: scales of each group, then offsets, of each slot.
+        (S, 2 * G, TILE) float16: scales of each group, then offsets, of each slot in the order of words and halves.
     tiles
         (S, 3) int32: position of a tile's first token, how many there are, and the row of the first where all tokens of
         all heads stand one behind the other.

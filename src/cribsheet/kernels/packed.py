@@ -41,7 +41,11 @@ fma.rn.f16x2 $1, d, $9, b;
 mov.b32 $0, a;
 }"""
 _FIRST, _SECOND = tl.constexpr(_TURN % (6, 2)), tl.constexpr(_TURN % (2, 6))
-_NUMBERS = tl.constexpr("lop3.b32 $0, $1, 0x03C003C0, 0x3C003C00, 0xEA;")
+# Of a quarter, shifted, with scales and what is left of offsets, to two values: 16 + c is four bits of a mantissa, too.
+_VALUES = tl.constexpr("{\n.reg .b32 a;\nlop3.b32 a, $1, 0x03C003C0, 0x4C004C00, 0xEA;\nfma.rn.f16x2 $0, a, $2, $3;\n}")
+_LEFT = tl.constexpr(
+    "{\n.reg .b32 a;\nmov.b32 a, 0xCC00CC00;\nfma.rn.f16x2 $0, $1, a, $2;\n}"
+)  # an offset less 16 scales
 
 
 @triton.jit
@@ -66,22 +70,19 @@ def _in_order(
 
 
 @triton.jit
-def _quarter(words: tl.tensor, QUARTER: tl.constexpr, FAST: tl.constexpr) -> tl.tensor:
-    """Words of two float16, 1 to 2, of one quarter."""
-    bits = words << (6 - 4 * QUARTER) if QUARTER < 2 else words >> (4 * QUARTER - 6)
-    if FAST:
-        return tl.inline_asm_elementwise(_NUMBERS, "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        return (bits & 0x03C003C0) | 0x3C003C00
+def _shifted(words: tl.tensor, QUARTER: tl.constexpr) -> tl.tensor:
+    """Words whose bits 6 to 9 and 22 to 25 are codes of a quarter."""
+    return words << (6 - 4 * QUARTER) if QUARTER < 2 else words >> (4 * QUARTER - 6)
 
 
 @triton.jit
-def _numbers_of(
-    words: tl.tensor, dtype: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, FAST: tl.constexpr
-) -> tl.tensor:
+def _numbers_of(words: tl.tensor, dtype: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr) -> tl.tensor:
     """Numbers (SIZE, ROWS), 1 to 2, of words (ROWS, SIZE / 8)."""
-    first, second = _quarter(words, 0, FAST), _quarter(words, 1, FAST)
-    return _in_order(first, second, _quarter(words, 2, FAST), _quarter(words, 3, FAST), ROWS, SIZE, FAST).to(dtype)
+    MASK: tl.constexpr = 0x03C003C0
+    ONE: tl.constexpr = 0x3C003C00
+    first, second = (_shifted(words, 0) & MASK) | ONE, (_shifted(words, 1) & MASK) | ONE
+    third, fourth = (_shifted(words, 2) & MASK) | ONE, (_shifted(words, 3) & MASK) | ONE
+    return _in_order(first, second, third, fourth, ROWS, SIZE, False).to(dtype)
 
 
 @triton.jit
@@ -151,8 +152,40 @@ def _keys_of(
         second, fourth = _turned_at_once(words, own + D // 8, small[2], small[3], True, D)
         return _in_order(first, second, third, fourth, TILE, D, True)
     else:
-        numbers = _numbers_of(words, turns.dtype.element_ty, TILE, D, False)
+        numbers = _numbers_of(words, turns.dtype.element_ty, TILE, D)
         return _turned(numbers, ranges + tile * (3 * D), turns, D, TILE)
+
+
+@triton.jit
+def _values_at_once(
+    words: tl.tensor, ranges: tl.tensor, QUARTER: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr
+) -> tl.tensor:
+    """A quarter of the values of words (ROWS, TILE / 8), as pairs of float16 in words."""
+    n = ranges + QUARTER * (TILE // 8) + tl.arange(0, TILE // 8)
+    scale, offset = tl.load(n)[None, :], tl.load(n + GROUPS * TILE // 2)[None, :]
+    left = tl.inline_asm_elementwise(_LEFT, "=r,r,r", [scale, offset], dtype=tl.int32, is_pure=True, pack=1)
+    given = [_shifted(words, QUARTER), scale, left]
+    return tl.inline_asm_elementwise(_VALUES, "=r,r,r,r", given, dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _values_of(
+    words: tl.tensor, ranges: tl.tensor, dtype: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    TILE: tl.constexpr, FAST: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Values (TILE, ROWS) of words (ROWS, TILE / 8) of channels that share `ranges`."""
+    if FAST:
+        own = ranges.to(tl.pointer_type(tl.int32))
+        return _in_order(
+            _values_at_once(words, own, 0, GROUPS, TILE), _values_at_once(words, own, 1, GROUPS, TILE),
+            _values_at_once(words, own, 2, GROUPS, TILE), _values_at_once(words, own, 3, GROUPS, TILE),
+            ROWS, TILE, True,
+        )  # fmt: skip
+    else:
+        word, bits = _place(tl.arange(0, TILE), TILE)
+        n = ranges + (bits % 16 // 4 * (TILE // 4) + 2 * word + bits // 16)[:, None]
+        codes = (_numbers_of(words, dtype, ROWS, TILE) - 1.0) * 16.0
+        return (codes * tl.load(n) + tl.load(n + GROUPS * TILE)).to(dtype)
 
 
 @triton.jit
@@ -163,8 +196,8 @@ def _over_codes(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Attention of some rows (BM, D) over tiles from `low` to `high`, in two halves (BM, D / 2), and its log-sum-exp.
 
-    A value is 16 s (1 + c / 16) + o - 16 s: scales go to the weights, 2 ** LIFT times as large so that float16 holds
-    small ones, and what is left to sums of their own, which few rows add up over slots at the end only (LAZY).
+    Weights are 2 ** LIFT times as large, so that float16 holds small ones; of few rows they are added up over slots at
+    the end only (LAZY).
     """
     HALF: tl.constexpr = D // 2
     LIFT: tl.constexpr = 8.0
@@ -174,10 +207,6 @@ def _over_codes(
     small = _small_turns(turns, D, TILE, FAST)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM, TILE if LAZY else 1), tl.float32)
-    shift, upper_shift = (
-        tl.zeros((BM, TILE if LAZY else 1), tl.float32),
-        tl.zeros((BM, TILE if LAZY else 1), tl.float32),
-    )
     found, upper_found = tl.zeros((BM, HALF), tl.float32), tl.zeros((BM, HALF), tl.float32)
     scale = scale * 1.4426950408889634  # of logits to base 2
     for tile in range(low, high):
@@ -185,10 +214,6 @@ def _over_codes(
         value_words = tl.load(values + tile * (TILE * D // 8) + h[:, None] * (TILE // 4) + nw[None, :])
         value_words = tl.permute(tl.reshape(value_words, (HALF, 4, 2, TILE // 32)), (0, 1, 3, 2))
         value_words, upper_words = tl.split(tl.reshape(value_words, (HALF, TILE // 8, 2)))
-        range_at = values_ranges + tile * (2 * GROUPS * TILE) + n
-        v_s, upper_v_s = tl.load(range_at).to(tl.float32), tl.load(range_at + (GROUPS - 1) * TILE).to(tl.float32)
-        v_o = tl.load(range_at + GROUPS * TILE).to(tl.float32) - 16.0 * v_s
-        upper_v_o = tl.load(range_at + (2 * GROUPS - 1) * TILE).to(tl.float32) - 16.0 * upper_v_s
         count = tl.load(tiles + tile * 3 + 1)
         k = _keys_of(words, ranges, turns, tile, small, D, TILE, FAST)
         logits = tl.dot(rows, k, input_precision="ieee")
@@ -197,27 +222,18 @@ def _over_codes(
         higher = tl.maximum(top, tl.max(logits, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher) * scale
         shrink, weights = tl.exp2(top * scale - level)[:, None], tl.exp2(logits * scale - (level - LIFT)[:, None])
-        scaled = (weights * v_s[None, :]).to(rows.dtype)
-        upper_scaled = (weights * upper_v_s[None, :]).to(rows.dtype)
-        lower_part, upper_part = weights * v_o[None, :], weights * upper_v_o[None, :]
-        if LAZY:
-            total = total * shrink + weights
-            shift, upper_shift = shift * shrink + lower_part, upper_shift * shrink + upper_part
-        else:
-            total = total * shrink + tl.sum(weights, 1)[:, None]
-            shift = shift * shrink + tl.sum(lower_part, 1)[:, None]
-            upper_shift = upper_shift * shrink + tl.sum(upper_part, 1)[:, None]
-        v = _numbers_of(value_words, rows.dtype, HALF, TILE, FAST)
-        found = tl.dot(scaled, v, found * shrink, input_precision="ieee")
-        v = _numbers_of(upper_words, rows.dtype, HALF, TILE, FAST)
-        upper_found = tl.dot(upper_scaled, v, upper_found * shrink, input_precision="ieee")
+        total = total * shrink + (weights if LAZY else tl.sum(weights, 1)[:, None])
+        given = weights.to(rows.dtype)
+        own = values_ranges + tile * (2 * GROUPS * TILE)
+        v = _values_of(value_words, own, rows.dtype, HALF, GROUPS, TILE, FAST)
+        found = tl.dot(given, v, found * shrink, input_precision="ieee")
+        v = _values_of(upper_words, own + (GROUPS - 1) * TILE, rows.dtype, HALF, GROUPS, TILE, FAST)
+        upper_found = tl.dot(given, v, upper_found * shrink, input_precision="ieee")
         top = higher
     sums = tl.sum(total, 1)
     there = sums > 0  # a part may be empty
     whole = tl.where(there, sums, 1.0)[:, None]
     seen = tl.where(there, (top * scale + tl.log2(sums) - LIFT) * 0.6931471805599453, float("-inf"))
-    found = found * 16.0 + tl.sum(shift, 1)[:, None]
-    upper_found = upper_found * 16.0 + tl.sum(upper_shift, 1)[:, None]
     return found / whole, upper_found / whole, seen
 
 
@@ -336,11 +352,12 @@ def _unpacked(
     tl.store(key_out + target, (low * cos - high * sin).to(key_out.dtype.element_ty), mask=inside)
     tl.store(key_out + target + HALF, (high * cos + low * sin).to(key_out.dtype.element_ty), mask=inside)
     word, bits = _place(n, TILE)
+    within = bits % 16 // 4 * (TILE // 4) + 2 * word + bits // 16
     for upper in tl.static_range(2):
         base = values + tile * (TILE * D // 8) + upper * (TILE // 32) + d[None, :] * (TILE // 4)
         lane = word + word // (TILE // 32) * (TILE // 32)
         code = ((tl.load(base + lane[:, None]) >> bits[:, None]) & 15).to(tl.float32)
-        range_at = values_ranges + tile * (2 * GROUPS * TILE) + upper * (GROUPS - 1) * TILE + n
+        range_at = values_ranges + tile * (2 * GROUPS * TILE) + upper * (GROUPS - 1) * TILE + within
         scale, offset = tl.load(range_at).to(tl.float32), tl.load(range_at + GROUPS * TILE).to(tl.float32)
         v = code * scale[:, None] + offset[:, None]
         tl.store(value_out + target + upper * HALF, v.to(value_out.dtype.element_ty), mask=inside)

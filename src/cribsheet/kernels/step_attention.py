@@ -39,7 +39,7 @@ class Cut:
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
 CUTS = {16: Cut(16, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
-CODE_CUTS = {16: Cut(16, keys=TILE, warps=4, stages=2, programs=256), 1 << 30: Cut(64, TILE, 4, stages=2, programs=256)}
+CODE_CUTS = {16: Cut(16, keys=TILE, warps=4, stages=1, programs=384), 1 << 30: Cut(64, TILE, 4, stages=1, programs=256)}
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "blocks", "parts"])
@@ -82,11 +82,11 @@ def _joined(
     """One row of one head: all its parts of one softmax."""
     row, s, d = tl.program_id(0), tl.arange(0, BS), tl.arange(0, BD)
     seen = tl.load(lses + s * rows + row, mask=s < count, other=float("-inf"))
+    real = (s[:, None] < count) & (d[None, :] < D)
+    found = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], mask=real, other=0.0)
     top = tl.max(seen, 0)
     weights = tl.exp(seen - top)
     total = tl.sum(weights, 0)
-    real = (s[:, None] < count) & (d[None, :] < D)
-    found = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], mask=real, other=0.0)
     found = tl.sum(found * weights[:, None], 0) / total
     tl.store(out + row * D + d, found.to(out.dtype.element_ty), mask=d < D)
     tl.store(lse + row, top + tl.log(total))

@@ -26,7 +26,9 @@ def takes(head_size: int, groups: int, freqs: Tensor) -> bool:
 def turns(freqs: Tensor, dtype: torch.dtype) -> Tensor:
     """`Codes.turns` of frequencies (D / 2,), for a model whose numbers are of a type."""
     slots = torch.arange(TILE, device=freqs.device)
-    return torch.stack(rope.turns(slots, freqs), 1)[..., _in_words(2 * len(freqs), freqs.device)].to(_kind(dtype))
+    return torch.stack(rope.turns(slots, freqs), 1)[..., _in_words(2 * len(freqs), freqs.device)[: len(freqs)]].to(
+        _kind(dtype)
+    )
 
 
 def tiled(
@@ -65,7 +67,7 @@ def tiled(
         _words(_apart(in_slots(keys[0]))),
         _in_pairs(_words(_apart(in_slots(values[0])).unflatten(0, (-1, TILE)).transpose(1, 2))),
         _key_ranges(keys[1][own].float(), keys[2][own].float(), rope.turns(place.to(device), freqs)).to(small.dtype),
-        torch.cat(ranges, 1).contiguous(),
+        torch.cat(ranges, 1)[..., _in_words(TILE, device)],
         torch.stack([place, count, row], 1).to(device, torch.int32),
         spans.to(device, torch.int32),
         freqs,
@@ -79,7 +81,7 @@ def _key_ranges(scales: Tensor, offsets: Tensor, turn: tuple[Tensor, Tensor]) ->
     scales = 16 * scales
     (a, b), (low, high), (cos, sin) = scales.chunk(2, 1), (offsets - scales).chunk(2, 1), turn
     found = [a * cos, -b * sin, low * cos - high * sin, b * cos, a * sin, high * cos + low * sin]
-    return torch.stack(found, 1)[..., _in_words(scales.shape[1], scales.device)]
+    return torch.stack(found, 1)[..., _in_words(scales.shape[1], scales.device)[: scales.shape[1] // 2]]
 
 
 def shorter(codes: Codes, tokens: int) -> Codes:
@@ -98,7 +100,7 @@ def shorter(codes: Codes, tokens: int) -> Codes:
 def keys(codes: Codes, dtype: torch.dtype) -> Tensor:
     """Rotated keys (N, D) of all heads, one behind the other."""
     ranges = torch.empty_like(codes.key_ranges, dtype=torch.float32)
-    ranges[..., _in_words(codes.head_size, codes.keys.device)] = codes.key_ranges.float()
+    ranges[..., _in_words(codes.head_size, codes.keys.device)[: codes.head_size // 2]] = codes.key_ranges.float()
     held = _held(codes)
     a1, a2, a0, b1, b2, b0 = (each.repeat_interleave(TILE, 0)[held] for each in ranges.unbind(1))
     a, b = _numbers(codes.keys, codes.head_size)[held].chunk(2, 1)
@@ -108,7 +110,9 @@ def keys(codes: Codes, dtype: torch.dtype) -> Tensor:
 
 def values(codes: Codes, dtype: torch.dtype) -> Tensor:
     """Values (N, D)."""
-    ranges = codes.value_ranges.transpose(1, 2).flatten(0, 1).float()  # (S * TILE, 2 * G)
+    ranges = torch.empty_like(codes.value_ranges, dtype=torch.float32)
+    ranges[..., _in_words(TILE, codes.keys.device)] = codes.value_ranges.float()
+    ranges = ranges.transpose(1, 2).flatten(0, 1)  # (S * TILE, 2 * G)
     scales, offsets = (x.repeat_interleave(codes.head_size // codes.groups, 1) for x in ranges.chunk(2, 1))
     words = codes.values.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)  # (S, D, TILE / 8)
     found = _numbers(words, TILE).sub_(1).mul_(16).transpose(1, 2).flatten(0, 1)
@@ -126,9 +130,9 @@ def _held(codes: Codes) -> Tensor:
 
 
 def _in_words(size: int, device: torch.device) -> Tensor:
-    """The lower channels in the order of their quarters, words and halves."""
-    places = order(size)[: size // 2]
-    return torch.tensor(sorted(range(size // 2), key=lambda d: (places[d][2], *places[d][:2])), device=device)
+    """Channels, or slots, in the order of their quarters, words and halves: the lower ones are the first half."""
+    places = order(size)
+    return torch.tensor(sorted(range(size), key=lambda d: (places[d][2], places[d][0], places[d][1])), device=device)
 
 
 def _apart(pairs: Tensor) -> Tensor:
