@@ -6,6 +6,7 @@ import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT
 
+from cribsheet import CompressedKnowledgeLLM
 from cribsheet.attention.packed import check
 from cribsheet.attention.packed.prefix import PackedPrefix
 from cribsheet.attention.prefix import LayerPrefix
@@ -55,6 +56,20 @@ def test_layers_stay_in_four_bits_where_kernels_read_them(codes_are_read, alloca
         taken_off(each, guide, backbone.inv_freqs) for each in (prefix, type(prefix)(floats, prefix.tokens))
     )
     assert near(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+
+
+def test_answers_are_the_same_while_plain_torch_reads_the_codes(codes_are_read, monkeypatch):
+    backbone, sheet = built()
+    asked = ["What colour is the house of Ann?", "Who?"]
+    in_codes = CompressedKnowledgeLLM.load(sheet, model=backbone)
+    mine = [in_codes.ask(each, max_tokens=8) for each in asked]
+    assert type(in_codes.prefix.layers[0]) is PackedPrefix
+    monkeypatch.undo()
+    in_floats = CompressedKnowledgeLLM.load(sheet, model=backbone)
+    theirs = [in_floats.ask(each, max_tokens=8) for each in asked]
+    assert type(in_floats.prefix.layers[0]) is LayerPrefix
+    assert [each.text for each in mine] == [each.text for each in theirs]
+    assert [[s.text for s in each.sources] for each in mine] == [[s.text for s in each.sources] for each in theirs]
 
 
 def test_layers_that_slide_are_floats(codes_are_read):
