@@ -65,6 +65,7 @@ def test_answers_are_the_same_while_plain_torch_reads_the_codes(codes_are_read, 
     mine = [in_codes.ask(each, max_tokens=8) for each in asked]
     assert type(in_codes.prefix.layers[0]) is PackedPrefix
     monkeypatch.undo()
+    assert type(in_codes.prefix.layers[0]) is LayerPrefix  # by now it is known that none is going to
     in_floats = CompressedKnowledgeLLM.load(sheet, model=backbone)
     theirs = [in_floats.ask(each, max_tokens=8) for each in asked]
     assert type(in_floats.prefix.layers[0]) is LayerPrefix

@@ -25,7 +25,7 @@ _LOUDEST, _WIDEST = 1e4, 255.0  # numbers of keys, and scales of values, that ke
 
 def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
     """The prefix of a sheet, in the model's dtype; layers in int4 that see everything stay in it where they can."""
-    like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, dtype=backbone.dtype, device=backbone.device)
+    like = _query(backbone)
     if sheet.manifest.rotated or backbone.softcap is not None or check.is_ruled_out(like, backbone.kv_heads):
         return Prefix(sheet_layers(backbone, sheet), sheet.length)
     kept = [_packable(layer, turn) for layer, turn in zip(sheet.layers, backbone.inv_freqs, strict=True)]
@@ -47,6 +47,17 @@ def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
         codes = own.tiled(backbone.device, sheet.length, turns[freqs.data_ptr()])
         layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room, reads))
     return Prefix(layers, sheet.length)
+
+
+def is_out_of_place(backbone: Backbone, prefix: Prefix) -> bool:
+    """Whether it is in four bits and was found out since that kernels do not read them: it is to be opened again."""
+    packed = any(isinstance(layer, PackedPrefix) for layer in prefix.layers)
+    return packed and check.is_ruled_out(_query(backbone), backbone.kv_heads)
+
+
+def _query(backbone: Backbone) -> Tensor:
+    """A query (1, H, 1, D) of a model, of anything."""
+    return torch.empty(1, backbone.num_heads, 1, backbone.head_size, dtype=backbone.dtype, device=backbone.device)
 
 
 def _in_half(layer: Int4Layer) -> bool:
