@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from cribsheet.attention import dispatch
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer
-from cribsheet.kernels import ahead, columns, flash, keeping
+from cribsheet.kernels import ahead, columns, flash, keeping, packed, step_attention
+from cribsheet.kernels.codes import TILE, Codes
 from cribsheet.model.llama_step import LlamaStep
 from cribsheet.model.llama_weights import llama_weights
 from cribsheet.testing import tiny_config
@@ -130,6 +131,34 @@ def test_no_length_of_a_question_or_a_guide_needs_another_kernel(kernels, batch,
         for peak in (False, True):
             if rows > 16 or peak:
                 dispatch.columns(q[0], made(KV_HEADS, tokens, SIZE), lse[0], 0.1, None, peak=peak)
+    assert kernels.compiled[before:] == []
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_no_batch_and_no_sheet_in_four_bits_needs_another_kernel(size):
+    kernels = ahead.run(replace(SHAPE, head_size=size, codes=True), 1)
+    assert 0 < len(kernels.compiled) <= 7, kernels.compiled
+    before, groups = len(kernels.compiled), -(-size // 64)
+    for tiles in (1, 9, 1501):
+        codes = Codes(
+            made(tiles * TILE, size // 8, dtype=torch.int32),
+            made(tiles, size // 2, 4, 2, TILE // 32, dtype=torch.int32),
+            made(tiles, 6, size // 2, dtype=torch.float16),
+            made(tiles, 2 * groups, TILE, dtype=torch.float16),
+            made(tiles, 3, dtype=torch.int32),
+            made(KV_HEADS, 2, dtype=torch.int32),
+            floats(size // 2),
+            made(TILE, 2, size // 2, dtype=torch.float16),
+            tiles,
+        )
+        packed.unpack(codes, made(tiles * TILE, size), made(tiles * TILE, size))
+        for batch in (1, 2, 3, 16, 33, 64):
+            q, lse = made(batch, HEADS, 1, size), floats(KV_HEADS, batch, HEADS // KV_HEADS)
+            packed.glances(codes, made(*lse.shape, size), lse, 64 * tiles, 0.1)
+            for tokens in (None, 64, 2048):
+                suffix = made(batch, KV_HEADS, tokens or 1, size)
+                behind = suffix, suffix, made(batch, dtype=torch.int64)
+                step_attention.attend(q, codes, None if tokens is None else behind, 0.1)
     assert kernels.compiled[before:] == []
 
 

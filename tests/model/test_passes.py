@@ -11,8 +11,10 @@ import torch
 from cribsheet.attention import dispatch
 from cribsheet.attention.agreement import in_a_hurry, is_in_a_hurry
 from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.packed import check
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
+from cribsheet.kernels.ahead import Shape
 from cribsheet.model import llama_step, passes
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.passes import is_prepared, logits_after, prepare
@@ -95,6 +97,21 @@ def test_a_model_is_not_held_while_its_kernels_are_compiled(monkeypatch):
     gc.collect()
     preparation.wait()
     assert gone == [True]
+
+
+def test_what_reads_codes_is_found_out_by_itself_and_the_rest_is_not_done_again(monkeypatch):
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    monkeypatch.setattr(check, "on_cuda", lambda like: True)
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    monkeypatch.setattr(passes, "shape_of", lambda backbone, weights: Shape(90, "float16", 4, 2, 64))
+    shapes, backbone = [], tiny_backbone()
+    monkeypatch.setattr(passes, "compile_ahead", lambda shape, closing: shapes.append(shape))
+    passes.Preparation(backbone, codes=True).wait()
+    assert [shape.codes for shape in shapes] == [True]
+    assert [verdict[0] for verdict in dispatch._verdicts] == [check.errors]  # no kernel runs here: it is ruled out
+    like = torch.empty(1, backbone.num_heads, 1, backbone.head_size)
+    assert check.is_ruled_out(like, backbone.kv_heads) and not check.usable(like, backbone.kv_heads)
+    assert "fast_read" not in vars(backbone) and backbone not in llama_step._steps
 
 
 def test_who_is_in_a_hurry_takes_the_plain_path_until_somebody_else_has_found_out(monkeypatch):

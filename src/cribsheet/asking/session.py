@@ -15,7 +15,7 @@ from cribsheet.compress.loop import nothing_read
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.errors import RequestError, WindowError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.opened import is_out_of_place, opened
 from cribsheet.model.backbone import Backbone
 from cribsheet.model.fingerprint import fingerprint
 from cribsheet.prompt.encoder import LONG
@@ -122,8 +122,8 @@ class Session:
             return self.nothing
         with self._lock:
             self.running.check_open()  # whoever closes it comes for the prefix next
-            if self._prefix is None:
-                self._prefix = Prefix(sheet_layers(self.backbone, self.sheet), self.sheet.length)
+            if self._prefix is None or is_out_of_place(self.backbone, self._prefix):
+                self._prefix, self._unguided = opened(self.backbone, self.sheet), None
             if not (guide := self._guide_after(passages)):
                 return self._prefix
             if self._unguided is None:

@@ -47,7 +47,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         self.noted: list[Weights] | None = None  # of whom is watched, what the prefix was given, if that is known
         self.is_initialized = True
         # suffix buffers (B, K, capacity, D), filled up to `length`
-        self.keys = self.values = prefix.keys.new_empty(1, prefix.heads, 0, prefix.keys.shape[-1])
+        self.keys = self.values = prefix.none_behind()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: buffers grow on the first update."""

@@ -132,6 +132,11 @@ def agree(check: Check, device: torch.device, dtype: torch.dtype, size: int, sha
     return _verdicts.get(heads, False)
 
 
+def disagrees(check: Check, device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> bool:
+    """Whether it is known that they cannot, or do not."""
+    return not _verdicts.get((check, device, dtype, size, shared_by), True)
+
+
 def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all kernels on small random examples, by case."""
     found = _attending(device, dtype, size, shared_by) | _merging(device, dtype, size, shared_by)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from cribsheet.attention import dispatch
 from cribsheet.attention.attend import attend, attend_ragged, attend_shared, attend_spans, merge
 from cribsheet.attention.captures import Captures
 from cribsheet.attention.rope import rotate
+from cribsheet.kernels.codes import Codes
 from cribsheet.kernels.products import Span, Weights, spans_of
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
@@ -100,24 +101,42 @@ class LayerPrefix:
     @cached_property
     def each(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (P, D) of each head."""
-        if not self.counts:
-            return list(zip(self.keys, self.values, strict=True))
-        return list(zip(self.keys.split(self.counts), self.values.split(self.counts), strict=True))
+        return _by_head(self.keys, self.values, self.counts)
 
     @cached_property
     def starts(self) -> Tensor:
         """(K + 1,) int32 where each head begins when all stand one behind the other, and where the last one ends."""
         if not self.counts:
-            return torch.arange(self.heads + 1, dtype=torch.int32, device=self.keys.device) * self.keys.shape[1]
+            return torch.arange(self.heads + 1, dtype=torch.int32, device=self.device) * self.longest
         starts = torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32)
-        return starts.to(self.keys.device, non_blocking=True)  # a GPU is not waited for
+        return starts.to(self.device, non_blocking=True)  # a GPU is not waited for
 
     def padded_keys(self) -> Tensor:
         """Keys (K, P, D) of all heads at the end of the longest, and any before them."""
         if not self.counts:
             return self.keys
-        last = torch.arange(-self.longest, 0, device=self.keys.device) + self.starts[1:, None]
+        last = torch.arange(-self.longest, 0, device=self.device) + self.starts[1:, None]
         return self.keys[last.clamp(min=0)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values where they lie."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor, Tensor, int] | Codes:
+        """As a step's kernels read it: keys and values (N, D), where heads begin, and the most tokens; or codes."""
+        keys, values = (half if self.counts else half.flatten(0, 1) for half in (self.keys, self.values))
+        return keys, values, self.starts, self.longest
+
+    def none_behind(self) -> Tensor:
+        """Keys (1, K, 0, D), or values, of no tokens, of the type and where it lies."""
+        return self.keys.new_empty(1, self.heads, 0, self.keys.shape[-1])
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -141,10 +160,21 @@ class LayerPrefix:
             if noted is not None and weights is not None:
                 noted.append(weights)
             return out, lse
+        return self.over(self.keys, self.values, query, scale, softcap)
+
+    def over(
+        self, keys: Tensor, values: Tensor, query: Tensor, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """`attend`, given its keys and values."""
         if self.counts:
-            ragged = self.keys, self.values, self.starts
-            return attend_ragged(query, lambda: self.each, ragged, self.counts, scale=scale, softcap=softcap)
-        return attend_shared(query, self.keys.unsqueeze(0), self.values.unsqueeze(0), scale=scale, softcap=softcap)
+            heads = partial(_by_head, keys, values, self.counts)
+            return attend_ragged(query, heads, (keys, values, self.starts), self.counts, scale=scale, softcap=softcap)
+        return attend_shared(query, keys.unsqueeze(0), values.unsqueeze(0), scale=scale, softcap=softcap)
+
+    def looked_at(self, query: Tensor, lse: Tensor, width: int, scale: float) -> Tensor:
+        """How much rows look at each of `width` positions, (B, K, width), as `dispatch.on_prefix` says it."""
+        keys = self.keys if self.counts else self.keys.flatten(0, 1)
+        return dispatch.on_prefix(query, lse, keys, self.starts, self.longest, width, scale)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> LayerPrefix:
         """With more tokens (K, T, D) behind it, as far back as its window reaches."""
@@ -179,6 +209,13 @@ class LayerPrefix:
         if keys.is_cuda:
             keys, values = keys.contiguous(), values.contiguous()
         return LayerPrefix(keys, values)
+
+
+def _by_head(keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (P, D) of each head."""
+    if not counts:
+        return list(zip(keys, values, strict=True))
+    return list(zip(keys.split(tuple(counts)), values.split(tuple(counts)), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,9 +111,7 @@ class Glance:
         if rows is not None:
             query, lse = query[:, :, -rows.shape[2] :], lse[:, :, -rows.shape[2] :]
             lse = weighted(lse, rows)
-        prefix = layer.prefix
-        keys = prefix.keys if prefix.counts else prefix.keys.flatten(0, 1)
-        return dispatch.on_prefix(query, lse, keys, prefix.starts, prefix.longest, layer.start, scale)
+        return layer.prefix.looked_at(query, lse, layer.start, scale)
 
     def _of_weights(self, noted: Weights, width: int, query: Tensor, lse: Tensor) -> Tensor:
         """(B, K, width) of all sequences and heads, from the weights that rows gave within the prefix."""

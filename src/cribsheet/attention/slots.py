@@ -193,7 +193,7 @@ def prefill_cache(
     ahead: Sequence[Sequence[tuple[Tensor, Tensor]]] = (),
 ) -> Cache:
     """A cache for one padded prefill; keys and values (K, n, D) of each layer may stand `ahead` of each question."""
-    device = layers[0].keys.device
+    device = layers[0].device
     placed = None if mask is None else mask.to(device)
     before = _padded(ahead) if any(ahead) else [None] * len(layers)
     return Cache(layers=[PaddedLayer(layer, start, placed, each) for layer, each in zip(layers, before, strict=True)])

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cribsheet.sheet.manifest import Manifest
     from cribsheet.sheet.sheet import Sheet
 
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number in types that models compute in
+
 
 @flat
 def inspect(
@@ -122,6 +124,7 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         **_checked(made),
         **({"studied": told} if (told := studied(made)) else {}),
         "bytes": f"{sheet.nbytes:,} of keys and values in {made.dtype}",
+        **_opened(sheet),
         **_archived(sheet),
         "scorer": f"{made.scorer}, {made.chunk_tokens:,} tokens at once, seed {made.seed}"
         + (f", corrected: {made.correction}" if made.correction != "none" else ""),
@@ -132,6 +135,16 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
         "template": print_.template,
         "rotary": print_.rotary,
     }
+
+
+def _opened(sheet: Sheet) -> dict[str, str]:
+    """What keys and values take in memory, where that is not what they take in the file."""
+    made = sheet.manifest.dtype
+    used = sheet.manifest.fingerprint.weights_dtype
+    if made == used or used not in _SIZES:
+        return {}
+    told = f"{sheet.opened_bytes(_SIZES[used]):,} bytes in {used}"
+    return {"opened": f"{told}; on CUDA, where kernels read {made}, about what is stored" if made == "int4" else told}
 
 
 def _archived(sheet: Sheet) -> dict[str, str]:

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cribsheet.kernels.codes import TILE, Codes
+
 logger = logging.getLogger(__name__)
 
 _MOST_SECONDS = 120  # then the compiler is given up, and kernels are compiled where they are used first
@@ -52,6 +54,7 @@ class Shape:
     vocabulary: int = 0
     biased: tuple[bool, bool, bool] = (False, False, False)  # products of queries, of what attention gives, and `down`
     normed: bool = False  # whether queries and keys are normalised
+    codes: bool = False  # whether it is the kernels that read sheets in four bits, and none of the others
 
 
 def compile_ahead(shape: Shape, closing: threading.Event) -> None:
@@ -123,6 +126,9 @@ def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     group, starts = heads // kv_heads, made(kv_heads + 1, kind=torch.int32)
     part = made(1, heads, _ROWS, size), floats(1, heads, _ROWS)
     keys = made(300, size)
+    if shape.codes:
+        yield from _codes(shape, made)
+        return
     many = made(kv_heads, group, _ROWS, size), floats(kv_heads, group, _ROWS)
     if shape.hidden:
         yield from _layers(shape, made)
@@ -186,6 +192,25 @@ def _layers(shape: Shape, made: Callable[..., Tensor]) -> Iterator[Callable[[], 
         yield partial(step.product, made(count, shape.inner), [down], residual=x)
         yield partial(rotation.placed, made(count, sum(widths)), turn, index, suffix, suffix, norms)
     yield partial(step.product, made(1, hidden), [head], norm=(gain, epsilon))
+
+
+def _codes(shape: Shape, made: Callable[..., Tensor]) -> Iterator[Callable[[], Any]]:
+    """What reads keys and values in four bits: a step and few rows, what they look at, and layers as a whole."""
+    from cribsheet.kernels import packed, step_attention
+
+    heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
+    half, whole = torch.float16, torch.int32
+    codes = Codes(
+        made(TILE, size // 8, kind=whole), made(1, size // 2, 4, 2, TILE // 32, kind=whole),
+        made(1, 6, size // 2, kind=half), made(1, 2 * -(-size // 64), TILE, kind=half), made(1, 3, kind=whole),
+        made(kv_heads, 2, kind=whole), made(size // 2, kind=torch.float32), made(TILE, 2, size // 2, kind=half), 1,
+    )  # fmt: skip
+    for batch in (1, _ROWS):
+        q, suffix, index = made(batch, heads, 1, size), made(batch, kv_heads, 64, size), made(batch, kind=torch.int64)
+        yield partial(step_attention.attend, q, codes, (suffix, suffix, index), 0.1)
+        few = made(kv_heads, batch, heads // kv_heads, size)
+        yield partial(packed.glances, codes, few, made(*few.shape[:3], kind=torch.float32), 300, 0.1)
+    yield partial(packed.unpack, codes, made(TILE, size), made(TILE, size))
 
 
 class Nowhere:

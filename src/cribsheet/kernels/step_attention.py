@@ -1,7 +1,9 @@
 """Attention of a decoding step in two kernels of our own, in Triton: all parts of prefix and suffix, and their merge.
 
-Only `model/llama_step.py` imports this file, because importing it needs Triton. Its slow reference is
-`SlotLayer.attend`. Letters as in `attention/attend.py`; `G` query heads of a key/value head, `S` parts.
+The prefix is keys and values, or codes of four bits (`kernels/packed.py`).
+
+Only `model/llama_step.py` and `attention/packed` import this file, because importing it needs Triton. Its slow
+reference is `SlotLayer.attend`. Letters as in `attention/attend.py`; `G` query heads of a key/value head, `S` parts.
 """
 
 from __future__ import annotations
@@ -13,9 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cribsheet.kernels.codes import TILE, Codes
 from cribsheet.kernels.columns import of_suffix, over
+from cribsheet.kernels.packed import _parted_codes, is_fast
 
-_MOST_PARTS = 63
+_MOST_PARTS, _MOST_CODE_PARTS = 63, 127
+
+Suffix = tuple[Tensor, Tensor, Tensor]
+Floats = tuple[Tensor, Tensor, Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,12 @@ class Cut:
     warps: int
     stages: int
     programs: int
+    registers: int | None = None
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
 CUTS = {16: Cut(16, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
+CODE_CUTS = {16: Cut(16, keys=TILE, warps=4, stages=1, programs=384), 1 << 30: Cut(64, TILE, 4, stages=1, programs=256)}
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "blocks", "parts"])
@@ -73,50 +82,56 @@ def _joined(
     """One row of one head: all its parts of one softmax."""
     row, s, d = tl.program_id(0), tl.arange(0, BS), tl.arange(0, BD)
     seen = tl.load(lses + s * rows + row, mask=s < count, other=float("-inf"))
+    real = (s[:, None] < count) & (d[None, :] < D)
+    found = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], mask=real, other=0.0)
     top = tl.max(seen, 0)
     weights = tl.exp(seen - top)
     total = tl.sum(weights, 0)
-    real = (s[:, None] < count) & (d[None, :] < D)
-    found = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], mask=real, other=0.0)
     found = tl.sum(found * weights[:, None], 0) / total
     tl.store(out + row * D + d, found.to(out.dtype.element_ty), mask=d < D)
     tl.store(lse + row, top + tl.log(total))
 
 
 def attend(
-    q: Tensor,
-    prefix: tuple[Tensor, Tensor, Tensor, int],
-    suffix: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    *,
-    cut: Cut | None = None,
+    q: Tensor, prefix: Floats | Codes, suffix: Suffix | None, scale: float, *, cut: Cut | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, H, 1, D) and log-sum-exp (B, H, 1) of the newest token of each sequence, q (B, H, 1, D).
 
     `prefix` are keys and values (N, D) of all heads, one head behind the other, where each begins (K + 1,) int32, and
-    the most tokens of a head, maybe none; `suffix` are whole buffers (slots, K, tokens, D) and how far each sequence
-    sees (B,).
+    the most tokens of a head, maybe none; or codes. `suffix` are whole buffers (slots, K, tokens, D) and how far each
+    sequence sees (B,), or none, where somebody else looks there.
     """
-    (keys, values, starts, longest), (newer, newer_values, index) = prefix, suffix
     batch, heads, _, size = q.shape
-    kv_heads, tokens = newer.shape[1:3]
+    if isinstance(prefix, Codes):
+        kv_heads, longest, cuts, most = len(prefix.spans), prefix.most * TILE, CODE_CUTS, _MOST_CODE_PARTS
+    else:
+        kv_heads, longest, cuts, most = len(prefix[2]) - 1, prefix[3], CUTS, _MOST_PARTS
+    newer, newer_values, index = suffix or (q, q, q.new_empty(0, dtype=torch.int64))
     rows = batch * heads // kv_heads
-    cut = cut or next(each for most, each in CUTS.items() if rows <= most)
+    cut = cut or next(each for count, each in cuts.items() if rows <= count)
     blocks = -(-rows // cut.rows)
-    parts = min(max(1, cut.programs // (kv_heads * blocks)), _MOST_PARTS, -(-longest // cut.keys))
+    parts = min(max(1, cut.programs // (kv_heads * blocks)), most, -(-longest // cut.keys))
+    every = parts if suffix is None else parts + 1
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    found = q.new_empty(parts + 1, batch * heads, size, dtype=torch.float32)
-    seen = q.new_empty(parts + 1, batch * heads, dtype=torch.float32)
+    found = q.new_empty(every, batch * heads, size, dtype=torch.float32)
+    seen = q.new_empty(every, batch * heads, dtype=torch.float32)
     width = max(16, 1 << (size - 1).bit_length())
     shared_by = max(16, 1 << (heads // kv_heads - 1).bit_length())
-    _parted[(parts * kv_heads * blocks + batch * kv_heads,)](
-        q, keys, values, starts, newer, newer_values, index, found, seen, scale, batch, tokens, blocks, parts,
-        H=heads, KV=kv_heads, D=size, BD=width, BM=cut.rows, BG=shared_by, BN=cut.keys,
-        num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
+    programs = parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads)
+    behind = newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks, parts
+    if isinstance(prefix, Codes):
+        _parted_codes[(programs,)](
+            q, prefix.keys, prefix.values, prefix.spans, prefix.key_ranges, prefix.value_ranges, prefix.tiles,
+            prefix.turns, *behind, H=heads, KV=kv_heads, D=size, BM=cut.rows, BG=shared_by, GROUPS=prefix.groups,
+            TILE=TILE, FAST=is_fast(prefix), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        )  # fmt: skip
+    else:
+        _parted[(programs,)](
+            q, *prefix[:3], *behind, H=heads, KV=kv_heads, D=size, BD=width, BM=cut.rows, BG=shared_by, BN=cut.keys,
+            num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
     _joined[(batch * heads,)](
-        found, seen, out, lse, parts + 1, batch * heads,
-        BS=_MOST_PARTS + 1, D=size, BD=width, num_warps=4,
+        found, seen, out, lse, every, batch * heads, BS=most + 1, D=size, BD=width, num_warps=4
     )  # fmt: skip
     return out, lse

@@ -154,17 +154,21 @@ def placed(
     backbone: Backbone, layers: Sequence[StoredLayer], length: int, dtype: torch.dtype | None = None
 ) -> list[LayerPrefix]:
     """Unrotated layers of a sheet of `length` positions as attention reads them, each head's last key at the last."""
-    found = []
-    for layer, inv_freq in zip(layers, backbone.inv_freqs, strict=True):
-        restored = layer.restored(backbone.device, torch.float32)
-        if layer.window is not None:
-            first = max(0, restored.longest - layer.window + 1)
-            restored = replace(restored, keys=restored.keys[:, first:], values=restored.values[:, first:])
-        keys = rotate(restored.keys, end_positions(restored, length).to(backbone.device), inv_freq).to(
-            dtype or backbone.dtype
-        )
-        found.append(replace(restored, keys=keys, values=restored.values.to(dtype or backbone.dtype)))
-    return found
+    kind = dtype or backbone.dtype
+    pairs = zip(layers, backbone.inv_freqs, strict=True)
+    return [placed_layer(layer, length, inv_freq, backbone.device, kind) for layer, inv_freq in pairs]
+
+
+def placed_layer(
+    layer: StoredLayer, length: int, inv_freq: Tensor, device: torch.device, dtype: torch.dtype
+) -> LayerPrefix:
+    """One of them, whose keys turn by `inv_freq`."""
+    restored = layer.restored(device, torch.float32)
+    if layer.window is not None:
+        first = max(0, restored.longest - layer.window + 1)
+        restored = replace(restored, keys=restored.keys[:, first:], values=restored.values[:, first:])
+    keys = rotate(restored.keys, end_positions(restored, length).to(device), inv_freq)
+    return replace(restored, keys=keys.to(dtype), values=restored.values.to(dtype))
 
 
 def sheet_layers(backbone: Backbone, sheet: Sheet, dtype: torch.dtype | None = None) -> list[LayerPrefix]:

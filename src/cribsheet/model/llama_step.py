@@ -82,12 +82,8 @@ class LlamaStep:
         from cribsheet.kernels.rotation import placed
 
         q = placed(qkv, turn, layer.rows.index, layer.keys, layer.values, mine.qk_norms)
-        prefix, suffix = layer.prefix, (layer.keys, layer.values, layer.rows.index)
-        keys, values = prefix.keys, prefix.values
-        if not prefix.counts:
-            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        whole = keys, values, prefix.starts, prefix.longest
-        found, lse = step_attention.attend(q, whole, suffix, self.weights.scale)
+        suffix = layer.keys, layer.values, layer.rows.index
+        found, lse = step_attention.attend(q, layer.prefix.whole, suffix, self.weights.scale)
         if layer.watch is not None:
             layer.watch(layer, q, lse, self.weights.scale, None)
         return found.reshape(len(qkv), -1)

@@ -11,6 +11,8 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from cribsheet.attention import dispatch
 from cribsheet.attention.agreement import finding_out, in_a_hurry
 from cribsheet.attention.backends import on_cuda
 from cribsheet.attention.cache import prefix_cache
+from cribsheet.attention.packed import check
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.attention.slots import SlotLayer
 from cribsheet.kernels.ahead import Shape, compile_ahead
@@ -64,10 +67,13 @@ def by_few_kernels(
 
 
 class Preparation:
-    """Finding out in the background what a model on a GPU may use; `is_done` says whether that is over."""
+    """Finding out in the background what a model on a GPU may use; `is_done` says whether that is over.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone = weakref.ref(backbone)
+    With `codes`, only whether it reads sheets in four bits.
+    """
+
+    def __init__(self, backbone: Backbone, *, codes: bool = False) -> None:
+        self._backbone, self._codes = weakref.ref(backbone), codes
         self._closing = threading.Event()
         weakref.finalize(backbone, self._closing.set).atexit = False
         self._thread = threading.Thread(target=self._run, name="cribsheet-kernels", daemon=True)
@@ -98,24 +104,24 @@ class Preparation:
         if not on_cuda(like):
             return
         del backbone  # a model that is let go meanwhile is not held until all is compiled
-        parts: tuple[Callable[[Backbone], object], ...] = (
-            lambda backbone: dispatch.usable(like, backbone.kv_heads, backbone.softcap),
-            lambda backbone: dispatch.can_merge(like),
-            lambda backbone: backbone.fast_read,
-            llama_step.find,
-        )
-        self._take(_begin)
+        if not self._codes:
+            self._take(_begin)
         self._compile()
         with finding_out:
-            for part in parts:
-                self._take(part)
+            for part in _CODES if self._codes else _PARTS:
+                self._take(partial(part, like))
 
     def _compile(self) -> None:
         shapes: list[Shape] = []
-        self._take(lambda backbone: shapes.append(shape_of(backbone, backbone.plain_weights())))
+        self._take(lambda backbone: shapes.append(self._shape(backbone)))
         for shape in shapes:
             with _told():
                 compile_ahead(shape, self._closing)
+
+    def _shape(self, backbone: Backbone) -> Shape:
+        if self._codes:
+            return replace(shape_of(backbone, None), codes=True)
+        return shape_of(backbone, backbone.plain_weights())
 
     def _take(self, part: Callable[[Backbone], object]) -> None:
         """Do a part, unless it is over."""
@@ -124,6 +130,16 @@ class Preparation:
             return
         with _told():
             part(backbone)
+
+
+_Part = Callable[[Tensor, Backbone], object]
+_PARTS: tuple[_Part, ...] = (
+    lambda like, backbone: dispatch.usable(like, backbone.kv_heads, backbone.softcap),
+    lambda like, backbone: dispatch.can_merge(like),
+    lambda like, backbone: backbone.fast_read,
+    lambda like, backbone: llama_step.find(backbone),
+)
+_CODES: tuple[_Part, ...] = (lambda like, backbone: check.usable(like, backbone.kv_heads),)
 
 
 @contextlib.contextmanager
@@ -163,26 +179,27 @@ def shape_of(backbone: Backbone, weights: LlamaWeights | None) -> Shape:
     )
 
 
-_preparations: weakref.WeakKeyDictionary[Backbone, Preparation] = weakref.WeakKeyDictionary()
+_preparations: weakref.WeakKeyDictionary[Backbone, dict[bool, Preparation]] = weakref.WeakKeyDictionary()
 
 
-def prepare(backbone: Backbone) -> Preparation | None:
-    """Begin to find out what a model may use, once; nothing is to be found out but on GPUs."""
+def prepare(backbone: Backbone, *, codes: bool = False) -> Preparation | None:
+    """Begin to find out what a model may use, or whether it reads `codes`, once; only on GPUs is there anything to."""
     if backbone.device.type != "cuda":
         return None
-    if backbone not in _preparations:
-        _preparations[backbone] = Preparation(backbone)
-    return _preparations[backbone]
+    begun = _preparations.setdefault(backbone, {})
+    if codes not in begun:
+        begun[codes] = Preparation(backbone, codes=codes)
+    return begun[codes]
 
 
 def is_prepared(backbone: Backbone) -> bool:
     """Whether nothing is being found out."""
-    preparation = _preparations.get(backbone)
-    return preparation is None or preparation.is_done
+    return all(preparation.is_done for preparation in list(_preparations.get(backbone, {}).values()))
 
 
 @atexit.register
 def _close_all() -> None:
     """A thread that is inside torch while the interpreter goes would take the whole process down with an abort."""
-    for preparation in list(_preparations.values()):
-        preparation.close()
+    for begun in list(_preparations.values()):
+        for preparation in list(begun.values()):
+            preparation.close()

@@ -53,7 +53,7 @@ class Recalled:
 
 def taken_off(prefix: Prefix, tokens: int, inv_freqs: Sequence[Tensor]) -> Piece:
     """The last tokens of a prefix, to be placed elsewhere."""
-    positions = torch.arange(prefix.tokens - tokens, prefix.tokens, device=prefix.layers[0].keys.device)
+    positions = torch.arange(prefix.tokens - tokens, prefix.tokens, device=prefix.layers[0].device)
     ends = [layer.last(tokens) for layer in prefix.layers]
     turned = [
         rotate(keys, -positions, inv_freq.to(keys.device)).to(keys.dtype)

@@ -25,7 +25,7 @@ from cribsheet.compress.progress import Listener
 from cribsheet.corpus.documents import Document
 from cribsheet.corpus.task import Task
 from cribsheet.errors import BudgetError, CribsheetError
-from cribsheet.living.segments import sheet_layers
+from cribsheet.living.opened import opened
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.assemble import archive_writer, finish
 from cribsheet.plan.describe import checkpoint_of
@@ -101,8 +101,7 @@ def retained(found: Reference, answers: Sequence[str]) -> list[bool]:
 
 def ask_sheet(exam: Exam, sheet: Sheet, probes: Sequence[Probe]) -> list[str]:
     """What a sheet answers, as it is stored."""
-    prefix = Prefix(sheet_layers(exam.backbone, sheet), sheet.length)
-    return exam.over(prefix, [probe.question for probe in probes])
+    return exam.over(opened(exam.backbone, sheet), [probe.question for probe in probes])
 
 
 @dataclass

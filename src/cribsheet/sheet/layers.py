@@ -2,7 +2,8 @@
 
 int8 keeps one float32 scale per token and head, so that no token's rounding depends on another's: on Gaussian data it
 loses 0.6 % (relative L2). int4 is packed as `sheet/int4.py` says, keys before rotation. `loss` measures either on the
-sheet at hand. Numbers are restored when the sheet is put on a device, never during decoding.
+sheet at hand. Numbers are restored when the sheet is put on a device, but for int4 on CUDA, where kernels of our own
+read codes (`attention/packed`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from torch import Tensor
 
+from cribsheet.attention.packed.layout import tiled
 from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.kernels.codes import Codes
 from cribsheet.sheet.int4 import (
     SCALE,
     Packed,
@@ -100,6 +103,11 @@ class StoredLayer(ABC):
     def nbytes(self) -> int:
         """Bytes of keys and values and of what restores them."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def vectors(self) -> int:
+        """How many keys it has, or values, in all heads."""
+        return self.keys.shape[:-1].numel()
 
     def loss(self, layer: LayerPrefix) -> tuple[float, float]:
         """Relative L2 error of keys and of values against the layer that was stored."""
@@ -245,6 +253,21 @@ class Int4Layer(StoredLayer):
         keys = unpack_blocks(packed_keys, there["key_blocks"]).view(values.shape).to(dtype)
         return LayerPrefix(keys, values, self.window, self.counts)
 
+    def tiled(self, device: torch.device, length: int, turn: tuple[Tensor, Tensor]) -> Codes:
+        """The codes on a device, of a sheet of `length` positions, as kernels read them; `turn` as in `layout.tiled`.
+
+        Not for layers with a window.
+        """
+        there = {name: half.to(device, non_blocking=half.is_pinned()) for name, half in self.tensors().items()}
+        keys = there["keys"].flatten(0, -2), there["key_scales"], there["key_offsets"]
+        values = tuple(there[name].flatten(0, -2) for name in ("values", "value_scales", "value_offsets"))
+        return tiled(keys, (values[0], values[1], values[2]), self.key_blocks, self.kept, length, turn)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """How many tokens each head has."""
+        return self.counts or (self.keys.shape[1],) * len(self.keys)
+
     def is_sound(self, vectors: tuple[int, ...], head_size: int, dtype: StorageDtype) -> bool:
         """Whether there are so many codes, with their ranges, and no block crosses two heads."""
         blocks = self.key_blocks
@@ -288,8 +311,7 @@ class Int4Layer(StoredLayer):
 
     def _blocks(self) -> list[int]:
         """How many blocks each head has."""
-        counts = self.counts or [self.keys.shape[1]] * len(self.keys)
-        ends, heads = self.key_blocks.long().cumsum(0), torch.tensor([0, *accumulate(counts)])
+        ends, heads = self.key_blocks.long().cumsum(0), torch.tensor([0, *accumulate(self.kept)])
         return torch.searchsorted(ends, heads, right=True).diff().tolist()
 
     def with_heads(self, heads: Sequence[Parts]) -> Self:
@@ -332,6 +354,11 @@ class LayersOfFile(Sequence[StoredLayer]):
     def nbytes(self) -> int:
         """Bytes of all of them; nothing is read."""
         return sum(layer.nbytes for layer in self._like)
+
+    @property
+    def vectors(self) -> int:
+        """Keys, or values, of all of them; nothing is read."""
+        return sum(layer.vectors for layer in self._like)
 
     @overload
     def __getitem__(self, number: int) -> StoredLayer: ...

@@ -137,6 +137,17 @@ class Sheet:
             return self.layers.nbytes
         return sum(layer.nbytes for layer in self.layers)
 
+    def opened_bytes(self, size: int) -> int:
+        """Bytes of all keys and values once it is opened with a model whose numbers have `size` bytes.
+
+        In int4 on CUDA it is about `nbytes` instead, where kernels read codes (`living/opened.py`).
+        """
+        if isinstance(self.layers, LayersOfFile):
+            vectors = self.layers.vectors
+        else:
+            vectors = sum(layer.vectors for layer in self.layers)
+        return 2 * vectors * self.manifest.fingerprint.head_size * size
+
     @property
     def task(self) -> Task:
         """The task that the sheet is for."""

@@ -104,15 +104,19 @@ class Setting:
         Ragged, heads keep from a third to twice as many as one of them, which is the mean of four.
         """
         made = self.backbone
-        shares = [(1 / 3, 2 / 3, 1.0, 2.0)[n % 4] for n in range(made.kv_heads)]
-        mean = sum(shares) / len(shares)
-        counts = tuple(max(1, round(tokens * share / mean)) for share in shares) if ragged else ()
+        counts = self.counts(tokens) if ragged else ()
         shape = (sum(counts),) if ragged else (made.kv_heads, tokens)
         layers = []
         for _ in range(made.num_layers):
             keys = torch.randn(*shape, made.head_size, dtype=made.dtype, device=self.device)
             layers.append(LayerPrefix(keys, torch.randn_like(keys), None, counts))
         return Prefix(layers, max(counts, default=tokens))
+
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of ragged heads that have so many on average."""
+        shares = [(1 / 3, 2 / 3, 1.0, 2.0)[n % 4] for n in range(self.backbone.kv_heads)]
+        mean = sum(shares) / len(shares)
+        return tuple(max(1, round(tokens * share / mean)) for share in shares)
 
     def facts(self) -> dict[str, Any]:
         """What a reader needs to make the same numbers."""

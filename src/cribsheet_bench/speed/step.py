@@ -1,6 +1,7 @@
 """Where a decoding step's time goes on a GPU, and what our own step makes of it.
 
     python -m cribsheet_bench.speed.step --json step.json
+    python -m cribsheet_bench.speed.step --int4 --shape 1.5b   # only steps over int4 against 16 bits
     TRITON_INTERPRET=1 python -m cribsheet_bench.speed.step --device cpu --shape tiny   # a rehearsal
 
 Kernels of one captured step by kind, the model's own step beside ours, both against the time that reading the weights
@@ -38,6 +39,7 @@ from cribsheet.model.backbone import Backbone
 from cribsheet.model.llama_weights import Linear, LlamaWeights
 from cribsheet.testing import tiny_backbone
 from cribsheet_bench.speed.setting import SHAPES, Setting, make_setting
+from cribsheet_bench.speed.sheets import in_four_bits
 from cribsheet_bench.speed.step_clock import body, copy_rate, timed
 from cribsheet_bench.speed.step_tiles import parts, tiles
 
@@ -226,7 +228,7 @@ def steps(
 ) -> None:
     """Time and error of a step by each way of making it, for each batch size, with and without sources."""
     rate = found.facts.get("copy, bytes/s", 4e12)
-    held = sum(layer.keys.nbytes * 2 for layer in prefix.layers)
+    held = sum(layer.nbytes for layer in prefix.layers)
     for size in sizes:
         wanted = _WANTED.get((size, label))
         for name, make in makes.items():
@@ -263,6 +265,43 @@ def _step(setting: Setting, prefix: Prefix, size: int, make: Callable[[], Any], 
     llama_step.use(setting.backbone, make())
     step = Step(setting, prefix, size, evidence=evidence)
     return step.seconds(), step.logits()
+
+
+def four_bits(setting: Setting, found: Found, tokens: int, sizes: Sequence[int], *, ragged: bool) -> None:
+    """A step over a sheet in int4 as codes and in 16 bits, taking turns, and the bytes that each takes."""
+    prefixes, taken = {}, {}
+    for name in ("16 bits", "int4"):
+        before = _allocated(setting)
+        prefixes[name] = in_four_bits(setting, tokens, ragged=ragged, packed=name == "int4")
+        taken[name] = _allocated(setting) - before
+    label = f"{tokens:,} tokens{', adaptive' if ragged else ''}"
+    ours = llama_step.unchecked(setting.backbone)
+    for size in sizes:
+        for evidence in (False, True):
+            llama_step.use(setting.backbone, ours)
+            steps = {name: Step(setting, prefix, size, evidence=evidence) for name, prefix in prefixes.items()}
+            best = dict.fromkeys(steps, float("inf"))
+            for _ in range(4):
+                for name, step in steps.items():
+                    step.run()
+                    best[name] = min(best[name], timed(setting, step.replay, rounds=1))
+            wanted, got = (steps[name].logits() for name in ("16 bits", "int4"))
+            value: dict[str, Any] = {f"{name}, ms": round(took * 1e3, 3) for name, took in best.items()}
+            value |= {
+                "times": round(best["16 bits"] / best["int4"], 3),
+                "apart": round(_apart(got, wanted), 4),
+                "same choice": round(float((got.argmax(-1) == wanted.argmax(-1)).float().mean()), 3),
+                "bytes": taken,
+            }
+            found.fact(f"int4, {size} answers, {label}{', sources' if evidence else ''}", value)
+
+
+def _allocated(setting: Setting) -> int:
+    """Bytes of tensors on a GPU."""
+    if setting.device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def truth(setting: Setting, found: Found) -> None:
@@ -312,17 +351,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--seconds", type=float, default=190, help="start no part after so long")
+    parser.add_argument("--int4", action="store_true", help="only steps over a sheet in int4 against 16 bits")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = Found(Console(width=170), arguments.json, arguments.seconds)
-    run(found, arguments.device, arguments.shape)
+    (only_int4 if arguments.int4 else run)(found, arguments.device, arguments.shape)
     table = Table("step", "ms", "weights alone, ms", "times that", "of weights and prefix", "error", "same choice")
     for row in found.table:
         table.add_row(*row)
     found.console.print(table)
     found.keep()
     return 0
+
+
+def only_int4(found: Found, device: str, shape: str) -> None:
+    """Steps over a sheet in int4 against 16 bits."""
+    real = device == "cuda"
+    found.facts |= versions()
+    setting = make_setting(shape, device, torch.bfloat16 if real else torch.float32, 2)
+    found.fact("device", torch.cuda.get_device_name() if real else device)
+    for ragged in (False, True):
+        part = partial(four_bits, setting, found, 32768 if real else 64, (1, 16) if real else (1, 3), ragged=ragged)
+        found.part(f"int4{', adaptive' if ragged else ''}", part)
 
 
 def run(found: Found, device: str, shape: str) -> None:

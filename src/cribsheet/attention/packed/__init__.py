@@ -1,0 +1,1 @@
+"""A prefix whose numbers stay in four bits on the device."""
