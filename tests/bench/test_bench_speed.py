@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cribsheet.attention import backends
 from cribsheet_bench.minute import parts as minute
-from cribsheet_bench.speed import checks, sides
+from cribsheet_bench.speed import checks, parts, sides
 from cribsheet_bench.speed.page import page
 from cribsheet_bench.speed.parts import Report
 from cribsheet_bench.speed.run import Run
@@ -44,6 +44,18 @@ def test_a_timed_build_keeps_its_budget(setting, scorer, allocation):
     state = sides.build(setting, corpus, 4, scorer=scorer, allocation=allocation, chunk_tokens=150)
     heads = setting.backbone.kv_heads * setting.backbone.num_layers
     assert state.done == 400 and sum(int((kept.indices >= 0).sum()) for kept in state.kept) == 100 * heads
+
+
+def test_a_sheet_of_any_size_is_opened(setting):
+    report = Report()
+    parts.opening(setting, report, 2)
+    assert report.rows[0]["name"] == "open a sheet of 2 MiB" and report.rows[0]["ours"] > 0
+
+
+def test_what_is_measured_on_a_cpu_is_what_a_user_gets_who_says_no_type(setting):
+    assert not setting.backbone.may_copy
+    unsaid = make_setting("tiny", "cpu", None, 1)
+    assert unsaid.backbone.may_copy and unsaid.backbone.dtype == torch.float32
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):

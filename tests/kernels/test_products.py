@@ -67,13 +67,13 @@ def test_spans_share_their_storage_and_come_in_few_lengths():
     assert all(products.padded_rows(count, 128) <= max(count + 127, 1.125 * count + 1) for count in range(1, 5000))
 
 
-@pytest.mark.parametrize("part", ["_logits", "_hidden", "_weigh"])
+@pytest.mark.parametrize("part", ["times", "_hidden", "_weigh"])
 def test_a_planted_bug_is_seen_and_another_way_is_taken(part, monkeypatch):
     right = getattr(products, part)
     if part == "_weigh":
         monkeypatch.setattr(products, part, lambda weights, values, out: right(weights * 1.2, values, out))
     else:
-        monkeypatch.setattr(products, part, lambda *given: right(*given) * 0.8 if part == "_logits" else None)
+        monkeypatch.setattr(products, part, lambda *given: right(*given) * 0.8 if part == "times" else None)
     monkeypatch.setattr(dispatch, "_spans_agree", dispatch._spans_agree.__wrapped__)
     with torch.no_grad():
         assert not dispatch.can_span(random(1, 2, 3, SIZE))
@@ -94,6 +94,7 @@ COUNTS = {"even": (), "ragged": (310, 130)}
 def passes(backbone, counts, *, by_spans, monkeypatch, most=prefix._MOST_NOTED):
     """Logits and masses of two questions of different lengths that are read together, and of a step behind them."""
     monkeypatch.setattr(prefix, "_MOST_NOTED", most)
+    monkeypatch.setattr(prefix, "_FEW_ROWS", 0)
     monkeypatch.setattr(dispatch, "_spans_agree", lambda dtype: by_spans)
     shape = (sum(counts), backbone.head_size) if counts else (2, 310, backbone.head_size)
     layers = [LayerPrefix(random(*shape, seed=n), random(*shape, seed=9 + n), None, counts) for n in range(3)]

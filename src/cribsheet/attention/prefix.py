@@ -27,6 +27,7 @@ from cribsheet.kernels.products import Span, Weights, spans_of
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _MOST_NOTED = 1 << 23  # weights of a layer that are held at once: 32 MiB
 _LEAST_SPAN = 96  # tokens from which a head is worth a product of its own on a CPU
+_FEW_ROWS = 16  # of each key/value head, up to which PyTorch's fused attention is faster there
 
 
 class AttentionInputs(NamedTuple):
@@ -154,8 +155,9 @@ class LayerPrefix:
 
         What weights they gave is added to `noted`, if they were made on the way.
         """
-        if softcap is None and dispatch.can_span(query) and self.spans:
-            is_wanted = noted is not None and query.shape[:3].numel() * self.longest <= _MOST_NOTED
+        rows = query.shape[:3].numel() // self.heads
+        if softcap is None and rows > _FEW_ROWS and dispatch.can_span(query) and self.spans:
+            is_wanted = noted is not None and rows * self.heads * self.longest <= _MOST_NOTED
             out, lse, weights = attend_spans(query, self.spans, scale=scale, noted=is_wanted)
             if noted is not None and weights is not None:
                 noted.append(weights)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FEW = 8  # rows up to which laying keys out takes longer than their product, which PyTorch makes in any form
 _MOST_ROWS = 256  # of one product
 _LEAST_STEP = 128  # keys by which the shortest spans differ
 
@@ -117,7 +116,7 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
             kept.append(wide.new_empty(parts * at_once, len(keys)))
         for first in range(0, parts * at_once, at_once):
             block = slice(first, first + at_once)
-            logits = _logits(wide[head, block], keys, span.hidden)
+            logits = times(wide[head, block], keys, span.hidden)
             torch.amax(logits, -1, out=peaks[head, block])
             # in place, which rows of their own allow, unless it is kept: what does not stay in the cache is slow
             weights = torch.softmax(logits, -1, out=kept[head][block] if noted and parts > 1 else logits)
@@ -129,15 +128,9 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
     return out[:, :count], lse, Weights([each[:count] for each in kept], spans, lse) if noted else None
 
 
-def _logits(rows: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
-    if len(rows) > _FEW:
-        return times(rows, keys, hidden)
-    return rows @ keys.t() if hidden is None else torch.addmm(hidden, rows, keys.t())
-
-
 def _weigh(weights: Tensor, values: Tensor, out: Tensor) -> None:
     """Sums (R, D) of values by their weights."""
-    if len(weights) > _FEW and weights.dtype == torch.float32:
+    if weights.dtype == torch.float32:
         out.copy_(times(weights, values.t(), None))
     else:
         torch.mm(weights, values, out=out)

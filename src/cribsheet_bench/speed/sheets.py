@@ -25,8 +25,9 @@ def sheet_of(setting: Setting, tokens: int) -> Sheet:
     shape = (setting.backbone.kv_heads, tokens, setting.backbone.head_size)
     keys = torch.randn(shape).to(torch.bfloat16)
     layers = [FloatLayer(keys.clone(), keys.clone()) for _ in small.layers]
-    indices = torch.full((*small.indices.shape[:2], tokens), -1, dtype=torch.int32)
-    made = small.manifest.model_copy(update={"dtype": "bfloat16"})
+    indices = torch.arange(tokens, dtype=torch.int32).expand(*small.indices.shape[:2], -1).contiguous()
+    changed = {"dtype": "bfloat16", "guide": "dropped", "guide_tokens": 0, "corpus_tokens": tokens}
+    made = small.manifest.model_copy(update=changed)
     return Sheet(layers, indices, small.origins, made, small.texts)
 
 
