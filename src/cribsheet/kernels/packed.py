@@ -246,7 +246,7 @@ def _share(spans: tl.tensor, head: tl.tensor, part: tl.tensor, parts: tl.tensor)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "blocks", "parts"])
-def _parted_codes(
+def parted_codes(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, spans: tl.tensor, ranges: tl.tensor, values_ranges: tl.tensor,
     tiles: tl.tensor, turns: tl.tensor, newer: tl.tensor, newer_values: tl.tensor, index: tl.tensor, out: tl.tensor,
     lse: tl.tensor, scale: tl.tensor, batch: tl.tensor, tokens: tl.tensor, blocks: tl.tensor, parts: tl.tensor,

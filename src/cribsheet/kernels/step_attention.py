@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cribsheet.kernels.codes import TILE, Codes
 from cribsheet.kernels.columns import of_suffix, over
-from cribsheet.kernels.packed import _parted_codes, is_fast
+from cribsheet.kernels.packed import parted_codes, is_fast
 
 _MOST_PARTS, _MOST_CODE_PARTS = 63, 127
 
@@ -121,7 +121,7 @@ def attend(
     programs = parts * kv_heads * blocks + (0 if suffix is None else batch * kv_heads)
     behind = newer, newer_values, index, found, seen, scale, batch, newer.shape[2], blocks, parts
     if isinstance(prefix, Codes):
-        _parted_codes[(programs,)](
+        parted_codes[(programs,)](
             q, prefix.keys, prefix.values, prefix.spans, prefix.key_ranges, prefix.value_ranges, prefix.tiles,
             prefix.turns, *behind, H=heads, KV=kv_heads, D=size, BM=cut.rows, BG=shared_by, GROUPS=prefix.groups,
             TILE=TILE, FAST=is_fast(prefix), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
