@@ -37,7 +37,7 @@ CORE = sorted(
     and not name.startswith(UPPER)
     and name != "engines/vllm/connector.py"  # which vLLM imports
     and (
-        not name.startswith("kernels/") or name == "kernels/__init__.py" or find_spec("triton")
+        not name.startswith("kernels/") or name in ("kernels/__init__.py", "kernels/products.py") or find_spec("triton")
     )  # torch brings Triton along for CUDA, and only `dispatch` and `llama_step` ask for it
 )
 

@@ -378,6 +378,16 @@ def test_all_studies_of_a_corpus_practise_on_the_same(corpora, caplog):
     assert sum("held out is" in message for message in told) >= 2
 
 
+def test_the_uniform_sheet_that_studies_is_one_that_other_engines_read(corpora, tmp_path):
+    case = Case("pocket", LoadedModel.get("pocket"), read_corpus(corpora / "people", "people"), Means())
+    rows = case.answers(replace(BY_NAME["study-uniform"], minutes=0.0), 3.0, [0])
+    asked = case._last[1].sheet
+    assert asked.length == asked.tokens == rows[0].tokens and asked.tokens % 16 == 0
+    assert asked.tokens <= len(case.whole) / 3 < asked.tokens + 16
+    assert asked.export(tmp_path / "people.vllm", to="vllm").stat().st_size > asked.nbytes
+    case.close()
+
+
 def test_an_example_s_answer_given_for_the_document_s_is_told(corpora):
     corpus = read_corpus(corpora / "people", "people")
     case = Case("pocket", LoadedModel.get("pocket"), corpus, Means())

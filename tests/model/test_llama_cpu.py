@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cribsheet import CompressedKnowledgeLLM
-from cribsheet.attention.cache import cache_of, prefix_cache
+from cribsheet.attention.cache import PrefixLayer, cache_of, prefix_cache
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.model import llama_cpu
 from cribsheet.model.backbone import Backbone
-from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, errors, padded_rows, parameters
+from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, errors, may_be_copied, padded_rows, parameters
 from cribsheet.model.llama_weights import BOUND
 from cribsheet.testing import save_tiny_model, tiny_backbone
 
@@ -52,7 +52,28 @@ def test_a_pass_is_a_pass_of_the_models_own_layers(family, can_be_laid_out):
     assert max(found.values()) < 0.02, found
 
 
-@pytest.mark.parametrize("part", ["_normed", "_turned", "_times"])
+@pytest.mark.parametrize("family", OWN)
+def test_in_float32_it_differs_by_rounding_alone(family, can_be_laid_out):
+    backbone = in_bfloat16(family)
+    backbone.model.float()
+    found = errors(LlamaPass(backbone.plain_weights()), own_step(backbone))
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([4, 2])])
+def test_logits_are_those_of_the_tokens_that_were_named(keep, can_be_laid_out):
+    backbone = in_bfloat16()
+    backbone.model.float()
+    shape = (2, 1, backbone.head_size)
+    layers = [LayerPrefix(torch.ones(shape), torch.ones(shape))] * backbone.num_layers
+    given = torch.arange(6)[None], torch.arange(1, 7)[None], [PrefixLayer(layer, 1) for layer in layers]
+    got = LlamaPass(backbone.plain_weights()).step(*given, keep)
+    wanted = backbone.step(*given[:2], prefix_cache(layers, 1), 6)
+    wanted = wanted[:, -keep:] if isinstance(keep, int) else wanted[:, keep]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["_normed", "_turned", "_product"])
 def test_a_planted_bug_in_a_pass_is_seen(part, can_be_laid_out, monkeypatch):
     backbone = in_bfloat16()
     right = getattr(llama_cpu, part)
@@ -188,7 +209,7 @@ def test_a_model_that_cannot_be_laid_out_keeps_its_own_layers(caplog, monkeypatc
     def refuse(weight):
         raise RuntimeError("no such products here")
 
-    monkeypatch.setattr(llama_cpu, "_laid_out", refuse)
+    monkeypatch.setattr(llama_cpu, "laid_out", refuse)
     backbone = in_bfloat16()
     backbone.may_copy = True
     with caplog.at_level(logging.WARNING):
@@ -231,6 +252,25 @@ def test_what_a_user_says_is_what_is_computed_in(tmp_path, monkeypatch, can_be_l
     assert LoadedModel.get(folder, device="cpu", dtype="float32") is not loaded
 
 
+def test_a_small_model_is_laid_out_in_float32_unless_its_user_says_a_type(tmp_path, can_be_laid_out):
+    folder = save_tiny_model(tmp_path / "model")
+    said, unsaid = (Backbone.load(folder, device="cpu", dtype=dtype) for dtype in ("float32", None))
+    assert said.dtype == unsaid.dtype == torch.float32
+    assert said.laid_out() is None and unsaid.laid_out() is not None
+    texts = []
+    for backbone in (said, unsaid):
+        with CompressedKnowledgeLLM.build("Alice lives in Lisbon. " * 40, model=backbone, rate=1) as kb:
+            texts.append([kb.ask(question, max_tokens=12).text for question in ("Where does Alice live?", "Who?")])
+    assert texts[0] == texts[1]
+
+
+def test_of_larger_models_only_those_in_bfloat16_are_held_twice():
+    assert may_be_copied(config_of(), torch.bfloat16) and not may_be_copied(config_of(), torch.float32)
+    small = config_of(num_hidden_layers=2, vocab_size=900, intermediate_size=64, hidden_size=128)
+    assert may_be_copied(small, torch.float32)
+    assert not may_be_copied(SimpleNamespace(**vars(small) | {"model_type": "gemma2"}), torch.float32)
+
+
 def test_timing_says_yes_or_no_and_once(can_be_laid_out):
     llama_cpu._is_faster.cache_clear()
     assert llama_cpu._is_faster(64, 128) in (True, False)
@@ -239,13 +279,13 @@ def test_timing_says_yes_or_no_and_once(can_be_laid_out):
 
 
 def test_timing_waits_for_no_other_thread_and_leaves_threads_and_numbers_as_they_were(can_be_laid_out, monkeypatch):
-    seen, times = set(), llama_cpu._times
+    seen, times = set(), llama_cpu._product
 
     def watched(*given):
         seen.add(torch.get_num_threads())
         return times(*given)
 
-    monkeypatch.setattr(llama_cpu, "_times", watched)
+    monkeypatch.setattr(llama_cpu, "_product", watched)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.manual_seed(7)

@@ -27,6 +27,7 @@ from cribsheet.forecast import forecast
         ({"dtype": "int3"}, "no storage dtype 'int3'; use float32, bfloat16, float16, int8, int4"),
         ({"scorer": "best"}, "There is no scorer 'best'; use one of recall"),
         ({"scorer": "recent", "correction": "refit"}, "use another, or correction='none'"),
+        ({"scorer": "finch", "allocation": "adaptive"}, "all heads of a layer keep the same tokens"),
         ({"mode": "independent", "allocation": "profiled"}, "use allocation='adaptive'"),
         ({"mode": "independent", "correction": "refit"}, "use correction='none'"),
         ({"retain": 1.5}, r"retain is 1\.5; pass a share above 0 and at most 1"),

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cribsheet.attention import backends, dispatch
 from cribsheet.attention.plain import attend_plain, capped, plain_mass, plain_merge, plain_peak, rows_at_once
+from cribsheet.kernels import products
+from cribsheet.kernels.products import Span, Weights
 
 _LONG, _BLOCK = 1024, 4096  # rows from which blocks of keys may pay, and keys of a block
 
@@ -102,10 +104,7 @@ def attend_ragged(
     `ragged` are keys and values (N, D) of all heads, one behind the other, and where each begins (K + 1,), as
     `flash_ragged` takes them; `counts` how many each holds, and `heads` makes keys and values (P, D) of each.
     """
-    b, h, t, d = q.shape
-    kv_heads = len(counts)
-    shared_by = h // kv_heads
-    rows = q.reshape(b, kv_heads, shared_by, t, d).transpose(0, 1).reshape(kv_heads, b * shared_by * t, d)
+    rows = _by_head(q, len(counts))
     if softcap is None and backends.on_cuda(q):
         out, lse = backends.flash_ragged(rows, *ragged, max(counts), scale)
     else:
@@ -114,8 +113,33 @@ def attend_ragged(
             for own, (keys, values) in zip(rows, heads(), strict=True)
         ]
         out, lse = torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
-    out = out.reshape(kv_heads, b, shared_by, t, d).transpose(0, 1).reshape(b, h, t, d)
-    return out, lse.reshape(kv_heads, b, shared_by, t).transpose(0, 1).reshape(b, h, t)
+    return _by_sequence(out, lse, q)
+
+
+def attend_spans(
+    q: Tensor, spans: Sequence[Span], *, scale: float, noted: bool = False
+) -> tuple[Tensor, Tensor, Weights | None]:
+    """`attend_ragged` on a CPU by few products of few shapes, and the weights of each head's rows if they are `noted`.
+
+    Weights come with their rows as those of `q` lie for each key/value head: sequences, query heads, tokens.
+    """
+    out, lse, weights = products.attend(_by_head(q, len(spans)), spans, scale, noted=noted)
+    return (*_by_sequence(out, lse, q), weights)
+
+
+def _by_head(q: Tensor, kv_heads: int) -> Tensor:
+    """Rows (K, B * H/K * T, D) of each key/value head."""
+    b, h, t, d = q.shape
+    shared_by = h // kv_heads
+    return q.reshape(b, kv_heads, shared_by, t, d).transpose(0, 1).reshape(kv_heads, b * shared_by * t, d)
+
+
+def _by_sequence(out: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exps of rows `_by_head`, as the queries lie."""
+    b, h, t, d = q.shape
+    split = len(out), b, h // len(out), t
+    out = out.reshape(*split, d).transpose(0, 1).reshape(b, h, t, d)
+    return out, lse.reshape(split).transpose(0, 1).reshape(b, h, t)
 
 
 def attend_each(

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cribsheet.attention.attend import attend, merge
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix, attend_behind, attend_window
+from cribsheet.kernels.products import Weights
 
 _FIRST_CAPACITY = 64  # tokens a suffix buffer holds at first; it doubles
 
@@ -43,6 +44,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         self.prefix, self.start, self.window = prefix, start, prefix.window
         self.length = 0
         self.watch: Watch | None = None
+        self.noted: list[Weights] | None = None  # of whom is watched, what the prefix was given, if that is known
         self.is_initialized = True
         # suffix buffers (B, K, capacity, D), filled up to `length`
         self.keys = self.values = prefix.none_behind()
@@ -72,9 +74,11 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention output (B, H, T, D) of the newest T tokens over prefix and suffix."""
         inputs = inputs._replace(mask=self.visible(inputs.mask))
+        self.noted = None if self.watch is None else []
         out, lse = self.look(inputs)
         if self.watch is not None:
             self.watch(self, inputs.query, lse, inputs.scale, inputs.softcap)
+            self.noted = None
         return out
 
     def visible(self, mask: Tensor | None) -> Tensor | None:
@@ -85,7 +89,7 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         """Output, and log-sum-exp (B, H, T) over everything that the new tokens see."""
         if self.is_cut(inputs.key.shape[2]):
             return self.look_near(inputs)
-        return attend_behind(self.prefix, inputs, inputs.attend())
+        return attend_behind(self.prefix, inputs, inputs.attend(), self.noted)
 
     def is_cut(self, tokens: int) -> bool:
         """Whether new tokens behind so many others, themselves included, do not see all of prefix and suffix."""

@@ -1,5 +1,7 @@
 """Our own kernels (`kernels/columns.py`) where they work: on CUDA, in half precision, if Triton is there and agrees.
 
+And products on a CPU (`kernels/products.py`), if it has them.
+
 Before a kind of model uses them, they are compared on a small example with the plain path that they stand for; where
 they cannot be compiled or differ, that is logged once and the plain path stays, as it does for whoever is in a hurry
 (`attention/agreement.py`) until they have been compared.
@@ -7,6 +9,7 @@ they cannot be compiled or differ, that is logged once and the plain path stays,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from cribsheet.attention import plain
 from cribsheet.attention.agreement import agrees, finding_out, is_in_a_hurry, relative_error
 from cribsheet.attention.backends import on_cuda
+from cribsheet.kernels import products
 
 _BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
 
@@ -29,6 +33,20 @@ def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
 def can_merge(out: Tensor) -> bool:
     """Whether `merge` takes such outputs (B, H, T, D)."""
     return on_cuda(out) and agree(_merging, out.device, out.dtype, out.shape[-1], 1)
+
+
+def can_span(q: Tensor) -> bool:
+    """Whether products on a CPU make attention of these queries (B, H, T, D) over spans; they take no gradients.
+
+    Unlike kernels they need not be compiled, so whoever is in a hurry finds it out too.
+    """
+    return q.device.type == "cpu" and not torch.is_grad_enabled() and _spans_agree(q.dtype)
+
+
+@functools.cache
+def _spans_agree(dtype: torch.dtype) -> bool:
+    name = f"products in {dtype} on this processor"
+    return products.are_there(dtype) and agrees(name, lambda: _spanning(torch.device("cpu"), dtype, 64, 3), _BOUND)
 
 
 def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor | None, *, peak: bool) -> Tensor:
@@ -142,6 +160,28 @@ def _merging(device: torch.device, dtype: torch.dtype, size: int, shared_by: int
     second = random(2, 3 * shared_by, 37, size), random(2, 3 * shared_by, 37).float()
     second[1][:, 0] = float("-inf")  # a part in which rows saw nothing
     return {"merge": _worse(merge(first, second), plain.plain_merge(first, second))}
+
+
+def _spanning(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
+    """Of few and of more rows, over heads that have room behind them, or before them, or none at all."""
+    found: dict[str, float] = {}
+    random, scale = _Random(device, dtype), size**-0.5
+    for counts in ((100, 300), (130,)):
+        keys, values = random(sum(counts), size), random(sum(counts), size)
+        spans = products.spans_of(keys, values, counts)
+        for tokens in (1, 20):
+            rows = random(len(counts), shared_by * tokens, size)
+            out, lse, weights = products.attend(rows, spans, scale, noted=True)
+            assert weights is not None
+            for head, (k, v) in enumerate(zip(keys.split(counts), values.split(counts), strict=True)):
+                q, span = rows[head], spans[head]
+                wanted = plain.attend_plain(q[None, None], k[None, None], v[None, None], scale=scale)
+                noted = weights.heads[head][:, span.first : span.last]
+                found[f"{len(q)} rows over {len(k)} keys"] = max(
+                    _worse((out[None, head : head + 1], lse[None, head : head + 1]), wanted),
+                    relative_error(noted, (q.float() @ k.float().t() * scale).softmax(-1)),
+                )
+    return found
 
 
 class _Random:

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from cribsheet.attention import dispatch
-from cribsheet.attention.attend import attend, attend_ragged, attend_shared, merge
+from cribsheet.attention.attend import attend, attend_ragged, attend_shared, attend_spans, merge
 from cribsheet.attention.captures import Captures
 from cribsheet.attention.rope import rotate
 from cribsheet.kernels.codes import Codes
+from cribsheet.kernels.products import Span, Weights, spans_of
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
+_MOST_NOTED = 1 << 23  # weights of a layer that are held at once: 32 MiB
+_LEAST_SPAN = 96  # tokens from which a head is worth a product of its own on a CPU
 
 
 class AttentionInputs(NamedTuple):
@@ -128,8 +131,28 @@ class LayerPrefix:
         """Keys (1, K, 0, D), or values, of no tokens, of the type and where it lies."""
         return self.keys.new_empty(1, self.heads, 0, self.keys.shape[-1])
 
-    def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T)."""
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Where products on a CPU find the heads; none where these are too short for them, or lie apart."""
+        counts = self.counts or (self.keys.shape[1],) * self.heads
+        if min(counts) < _LEAST_SPAN or not (self.keys.is_contiguous() and self.values.is_contiguous()):
+            return []
+        size = self.keys.shape[-1]
+        return spans_of(self.keys.view(-1, size), self.values.view(-1, size), counts)
+
+    def attend(
+        self, query: Tensor, scale: float, softcap: float | None = None, noted: list[Weights] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What new tokens (B, H, T, D) see of it: output (B, H, T, D) and log-sum-exp (B, H, T).
+
+        What weights they gave is added to `noted`, if they were made on the way.
+        """
+        if softcap is None and dispatch.can_span(query) and self.spans:
+            is_wanted = noted is not None and query.shape[:3].numel() * self.longest <= _MOST_NOTED
+            out, lse, weights = attend_spans(query, self.spans, scale=scale, noted=is_wanted)
+            if noted is not None and weights is not None:
+                noted.append(weights)
+            return out, lse
         return self.over(self.keys, self.values, query, scale, softcap)
 
     def over(
@@ -206,11 +229,19 @@ class Prefix:
         return Prefix([layer.without_last(tokens) for layer in self.layers], self.tokens - tokens)
 
 
-def attend_behind(prefix: LayerPrefix, inputs: AttentionInputs, suffix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over a prefix and the suffix, given those of the suffix, where everything is in sight."""
+def attend_behind(
+    prefix: LayerPrefix,
+    inputs: AttentionInputs,
+    suffix: tuple[Tensor, Tensor],
+    noted: list[Weights] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over a prefix and the suffix, given those of the suffix, where everything is in sight.
+
+    `noted` is as in `LayerPrefix.attend`.
+    """
     if prefix.longest == 0:
         return suffix
-    return merge(prefix.attend(inputs.query, inputs.scale, inputs.softcap), suffix)
+    return merge(prefix.attend(inputs.query, inputs.scale, inputs.softcap, noted), suffix)
 
 
 def attend_window(

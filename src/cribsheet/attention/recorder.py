@@ -21,6 +21,7 @@ from cribsheet.attention import dispatch
 from cribsheet.attention.attend import column_mass
 from cribsheet.attention.cache import PrefixLayer
 from cribsheet.attention.plain import capped, weighted
+from cribsheet.kernels.products import Weights
 
 _QUESTION = 3.0  # what the rows of a question weigh together; a row that writes a token of the answer weighs 1
 
@@ -89,6 +90,8 @@ class Glance:
         prefix = layer.prefix
         if prefix.longest == 0:
             return torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device)
+        if layer.noted:
+            return self._of_weights(layer.noted[0], layer.start, query, lse)
         if dispatch.usable(query, prefix.heads, softcap):
             return self._at_once(layer, query, lse, scale)
         heads = [keys.unsqueeze(0) for keys, _ in prefix.each] if prefix.counts else [prefix.keys]
@@ -99,13 +102,33 @@ class Glance:
 
     def _at_once(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float) -> Tensor:
         """(B, K, start) of all sequences and heads by one kernel."""
-        if self._weights is not None:
-            if self._rows is None:
-                rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
-                self._rows = torch.stack(rows).unsqueeze(1)[..., -self._asking or None :]
-            query, lse = query[:, :, -self._rows.shape[2] :], lse[:, :, -self._rows.shape[2] :]
-            lse = weighted(lse, self._rows)
+        rows = self._weights_of_rows(query)
+        if rows is not None:
+            query, lse = query[:, :, -rows.shape[2] :], lse[:, :, -rows.shape[2] :]
+            lse = weighted(lse, rows)
         return layer.prefix.looked_at(query, lse, layer.start, scale)
+
+    def _of_weights(self, noted: Weights, width: int, query: Tensor, lse: Tensor) -> Tensor:
+        """(B, K, width) of all sequences and heads, from the weights that rows gave within the prefix."""
+        (batch, _, tokens, _), heads = query.shape, len(noted.heads)
+        shares = noted.lse.reshape(heads, batch, -1, tokens).transpose(0, 1)  # (B, K, H/K, T)
+        shares = (shares - lse.reshape(batch, heads, -1, tokens)).exp_()  # of what rows gave to all that they saw
+        rows = self._weights_of_rows(query)
+        if rows is not None:
+            shares[..., : tokens - rows.shape[2]] = 0
+            shares[..., -rows.shape[2] :] *= rows.unsqueeze(1)
+        found = torch.zeros(batch, heads, width)
+        for head, (weights, span) in enumerate(zip(noted.heads, noted.spans, strict=True)):
+            mass = shares[:, head].reshape(batch, 1, -1) @ weights.reshape(batch, -1, weights.shape[1])
+            found[:, head, width - (span.last - span.first) :] = mass[:, 0, span.first : span.last]
+        return found
+
+    def _weights_of_rows(self, query: Tensor) -> Tensor | None:
+        """(B, 1, T) of the last rows of the pass, of which any weighs something; none where each weighs 1."""
+        if self._weights is not None and self._rows is None:
+            rows = [F.pad(weight, (query.shape[2] - len(weight), 0)) for weight in self._placed(query.device)]
+            self._rows = torch.stack(rows).unsqueeze(1)[..., -self._asking or None :]
+        return self._rows
 
     def _placed(self, device: torch.device) -> Sequence[Tensor]:
         """The rows' weights where the layers are: one copy for all of them."""

@@ -93,7 +93,7 @@ class SlotLayer(PrefixLayer):
             before = self.prefix.attend(query, scale) if self.prefix.longest else None
             return dispatch.newest(query, self.keys, self.values, self.rows.index, scale, before)
         suffix = attend_each(query, key, value, scale=scale, bias=self.rows.bias, softcap=softcap)
-        return attend_behind(self.prefix, inputs, suffix)
+        return attend_behind(self.prefix, inputs, suffix, self.noted)
 
     def suffix_positions(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positions of the newest token (B, 1) and of the suffix (1, n), counted from the end of the prefix."""

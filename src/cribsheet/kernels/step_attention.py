@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cribsheet.kernels.codes import TILE, Codes
 from cribsheet.kernels.columns import of_suffix, over
-from cribsheet.kernels.packed import parted_codes, is_fast
+from cribsheet.kernels.packed import is_fast, parted_codes
 
 _MOST_PARTS, _MOST_CODE_PARTS = 63, 127
 

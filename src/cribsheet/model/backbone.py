@@ -23,7 +23,8 @@ from cribsheet.attention.agreement import finding_out, is_in_a_hurry
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer, cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
-from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass, laid_out_bytes
+from cribsheet.kernels.products import are_there
+from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass, laid_out_bytes, may_be_copied
 from cribsheet.model.llama_read import LlamaRead, fast_read
 from cribsheet.model.llama_weights import LlamaWeights, Unchanged, llama_weights
 from cribsheet.model.registration import Attachment
@@ -46,8 +47,8 @@ class Backbone:
     Attributes: `name` (what it was loaded from), `revision`, `num_layers`, `num_heads`, `kv_heads`, `head_size`,
     `window` (positions it was made for), `device`, `dtype`; and for each layer `inv_freqs` (R/2,), radians a token
     that its keys turn by, and `windows`, how many tokens a token sees (none: all of them). `full` are the numbers of
-    the layers that see everything: the ones that are condensed. `may_copy` says that on a CPU weights in bfloat16 may
-    be held a second time, laid out for the processor.
+    the layers that see everything: the ones that are condensed. `may_copy` says that on a CPU weights may be held a
+    second time, laid out for the processor.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", revision: str | None = None) -> None:
@@ -105,8 +106,8 @@ class Backbone:
         target, kind = resolved(device, dtype)
         placed = "device_map" in model_options or "quantization_config" in model_options
         chosen = kind == "auto" and target.type == "cpu"
+        alone = not placed and "distributed_config" not in model_options  # processes of one model must agree
         if chosen:
-            alone = not placed and "distributed_config" not in model_options  # processes of one model must agree
             kind = chosen_dtype(config) if alone else torch.float32
         own = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # stock SDPA ignores softcaps
         options: dict[str, Any] = {"attn_implementation": own, "revision": revision, **model_options}
@@ -121,7 +122,7 @@ class Backbone:
         backbone = cls(model, tokenizer, name=str(name), revision=revision)
         if chosen and kind == torch.bfloat16:
             logger.info("%s is computed in bfloat16, which is faster on this processor than float32", name)
-            backbone.may_copy = True
+        backbone.may_copy = chosen and alone and may_be_copied(config, backbone.dtype)
         return backbone
 
     @property
@@ -190,7 +191,7 @@ class Backbone:
         if self.may_copy:
             self.may_copy, self._laid_out = False, None  # the model's own layers serve while they are checked
             self._unchanged = Unchanged(self.model)  # before it is copied: what changes meanwhile is seen
-            weights = self.plain_weights() if self.device.type == "cpu" and self.dtype == torch.bfloat16 else None
+            weights = self.plain_weights() if self.device.type == "cpu" and are_there(self.dtype) else None
             self._laid_out = cpu_pass(weights, self.name, self._over) if weights else None
             self.may_copy = self._laid_out is not None
         return self._laid_out

@@ -25,6 +25,7 @@ from torch import Tensor
 from cribsheet.attention.agreement import agrees, relative_error
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
+from cribsheet.kernels.products import laid_out, padded_rows, times
 from cribsheet.model.llama_weights import BOUND, Linear, LlamaLayer, LlamaWeights, Norm, is_plain
 from cribsheet.model.support import head_size
 
@@ -42,15 +43,21 @@ Own = Callable[[Tensor, Tensor, list[PrefixLayer], Keep], Tensor]  # the model's
 
 
 class PackedLinear:
-    """Products of rows with a weight (N, K) and a bias (N,), laid out once for the processor."""
+    """Products of rows with weights (N, K) and biases (N,), one behind the other, laid out once for the processor."""
 
-    def __init__(self, linear: Linear) -> None:
-        weight, self._bias = linear
-        self._weight = _laid_out(weight.detach())
+    def __init__(self, *parts: Linear) -> None:
+        weights, biases = zip(*parts, strict=True)
+        self._weight = laid_out(
+            torch.cat([weight.detach() for weight in weights]) if parts[1:] else weights[0].detach()
+        )
+        held = [bias for bias in biases if bias is not None]
+        if 0 < len(held) < len(parts):
+            held = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
+        self._bias = torch.cat([bias.detach() for bias in held]) if held else None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Products (..., N) of rows (..., K)."""
-        return _times(rows, self._weight, self._bias)
+        return _product(rows, self._weight, self._bias)
 
 
 class _PackedLayer:
@@ -58,7 +65,7 @@ class _PackedLayer:
 
     def __init__(self, layer: LlamaLayer) -> None:
         self.before, self.between, self.qk_norms = layer.before, layer.between, layer.qk_norms
-        self.qkv = [PackedLinear(each) for each in layer.qkv]
+        self.qkv = PackedLinear(*layer.qkv)
         self.out, self.gate, self.up, self.down = map(PackedLinear, (layer.out, layer.gate, layer.up, layer.down))
 
 
@@ -79,41 +86,60 @@ class LlamaPass:
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], keep: Keep = 1) -> Tensor:
         """Logits (B, keep, V) of new tokens (B, T) at their positions (B, T), as `Backbone.step` gives them."""
-        rows = self._run(ids, positions, layers)
-        wanted = rows[:, -keep:] if isinstance(keep, int) else rows[:, keep]
-        return self._lm_head(_normed(wanted, self.weights.norm))
+        rows = self._run(ids, positions, layers, keep=keep)
+        return self._lm_head(_normed(rows, self.weights.norm))
 
-    def _run(self, ids: Tensor, positions: Tensor, layers: Sequence[PrefixLayer], *, concluded: bool = False) -> Tensor:
+    def _run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        layers: Sequence[PrefixLayer],
+        *,
+        keep: Keep = 0,
+        concluded: bool = False,
+    ) -> Tensor:
         rows = F.embedding(ids, self.weights.embed)
         cos, sin = (part.unsqueeze(1) for part in self.weights.turns(rows, positions))
+        sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         for mine, layer in zip(self._layers, layers, strict=True):
             query, key, value = self._heads(mine, rows, cos, sin)
-            if concluded and layer is layers[-1]:
+            is_last = layer is layers[-1]
+            if concluded and is_last:
                 cast(ReadingLayer, layer).conclude(query, key, value, self.weights.scale)
                 break
             keys, values = layer.update(key, value)
             mask = _behind(query.shape[2], keys.shape[2], query.device)
             seen = layer.attend(AttentionInputs(query, keys, values, mask, self.weights.scale))
-            rows = rows + mine.out(seen.transpose(1, 2).flatten(2))
+            seen = seen.transpose(1, 2).flatten(2)
+            if is_last:  # nobody asks for the others
+                rows, seen = _wanted(rows, keep), _wanted(seen, keep)
+            rows = rows + mine.out(seen)
             inner = _normed(rows, mine.between)
             rows = rows + mine.down(F.silu(mine.gate(inner)) * mine.up(inner))
         return rows
 
     def _heads(self, mine: _PackedLayer, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, D) and keys (B, K, T, D), and values."""
-        inner, size = _normed(rows, mine.before), self.weights.head_size
-        query, key, value = (product(inner).unflatten(-1, (-1, size)) for product in mine.qkv)
+        weights = self.weights
+        split = weights.heads, weights.kv_heads, weights.kv_heads
+        made = mine.qkv(_normed(rows, mine.before)).unflatten(-1, (-1, weights.head_size))
         if mine.qk_norms is not None:
+            query, key, value = made.split(split, 2)
             of_queries, of_keys, epsilon = mine.qk_norms
-            query, key = _normed(query, (of_queries, epsilon)), _normed(key, (of_keys, epsilon))
-        query, key = (_turned(part.transpose(1, 2), cos, sin) for part in (query, key))
-        return query, key, value.transpose(1, 2)
+            made = torch.cat([_normed(query, (of_queries, epsilon)), _normed(key, (of_keys, epsilon)), value], 2)
+        turned, value = made.transpose(1, 2).split((weights.heads + weights.kv_heads, weights.kv_heads), 1)
+        query, key = _turned(turned, cos, sin).split(split[:2], 1)
+        return query, key, value
 
 
 def laid_out_bytes(weights: LlamaWeights) -> int:
     """Bytes of the second copy of a model's matrices."""
     each = ((*layer.qkv, layer.out, layer.gate, layer.up, layer.down) for layer in weights.layers)
     return weights.lm_head.nbytes + sum(weight.nbytes for layer in each for weight, _ in layer)
+
+
+def _wanted(rows: Tensor, keep: Keep) -> Tensor:
+    return rows[:, -keep:] if isinstance(keep, int) else rows[:, keep]
 
 
 def _behind(rows: int, columns: int, device: torch.device) -> Tensor | None:
@@ -130,29 +156,17 @@ def _normed(rows: Tensor, norm: Norm) -> Tensor:
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = heads.chunk(2, -1)
-    return heads * cos + torch.cat([-second, first], -1) * sin
-
-
-def _laid_out(weight: Tensor) -> Any:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    """Heads (B, H, T, D) by cosines and sines, those of the first half negative."""
+    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
 
 
 @torch.no_grad()
-def _times(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+def _product(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     flat = rows.flatten(0, -2)
-    padded = F.pad(flat, (0, 0, 0, padded_rows(len(flat)) - len(flat)))
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    more = padded_rows(len(flat)) - len(flat)
+    padded = F.pad(flat, (0, 0, 0, more)) if more else flat
+    found = times(padded, weight, bias)
     return found[: len(flat)].view(*rows.shape[:-1], -1)
-
-
-def padded_rows(rows: int) -> int:
-    """Rows of the product that is made for so many: at most an eighth more, of few numbers.
-
-    For each number of rows and each form of a matrix oneDNN makes code, half a megabyte of it, which stays.
-    """
-    step = 1 << max(0, rows.bit_length() - 4)
-    return -(-rows // step) * step
 
 
 def cpu_pass(weights: LlamaWeights, name: str, own: Own) -> LlamaPass | None:
@@ -202,6 +216,11 @@ def chosen_dtype(config: Any) -> torch.dtype:
     return torch.bfloat16 if _is_faster(*sides) else torch.float32
 
 
+def may_be_copied(config: Any, dtype: torch.dtype) -> bool:
+    """Whether a model whose type nobody said may be held twice: in bfloat16, or in any type if it is small."""
+    return dtype == torch.bfloat16 or (is_plain(config) and parameters(config) < LEAST_PARAMETERS)
+
+
 def parameters(config: Any) -> int:
     """About how many weights a Llama-like model has."""
     width, attended = config.hidden_size, head_size(config) * (config.num_attention_heads + config.num_key_value_heads)
@@ -216,10 +235,10 @@ def _is_faster(width: int, inner: int) -> bool:
     weight, rows = (torch.ones(length, width, dtype=torch.float32, device="cpu") for length in (inner, _READ))
     try:
         with _one_thread():
-            packed = _laid_out(weight.bfloat16())
+            packed = laid_out(weight.bfloat16())
             halves = rows.bfloat16()
-            read = _gain(lambda: F.linear(rows, weight), lambda: _times(halves, packed, None))
-            step = _gain(lambda: F.linear(rows[:1], weight), lambda: _times(halves[:1], packed, None))
+            read = _gain(lambda: F.linear(rows, weight), lambda: _product(halves, packed, None))
+            step = _gain(lambda: F.linear(rows[:1], weight), lambda: _product(halves[:1], packed, None))
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         logger.info("bfloat16 cannot be tried on this processor, so float32 stays: %s", error)
         return False

@@ -193,6 +193,15 @@ class BuildOptions:
             raise BudgetError(
                 f"archive is {self.archive!r}; use True (int4), False, or {', '.join(get_args(StorageDtype))}."
             )
+        if self.scorer == "finch" and self.allocation not in (None, "uniform"):
+            raise BudgetError(
+                f"allocation is {self.allocation!r}, but scorer='finch' is as published: all heads of a layer keep "
+                "the same tokens; leave the allocation out, or choose another scorer."
+            )
+        self._check_independent()
+
+    def _check_independent(self) -> None:
+        """Refuse what documents that are read apart cannot have."""
         if self.mode == "independent" and self.allocation == "profiled":
             raise BudgetError(
                 "The heads of an independent sheet cannot share by the model's profile; use allocation='adaptive'."

@@ -4,13 +4,14 @@ Stretch by stretch, with nothing else before it, the model writes questions abou
 it is given, so that they are not all of one kind; every other time it sees the task's own questions. The stretch
 answers them with the guide as the sheet has it, and a question stays if that answer comes to an end, says something
 new in words of the stretch, is not given closed book as well, and is not doubted by the model itself. Gaps in
-sentences (`retention/gaps.py`) join them. The documents' own text, to be gone on with, is the rest.
+sentences (`retention/gaps.py`) join them. The documents' own text, to be gone on with, is the rest, and some questions
+about other things, so that the sheet does not come to answer everything out of its documents
+(`study/rehearsal.py`).
 
 On a GPU several stretches are asked about at once: each question has the keys and values of its own stretch before it,
 and all of them run as one batch over nothing, whose captured steps serve every stretch.
 
-For each token of an answer the teacher's best continuations are kept with their probabilities: what is learnt is the
-distribution, not the words (Cartridges, arXiv 2506.06266, learn so too, from conversations).
+What is learnt of an answer is what the model would write at each of its tokens (`study/teacher.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ import torch
 from torch import Tensor
 
 from cribsheet.asking.answer import Answer
-from cribsheet.attention.cache import prefix_cache
-from cribsheet.attention.prefix import Prefix
 from cribsheet.corpus.documents import Document
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import RequestError
@@ -38,7 +37,9 @@ from cribsheet.retention.probes import agree, is_apt, is_told, rare_words
 from cribsheet.retrieval.passages import GAP
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
-from cribsheet.study.exercises import Draft, Exercise, Practice, padded, practice_of
+from cribsheet.study.exercises import Draft, Exercise, Practice, practice_of
+from cribsheet.study.rehearsal import rehearsal
+from cribsheet.study.teacher import Row, taught
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ _LONGEST = 400  # characters of a sentence that are shown
 _GAPS = 8  # of a stretch at most
 _TEMPERATURE = 0.8
 _DOUBT = -0.7  # mean log-probability of an answer's tokens below which it is not believed
-_RARE = 0.1  # share of the stretches that a word which tells them apart is in at most
-_TOP = 32  # continuations of each token that are kept
-_ROWS = 16  # answers that are looked at together
+_RARE = 0.25  # share of the stretches that a word which tells them apart is in at most
+_KINDS = 3  # of requests, in turn: for a question about a sentence, one like the task's own, one about a whole stretch
+_REHEARSED = 4  # questions for which there is one about something else
 _CUE, _TEXT_TOKENS = (12, 20), 40  # tokens of a text that are shown, and that follow
 
 _OPENINGS = (
@@ -70,6 +71,12 @@ _ASKED = (
     'Write one question that this sentence of the documents answers in a few words: "{}"\n\nWhoever gets the question '
     "does not see the sentence, so name what it is about. {}Write the question only."
 )
+_OF_ALL = (
+    "Write one question that the documents above answer in a few words: about who does something, why, how, or what "
+    "comes of it. {}\n\nWhoever gets the question does not see them next to it, so name what it is about. {}Write the "
+    "question only."
+)
+_FOR = "The question is one for this task: {}"
 _ALIKE = "Questions look like these: {}\n\n"
 _GO_ON = "Continue the documents where they read: {}"
 
@@ -142,6 +149,15 @@ def _stretches(documents: Sequence[Document]) -> list[Passage]:
     return joined
 
 
+def in_form(question: str, examples: Sequence[str]) -> str:
+    """A question without its mark, or in small letters, if all the `examples` are."""
+    if examples and not any(each.rstrip().endswith(("?", "？")) for each in examples):
+        question = question.rstrip("?？ ")
+    if examples and all(each == each.lower() for each in examples):
+        question = question.lower()
+    return question
+
+
 def _says(sentence: str) -> bool:
     """Whether there is something to be asked about a sentence."""
     return len(sentence.split()) >= _SHORTEST
@@ -182,9 +198,6 @@ class _Asked(NamedTuple):
     stretch: int
 
 
-_Row = tuple[str, str, Tensor, Tensor]  # a question, its answer, and both in tokens
-
-
 class _Maker:
     """Makes exercises of one stretch after the other, again and again: never the same question twice."""
 
@@ -197,6 +210,7 @@ class _Maker:
         self._rare = rare_words(stretches, _RARE)
         shown = " / ".join(question for question, _ in exam.task.examples[:3])
         self._alike = _ALIKE.format(shown) if shown else ""
+        self._for = _FOR.format(exam.task.description)
         self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
         self.found: list[Exercise] = []
         self.tried, self.began = 0, time.monotonic()
@@ -247,11 +261,13 @@ class _Maker:
     ) -> Iterator[tuple[int, str]]:
         """Questions about stretches that may be asked without them, each with the number of its stretch."""
         about: list[tuple[int, str]] = []
+        kinds: list[int] = []
         begun: list[Tensor] = []
         for number, stretch in enumerate(stretches):
             for place, (sentence, opening) in enumerate(self._about(stretch, turn, most)):
                 about.append((number, opening))
-                begun.append(self._begun(sentence, opening, self._alike if place % 2 else ""))
+                kinds.append(place % _KINDS)
+                begun.append(self._begun(sentence, opening, kinds[-1]))
         seed = self._seed + self.tried
         self.tried += len(begun)
         written = self._exam.written(
@@ -262,8 +278,10 @@ class _Maker:
             temperature=_TEMPERATURE,
             seed=seed,
         )
-        for (number, opening), text in zip(about, written, strict=True):
+        for (number, opening), kind, text in zip(about, kinds, written, strict=True):
             question = f"{opening} {text}?" if text else ""
+            if kind:
+                question = in_form(question, [shown for shown, _ in self._exam.task.examples])
             if is_apt(question, stretches[number], self._rare):
                 yield number, question
             else:
@@ -279,9 +297,11 @@ class _Maker:
         ]
         return every if most is None or most >= len(every) else self._random.sample(every, most)
 
-    def _begun(self, sentence: str, opening: str, alike: str) -> Tensor:
-        """The tokens (T,) of a request for a question about a sentence, and of its beginning."""
-        text = _ASKED.format(sentence.strip()[:_LONGEST], alike)
+    def _begun(self, sentence: str, opening: str, kind: int) -> Tensor:
+        """The tokens (T,) of a request for a question of a kind, about a sentence or all, and of its beginning."""
+        text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if kind else "")
+        if kind == 2:
+            text = _OF_ALL.format(self._for, self._alike)
         turns = self._exam.layout.question([{"role": "user", "content": text}], self._exam.task, False)
         return self._exam.led(turns, opening)
 
@@ -306,14 +326,16 @@ class _Maker:
             if answer is not None and self._serves(each, answer, stretches[each.stretch])
         ]
         closed = exam.written(self._nothing, [turn for _, turn, _ in serving], most=_ANSWER_TOKENS)
-        rows: list[list[_Row]] = [[] for _ in stretches]
+        rows: list[list[Row]] = [[] for _ in stretches]
         for (each, turn, answer), known in zip(serving, closed, strict=True):
             if words(answer.text) == words(known):
                 self.left_out["known"] += 1
                 continue
             ids = torch.tensor([token.token_id for token in answer.logprobs or ()])
-            rows[each.stretch].append((each.question, answer.text.strip(), turn, ids))
-        return [found for number, own in enumerate(rows) for found in self._taught(read[number].prefix, own)]
+            rows[each.stretch].append(Row(each.question, answer.text.strip(), turn, ids))
+        found = [taught(exam.backbone, read[number].prefix, own, _DOUBT) for number, own in enumerate(rows)]
+        self.left_out["doubted"] += sum(map(len, rows)) - sum(map(len, found))
+        return [exercise for own in found for exercise in own]
 
     def _serves(self, asked: _Asked, answer: Answer, stretch: Passage) -> bool:
         """Whether a stretch has answered so that something can be learnt from it."""
@@ -328,33 +350,11 @@ class _Maker:
         self.left_out[why] += 1
         return False
 
-    def _taught(self, prefix: Prefix, rows: Sequence[_Row]) -> list[Exercise]:
-        """Exercises of questions, answers, and both in tokens, with what the teacher would write; doubted ones go."""
-        found, backbone = [], self._exam.backbone
-        ends = torch.tensor(sorted(backbone.eos_ids))
-        for first in range(0, len(rows), _ROWS):
-            batch = rows[first : first + _ROWS]
-            ids = padded([torch.cat([asked, said]) for *_, asked, said in batch])
-            positions = torch.arange(prefix.tokens, prefix.tokens + ids.shape[1]).expand_as(ids).to(backbone.device)
-            keep = torch.arange(min(len(asked) for *_, asked, _ in batch) - 1, ids.shape[1])
-            logits = backbone.step(ids, positions, prefix_cache(prefix.layers, prefix.tokens), keep.to(backbone.device))
-            for row, (question, answer, asked, said) in zip(logits, batch, strict=True):
-                begin = len(asked) - 1 - int(keep[0])
-                likely = row[begin : begin + len(said) + 1].float().log_softmax(-1).cpu()
-                if float(likely[:-1].gather(1, said[:, None]).mean()) < _DOUBT:
-                    self.left_out["doubted"] += 1
-                    continue
-                if len(ends) and int(likely[-1].argmax()) in backbone.eos_ids:  # a base model's answer ends otherwise
-                    said = torch.cat([said, likely[-1].argmax()[None]])
-                best = likely[: len(said)].topk(min(_TOP, likely.shape[1]))
-                whole = torch.cat([asked, said])
-                found.append(Exercise(whole, len(asked), best.indices, best.values.exp(), question, answer))
-        return found
-
     def practice(self, of: str) -> Practice:
-        """All that was made, and texts."""
+        """All that was made, texts, and questions about other things."""
         texts, left_out = self._texts(), +self.left_out
-        return Practice(self.found, texts, self.tried, left_out, of, time.monotonic() - self.began)
+        others = rehearsal(self._exam, self._nothing, len(self.found) // _REHEARSED, seed=self._seed)
+        return Practice(self.found, texts, self.tried, left_out, of, time.monotonic() - self.began, others)
 
     def _texts(self) -> list[Exercise]:
         """As many texts to go on with as there are questions, but where a stretch is too short for one."""

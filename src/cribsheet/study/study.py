@@ -47,7 +47,8 @@ class Study:
     """What came of a study; it stands in the sheet's manifest, under `build`, if the sheet was changed.
 
     questions, texts
-        exercises that were practised on, and `held_out` those that were not; about so many `documents`.
+        exercises that were practised on, and `held_out` those that were not; about so many `documents`. So many
+        others, about other things, were `rehearsed`.
     tried
         questions that the model wrote.
     before, after
@@ -68,6 +69,7 @@ class Study:
     learning_rate: float
     seed: int
     seconds: float
+    rehearsed: int = 0
 
     @property
     def learnt(self) -> bool:
@@ -135,7 +137,8 @@ def study(
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
     held, questions = _parted(exercises.questions, seed)
-    trainer = trainer_of(backbone, sheet, questions, exercises.texts, held, seed, documents)
+    others = [*exercises.texts, *exercises.rehearsed]
+    trainer = trainer_of(backbone, sheet, questions, others, held, seed, documents)
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
     pace = Pace(MOST_STEPS if steps is None else steps, seconds, learning_rate)
@@ -145,6 +148,7 @@ def study(
     came = Study(
         questions=len(questions),
         texts=len(exercises.texts),
+        rehearsed=len(exercises.rehearsed),
         held_out=len(held),
         documents=len(documents) or len(sheet.manifest.documents),
         tried=exercises.tried,

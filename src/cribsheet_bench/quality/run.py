@@ -63,7 +63,7 @@ class Method:
 
     Without a scorer it is what the library does by default. A `query_aware` one is guided by the very questions and
     answers: no user can, so it is a ceiling. One in int8 or int4 keeps as many tokens as fit the bytes that its rate
-    leaves of a 16-bit cache.
+    leaves of a 16-bit cache. One `for_engines` can be exported.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Method:
     dtype: StorageDtype | None = None
     chunk_tokens: int | None = None
     archive: bool = False
+    for_engines: bool = False
 
     def task(self, case: Case) -> Task:
         """The task as this method tells it."""

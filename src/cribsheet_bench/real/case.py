@@ -19,6 +19,7 @@ from cribsheet.compare.questions import CHOICE, SUMMARY, Asked
 from cribsheet.engine.pool import LoadedModel
 from cribsheet.errors import BudgetError, CribsheetError
 from cribsheet.llm import CompressedKnowledgeLLM
+from cribsheet.plan.options import ENGINE_BLOCK
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.prompt.template import ChatLayout
 from cribsheet.retrieval.dense import DenseRetriever
@@ -89,6 +90,7 @@ class Case:
             asking = {"mode": way.mode, "passage_tokens": passages, "retriever": self._finder(way.retriever)}
         else:
             made, size = way.sheet, min(int(budget * way.share), len(self.whole))
+            size -= size % ENGINE_BLOCK if made.for_engines else 0
             if way.mode != "sheet":
                 asking = {"mode": way.mode, "passage_tokens": budget - size, "retriever": self._finder(way.retriever)}
             kb = self._opened((made, size, way.minutes), lambda: self._build(made, size, way.minutes))
@@ -96,9 +98,8 @@ class Case:
 
     def _build(self, made: Method, budget: int, minutes: float = 0.0) -> Sheet:
         task = self.corpus.task if made.examples else replace(self.corpus.task, examples=())
-        how = {
-            name: getattr(made, name) for name in ("scorer", "guide", "allocation", "correction", "dtype", "archive")
-        }
+        names = ("scorer", "guide", "allocation", "correction", "dtype", "archive", "for_engines")
+        how = {name: getattr(made, name) for name in names}
         sheet = self.sheets.build(task, budget=budget, **how)
         return self._studied(sheet, minutes) if minutes else sheet
 

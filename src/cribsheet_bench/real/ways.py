@@ -62,6 +62,9 @@ WAYS = (
     _studied("study-int4", _MINUTES),
     _studied("study-int4-1", 1.0),
     _studied("study-int4-10", 10.0),
+    _studied("study-int4-60", 60.0),  # for a processor
+    _sheet("study-uniform", minutes=_MINUTES, for_engines=True),  # which llama.cpp and vLLM read
+    _sheet("study-uniform-10", minutes=10.0, for_engines=True),
     _studied("study-random", _MINUTES, "random", allocation="uniform"),  # of tokens that nobody chose
     Way(KVZIP),
     _both("hybrid-bm25", "hybrid", "bm25"),

@@ -105,7 +105,7 @@ def correctness(run: Run, device: str, dtypes: Sequence[torch.dtype], *, answers
         run.report.fact("pocket answers", run.part("whole answers", lambda: checks.whole_answers(device, dtypes[-1])))
 
 
-def on_cpu(run: Run, shape: str, dtype: torch.dtype, *, quick: bool) -> None:
+def on_cpu(run: Run, shape: str, dtype: torch.dtype | None, *, quick: bool) -> None:
     """The ratios that mean something on a CPU."""
     setting = make_setting(shape, "cpu", dtype, 1)
     run.setup.update(setting.facts() | {"model": [*run.setup.get("model", []), setting.backbone.name]})
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shape", nargs="+", metavar="NAME", help=f"{', '.join(SHAPES)}, or a model  [default: pocket and 50m, or 8b]"
     )
     parser.add_argument("--gpu-parts", action="store_true", help="on a CPU too: a rehearsal, with a tiny shape")
-    parser.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="on a CPU")
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="on a CPU  [default: what a user gets]")
     parser.add_argument("--quick", action="store_true", help="end within a minute on a CPU")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PART", help='parts by name: build, "first token", ...'
@@ -212,7 +212,7 @@ def run(
     device: str = "cpu",
     shape: Sequence[str] | None = None,
     gpu_parts: bool = False,
-    dtype: str = "float32",
+    dtype: str | None = None,
     quick: bool = False,
     only: Sequence[str] = (),
     seconds: float = 3600,
@@ -227,9 +227,10 @@ def run(
         for each in shape or ["8b" if device == "cuda" else "tiny"]:
             on_cuda(made, each, device=device)
     else:
-        correctness(made, device, [_DTYPES[dtype]], answers=False, quick=quick)
+        kind = _DTYPES[dtype] if dtype else None
+        correctness(made, device, [kind or torch.float32], answers=False, quick=quick)
         for each in shape or (["pocket"] if quick else ["pocket", "50m"]):
-            on_cpu(made, each, _DTYPES[dtype], quick=quick)
+            on_cpu(made, each, kind, quick=quick)
     print_table(console, made.report.rows)
     for name, error in made.errors.items():
         console.print(f"{name}: {error[-600:]}", markup=False, highlight=False)

@@ -19,6 +19,7 @@ from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.compare.versions import versions
 from cribsheet.corpus.documents import Document
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.llama_cpu import may_be_copied
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.testing import tiny_tokenizer
 
@@ -134,9 +135,12 @@ class Setting:
 
 
 def make_setting(
-    shape: str, device: str, dtype: torch.dtype, rounds: int, sizes: dict[str, Any] | None = None
+    shape: str, device: str, dtype: torch.dtype | None, rounds: int, sizes: dict[str, Any] | None = None
 ) -> Setting:
-    """A setting for one of `SHAPES`, or other `sizes`, with weights made on the device; or for a model by its name."""
+    """A setting for one of `SHAPES`, or other `sizes`, with weights made on the device; or for a model by its name.
+
+    Without a type it is what a user gets who says none; random weights are then in float32, and laid out if few.
+    """
     if shape not in SHAPES and sizes is None:
         return Setting(Backbone.load(shape, device=device, dtype=dtype), shape, rounds)
     torch.manual_seed(0)
@@ -145,7 +149,11 @@ def make_setting(
         pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=dtype or torch.float32
+        ).eval()
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None  # answers of equal length everywhere
-    return Setting(Backbone(model, tokenizer, name=f"random-llama-{shape}"), shape, rounds)
+    backbone = Backbone(model, tokenizer, name=f"random-llama-{shape}")
+    backbone.may_copy = dtype is None and device == "cpu" and may_be_copied(config, backbone.dtype)
+    return Setting(backbone, shape, rounds)

@@ -19,6 +19,7 @@ from cribsheet.attention import dispatch
 from cribsheet.attention.packed import layout
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.kernels.codes import Codes
+from cribsheet.kernels.products import Weights
 
 _FEW = 128  # rows of a head that read codes: more of them would unpack the same codes again and again
 _FEW_EACH = 16  # rows of a sequence and head, of one token, that look at codes together
@@ -116,10 +117,12 @@ class PackedPrefix(LayerPrefix):
         """As of any layer."""
         return torch.empty(1, self.heads, 0, self.codes.head_size, dtype=self.dtype, device=self.device)
 
-    def attend(self, query: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-        """As of any layer, by the codes where rows are few."""
+    def attend(
+        self, query: Tensor, scale: float, softcap: float | None = None, noted: list[Weights] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As of any layer, by the codes where rows are few; no weights are noted."""
         if softcap is not None or not self.reads():
-            return super().attend(query, scale, softcap)
+            return self.over(self.keys, self.values, query, scale, softcap)
         from cribsheet.kernels.step_attention import attend
 
         batch, heads, tokens, size = query.shape

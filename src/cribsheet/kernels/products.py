@@ -1,0 +1,143 @@
+"""Products on a CPU by oneDNN, by the operators that PyTorch's compiler uses, and attention made of them.
+
+They take the widest instructions of any maker's processor: twice as fast as PyTorch's own products in float32 where
+those do not, and in bfloat16 weights need not be laid out anew at every call. For each form of a product oneDNN makes
+code, up to half a megabyte of it, which stays: so rows and keys come in few numbers.
+
+Letters as in `attention/attend.py`; `R` rows of each key/value head, `S` keys of a span.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FEW = 8  # rows up to which laying keys out takes longer than their product, which PyTorch makes in any form
+_MOST_ROWS = 256  # of one product
+_LEAST_STEP = 128  # keys by which the shortest spans differ
+
+
+class Span(NamedTuple):
+    """Keys and values (S, D) of a head among those of its neighbours, and what hides these: (S,) in float32, or none.
+
+    The head's own stand from `first` to `last`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor | None
+    first: int
+    last: int
+
+
+class Weights(NamedTuple):
+    """What rows of the heads of a prefix gave its keys: (R, S) in float32 for each head, which add up to one.
+
+    `spans` say which columns are a head's own; `lse` (K, R) is that of the prefix alone.
+    """
+
+    heads: list[Tensor]
+    spans: Sequence[Span]
+    lse: Tensor
+
+
+def laid_out(weight: Tensor) -> Any:
+    """A weight (N, K) as products want it."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def times(rows: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """Products (R, N) of rows (R, K) with a weight (N, K), laid out or not."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product
+
+
+def padded_rows(rows: int, least_step: int = 1) -> int:
+    """Rows of the product that is made for so many: at most an eighth more, or a step, of few numbers."""
+    step = max(least_step, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
+@functools.cache
+def are_there(dtype: torch.dtype) -> bool:
+    """Whether this processor has such products of a type."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def spans_of(keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Span]:
+    """Spans of heads that hold so many keys and values (N, D), one head behind the other.
+
+    Their lengths are few numbers: neighbours' keys fill them up, and are hidden. What holds too little is copied.
+    """
+    spans: list[Span] = []
+    first = 0
+    for count in counts:
+        size = padded_rows(count, _LEAST_STEP)
+        if size > len(keys):
+            k, v = (F.pad(half[first : first + count], (0, 0, 0, size - count)) for half in (keys, values))
+            own = 0
+        else:
+            start = min(first, len(keys) - size)
+            k, v, own = keys[start : start + size], values[start : start + size], first - start
+        hidden = None if count == size else _hidden(size, own, own + count, keys.device)
+        spans.append(Span(k, v, hidden, own, own + count))
+        first += count
+    return spans
+
+
+def _hidden(size: int, first: int, last: int, device: torch.device) -> Tensor:
+    hidden = torch.full((size,), float("-inf"), device=device)
+    hidden[first:last] = 0.0
+    return hidden
+
+
+def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) -> tuple[Tensor, Tensor, Weights | None]:
+    """Attention (K, R, D) of rows (K, R, D) over the spans of K heads, log-sum-exps (K, R), and weights if `noted`."""
+    count = rows.shape[1]
+    parts = -(-count // _MOST_ROWS)
+    at_once = padded_rows(-(-count // parts))
+    wide = rows.float() * scale
+    if more := parts * at_once - count:
+        wide = F.pad(wide, (0, 0, 0, more))
+    out = rows.new_empty(wide.shape)
+    peaks, shares = wide.new_empty(2, *wide.shape[:2])  # the largest logit of each row, and its weight
+    kept: list[Tensor] = []
+    for head, span in enumerate(spans):
+        keys = span.keys.float()
+        if noted and parts > 1:
+            kept.append(wide.new_empty(parts * at_once, len(keys)))
+        for first in range(0, parts * at_once, at_once):
+            block = slice(first, first + at_once)
+            logits = _logits(wide[head, block], keys, span.hidden)
+            torch.amax(logits, -1, out=peaks[head, block])
+            # in place, which rows of their own allow, unless it is kept: what does not stay in the cache is slow
+            weights = torch.softmax(logits, -1, out=kept[head][block] if noted and parts > 1 else logits)
+            torch.amax(weights, -1, out=shares[head, block])
+            _weigh(weights.to(rows.dtype), span.values, out[head, block])
+        if noted and parts == 1:
+            kept.append(weights)
+    lse = peaks.sub_(shares.log_())[:, :count]  # what the largest lost is what all come to
+    return out[:, :count], lse, Weights([each[:count] for each in kept], spans, lse) if noted else None
+
+
+def _logits(rows: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
+    if len(rows) > _FEW:
+        return times(rows, keys, hidden)
+    return rows @ keys.t() if hidden is None else torch.addmm(hidden, rows, keys.t())
+
+
+def _weigh(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """Sums (R, D) of values by their weights."""
+    if len(weights) > _FEW and weights.dtype == torch.float32:
+        out.copy_(times(weights, values.t(), None))
+    else:
+        torch.mm(weights, values, out=out)
