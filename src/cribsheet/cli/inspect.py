@@ -144,7 +144,8 @@ def _opened(sheet: Sheet) -> dict[str, str]:
     if made == used or used not in _SIZES:
         return {}
     told = f"{sheet.opened_bytes(_SIZES[used]):,} bytes in {used}"
-    return {"opened": f"{told}; on CUDA, where kernels read {made}, about what is stored" if made == "int4" else told}
+    packed = made == "int4" and sheet.opened_bytes(2) >= PACKS_FROM
+    return {"opened": f"{told}; on CUDA, where kernels read {made}, about what is stored" if packed else told}
 
 
 def _archived(sheet: Sheet) -> dict[str, str]:
