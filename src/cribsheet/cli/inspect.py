@@ -139,6 +139,8 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
 
 def _opened(sheet: Sheet) -> dict[str, str]:
     """What keys and values take in memory, where that is not what they take in the file."""
+    from cribsheet.kernels.codes import PACKS_FROM
+
     made = sheet.manifest.dtype
     used = sheet.manifest.fingerprint.weights_dtype
     if made == used or used not in _SIZES:

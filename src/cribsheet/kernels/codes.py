@@ -25,7 +25,7 @@ from torch import Tensor
 
 TILE = 64
 
-# Bytes in 16 bits from which a sheet in int4 stays in it on CUDA: below, reading codes saves no time, and there is room.
+# Bytes in 16 bits from which a sheet in int4 stays in it on CUDA: below, that saves no time, and there is room.
 PACKS_FROM = 1 << 30
 
 
