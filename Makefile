@@ -11,7 +11,7 @@ CORE := attention/test_attention attention/test_batch attention/test_prefix atte
 	engine/test_engine model/test_backbone structured/test_grammar test_llm test_testing test_truths
 
 .PHONY: demo test test-library test-pages oldest kernels support check format lint types docs slow reliability ray page quality peers real connectivity certainty \
-	memory throughput speed speed-gpu minute-gpu step-gpu living evidence routing pocket clean
+	memory throughput speed speed-gpu minute-gpu step-gpu vllm-gpu living evidence routing pocket clean
 
 $(READY): pyproject.toml constraints.txt src/cribsheet_pocket/pyproject.toml $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed")'
@@ -98,6 +98,10 @@ minute-gpu:  ## the first minute, whole builds and the paper's promise on a GPU,
 
 step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.step --json step-gpu.json
+
+vllm-gpu:  ## vLLM over sheets beside vLLM over whole contexts, with a python that has vLLM: make vllm-gpu MODEL=... CORPORA=folder (five minutes)
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.beside_vllm.run $(CORPORA) --model $(MODEL) --only nq/8000 --blocks 1280 \
+		--json vllm-gpu.json
 
 living: $(READY)  ## what changing one of a hundred documents costs, and what independent sheets lose (half an hour)
 	$(RUN)/python -m cribsheet_bench.living --json docs/benchmarks/living.json

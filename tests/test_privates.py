@@ -24,7 +24,7 @@ FOREIGN = {  # insides of other libraries for which there is no public way
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
     },
-    "model/llama_cpu.py": {"_linear_pointwise", "_reorder_linear_weight"},
+    "kernels/products.py": {"_linear_pointwise", "_reorder_linear_weight"},
     "model/llama_weights.py": {"_forward_hooks", "_forward_pre_hooks", "_parameters", "_version"},
     "model/registration.py": {"_modules"},
     "cribsheet/synthesizer.py": {"_get_messages", "_log_template_data", "_parse_output"},

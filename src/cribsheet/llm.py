@@ -110,8 +110,8 @@ class CompressedKnowledgeLLM:
                 "study= and study_steps=."
             )
         corpus, purpose = read_documents(documents), Task.of(task)
-        with shown(progress) as told:
-            loaded = LoadedModel.get(model, **dict(model_options or {}))
+        given = dict(model_options or {})
+        with shown(progress) as told, (loaded := LoadedModel.get(model, **given)).backbone.unchanging():
             if studies:
                 check(study, study_steps, loaded.backbone)
             sheet = build_sheet(

@@ -217,8 +217,8 @@ def planned(monkeypatch):
     def plain(q, k, v, scale, causal):
         return attend_plain(q, k, v, scale=scale, causal=causal)
 
-    monkeypatch.setattr(backends, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(backends, "_flash_2", plain)
+    monkeypatch.setattr(backends, "is_hopper", lambda device: True)
+    monkeypatch.setattr(backends, "flash_cuda", plain)
     monkeypatch.setattr(backends, "cudnn_cuda", lambda *given: tuple(part + 0.0 for part in plain(*given)))
     monkeypatch.setattr(backends, "_PLANNED_ROWS", 8)
     monkeypatch.setattr(backends, "_USES_THAT_PAY", 2)

@@ -12,18 +12,9 @@ from safetensors.torch import load_file, save_file
 from cribsheet import CompressedKnowledgeLLM, load_sheet, save_sheet
 from cribsheet.attention.rope import rotate
 from cribsheet.build import build_sheet
+from cribsheet.compress.keeping import Turns, condense, kept_tokens
 from cribsheet.compress.kept import Kept
-from cribsheet.compress.loop import (
-    Turns,
-    choose,
-    condense,
-    correct,
-    kept_tokens,
-    nothing_kept,
-    nothing_read,
-    places,
-    score,
-)
+from cribsheet.compress.loop import choose, correct, nothing_kept, nothing_read, places, score
 from cribsheet.errors import BudgetError, SheetError
 from cribsheet.living.combine import combine
 from cribsheet.plan.options import BuildOptions

@@ -14,8 +14,8 @@ from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
-from cribsheet.engine.batch import _on_passages
-from cribsheet.engine.graphs import find_prefill, fixed_step, padded_prefill
+from cribsheet.engine.graphs import bucket, find_prefill, fixed_step, padded_prefill
+from cribsheet.engine.prefill import on_passages
 from cribsheet.testing import tiny_backbone
 
 TOKENS = 40
@@ -85,7 +85,9 @@ def test_a_step_that_does_not_know_lengths_is_one_that_does(backbone, prefix):
 
 
 def test_nothing_is_captured_on_a_cpu(backbone, prefix):
-    assert [find_prefill(backbone, prefix, 9, True) for _ in range(5)] == [None] * 5 and not prefix.prefills
+    question, weights = torch.arange(20, 29), question_weights(9)
+    found = [find_prefill(backbone, prefix, question, weights, evidence=True) for _ in range(5)]
+    assert found == [None] * 5 and not prefix.prefills
 
 
 def test_what_cannot_be_captured_is_told_once_and_what_can_is_made_once(caplog):
@@ -109,7 +111,7 @@ def test_a_step_that_watches_whole_suffixes_sees_on_passages_what_one_that_knows
                 layer.insert(slot, *(random(backbone.kv_heads, size, backbone.head_size, seed=number) for _ in "kv"))
         if whole:
             logits, masses = fixed_step(backbone, layers, rows, inputs, 64, evidence=True, told=True)
-            masses = [_on_passages(mass, TOKENS, block) for mass, block in zip(masses, told, strict=True)]
+            masses = [on_passages(mass, TOKENS, block) for mass, block in zip(masses, told, strict=True)]
         else:
             rows.fix(inputs[2], 64)
             glance = Glance(layers, backbone.full, told)
@@ -141,3 +143,29 @@ def test_nothing_is_captured_while_something_is_found_out():
     done.set()
     thread.join()
     assert captures.find("it", 0, lambda: "made") == "made"
+
+
+@pytest.mark.parametrize("rows", [0, 5, 9, 14])
+def test_a_padded_question_sees_of_its_passages_what_it_sees_unpadded(backbone, prefix, rows):
+    question, weights, block = torch.arange(20, 32), question_weights(12, 7), (2, 6)
+    cache = prefix_cache(prefix.layers, TOKENS)
+    glance = Glance(cache.layers, backbone.full, [block], [weights])
+    backbone.step(question.unsqueeze(0), torch.arange(TOKENS, TOKENS + 12).unsqueeze(0), cache)
+    inputs = torch.cat([question, torch.full((4,), 33), torch.tensor([11])])
+    padded = torch.cat([weights, torch.zeros(4)])
+    _, mass, _ = padded_prefill(backbone, prefix, inputs, padded, evidence=True, told=True, rows=rows)
+    assert mass.shape[-1] == TOKENS + 16
+    torch.testing.assert_close(on_passages(mass, TOKENS, block), glance.masses[0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_made_and_found_wrong_is_not_made_again():
+    captures, tries = Captures(), []
+    assert [captures.find("it", 0, lambda: tries.append(1)) for _ in range(3)] == [None] * 3
+    assert tries == [1] and not captures
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most"), [(1, 32), (32, 32), (33, 64), (512, 512), (513, 1024), (1060, 1536), (2048, 2048)]
+)
+def test_a_question_is_padded_to_one_of_few_lengths(tokens, most):
+    assert bucket(tokens) == most

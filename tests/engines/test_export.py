@@ -13,7 +13,7 @@ from corpus import DOCUMENTS, FEW_SHOT
 from gguf_files import plain_backbone, save_gguf
 from safetensors import safe_open
 
-from cribsheet import Sheet
+from cribsheet import CompressedKnowledgeLLM, Sheet
 from cribsheet.build import build_sheet
 from cribsheet.cli import run
 from cribsheet.engines.placeholders import placeholders
@@ -125,6 +125,17 @@ def test_what_was_not_tested_is_refused_by_name(qwen3_sheet, tmp_path):
     )
     with pytest.raises(SheetError, match=r"Rotary embeddings of tiny-llama are scaled \(linear\)"):
         stretched.export(tmp_path / "a.state")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_gemmas_two_caches_are_refused_by_name(name, qwen3_gguf, tmp_path):
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=tiny_backbone(name), budget=96, for_engines=True)
+    for engine in ("llama.cpp", "mlx", "vllm"):
+        with pytest.raises(SheetError, match=f"{engine} was not seen to answer from sheets of '{name}' models; use"):
+            kb.sheet.export(tmp_path / "a.state", to=engine)
+    with pytest.raises(SheetError, match=f"of '{name}' models"):
+        kb.in_llama_cpp(qwen3_gguf)
     assert not list(tmp_path.iterdir())
 
 

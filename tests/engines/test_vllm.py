@@ -181,11 +181,12 @@ def test_layers_that_keep_tiles_of_their_own_write_themselves(qwen3_sheet, files
         ({"kv_transfer_params": "staff"}, "kv_transfer_params are 'staff'; use {'cribsheet': NAME}"),
         ({"kv_transfer_params": {"cribsheet": "other"}}, "does not begin with the 64 ids of the sheet 'other'"),
         ({"prompt_token_ids": list(range(300, 400))}, "does not begin with the 96 ids of the sheet 'staff'"),
+        ({"prompt_token_ids": [300]}, "does not begin with the 96 ids of the sheet 'staff'"),
         ({"skip_reading_prefix_cache": True}, "log-probabilities of the prompt"),
         ({"lora_request": object()}, "LoRA adapter"),
         ({"resumable": True}, "a session"),
     ],
-    ids=["unknown", "no name", "no params", "another's ids", "no ids", "prompt logprobs", "lora", "session"],
+    ids=["unknown", "no name", "no params", "another's ids", "no ids", "one id", "prompt logprobs", "lora", "session"],
 )
 def test_what_cannot_be_answered_fails_alone_and_leaves_nothing_to_others(
     vllm_interface,

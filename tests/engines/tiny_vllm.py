@@ -35,6 +35,10 @@ class Request:
     def num_tokens(self):
         return len(self.all_ids)
 
+    def append_output_token_ids(self, token):
+        self.written.append(token)
+        self.update_block_hashes()
+
     def update_block_hashes(self):
         ids = self.all_ids
         for number in range(len(self.block_hashes), len(ids) // self.block):

@@ -95,7 +95,7 @@ class KVConnectorBase_V1(ABC):
 USED = {
     "v1/request.py": {
         "Request": "request_id prompt_token_ids kv_transfer_params lora_request cache_salt block_hashes "
-        "skip_reading_prefix_cache resumable num_tokens update_block_hashes"
+        "skip_reading_prefix_cache resumable num_tokens update_block_hashes append_output_token_ids"
     },
     "v1/core/kv_cache_manager.py": {"KVCacheBlocks": "get_block_ids"},
     "v1/kv_cache_interface.py": {

@@ -14,16 +14,23 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("make kernels runs these", allow_module_level=True)
 
-from cribsheet.attention import dispatch
-from cribsheet.attention.attend import column_mass, column_peak
+from corpus import DOCUMENTS, FEW_SHOT
+
+from cribsheet.attention import backends, dispatch, plain
+from cribsheet.attention.attend import attend, column_mass, column_peak
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
+from cribsheet.build import build_sheet
+from cribsheet.compress import keeping
+from cribsheet.compress.scoring import recall
+from cribsheet.compress.scoring.view import LayerView
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import ShortPrefill
 from cribsheet.engine.request import Answering, Request
 from cribsheet.engine.sampling import SamplingParams
 from cribsheet.kernels import columns as kernels
+from cribsheet.kernels import keeping as taking
 from cribsheet.testing import tiny_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # the interpreter's
@@ -49,7 +56,8 @@ def random_prefix(backbone, tokens, counts=()):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_give_what_the_plain_path_gives(dtype, size):
     errors = dispatch.check(torch.device("cpu"), dtype, size, 3)
-    assert len(errors) == 7 and max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-3), errors
+    assert len(errors) == (10 if size == 64 else 8)
+    assert max(errors.values()) < (1e-5 if dtype == torch.float32 else 1e-3), errors
 
 
 def test_a_planted_bug_is_found_and_the_plain_path_stays(monkeypatch):
@@ -151,3 +159,53 @@ def test_a_row_that_saw_nothing_in_either_part_is_zero_and_says_so():
     assert (found == 0).all() and lse.isneginf().all()
     found, lse = kernels.merge((out, nothing), (out * 2, torch.zeros(1, 2, 3)))
     assert (found == 2).all() and (lse == 0).all()
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_what_is_taken_and_set_by_kernels_is_what_is_taken_and_set_without(size):
+    errors = keeping.errors(torch.device("cpu"), torch.float32, size, 1)
+    assert len(errors) == 10 and max(errors.values()) < 1e-6, errors
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "adaptive"}, {"allocation": "uniform", "guide": "dropped"}])
+def test_a_build_by_kernels_keeps_what_a_build_without_keeps(options, monkeypatch):
+    backbone, sheets = tiny_backbone(), []
+    for used in (False, True):
+        monkeypatch.setattr(keeping, "_by_kernels", lambda kept, used=used: used)
+        sheets.append(build_sheet(backbone, DOCUMENTS, FEW_SHOT, rate=3, chunk_tokens=90, **options))
+    one, other = sheets
+    assert torch.equal(one.indices, other.indices) and one.indices.shape[2] > 20
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert mine.counts == theirs.counts
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-6, rtol=1e-5)
+        assert torch.equal(mine.values, theirs.values)
+
+
+def test_a_planted_bug_in_what_is_taken_is_found(monkeypatch):
+    right = taking.take
+    monkeypatch.setattr(taking, "take", lambda places, *given: right(places.roll(1, 1), *given))
+    assert max(keeping.errors(torch.device("cpu"), torch.float32, 16, 1).values()) > 0.1
+
+
+@pytest.mark.parametrize("repeated", [200, 64, 7])
+def test_a_repetition_is_looked_at_by_a_kernel_as_without(repeated, monkeypatch):
+    made = torch.Generator().manual_seed(2)
+    queries, keys, values = (torch.randn(heads, 230, 32, generator=made) for heads in (6, 2, 2))
+    lse, places = torch.rand(6, 230, generator=made) + 3, torch.arange(230).expand(2, -1)
+    carried = torch.empty(2, 0)
+    view = LayerView(keys, values, places, queries, lse, carried, scale=0.2, layer=0, repeated=repeated)
+    wanted = recall.copied(view)
+    monkeypatch.setattr(dispatch, "usable", lambda q, kv_heads, softcap=None: True)
+    assert wanted.shape == (6, repeated)
+    torch.testing.assert_close(recall.copied(view), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_see_up_to_their_own_key_go_to_the_kernel_for_hopper_where_it_may_be_used(monkeypatch):
+    made = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, heads, 150, 64, generator=made) for heads in (6, 2, 2))
+    wanted = plain.attend_plain(q, k, v, scale=0.1, causal=True)
+    monkeypatch.setattr(backends, "on_cpu", lambda q: False)
+    monkeypatch.setattr(backends, "on_cuda", lambda q: True)
+    monkeypatch.setattr(dispatch, "can_flash", lambda q, k: True)
+    for got, other in zip(attend(q, k, v, scale=0.1, causal=True), wanted, strict=True):
+        torch.testing.assert_close(got, other, atol=1e-5, rtol=1e-4)

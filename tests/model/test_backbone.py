@@ -324,3 +324,15 @@ def test_nobody_leads_outside_of_a_group():
     for make in (Leader, lambda: divided("pocket")):
         with pytest.raises(ModelError, match="group"):
             make()
+
+
+def test_weights_that_nobody_changes_are_sampled_once_and_again_afterwards():
+    backbone = tiny_backbone()
+    before = backbone.weight_samples()
+    with backbone.unchanging(), backbone.unchanging():
+        inside = backbone.weight_samples()
+        assert backbone.weight_samples() is inside
+    with torch.no_grad():
+        backbone.model.lm_head.weight.add_(1.0)
+    assert torch.equal(inside, before) and not torch.equal(backbone.weight_samples(), before)
+    assert backbone.weight_samples() is not backbone.weight_samples()

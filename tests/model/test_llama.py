@@ -58,7 +58,8 @@ def test_a_step_of_few_kernels_is_a_step(family, own, kernels_are_used):
 @pytest.mark.parametrize("family", OWN)
 def test_a_read_of_few_kernels_is_a_read(family, kernels_are_used):
     backbone = shaken(family)
-    errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers, backbone.step)
+    own = backbone.read_by_own_layers, backbone.step, backbone.tokenizer
+    errors = read_errors(LlamaRead(backbone.plain_weights()), *own)
     assert max(errors.values()) < 2e-5, errors
 
 
@@ -111,7 +112,8 @@ def test_a_planted_bug_in_a_read_is_seen(part, kernels_are_used, monkeypatch):
         return tuple(each * 1.2 for each in found) if isinstance(found, tuple) else found * 1.2
 
     monkeypatch.setattr(place, part, wrong)
-    errors = read_errors(LlamaRead(backbone.plain_weights()), backbone.read_by_own_layers, backbone.step)
+    own = backbone.read_by_own_layers, backbone.step, backbone.tokenizer
+    errors = read_errors(LlamaRead(backbone.plain_weights()), *own)
     assert max(errors.values()) > BOUND
 
 

@@ -377,6 +377,15 @@ def test_the_command_refuses_to_be_open_by_accident(sheet_file, capfd):
     assert run(["serve", str(sheet_file.with_name("none.sheet"))]) == 1
 
 
+@pytest.mark.parametrize("engine", [[], ["--engine", "llama.cpp", "--gguf", "none.gguf"]])
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(engine, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert run(["serve", "none.sheet", "--port", str(port), *engine]) == 1
+    told = capfd.readouterr().err
+    assert f"(127.0.0.1, port {port}); give another --port" in told and "none." not in told
+
+
 def test_many_callers_at_once_each_get_their_own_answer(live):
     wrong: list[str] = []
 

@@ -46,6 +46,10 @@ def attend(
     if softcap is None and backends.on_cpu(q):
         return backends.flash_cpu(q, k, v, scale, causal, mask)
     if softcap is None and mask is None and backends.on_cuda(q):
+        if backends.is_planned(q, k, v, scale, causal):
+            return backends.cudnn_cuda(q, k, v, scale, causal)
+        if causal and dispatch.can_flash(q, k):
+            return dispatch.causal(q, k, v, scale)
         return backends.flash_cuda(q, k, v, scale, causal)
     return attend_plain(q, k, v, scale=scale, causal=causal, mask=mask, softcap=softcap)
 

@@ -51,14 +51,10 @@ def flash_cpu(
 
 
 def flash_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """`attend` without a mask on CUDA; key/value heads are shared, not repeated."""
-    if is_planned(q, k, v, scale, causal):
-        return cudnn_cuda(q, k, v, scale, causal)
-    return _flash_2(q, k, v, scale, causal)
+    """`attend` without a mask on CUDA by FlashAttention 2, which takes any shape at once.
 
-
-def _flash_2(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """By FlashAttention 2, which takes any shape at once."""
+    Key/value heads are shared, not repeated.
+    """
     found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return found[0], found[1].reshape(*q.shape[:2], -1)[..., : q.shape[2]]
 
@@ -74,7 +70,7 @@ def is_planned(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> b
 
     The first time, both are compared on what is at hand.
     """
-    if q.shape[2] < _PLANNED_ROWS or k.shape[2] < _PLANNED_ROWS or not _is_hopper(q.device):
+    if q.shape[2] < _PLANNED_ROWS or k.shape[2] < _PLANNED_ROWS or not is_hopper(q.device):
         return False
     shape = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride(), causal)  # as plans are kept
     if shape not in _planned:
@@ -88,12 +84,13 @@ def is_planned(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> b
 
 def _cudnn_errors(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> dict[str, float]:
     """Of the output, relative; of log-sum-exps the largest difference."""
-    (out, lse), (wanted, wanted_lse) = (run(q, k, v, scale, causal) for run in (cudnn_cuda, _flash_2))
+    (out, lse), (wanted, wanted_lse) = (run(q, k, v, scale, causal) for run in (cudnn_cuda, flash_cuda))
     return {"output": relative_error(out, wanted), "log-sum-exp": float((lse - wanted_lse).abs().max())}
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is of the generation of the H100 and H200."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 

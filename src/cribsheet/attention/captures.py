@@ -25,9 +25,10 @@ class Captures(Generic[T]):
         """Whether anything was captured."""
         return any(each is not None for each in self._made.values())
 
-    def find(self, key: Hashable, uses: int, make: Callable[[], T], *, way: Hashable = None) -> T | None:
+    def find(self, key: Hashable, uses: int, make: Callable[[], T | None], *, way: Hashable = None) -> T | None:
         """What was captured for `key`; `make` captures it after so many uses without, unless something is found out.
 
+        Where that gives none, it is not tried again.
         What was captured of another `way` of computing is let go.
         """
         if way != self._way:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from cribsheet.attention import plain
 from cribsheet.attention.agreement import agrees, finding_out, is_in_a_hurry, relative_error
-from cribsheet.attention.backends import on_cuda
+from cribsheet.attention.backends import is_hopper, on_cuda
 from cribsheet.kernels import products
 
 _BOUND = 2e-2  # relative L2 error at which bfloat16 is no excuse
+_FLASHED_ROWS, _FLASHED_SIZES = 2048, (64, 128)  # rows from which our causal attention pays, and its head sizes
 
 
 def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
@@ -33,6 +34,20 @@ def usable(q: Tensor, kv_heads: int, softcap: float | None = None) -> bool:
 def can_merge(out: Tensor) -> bool:
     """Whether `merge` takes such outputs (B, H, T, D)."""
     return on_cuda(out) and agree(_merging, out.device, out.dtype, out.shape[-1], 1)
+
+
+def can_flash(q: Tensor, k: Tensor) -> bool:
+    """Whether `causal` takes such queries (B, H, T, D) and keys (B, K, T, D)."""
+    if q.shape[2] < _FLASHED_ROWS or q.shape[-1] not in _FLASHED_SIZES or not (on_cuda(q) and is_hopper(q.device)):
+        return False
+    return agree(_flashing, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention.attend` of rows that see up to their own key, by one kernel for Hopper."""
+    from cribsheet.kernels import flash
+
+    return flash.causal(q, k, v, scale)
 
 
 def can_span(q: Tensor) -> bool:
@@ -61,6 +76,13 @@ def columns(q: Tensor, k: Tensor, lse: Tensor, scale: float, row_weight: Tensor 
         rows, seen.reshape(rows.shape[:3]), k.flatten(0, 1), starts, size, size, scale, peak=peak
     )  # (G, K, S)
     return found.transpose(0, 1).reshape(-1, size)
+
+
+def around(q: Tensor, lse: Tensor, keys: Tensor, block: int, margin: int, scale: float) -> Tensor:
+    """Largest weight (H, R) of each key from the rows about its block, as `kernels.columns.around` takes them."""
+    from cribsheet.kernels import columns as kernels
+
+    return kernels.around(q, lse, keys, block, margin, scale)
 
 
 def on_prefix(q: Tensor, lse: Tensor, keys: Tensor, starts: Tensor, longest: int, width: int, scale: float) -> Tensor:
@@ -117,7 +139,8 @@ def disagrees(check: Check, device: torch.device, dtype: torch.dtype, size: int,
 
 def check(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
     """Relative L2 errors of all kernels on small random examples, by case."""
-    return _attending(device, dtype, size, shared_by) | _merging(device, dtype, size, shared_by)
+    found = _attending(device, dtype, size, shared_by) | _merging(device, dtype, size, shared_by)
+    return found | _flashing(device, dtype, size, shared_by) if size in _FLASHED_SIZES else found
 
 
 def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
@@ -129,6 +152,12 @@ def _attending(device: torch.device, dtype: torch.dtype, size: int, shared_by: i
     for name, peak, reference in (("mass", False, plain.plain_mass), ("peak", True, plain.plain_peak)):
         got = columns(q, k, lse, scale, weight, peak=peak)
         found[f"{name} of rows"] = relative_error(got, reference(q, k, lse, scale, weight, None))
+    own, far = k[:, :70], torch.arange(70, device=device)
+    logits = q.float() @ own.float().repeat_interleave(shared_by, 0).transpose(1, 2) * scale - lse.unsqueeze(-1)
+    first = far // 32 * 32
+    near = (far[:, None] >= first - 5) & (far[:, None] < first + 37)  # rows about the block of a key
+    wanted = logits.exp().masked_fill(~near, 0.0).amax(1)
+    found["peak of rows about"] = relative_error(around(q, lse, own, 32, 5, scale), wanted)
     for sequences in (1, 33):
         found[f"mass of {sequences} sequences"] = relative_error(*_on_heads(random, sequences, size, shared_by))
     q, keys, values = random(3, 2 * shared_by, 1, size), random(4, 2, 130, size), random(4, 2, 130, size)
@@ -181,6 +210,15 @@ def _spanning(device: torch.device, dtype: torch.dtype, size: int, shared_by: in
                     _worse((out[None, head : head + 1], lse[None, head : head + 1]), wanted),
                     relative_error(noted, (q.float() @ k.float().t() * scale).softmax(-1)),
                 )
+    return found
+
+
+def _flashing(device: torch.device, dtype: torch.dtype, size: int, shared_by: int) -> dict[str, float]:
+    random, found = _Random(device, dtype), dict[str, float]()
+    for tokens in (70, 300):
+        q, k, v = (random(2, heads, tokens, size) for heads in (2 * shared_by, 2, 2))
+        wanted = plain.attend_plain(q, k, v, scale=size**-0.5, causal=True)
+        found[f"causal attention of {tokens}"] = _worse(causal(q, k, v, size**-0.5), wanted)
     return found
 
 

@@ -81,6 +81,13 @@ class LayerPrefix:
         ragged = [torch.cat([half[head, first:] for head, first in heads]) for half in (keys, values)]
         return cls(ragged[0], ragged[1], None, tuple(counts))
 
+    @classmethod
+    def ragged(cls, keys: Tensor, values: Tensor, counts: Sequence[int], starts: Tensor) -> LayerPrefix:
+        """Of keys and values (N, D) of all heads, which begin at `starts` (K + 1,) int32, on their device."""
+        made = cls(keys, values, None, tuple(counts))
+        vars(made)["starts"] = starts
+        return made
+
     @property
     def heads(self) -> int:
         """Key/value heads."""

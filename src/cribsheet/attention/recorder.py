@@ -42,13 +42,16 @@ class Glance:
         weights: Sequence[Tensor] | None = None,
         *,
         whole: bool = False,
+        rows: Tensor | None = None,
     ) -> None:
         """Watch the cache `layers`.
 
         `told` is where the passages of each sequence begin and end in its suffix, padding included; every row that
         weighs anything stands behind them. `weights` are those of each sequence's last rows (n,), 1 for one row if
-        none. If the `whole` suffix is watched, as one new row of each sequence sees it, nothing is told.
+        none. If the `whole` suffix is watched, as one new row of each sequence sees it, nothing is told. If only some
+        `rows` (n,) are looked at, wherever they are, the weights are theirs.
         """
+        self._only = rows
         self._told, self._weights, self._whole = told, weights, whole
         self._rows: Tensor | None = None  # (B, 1, T) of all rows of the pass, once they are needed
         on_cpu = [weight.device.type == "cpu" for weight in weights or ()]
@@ -72,6 +75,8 @@ class Glance:
 
     def _look(self, layer: PrefixLayer, query: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
         layer.watch = None
+        if self._only is not None:
+            query, lse = query.index_select(2, self._only), lse.index_select(2, self._only)
         if self._whole:
             self._masses.append(
                 torch.cat(

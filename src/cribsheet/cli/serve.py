@@ -159,12 +159,10 @@ def _run(
     from cribsheet.server.telemetry.logs import log_to_stderr
 
     ring = Keyring.read(keys) if keys else None
-    shelf = Shelf.open(sheets, **options)
-    try:
+    with _bound(host, port) as listening, contextlib.closing(Shelf.open(sheets, **options)) as shelf:
         app = create_app(shelf, keys=ring, settings=settings)
         config = serving(app, host=host, port=port, timeout_graceful_shutdown=max(1, round(drain)))
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=1024)
+        listening.listen(1024)
         address, bound = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         note(f"cribsheet: {', '.join(shelf)} at http://{shown}:{bound}/ (page) and http://{shown}:{bound}/v1 (API)")
@@ -172,8 +170,25 @@ def _run(
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         with contextlib.suppress(KeyboardInterrupt, Terminated):  # raised by uvicorn once everything is drained
             uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        shelf.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The socket of an address, taken before anything is loaded; clients are refused until it listens.
+
+    Raises `OSError` with the way out where it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        told = f"{error.strerror} ({host}, port {port}); give another --port, 0 for a free one, or another --host."
+        raise OSError(error.errno, told) from error
+    return taken
 
 
 def _is_local(host: str) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.attention.rope import turned, turns
 from cribsheet.compress.archiving import Archiving
 from cribsheet.compress.checkpoint import Checkpoint
 from cribsheet.compress.correction import refitted
+from cribsheet.compress.keeping import Turns, as_prefix, condense, kept_tokens, of_chosen
 from cribsheet.compress.kept import Kept, State
 from cribsheet.compress.progress import Listener, Steps, shown
 from cribsheet.compress.scoring import SCORERS, LayerView, Scorer
@@ -31,7 +31,6 @@ from cribsheet.compress.selection import (
     keep_best,
     keep_counts,
     keep_top,
-    picked,
     present,
     split_like,
     spread,
@@ -183,56 +182,7 @@ def cut(backbone: Backbone, state: State, how: Reading) -> State:
 def _chosen(layer: Kept, keep: Chosen) -> Kept:
     """Of a layer's kept tokens those that were chosen."""
     keys, values = take(layer.keys, keep.places), take(layer.values, keep.places)
-    return Kept(keys, values, *_of(keep, layer.indices, layer.scores))
-
-
-def _of(keep: Chosen, indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Of a layer's indices (K, S) and scores ([N,] K, S) those that were chosen, and how many of each head."""
-    absent, there = keep.places < 0, keep.places.clamp(min=0)
-    chosen = scores.gather(-1, there.expand(*scores.shape[:-1], -1)).masked_fill(absent, float("-inf"))
-    return picked(indices, there).masked_fill(absent, ABSENT), chosen, keep.counts
-
-
-def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
-    """What is kept as a prefix at compact positions 0..P-1; what sliding-window layers keep stands at its end."""
-    size, most = kept_tokens(backbone, kept), max(layer.keys.shape[1] for layer in kept)
-    turn = Turns(backbone, size - most, size)
-    prefix = []
-    for number, (layer, counts, window) in enumerate(zip(kept, _counts_of(kept), backbone.windows, strict=True)):
-        cos, sin = (half[most - layer.keys.shape[1] :] for half in turn.of(number))
-        prefix.append(LayerPrefix.of(layer.at((cos, sin)), layer.values, counts, window))
-    return prefix
-
-
-class Turns:
-    """Cosines and sines of positions, from the first to the last: those of layers that turn alike are made once."""
-
-    def __init__(self, backbone: Backbone, first: int, last: int, sign: int = 1) -> None:
-        self._inv_freqs = backbone.inv_freqs
-        self._made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._positions = sign * torch.arange(first, last, device=backbone.device)
-
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Those of a layer (positions, R/2)."""
-        inv_freq = self._inv_freqs[layer]
-        alike = inv_freq.data_ptr(), len(inv_freq)
-        if alike not in self._made:
-            self._made[alike] = turns(self._positions, inv_freq)
-        return self._made[alike]
-
-
-def _counts_of(kept: Sequence[Kept]) -> Sequence[Sequence[int]]:
-    """How many tokens each head of each layer keeps; a GPU is waited for only if that was not known."""
-    known = [layer.counts for layer in kept if layer.counts is not None]
-    if len(known) == len(kept):
-        return known
-    counts: list[list[int]] = torch.stack([(layer.indices != ABSENT).sum(-1) for layer in kept]).tolist()
-    return counts
-
-
-def kept_tokens(backbone: Backbone, kept: Sequence[Kept]) -> int:
-    """Length of the prefix: the most tokens that a head keeps in the layers that see everything."""
-    return max(kept[number].keys.shape[1] for number in backbone.full)
+    return Kept(keys, values, *of_chosen(keep, layer.indices, layer.scores))
 
 
 def places(kept: Sequence[Kept], chunk: Chunk) -> list[Tensor]:
@@ -325,9 +275,10 @@ def choose(
 def _counts(scores: Sequence[Tensor], standing: Sequence[Tensor], how: Reading, budget: int) -> list[list[int]]:
     """How many of its tokens (K, S) each head of each layer keeps: half by its weight, half by its scores."""
     most, total = max(budget, how.most), budget * sum(len(layer) for layer in scores)
+    weights = how.weigh()  # while a GPU still reads
     both: list[list[int]] = torch.stack([present(standing), best_of_all(scores, total)]).tolist()  # a GPU is waited for
     limits = [min(limit, most) for limit in both[0]]
-    shares = [(weight + won / budget) / 2 for weight, won in zip(how.weigh(), both[1], strict=True)]
+    shares = [(weight + won / budget) / 2 for weight, won in zip(weights, both[1], strict=True)]
     counts = apportion(shares, limits, total, least=min(budget, max(how.least, how.pinned)))
     heads = len(standing[0])
     return [counts[first : first + heads] for first in range(0, len(counts), heads)]
@@ -344,24 +295,6 @@ def _keep_top_of_each(scores: dict[int, Tensor], budget: int) -> dict[int, Chose
         return {number: _alike(keep_top(layer, budget)) for number, layer in scores.items()}
     kept = keep_top(torch.stack(list(scores.values())), budget)
     return {number: _alike(layer) for number, layer in zip(scores, kept, strict=True)}
-
-
-def condense(
-    read: ReadingLayer, old: Kept, indices: Tensor, scores: Tensor, keep: Chosen, turn: tuple[Tensor, Tensor]
-) -> Kept:
-    """What one layer keeps of its old and new tokens, given their indices (K, S) and scores ([N,] K, S).
-
-    `turn` are cosines and sines (c, R/2) that turn the chunk's keys back from where they stood.
-    """
-    before = old.keys.shape[1]
-    place = (keep.places - before).clamp(min=0)  # in the chunk, of those that come from there
-    cos, sin = (half[place] for half in turn)
-    unrotated, values = turned(picked(read.chunk_keys, place), (cos, sin)), picked(read.chunk_values, place)
-    if before:
-        known, is_new = keep.places.clamp(0, before - 1), (keep.places >= before).unsqueeze(-1)
-        unrotated = torch.where(is_new, unrotated, picked(old.keys, known))
-        values = torch.where(is_new, values, picked(old.values, known))
-    return Kept(unrotated, values, *_of(keep, indices, scores))
 
 
 def correct(

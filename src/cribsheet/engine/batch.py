@@ -11,7 +11,7 @@ from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
 from cribsheet.engine.graphs import StepGraphs
-from cribsheet.engine.prefill import told_in, watches
+from cribsheet.engine.prefill import on_passages, told_in, watches
 from cribsheet.engine.request import Answering, Suffix
 from cribsheet.model.backbone import Backbone, Inputs
 
@@ -37,7 +37,7 @@ class Batch:
             return None
         logits, masses = graph.replay(*self._newest(), self.rows.lengths)
         if told and masses is not None:  # passages lie elsewhere in each sequence, so all of its suffix was watched
-            masses = [_on_passages(mass, self.prefix.tokens, block) for mass, block in zip(masses, blocks, strict=True)]
+            masses = [on_passages(mass, self.prefix.tokens, block) for mass, block in zip(masses, blocks, strict=True)]
         self._took(masses)
         return logits
 
@@ -101,12 +101,6 @@ class Batch:
         self.running[slot], self.rows.lengths[slot] = self.running[last], self.rows.lengths[last]
         self.running.pop()
         self.rows.lengths.pop()
-
-
-def _on_passages(mass: Tensor, prefix: int, block: tuple[int, int]) -> Tensor:
-    """Of what is looked at in prefix and suffix (M, K, P + n), that in the prefix and in a block of the suffix."""
-    first, last = block
-    return torch.cat([mass[..., :prefix], mass[..., prefix + first : prefix + last]], -1)
 
 
 def _buffers(prefix: Prefix) -> Buffers:

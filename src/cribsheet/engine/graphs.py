@@ -8,26 +8,35 @@ been used a few times. `fixed_step` and `padded_prefill` are what is captured; t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
+from cribsheet.attention.agreement import agrees, relative_error
+from cribsheet.attention.cache import PrefixLayer, prefix_cache
 from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import Prefix
 from cribsheet.attention.recorder import Glance
 from cribsheet.attention.slots import Rows, SlotLayer, prefill_cache, step_cache
 from cribsheet.model.backbone import Backbone
+from cribsheet.model.llama_weights import BOUND
 from cribsheet.model.passes import is_prepared, logits_after
 
 R = TypeVar("R")
+
+_prefills: weakref.WeakKeyDictionary[Backbone, weakref.WeakSet[PrefillGraph]] = weakref.WeakKeyDictionary()
 
 _USES = 3  # steps of a bucket before it is captured
 _FIRST_TOKENS = 256  # suffix tokens of the smallest bucket; they double
 _MOST_TOKENS = 8192  # longer suffixes are not worth reading whole at every step
 _PREFILL_USES = 1  # questions of a bucket before it is captured
-_FIRST_QUESTION, _MOST_QUESTION = 32, 512  # tokens of the shortest and longest questions that are captured
+_FIRST_QUESTION, _MOST_QUESTION = 32, 2048  # tokens of the shortest and longest questions that are captured
+_ASKING = 128  # rows that are looked at of longer ones that begin with passages, if these are enough
+_MOST_LONG = 8  # longer ones of a model, over all of its prefixes: each holds keys and values of its own
+_DOUBLES_TO = 512  # tokens up to which buckets of questions double; longer ones are as many times as long
 
 
 def fixed_step(
@@ -53,16 +62,31 @@ def fixed_step(
 
 
 def padded_prefill(
-    backbone: Backbone, prefix: Prefix, inputs: Tensor, weights: Tensor, *, evidence: bool
+    backbone: Backbone,
+    prefix: Prefix,
+    inputs: Tensor,
+    weights: Tensor,
+    *,
+    evidence: bool,
+    told: bool = False,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor | None, Sequence[object]]:
     """Logits (1, V) after a question, what it looked at (M, K, P) if there is to be evidence, and its cache layers.
 
+    Where passages were `told`, it is (M, K, P + T), what it looked at in all of itself too.
     `inputs` (T + 1,) are its tokens, anything behind them, and the place of the last one. No row sees what stands
-    behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding.
+    behind it, so padding at the end changes nothing. `weights` (T,) are those of its rows, 0 for the padding; where
+    none but the last so many `rows` of the question weigh anything, the others need not be looked at.
     """
     size = len(weights)
     cache = prefill_cache(prefix.layers, prefix.tokens, None)
-    glance = Glance(cache.layers, backbone.full, [(0, 0)], [weights]) if evidence else None
+    glance: Glance | None = None
+    if evidence:
+        asking = inputs[size:] + torch.arange(1 - rows, 1, device=inputs.device) if rows else None  # (rows,)
+        if asking is not None:
+            weights = weights[asking.clamp(min=0)].masked_fill(asking < 0, 0.0)
+            asking = asking.clamp(min=0)
+        glance = Glance(cache.layers, backbone.full, [(0, size if told else 0)], [weights], rows=asking)
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
     logits = logits_after(backbone, inputs[None, :size], positions[None], cache, inputs[size:])
     return logits, glance.masses[0] if glance else None, cache.layers
@@ -87,15 +111,21 @@ class _Staged:
 class _Captured(Generic[R]):
     """A computation on fixed buffers that is replayed; `found` holds its results after each replay."""
 
-    def __init__(self, run: Callable[[], R]) -> None:
+    def __init__(self, run: Callable[[], R], pool: Any = None) -> None:
+        """Capture it, in the `pool` of others if their results are not needed any more when it is replayed."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # whatever is made at a first use must be made before the capture
             run()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.no_grad(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.found = run()
+
+    @property
+    def pool(self) -> Any:
+        """The memory in which it works, for others to share."""
+        return self._graph.pool()
 
     def replay(self) -> R:
         """Its results, in the same tensors every time."""
@@ -171,16 +201,53 @@ class StepGraphs:
         )
 
 
+class _How(TypedDict):
+    """How a captured question is looked at, as `padded_prefill` takes it."""
+
+    evidence: bool
+    told: bool
+    rows: int
+
+
 class PrefillGraph:
     """Reading one question of at most `tokens` tokens on a prefix, as the GPU replays it."""
 
-    def __init__(self, backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        prefix: Prefix,
+        tokens: int,
+        *,
+        evidence: bool,
+        told: bool = False,
+        rows: int = 0,
+        pool: Any = None,
+    ) -> None:
         self.tokens = tokens
-        self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
-        self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
-        self._prefill = _Captured(
-            lambda: padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, evidence=evidence)
-        )
+        self._how = _How(evidence=evidence, told=told, rows=rows)
+        inputs = self._inputs = _Staged(tokens + 1, dtype=torch.int64, device=backbone.device)
+        weights = self._weights = _Staged(tokens, dtype=torch.float32, device=backbone.device)
+        how = self._how
+        self._prefill = _Captured(lambda: padded_prefill(backbone, prefix, inputs.there, weights.there, **how), pool)
+
+    @property
+    def pool(self) -> Any:
+        """As of what is captured."""
+        return self._prefill.pool
+
+    def errors(self, backbone: Backbone, prefix: Prefix, question: Tensor, weights: Tensor) -> dict[str, float]:
+        """Relative L2 errors on a question: of what is replayed, by kind, and against the model's own layers."""
+        logits, mass, layers = self.replay(question, weights)
+        again, seen, other = padded_prefill(backbone, prefix, self._inputs.there, self._weights.there, **self._how)
+        found = {"replayed": relative_error(logits, again)}
+        if mass is not None and seen is not None:
+            found["evidence"] = relative_error(mass, seen)
+        last, same = layers[-1], other[-1]
+        assert isinstance(last, PrefixLayer) and isinstance(same, PrefixLayer)
+        found["keys"], found["values"] = relative_error(last.keys, same.keys), relative_error(last.values, same.values)
+        positions = torch.arange(prefix.tokens, prefix.tokens + len(question)).unsqueeze(0)
+        plain = backbone.step(question.unsqueeze(0), positions, prefix_cache(prefix.layers, prefix.tokens))
+        return found | {"logits": relative_error(logits, plain[:, -1])}
 
     def replay(self, question: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Sequence[object]]:
         """As `padded_prefill` for the tokens (n,) of a question and weights (n,) of its rows; valid until the next."""
@@ -202,16 +269,37 @@ def _may_capture(backbone: Backbone) -> bool:
     return backbone.device.type == "cuda" and backbone.attached().share is None
 
 
-def find_prefill(backbone: Backbone, prefix: Prefix, tokens: int, evidence: bool) -> PrefillGraph | None:
-    """The graph that reads a question of so many tokens, capturing it if it is time; none if it is read without."""
-    sliding = len(backbone.full) < backbone.num_layers
-    if not _may_capture(backbone) or tokens > _MOST_QUESTION or sliding:
-        return None
-    size = max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
-    found: PrefillGraph | None = prefix.prefills.find(
-        ("a question", size, evidence),
-        _PREFILL_USES,
-        lambda: PrefillGraph(backbone, prefix, size, evidence),
-        way=is_prepared(backbone),
-    )
-    return found
+def bucket(tokens: int) -> int:
+    """How long the graph is that reads a question of so many tokens."""
+    if tokens > _DOUBLES_TO:
+        return -(-tokens // _DOUBLES_TO) * _DOUBLES_TO
+    return max(_FIRST_QUESTION, 1 << (tokens - 1).bit_length())
+
+
+def find_prefill(
+    backbone: Backbone, prefix: Prefix, question: Tensor, weights: Tensor, *, evidence: bool, told: bool = False
+) -> PrefillGraph | None:
+    """The graph that reads a question (n,) whose rows weigh so much, captured if it is time; none if it goes without.
+
+    Graphs of one model share the memory in which they work, because what one has found is used before another is
+    replayed. One that does not agree with the model's own layers on the question at hand is not used.
+    """
+    sliding, most = len(backbone.full) < backbone.num_layers, _MOST_QUESTION if is_prepared(backbone) else _DOUBLES_TO
+    if not _may_capture(backbone) or len(question) > most or sliding:
+        return None  # a long one that is captured before it is known how to compute is captured twice
+    size, others = bucket(len(question)), _prefills.setdefault(backbone, weakref.WeakSet())
+    rows = _ASKING if size > _ASKING and evidence and not weights[:-_ASKING].any() else 0
+
+    def make() -> PrefillGraph | None:
+        if size > _DOUBLES_TO and sum(graph.tokens > _DOUBLES_TO for graph in others) >= _MOST_LONG:
+            return None
+        pool = next((graph.pool for graph in others), None)
+        graph = PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, rows=rows, pool=pool)
+        path = f"captured questions of up to {size} tokens"
+        if not agrees(path, lambda: graph.errors(backbone, prefix, question, weights), BOUND):
+            return None
+        others.add(graph)
+        return graph
+
+    key = "a question", size, evidence, told, rows
+    return prefix.prefills.find(key, _PREFILL_USES, make, way=is_prepared(backbone))

@@ -44,6 +44,23 @@ class Prefill:
         """Logits (B, V) by a graph that was captured; none where the model must make the pass."""
         return None
 
+    def replayed_alone(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of the only question by a graph, if it is of a length that was captured."""
+        sequence, request = self.sequences[0], self.sequences[0].request
+        if request.ahead:
+            return None
+        first, last = block = told_in(self.sequences)[0]
+        weights = question_weights(len(request.question), request.lead)
+        evidence, told = watches(self.sequences), last > first
+        graph = find_prefill(backbone, self.prefix, request.question, weights, evidence=evidence, told=told)
+        if graph is None:
+            return None
+        logits, mass, self.layers = graph.replay(request.question, weights)
+        self.spare = graph.tokens - len(request.question)
+        if mass is not None:
+            sequence.look(on_passages(mass, self.prefix.tokens, block))
+        return logits
+
     def inputs(self, backbone: Backbone) -> Inputs:
         """What the model reads next; `note` must follow."""
         raise NotImplementedError
@@ -114,19 +131,7 @@ class ShortPrefill(Prefill):
 
     def replayed(self, backbone: Backbone) -> Tensor | None:
         """Logits (1, V) of a question that is alone and of a length that was captured."""
-        sequence, request = self.sequences[0], self.sequences[0].request
-        if len(self.sequences) > 1 or request.ahead or any(last > first for first, last in told_in(self.sequences)):
-            return None  # passages lie elsewhere in each question: no graph fits
-        graph = find_prefill(backbone, self.prefix, len(request.question), watches(self.sequences))
-        if graph is None:
-            return None
-        logits, mass, self.layers = graph.replay(
-            request.question, question_weights(len(request.question), request.lead)
-        )
-        self.spare = graph.tokens - len(request.question)
-        if mass is not None:
-            sequence.look(mass)
-        return logits
+        return None if len(self.sequences) > 1 else self.replayed_alone(backbone)
 
 
 class LongPrefill(Prefill):
@@ -141,6 +146,13 @@ class LongPrefill(Prefill):
     def is_read(self) -> bool:
         """Whether there is no further piece."""
         return self._done == len(self.sequences[0].request.question)
+
+    def replayed(self, backbone: Backbone) -> Tensor | None:
+        """Logits (1, V) of a question that is not so long that no graph takes it whole."""
+        logits = None if self._done else self.replayed_alone(backbone)
+        if logits is not None:
+            self._done = len(self.sequences[0].request.question)
+        return logits
 
     def inputs(self, backbone: Backbone) -> Inputs:
         """The next piece."""
@@ -168,6 +180,14 @@ def watches(sequences: Sequence[Answering]) -> bool:
 def told_in(sequences: Sequence[Answering]) -> list[tuple[int, int]]:
     """Where in each question its passages begin and end; nowhere if nobody wants to know."""
     return [each.request.block if each.request.evidence else (0, 0) for each in sequences]
+
+
+def on_passages(mass: Tensor, prefix: int, block: tuple[int, int]) -> Tensor:
+    """Of what is looked at in prefix and suffix (M, K, P + n), that in the prefix and in a block of the suffix."""
+    first, last = block
+    if last == first:
+        return mass[..., :prefix]
+    return torch.cat([mass[..., :prefix], mass[..., prefix + first : prefix + last]], -1)
 
 
 def prefills(sequences: Sequence[Answering]) -> list[Prefill]:

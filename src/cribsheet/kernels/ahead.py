@@ -112,7 +112,7 @@ def _mark(shape: Shape) -> Path | None:
 
 def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     """Calls that need every kernel of a model once, those of builds and questions first."""
-    from cribsheet.kernels import columns
+    from cribsheet.kernels import columns, flash
 
     dtype = getattr(torch, shape.dtype)
 
@@ -132,6 +132,12 @@ def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     many = made(kv_heads, group, _ROWS, size), floats(kv_heads, group, _ROWS)
     if shape.hidden:
         yield from _layers(shape, made)
+    yield from _keeping(shape, made)
+    rows = made(heads, _ROWS, size), floats(heads, _ROWS)
+    yield partial(columns.around, *rows, made(kv_heads, _ROWS, size), 64, 16, 0.1)
+    if shape.arch == 90 and size in flash.TILES:
+        seen = made(1, kv_heads, 300, size)
+        yield partial(flash.causal, made(1, heads, 300, size), seen, seen, 0.1)
     for peak in (True, False):
         yield partial(columns.columns, *many, keys, starts, 300, 300, 0.1, peak=peak)
     yield partial(columns.merge, part, part)
@@ -141,6 +147,19 @@ def tasks(shape: Shape) -> Iterator[Callable[[], Any]]:
     q, suffix, index = made(2, heads, 1, size), made(2, kv_heads, 64, size), made(2, kind=torch.int64)
     for before in (None, (q, floats(2, heads, 1))):
         yield partial(columns.newest, q, suffix, suffix, index, 0.1, before)
+
+
+def _keeping(shape: Shape, made: Callable[..., Tensor]) -> Iterator[Callable[[], Any]]:
+    """What builds take and set."""
+    from cribsheet.kernels import keeping
+
+    heads, size = shape.kv_heads, shape.head_size
+    floats, whole = partial(made, kind=torch.float32), partial(made, kind=torch.int64)
+    turn = floats(40, size // 2), floats(40, size // 2)
+    old, new = (floats(heads, 30, size), made(heads, 30, size)), (made(heads, 40, size), made(heads, 40, size))
+    yield partial(keeping.take, whole(heads, 35), old, new, turn, whole(heads, 70), floats(2, heads, 70))
+    starts = made(heads + 1, kind=torch.int32)
+    yield partial(keeping.place, *old, starts, 60, turn, 10)
 
 
 def _layers(shape: Shape, made: Callable[..., Tensor]) -> Iterator[Callable[[], Any]]:

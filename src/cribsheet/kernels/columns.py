@@ -93,6 +93,46 @@ def columns(
     return out
 
 
+@triton.jit(do_not_specialize=["tokens", "margin"])
+def _around(
+    q: tl.tensor, seen: tl.tensor, keys: tl.tensor, out: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
+    margin: tl.tensor, q_head: tl.tensor, key_head: tl.tensor,
+    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+) -> None:  # fmt: skip
+    """A block of tokens of one query head against the rows about it, so many more on either side."""
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, d = block * BN + tl.arange(0, BN), tl.arange(0, BD)
+    first, last = tl.maximum(block * BN - margin, 0), tl.minimum(block * BN + BN + margin, tokens)
+    mine, theirs = q + head * q_head, keys + head // GROUP * key_head
+    k = tl.load(theirs + n[:, None] * D + d[None, :], mask=(n[:, None] < tokens) & (d[None, :] < D), other=0.0)
+    found = tl.full((BN,), float("-inf"), tl.float32)
+    for begin in range(first, last, BM):
+        m = begin + tl.arange(0, BM)
+        there = (m[None, :] < last) & (d[:, None] < D)
+        row = tl.load(mine + m[None, :] * D + d[:, None], mask=there, other=0.0)
+        offset = tl.load(seen + head * tokens + m, mask=m < last, other=float("inf"))
+        logits = tl.dot(k, row, input_precision="ieee") * scale - offset[None, :]
+        found = tl.maximum(found, tl.max(logits, 1))
+    tl.store(out + head * tokens + n, tl.exp(found), mask=n < tokens)
+
+
+def around(q: Tensor, lse: Tensor, keys: Tensor, block: int, margin: int, scale: float) -> Tensor:
+    """Largest weight (H, R) of each of R keys (K, R, D) from the rows q (H, R, D) about its block.
+
+    A block is of a power of two of tokens, and a `margin` of rows more is looked at on either side; `lse` (H, R) are
+    the rows' log-sum-exps.
+    """
+    heads, tokens, size = q.shape
+    out = torch.empty(heads, tokens, device=q.device)
+    if tokens:
+        q, keys = (each if each.stride()[1:] == (size, 1) else each.contiguous() for each in (q, keys))
+        _around[(triton.cdiv(tokens, block), heads)](
+            q, lse.contiguous(), keys, out, scale, tokens, margin, q.stride(0), keys.stride(0),
+            GROUP=heads // len(keys), D=size, BD=max(16, triton.next_power_of_2(size)), BN=block, BM=32, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
 @triton.jit
 def _taken(
     row: tl.tensor, k: tl.tensor, v: tl.tensor, inside: tl.tensor, found: tl.tensor, top: tl.tensor, total: tl.tensor,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -80,6 +81,10 @@ class Backbone:
         self.packs_from = PACKS_FROM  # may be set before a sheet is opened; 0 is all of them
         self._laid_out: LlamaPass | None = None
         self._unchanged: Unchanged | None = None  # since weights were laid out
+        self._samples: Tensor | None = None  # of the weights, while nobody changes them
+        self._inside = 0  # how many say so
+        self._are_sampled = True  # or are being sampled
+        self._sampling = threading.Lock()
 
     @classmethod
     def load(
@@ -181,6 +186,9 @@ class Backbone:
             return layers
         fast = self.found_read() if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
+        if not self._are_sampled and self.device.type == "cuda" and not self.in_step:
+            self._are_sampled = True
+            threading.Thread(target=self._sample_meanwhile, name="cribsheet-weights", daemon=True).start()
         return layers
 
     def laid_out(self) -> LlamaPass | None:
@@ -212,7 +220,9 @@ class Backbone:
     def fast_read(self) -> LlamaRead | None:
         """A read of few kernels, checked at the first use; none where the model's own layers must be used."""
         weights = self.plain_weights() if self.device.type == "cuda" else None
-        return fast_read(weights, self.name, self.read_by_own_layers, self.step) if weights else None
+        if weights is None:
+            return None
+        return fast_read(weights, self.name, self.read_by_own_layers, self.step, self.tokenizer)
 
     def found_read(self) -> LlamaRead | None:
         """`fast_read`; none in a hurry, until it was found out."""
@@ -276,10 +286,29 @@ class Backbone:
 
     def weight_samples(self) -> Tensor:
         """A few values (N,) of each weight, in float32; of a divided model all processes take them together."""
-        samples = list(_weight_samples(self.model))
-        if len({(each.device, each.dtype) for each in samples}) > 1:
-            samples = [each.float().cpu() for each in samples]
-        return torch.cat(samples).float().cpu()  # a GPU is waited for once
+        with self._sampling:
+            samples = _all_samples(self.model) if self._samples is None else self._samples
+            if self._inside:
+                self._samples = samples
+        return samples
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Nobody changes the weights inside: they are sampled once, on a GPU while that reads what is read first."""
+        with self._sampling:
+            self._inside += 1
+            self._are_sampled = False
+        try:
+            yield
+        finally:
+            with self._sampling:
+                self._inside -= 1
+                if not self._inside:
+                    self._samples, self._are_sampled = None, True
+
+    def _sample_meanwhile(self) -> None:
+        with suppress(Exception):  # whoever asks for them hears of it
+            self.weight_samples()
 
     @cached_property
     def scale(self) -> float:
@@ -295,6 +324,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"There is no usable tokenizer at {name!r}: {_first_line(error)}") from error
+
+
+def _all_samples(model: Any) -> Tensor:
+    samples = list(_weight_samples(model))
+    if len({(each.device, each.dtype) for each in samples}) > 1:
+        samples = [each.float().cpu() for each in samples]
+    return torch.cat(samples).float().cpu()  # a GPU is waited for once
 
 
 def _weight_samples(model: Any) -> Iterator[Tensor]:

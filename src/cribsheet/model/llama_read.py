@@ -10,6 +10,7 @@ Letters as in `attention/prefix.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ from transformers.cache_utils import Cache
 
 from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer, prefix_cache
-from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
+from cribsheet.attention.prefix import AttentionInputs
+from cribsheet.model.example import Read, read_by, text_ids
 from cribsheet.model.llama_weights import LlamaLayer, LlamaWeights, beside, is_fast
 
-_BEFORE, _CHECKED = 24, 40  # tokens of a small example: of the prefix, and read, half of them the guide
+_BEFORE, _CHECKED = 24, 40  # tokens of the text that is compared on: of the prefix, and read, half of them the guide
 
 
 class LlamaRead:
@@ -92,36 +94,35 @@ class _Passing:
         return normed(rows.contiguous(), *self._weights.norm, more.contiguous())[1]
 
 
-Read = Callable[[Tensor, Tensor, Sequence[ReadingLayer]], None]  # tokens (1, T) at positions (1, T) into layers
 Step = Callable[[Tensor, Tensor, Cache], Tensor]  # tokens (B, T) at positions (B, T) over a cache: logits (B, 1, V)
 
 
-def fast_read(weights: LlamaWeights, name: str, own: Read, step: Step) -> LlamaRead | None:
-    """A read of few kernels that agrees with the model's `own`, and its logits with those of a `step`.
+def fast_read(weights: LlamaWeights, name: str, own: Read, step: Step, tokenizer: Any) -> LlamaRead | None:
+    """A read of few kernels that agrees with the model's `own`, and its logits with those of a `step`, on some text.
 
     None where it does not, or cannot be run.
     """
-    read = LlamaRead(weights)
-    return read if is_fast(weights, f"reads of few kernels for {name}", lambda: errors(read, own, step)) else None
+    read, path = LlamaRead(weights), f"reads of few kernels for {name}"
+    return read if is_fast(weights, path, lambda: errors(read, own, step, tokenizer)) else None
 
 
-def errors(read: LlamaRead, own: Read, step: Step) -> dict[str, float]:
-    """Relative L2 errors of all that a read leaves in the layers and of logits, on a small random example, by kind."""
-    weights, generator = read.weights, torch.Generator().manual_seed(0)
-    embed = weights.embed
-    ids = torch.randint(0, len(embed), (1, _CHECKED), generator=generator).to(embed.device)
-    shape = weights.kv_heads, _BEFORE, weights.head_size
-    keys, values = (torch.randn(shape, generator=generator).to(embed.device, embed.dtype) for _ in "kv")
+def errors(read: LlamaRead, own: Read, step: Step, tokenizer: Any) -> dict[str, float]:
+    """Relative L2 errors of all that a read leaves in the layers and of logits, on a few sentences, by kind."""
+    weights, embed = read.weights, read.weights.embed
+    text = text_ids(tokenizer, _BEFORE + _CHECKED).to(embed.device)
+    ids = text[_BEFORE:].unsqueeze(0)
+    none = embed.new_empty(weights.kv_heads, 0, weights.head_size)
+    prefix = read_by(own, text[:_BEFORE], len(weights.layers), none)
     positions = torch.arange(_BEFORE, _BEFORE + _CHECKED, device=embed.device).unsqueeze(0)
     outcomes = []
     for run in (read, own):
-        layers = [ReadingLayer(LayerPrefix(keys, values), _BEFORE, _CHECKED // 2) for _ in weights.layers]
+        layers = [ReadingLayer(layer, _BEFORE, _CHECKED // 2) for layer in prefix]
         run(ids, positions, layers)
         outcomes.append(layers)
     pairs = list(zip(*outcomes, strict=True))
     names = "chunk_keys", "chunk_values", "guide_queries", "guide_lse"
     found = {name: max(relative_error(getattr(one, name), getattr(two, name)) for one, two in pairs) for name in names}
     both, places = ids.view(2, -1), positions[:, : _CHECKED // 2].expand(2, -1)
-    caches = [prefix_cache([LayerPrefix(keys, values) for _ in weights.layers], _BEFORE) for _ in "12"]
+    caches = [prefix_cache(prefix, _BEFORE) for _ in "12"]
     logits = read.logits(both, places, caches[0].layers)
     return found | {"logits": relative_error(logits, step(both, places, caches[1])[:, -1])}

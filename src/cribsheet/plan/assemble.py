@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cribsheet.attention.prefix import LayerPrefix, turned_back
+from cribsheet.compress.keeping import as_prefix, kept_tokens
 from cribsheet.compress.kept import Kept, State
-from cribsheet.compress.loop import as_prefix, kept_tokens
 from cribsheet.model.backbone import Backbone
 from cribsheet.plan.describe import describe
 from cribsheet.plan.plan import Plan
+from cribsheet.plan.room import moved, room_for
 from cribsheet.prompt.chunks import TokenizedCorpus
 from cribsheet.sheet.archive.layout import Layout
 from cribsheet.sheet.archive.writer import ArchiveWriter, unfinished_archive
@@ -50,11 +52,15 @@ def archive_layout(backbone: Backbone, dtype: StorageDtype, runs: Sequence[int])
 
 def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: ArchiveWriter | None = None) -> Sheet:
     """The sheet of what was kept, begun at a time of `time.perf_counter`, with its archive if that was written."""
-    layers, indices = _with_guide(backbone, state.kept, plan.resident)
-    if plan.dtype == "int4":
-        length = indices.shape[-1]
-        layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
-    stored = [StoredLayer.of(layer, plan.dtype) for layer in layers]
+    before = as_prefix(backbone, state.kept)
+    with ThreadPoolExecutor(1) as meanwhile:
+        room = meanwhile.submit(room_for, before, len(plan.resident), plan.dtype)
+        layers, indices = _with_guide(backbone, before, state.kept, plan.resident)
+        if plan.dtype == "int4":
+            length = indices.shape[-1]
+            layers = [turned_back(layer, length, turn) for layer, turn in zip(layers, backbone.inv_freqs, strict=True)]
+        pairs = zip(layers, room.result(), strict=True)
+        stored = [StoredLayer.of(moved(layer, to), plan.dtype) for layer, to in pairs]
     loss, origins = _storage_loss(stored, layers), kept_origins(plan.corpus, indices)
     manifest = describe(plan, backbone, time.perf_counter() - began)
     manifest.build.update(loss)
@@ -65,25 +71,27 @@ def finish(backbone: Backbone, plan: Plan, state: State, began: float, archive: 
 
 def kept_origins(corpus: TokenizedCorpus, indices: Tensor) -> Tensor:
     """`Sheet.origins` for these kept indices: rows (U, 4) of index, document, first and last-plus-one character."""
-    used = torch.unique(indices)
-    used = used[used >= 0].long()
+    seen = torch.zeros(len(corpus) - ABSENT, dtype=torch.bool)  # what stands for no token is below zero
+    used = seen.index_fill_(0, indices.flatten().long() - ABSENT, True)[-ABSENT:].nonzero().flatten()
     return torch.cat([used[:, None].to(torch.int32), corpus.origins[used]], 1)
 
 
-def _with_guide(backbone: Backbone, kept: Sequence[Kept], resident: Tensor) -> tuple[list[LayerPrefix], Tensor]:
-    """The final prefix, with the resident guide (T,) read on top.
+def _with_guide(
+    backbone: Backbone, layers: list[LayerPrefix], kept: Sequence[Kept], resident: Tensor
+) -> tuple[list[LayerPrefix], Tensor]:
+    """The final prefix, with the resident guide (T,) read on top of what is kept.
 
     Also the indices (F, K, P + T) of what the F layers keep that see everything, as in `Sheet`.
     """
-    layers = as_prefix(backbone, kept)
     size = kept_tokens(backbone, kept)
-    full = [kept[number].indices for number in backbone.full]
-    indices = torch.stack([F.pad(layer, (size - layer.shape[1], 0), value=ABSENT) for layer in full]).cpu()
     if len(resident):
         read = backbone.read(layers, size, resident, resident[:0])
         layers = [old.followed_by(new.chunk_keys, new.chunk_values) for old, new in zip(layers, read, strict=True)]
-        indices = torch.cat([indices, indices.new_full((*indices.shape[:2], len(resident)), -1)], 2)
-    return layers, indices.to(torch.int32)
+    full = [kept[number].indices for number in backbone.full]
+    padded = [F.pad(layer, (size - layer.shape[1], 0), value=ABSENT) for layer in full]
+    indices = torch.stack(padded).to(torch.int32).cpu()  # a GPU is waited for
+    guide = indices.new_full((*indices.shape[:2], len(resident)), -1)
+    return layers, torch.cat([indices, guide], 2)
 
 
 def _storage_loss(stored: Sequence[StoredLayer], layers: Sequence[LayerPrefix]) -> dict[str, float]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _GAP = "\n\n"
-_PIECE, _CONTEXT = 1 << 15, 64  # characters encoded at once, and encoded again before them
-LONG = 2 * _PIECE  # characters of a text that is not encoded whole before it is known that it may fit
+_PIECE, _CONTEXT = 1 << 13, 64  # characters encoded in one go, and encoded again before them
+_SIDE_BY_SIDE = 16  # pieces that are encoded at once, by as many processors as there are
+_STRETCH = 1 << 15  # characters of a stretch by which it is seen how long a text is
+LONG = 2 * _STRETCH  # characters of a text that is not encoded whole before it is known that it may fit
 _ENDS = 16  # tokens of a stretch that may be others than those of the whole
 _WORD_BREAK = re.compile(r"(?<=\w) (?=\w)")
 # Lookalikes of the same length, so that character spans stay true.
@@ -43,7 +46,9 @@ class Encoder:
 
     def left(self, text: str) -> tuple[Tensor, Tensor]:
         """Ids (N,) and character spans (N, 2), int64, of text that begins a prompt; one BOS if the model has one."""
-        pieces = [self._piece(text, start, stop) for start, stop in _pieces(text)]
+        bounds, pieces = _pieces(text), list[tuple[Tensor, Tensor]]()
+        while some := list(islice(bounds, _SIDE_BY_SIDE)):
+            pieces += self._encoded_pieces(text, some)
         ids, spans = torch.cat([ids for ids, _ in pieces]), torch.cat([spans for _, spans in pieces])
         if self._adds_bos and ids[:1].tolist() != [self._bos]:
             ids = torch.cat([torch.tensor([self._bos]), ids])
@@ -77,8 +82,8 @@ class Encoder:
         if len(text) <= LONG:
             return False
         taken = 0
-        for start in range(0, len(text), _PIECE):
-            taken += max(0, self.count([text[start : start + _PIECE]]) - _ENDS)
+        for start in range(0, len(text), _STRETCH):
+            taken += max(0, self.count([text[start : start + _STRETCH]]) - _ENDS)
             if taken > 2 * tokens:
                 return True
         return False
@@ -93,14 +98,19 @@ class Encoder:
             stop -= 1
         return text[:stop].rstrip()
 
-    def _piece(self, text: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Ids and spans of `text[start:stop]` as the tokens of the whole: encoded with some text before it."""
-        context = max(0, start - _CONTEXT)
-        encode = self._open if stop == len(text) else self._encode
-        ids, spans = encode(text[context:stop])
-        spans = spans + context
-        new = (spans[:, 1] > start) | (start == 0)
-        return ids[new], spans[new]
+    def _encoded_pieces(self, text: str, bounds: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """Ids and spans of some `text[start:stop]` as the tokens of the whole: encoded with some text before each."""
+        contexts = [max(0, start - _CONTEXT) for start, _ in bounds]
+        given = [text[context:stop] for context, (_, stop) in zip(contexts, bounds, strict=True)]
+        is_last = bounds[-1][1] == len(text)
+        encoded = self._encode_all(given[:-1] if is_last else given)
+        if is_last:
+            encoded.append(self._open(given[-1]))
+        found = []
+        for (ids, spans), context, (start, _) in zip(encoded, contexts, bounds, strict=True):
+            new = (spans[:, 1] + context > start) | (start == 0)
+            found.append((ids[new], spans[new] + context))
+        return found
 
     def _open(self, text: str) -> tuple[Tensor, Tensor]:
         """As `_encode`, for text that a word follows: some tokenizers split a blank line otherwise at the very end."""
@@ -109,11 +119,23 @@ class Encoder:
         return (ids[inside], spans[inside]) if int(spans[inside].max()) == len(text) else self._encode(text)
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """Ids (N,) and character spans (N, 2) of each text alone."""
+        if not texts:
+            return []
         encoded = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, truncation=False
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False, truncation=False
         )
-        spans = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64), spans
+        ids = [torch.tensor(each, dtype=torch.int64) for each in encoded["input_ids"]]
+        spans = [_as_tensor(each) for each in encoded["offset_mapping"]]
+        return list(zip(ids, spans, strict=True))
+
+
+def _as_tensor(spans: Sequence[tuple[int, int]]) -> Tensor:
+    """(N, 2); a list of numbers is read several times faster than a list of pairs."""
+    return torch.tensor(list(chain.from_iterable(spans)), dtype=torch.int64).view(-1, 2)
 
 
 def _pieces(text: str) -> Iterator[tuple[int, int]]:

@@ -42,12 +42,17 @@ def documents(setting: Setting, tokens: int) -> list[Document]:
 
 
 def builds(setting: Setting, report: Report, targets: dict[int, float]) -> None:
-    """Whole builds, from documents to a sheet, against stock prefill of as many tokens, by length with its target."""
+    """Whole builds, from documents to a sheet, against stock prefill of as many tokens, by length with its target.
+
+    Documents are whole, so that a few hundred tokens more than the length are read, by both.
+    """
     loaded = LoadedModel.get(setting.backbone)
     for length, target in targets.items():
         given = documents(setting, length)
+        with CompressedKnowledgeLLM.build(given, _TASK, model=loaded, rate=8) as kb:
+            tokens = kb.sheet.manifest.corpus_tokens
         ways: dict[str, dict[str, Any]] = {"default": {}, "adaptive": {"allocation": "adaptive"}}
-        runs: dict[str, Callable[[], Any]] = {"plain": partial(sides.plain_prefill, setting, setting.corpus(length))}
+        runs: dict[str, Callable[[], Any]] = {"plain": partial(sides.plain_prefill, setting, setting.corpus(tokens))}
         for name, options in ways.items():
             runs[name] = _builder(loaded, given, options)
         best = setting.interleaved(runs)

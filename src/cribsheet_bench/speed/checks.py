@@ -159,7 +159,7 @@ def steps_agree(setting: Setting, report: Report) -> None:
         report.fact(f"question padded against alone, {label}", relative_error(slow[0], plainly))
         if setting.device.type != "cuda":
             continue
-        prefill_graph = graphs.PrefillGraph(backbone, prefix, 64, True)
+        prefill_graph = graphs.PrefillGraph(backbone, prefix, 64, evidence=True)
         step_graph = graphs.StepGraph(backbone, layers, rows, 4, evidence=True)
         for turn in range(3):  # the later ones must not be harmed by the earlier
             logits, mass, _ = prefill_graph.replay(question, weights)

@@ -340,7 +340,8 @@ def families(setting: Setting, found: Found) -> None:
         backbone.model.to(setting.device)
         weights = _weights(backbone)
         errors = llama_step.errors(backbone, llama_step.LlamaStep(weights))
-        errors |= llama_read.errors(llama_read.LlamaRead(weights), backbone.read_by_own_layers, backbone.step)
+        own = backbone.read_by_own_layers, backbone.step, backbone.tokenizer
+        errors |= llama_read.errors(llama_read.LlamaRead(weights), *own)
         found.fact(f"errors, {family}", errors)
 
 

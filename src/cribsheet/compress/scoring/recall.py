@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cribsheet.attention import dispatch
 from cribsheet.attention.attend import column_peak
 from cribsheet.compress.scoring.task_attention import carried_on, max_over_group, value_norm
 from cribsheet.compress.scoring.view import LayerView, Reads
@@ -58,6 +59,9 @@ def copied(view: LayerView) -> Tensor:
     Blocks of tokens are so many more key/value heads; rows beyond the ends have a log-sum-exp of infinity.
     """
     (h, t, d), (kv_heads, s, _), size = view.queries.shape, view.keys.shape, view.repeated
+    if dispatch.usable(view.queries, kv_heads, view.softcap):
+        repeating = view.queries[:, t - size :], view.lse[:, t - size :]
+        return dispatch.around(*repeating, view.keys[:, s - size :], _BLOCK, _MARGIN, view.scale)
     blocks = -(-size // _BLOCK)
     missing, width = blocks * _BLOCK - size, _BLOCK + 2 * _MARGIN
     if not blocks:

@@ -84,8 +84,12 @@ def check_settings(config: Any, cache_config: Any, sheets: Mapping[str, Exported
 
 def check_model(model_config: Any, sheets: Mapping[str, ExportedSheet]) -> None:
     """Raise `MismatchError`, by name, if vLLM's model is another than one that made a sheet."""
+    checked: list[Fingerprint] = []
     for name, sheet in sheets.items():
         made = sheet.fingerprint
+        if made in checked:
+            continue
+        checked.append(made)
         for what, ours, theirs in _settings(made, model_config.hf_text_config):
             if ours != theirs:
                 raise _refusal(name, made, what, ours, theirs, model_config)

@@ -53,6 +53,8 @@ class Scheduling:
             request.block_hashes.clear()
             request.update_block_hashes()
             request.skip_reading_prefix_cache = False  # which would keep it from failing
+            if request.num_tokens == 1:  # of which nothing could be loaded, and only what is loaded can fail
+                request.append_output_token_ids(0)
 
     def matched(self, request: Any, cached: int) -> int:
         """Tokens that are to be loaded behind those that vLLM's own cache has."""

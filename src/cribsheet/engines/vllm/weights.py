@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -23,21 +25,21 @@ def differing_weight(model: str, revision: str | None, made: Fingerprint) -> tup
     """
     homes = _homes(model, revision)
     names = sorted(homes)
-    differing = [list(_differing(homes, held, made)) for held in (names, [each for each in names if each != _HEAD])]
+    with contextlib.ExitStack() as opened:
+        files = {path: opened.enter_context(safe_open(path, "pt")) for path in set(homes.values())}
+        slices = {name: files[homes[name]].get_slice(name) for name in names}
+        without = [each for each in names if each != _HEAD]
+        differing = [list(_differing(slices, held, made)) for held in (names, without)]
     return min(differing, key=len)[0] if all(differing) else None
 
 
-def _differing(homes: dict[str, Path], names: list[str], made: Fingerprint) -> Iterator[tuple[str, float, float]]:
+def _differing(slices: Mapping[str, Any], names: list[str], made: Fingerprint) -> Iterator[tuple[str, float, float]]:
     """Values that are not the sheet's, if the model's weights have these names, in this order."""
-    shapes = []
-    for name in names:
-        with safe_open(homes[name], "pt") as file:
-            shapes.append(tuple(file.get_slice(name).get_shape()))
+    shapes = [tuple(slices[name].get_shape()) for name in names]
     for (number, place), ours in zip(probe_places(shapes), made.weights_probe, strict=False):
         name, shape = names[number], shapes[number]
-        with safe_open(homes[name], "pt") as file:
-            row, column = divmod(place, math.prod(shape[1:]))
-            theirs = float(file.get_slice(name)[row : row + 1].flatten()[column])
+        row, column = divmod(place, math.prod(shape[1:]))
+        theirs = float(slices[name][row : row + 1].flatten()[column])
         if not agree(ours, theirs):
             yield name, ours, theirs
 
