@@ -11,6 +11,7 @@ from cribsheet.attention.packed import check
 from cribsheet.attention.packed.prefix import PackedPrefix
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.build import build_sheet
+from cribsheet.kernels.codes import PACKS_FROM
 from cribsheet.living.opened import opened
 from cribsheet.living.segments import sheet_layers
 from cribsheet.recall.placing import taken_off
@@ -25,6 +26,7 @@ def codes_are_read(monkeypatch):
 
 def built(family="llama", **options):
     backbone = tiny_backbone(family, head_dim=64)
+    backbone.packs_from = 0
     settings = {"rate": 1.5, "dtype": "int4", "scorer": "task", "guide": "resident"}
     return backbone, build_sheet(backbone, DOCUMENTS, FEW_SHOT, **(settings | options))
 
@@ -71,6 +73,15 @@ def test_answers_are_the_same_while_plain_torch_reads_the_codes(codes_are_read, 
     assert type(in_floats.prefix.layers[0]) is LayerPrefix
     assert [each.text for each in mine] == [each.text for each in theirs]
     assert [[s.text for s in each.sources] for each in mine] == [[s.text for s in each.sources] for each in theirs]
+
+
+def test_only_large_sheets_stay_in_four_bits(codes_are_read):
+    backbone, sheet = built()
+    taken = sheet.opened_bytes(2)
+    assert taken == sum(layer.nbytes for layer in sheet_layers(backbone, sheet, torch.float16))
+    for least, kind in ((taken, PackedPrefix), (taken + 1, LayerPrefix), (PACKS_FROM, LayerPrefix)):
+        backbone.packs_from = least
+        assert type(opened(backbone, sheet).layers[0]) is kind
 
 
 def test_layers_that_slide_are_floats(codes_are_read):

@@ -139,12 +139,15 @@ def _facts(sheet: Sheet, file: Path) -> dict[str, str]:
 
 def _opened(sheet: Sheet) -> dict[str, str]:
     """What keys and values take in memory, where that is not what they take in the file."""
+    from cribsheet.kernels.codes import PACKS_FROM
+
     made = sheet.manifest.dtype
     used = sheet.manifest.fingerprint.weights_dtype
     if made == used or used not in _SIZES:
         return {}
     told = f"{sheet.opened_bytes(_SIZES[used]):,} bytes in {used}"
-    return {"opened": f"{told}; on CUDA, where kernels read {made}, about what is stored" if made == "int4" else told}
+    packed = made == "int4" and sheet.opened_bytes(2) >= PACKS_FROM
+    return {"opened": f"{told}; on CUDA, where kernels read {made}, about what is stored" if packed else told}
 
 
 def _archived(sheet: Sheet) -> dict[str, str]:

@@ -34,12 +34,14 @@ class Cut:
     warps: int
     stages: int
     programs: int
-    registers: int | None = None
 
 
 # By the most rows that look at one head (`make step-gpu`, one H200).
 CUTS = {16: Cut(16, keys=128, warps=4, stages=3, programs=132), 1 << 30: Cut(64, 64, warps=4, stages=3, programs=264)}
-CODE_CUTS = {16: Cut(16, keys=TILE, warps=4, stages=1, programs=384), 1 << 30: Cut(64, TILE, 4, stages=1, programs=256)}
+CODE_CUTS = {
+    16: Cut(16, keys=TILE, warps=2, stages=1, programs=512),
+    1 << 30: Cut(64, keys=TILE, warps=4, stages=3, programs=256),
+}
 
 
 @triton.jit(do_not_specialize=["batch", "tokens", "blocks", "parts"])
@@ -124,7 +126,7 @@ def attend(
         parted_codes[(programs,)](
             q, prefix.keys, prefix.values, prefix.spans, prefix.key_ranges, prefix.value_ranges, prefix.tiles,
             prefix.turns, *behind, H=heads, KV=kv_heads, D=size, BM=cut.rows, BG=shared_by, GROUPS=prefix.groups,
-            TILE=TILE, FAST=is_fast(prefix), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+            TILE=TILE, FAST=is_fast(prefix), num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
     else:
         _parted[(programs,)](

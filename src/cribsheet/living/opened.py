@@ -1,4 +1,4 @@
-"""A sheet as questions stand on it: put on the model's device, in four bits where it is stored so and kernels read it.
+"""A sheet as questions stand on it: on the model's device, and there in four bits if it is stored so, large, and read.
 
 Whoever changes, studies or exports a sheet takes its numbers from `segments.sheet_layers`.
 """
@@ -26,7 +26,9 @@ _LOUDEST, _WIDEST = 1e4, 255.0  # numbers of keys, and scales of values, that ke
 def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
     """The prefix of a sheet, in the model's dtype; layers in int4 that see everything stay in it where they can."""
     like = _query(backbone)
-    if sheet.manifest.rotated or backbone.softcap is not None or check.is_ruled_out(like, backbone.kv_heads):
+    if sheet.opened_bytes(2) < backbone.packs_from or sheet.manifest.rotated:
+        return Prefix(sheet_layers(backbone, sheet), sheet.length)
+    if backbone.softcap is not None or check.is_ruled_out(like, backbone.kv_heads):
         return Prefix(sheet_layers(backbone, sheet), sheet.length)
     kept = [_packable(layer, turn) for layer, turn in zip(sheet.layers, backbone.inv_freqs, strict=True)]
     if not any(kept):

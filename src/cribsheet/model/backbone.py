@@ -24,6 +24,7 @@ from cribsheet.attention.agreement import finding_out, is_in_a_hurry
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer, cache_of
 from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
+from cribsheet.kernels.codes import PACKS_FROM
 from cribsheet.kernels.products import are_there
 from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass, laid_out_bytes, may_be_copied
 from cribsheet.model.llama_read import LlamaRead, fast_read
@@ -77,6 +78,7 @@ class Backbone:
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._attachment = Attachment.of(model)
         self.may_copy = False
+        self.packs_from = PACKS_FROM  # may be set before a sheet is opened; 0 is all of them
         self._laid_out: LlamaPass | None = None
         self._unchanged: Unchanged | None = None  # since weights were laid out
         self._samples: Tensor | None = None  # of the weights, while nobody changes them

@@ -140,7 +140,7 @@ class Sheet:
     def opened_bytes(self, size: int) -> int:
         """Bytes of all keys and values once it is opened with a model whose numbers have `size` bytes.
 
-        In int4 on CUDA it is about `nbytes` instead, where kernels read codes (`living/opened.py`).
+        In int4 on CUDA it is about `nbytes` instead, if it is large and kernels read codes (`living/opened.py`).
         """
         if isinstance(self.layers, LayersOfFile):
             vectors = self.layers.vectors

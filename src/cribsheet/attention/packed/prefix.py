@@ -120,7 +120,7 @@ class PackedPrefix(LayerPrefix):
     def attend(
         self, query: Tensor, scale: float, softcap: float | None = None, noted: list[Weights] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As of any layer, by the codes where rows are few."""
+        """As of any layer, by the codes where rows are few; no weights are noted."""
         if softcap is not None or not self.reads():
             return self.over(self.keys, self.values, query, scale, softcap)
         from cribsheet.kernels.step_attention import attend
