@@ -26,7 +26,7 @@ from cribsheet.kernels.products import Span, Weights, spans_of
 
 _WINDOW_ROWS = 512  # rows of sliding-window attention at once
 _MOST_NOTED = 1 << 23  # weights of a layer that are held at once: 32 MiB
-_LEAST_SPAN = 96  # tokens from which a head is worth a product of its own on a CPU
+_LEAST_SPAN = 192  # tokens from which a head is worth a product of its own on a CPU
 _FEW_ROWS = 16  # of each key/value head, up to which PyTorch's fused attention is faster there
 
 

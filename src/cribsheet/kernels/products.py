@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_ROWS = 256  # of one product
-_LEAST_STEP = 128  # keys by which the shortest spans differ
+_LEAST_KEYS, _LEAST_ROWS = 256, 16  # by which the shortest spans, and products' rows, differ: each form is kept
 
 
 class Span(NamedTuple):
@@ -80,7 +80,7 @@ def spans_of(keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Span]:
     spans: list[Span] = []
     first = 0
     for count in counts:
-        size = padded_rows(count, _LEAST_STEP)
+        size = padded_rows(count, _LEAST_KEYS)
         if size > len(keys):
             k, v = (F.pad(half[first : first + count], (0, 0, 0, size - count)) for half in (keys, values))
             own = 0
@@ -103,7 +103,7 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
     """Attention (K, R, D) of rows (K, R, D) over the spans of K heads, log-sum-exps (K, R), and weights if `noted`."""
     count = rows.shape[1]
     parts = -(-count // _MOST_ROWS)
-    at_once = padded_rows(-(-count // parts))
+    at_once = padded_rows(-(-count // parts), _LEAST_ROWS)
     wide = rows.float() * scale
     if more := parts * at_once - count:
         wide = F.pad(wide, (0, 0, 0, more))
