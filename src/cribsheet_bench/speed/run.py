@@ -125,6 +125,7 @@ def on_cpu(run: Run, shape: str, dtype: torch.dtype | None, *, quick: bool) -> N
     if not quick:
         todo.append(("retrieval", lambda: parts.retrieval(setting, report, [length // 4, length // 2], length // 8, 3)))
         todo.append(("default build", lambda: parts.default_build(setting, report, length // 2, 8)))
+        todo.append(("promise", lambda: minute.promise(setting, report, length)))
     for name, part in todo:
         run.part(f"{shape}: {name}", part)
 
