@@ -16,7 +16,7 @@ from cribsheet.corpus.task import Task
 from cribsheet.engines.vllm.file import ExportedSheet
 from cribsheet.testing import tiny_backbone
 from cribsheet_bench.beside_vllm.prepare import prepare
-from cribsheet_bench.beside_vllm.run import main
+from cribsheet_bench.beside_vllm.run import _child, main
 from cribsheet_bench.beside_vllm.serve import _many
 from cribsheet_bench.beside_vllm.work import Ours, Work, add_rows, read_rows
 from cribsheet_bench.real.corpora import write_corpus
@@ -92,10 +92,16 @@ def test_rows_are_there_as_soon_as_they_are_written(tmp_path):
     assert [row["number"] for row in read_rows(tmp_path / "rows")] == [0, 1]
 
 
-def test_a_part_that_fails_is_told_and_is_no_result(data, tmp_path, caplog):
-    assert main([str(tmp_path), "--model", str(data / "model"), "--json", str(tmp_path / "a.json")]) == 1
+def test_a_part_that_fails_is_told(settings, tmp_path, caplog):
+    assert not _child("prepare", tmp_path, {**settings, "model": str(tmp_path)}, 60)
     assert "prepare ended with 1" in caplog.text
-    assert json.loads((tmp_path / "a.json").read_text())["rows"] == []
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_where_there_is_no_vllm_that_is_told_before_sheets_are_built(data, tmp_path, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(data / "corpora"), "--model", str(data / "model"), "--folder", str(tmp_path / "left")])
+    assert "vLLM is not in this Python" in capfd.readouterr().err and not (tmp_path / "left").exists()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import schemathesis
 from live import random_sheet, says, serving
 
 from cribsheet.cli import run
+from cribsheet.cli.serve import _bound, _way_out
 from cribsheet.errors import RequestError, SheetError
 from cribsheet.server import Shelf, create_app
 from cribsheet.server.auth import Keyring
@@ -384,6 +385,15 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(engine, capfd):
         assert run(["serve", "none.sheet", "--port", str(port), *engine]) == 1
     told = capfd.readouterr().err
     assert f"(127.0.0.1, port {port}); give another --port" in told and "none." not in told
+
+
+def test_of_two_that_load_at_once_the_later_is_told_too():
+    with _bound("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with _bound("127.0.0.1", port) as second:  # which Linux allows as long as neither listens
+            first.listen()
+            with pytest.raises(OSError, match=f"port {port}.; give another --port"), _way_out("127.0.0.1", port):
+                second.listen()
 
 
 def test_many_callers_at_once_each_get_their_own_answer(live):

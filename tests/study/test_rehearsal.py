@@ -75,6 +75,9 @@ def test_a_practice_has_some_and_a_file_of_before_has_none(knowing, tmp_path, mo
         ("Who Won in Rome?", ("Who got it?",), "Who Won in Rome?"),
         ("Who Won in Rome?", (), "Who Won in Rome?"),
         ("", ("who got it",), ""),
+        ("Who Won in Rome?", ("谁住在巴黎？",), "Who Won in Rome?"),
+        ("Who Won in Rome?", ("谁住在巴黎",), "Who Won in Rome"),
+        ("Who Won in Rome?", ("أين تعيش إيفا؟",), "Who Won in Rome?"),
     ],
 )
 def test_a_question_has_the_form_of_the_examples(question, examples, wanted):

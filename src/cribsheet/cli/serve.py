@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -162,7 +163,8 @@ def _run(
     with _bound(host, port) as listening, contextlib.closing(Shelf.open(sheets, **options)) as shelf:
         app = create_app(shelf, keys=ring, settings=settings)
         config = serving(app, host=host, port=port, timeout_graceful_shutdown=max(1, round(drain)))
-        listening.listen(1024)
+        with _way_out(host, port):  # two that had bound it may be loading at once, and one listens first
+            listening.listen(1024)
         address, bound = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         note(f"cribsheet: {', '.join(shelf)} at http://{shown}:{bound}/ (page) and http://{shown}:{bound}/v1 (API)")
@@ -183,12 +185,22 @@ def _bound(host: str, port: int) -> socket.socket:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        taken.bind((host, port))
-    except OSError as error:
+        with _way_out(host, port):
+            taken.bind((host, port))
+    except BaseException:
         taken.close()
+        raise
+    return taken
+
+
+@contextlib.contextmanager
+def _way_out(host: str, port: int) -> Iterator[None]:
+    """Adds to an `OSError` of an address what else to give."""
+    try:
+        yield
+    except OSError as error:
         told = f"{error.strerror} ({host}, port {port}); give another --port, 0 for a free one, or another --host."
         raise OSError(error.errno, told) from error
-    return taken
 
 
 def _is_local(host: str) -> bool:

@@ -78,6 +78,7 @@ _OF_ALL = (
 )
 _FOR = "The question is one for this task: {}"
 _ALIKE = "Questions look like these: {}\n\n"
+_MARKS = ("?", "？", "؟", ";", "\u037e")  # of questions; the last two are Greek
 _GO_ON = "Continue the documents where they read: {}"
 
 
@@ -132,8 +133,8 @@ def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[
     maker = _Maker(exam, stretches, 0)
     longest = max(stretches, key=lambda stretch: len(stretch.text))
     maker.take([longest], 0, _FIRST)
-    each = (time.monotonic() - maker.began) / max(1, maker.tried)
     made = maker.practice(practice_of(sheet))
+    each = made.seconds / max(1, maker.tried)  # with its share of what is rehearsed
     sentences = sum(_says(sentence) for stretch in stretches for sentence in SENTENCE.split(stretch.text))
     return [*made.questions, *made.texts], maker.at_once * sentences, each
 
@@ -150,10 +151,10 @@ def _stretches(documents: Sequence[Document]) -> list[Passage]:
 
 
 def in_form(question: str, examples: Sequence[str]) -> str:
-    """A question without its mark, or in small letters, if all the `examples` are."""
-    if examples and not any(each.rstrip().endswith(("?", "？")) for each in examples):
+    """A question without its mark, or in small letters, if all the `examples` are; some scripts have no others."""
+    if examples and not any(each.rstrip().endswith(_MARKS) for each in examples):
         question = question.rstrip("?？ ")
-    if examples and all(each == each.lower() for each in examples):
+    if "".join(examples).islower():
         question = question.lower()
     return question
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cribsheet.compare.journal import write_rows
+from cribsheet.engines.vllm.checks import VERSIONS
+from cribsheet.errors import DocumentError
 from cribsheet_bench.beside_vllm.work import read_rows
 from cribsheet_bench.command import tell_progress
+from cribsheet_bench.real.corpora import find_corpora
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +58,15 @@ _COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench from the command line."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if lacking := _lacking(arguments):
+        parser.error(lacking)
     tell_progress()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(arguments.folder or made)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.jsonl").unlink(missing_ok=True)  # of another run
         settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "folder", "limit")}
         settings["vllm"] = json.loads(arguments.vllm)
         works = _child("prepare", folder, settings, arguments.limit)
@@ -93,6 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", help="where sheets and rows are left")
     parser.add_argument("--json", type=Path)
     return parser
+
+
+def _lacking(arguments: argparse.Namespace) -> str:
+    """What would be missed once sheets are built, which takes minutes; nothing if all is there."""
+    if find_spec("vllm") is None:
+        return (
+            f"vLLM is not in this Python, {sys.executable}; run this with one that has vLLM {' or '.join(VERSIONS)}, "
+            "on a machine with a GPU if it is not built for processors"
+        )
+    try:
+        found = find_corpora(arguments.corpora)
+    except DocumentError as error:
+        return str(error)
+    if not any(name.startswith(tuple(arguments.only) or ("",)) for name in found):
+        return f"no corpus in {arguments.corpora} has a name that begins with {' or '.join(arguments.only)}"
+    return ""
 
 
 def _servers(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
