@@ -37,7 +37,7 @@ class Exercise:
 class Practice:
     """Questions with answers, and texts to go on with; `tried` and `left_out` say what became of the questions.
 
-    What is `rehearsed` has nothing to do with the documents, and is to stay as it is without them.
+    `asides` have nothing to do with the documents: their answers are to stay as they are without them.
 
     `of` tells documents, guide and model (`practice_of`); whatever a sheet of them keeps, it may practise on this.
     `seconds` are those that it took.
@@ -49,13 +49,13 @@ class Practice:
     left_out: Counter[str]
     of: str
     seconds: float
-    rehearsed: Sequence[Exercise] = ()
+    asides: Sequence[Exercise] = ()
 
     @property
     def digest(self) -> str:
         """What tells two of them apart."""
         digest = hashlib.sha256(self.of.encode())
-        for row in (*self.questions, *self.texts, *self.rehearsed):
+        for row in (*self.questions, *self.texts, *self.asides):
             digest.update(row.ids.numpy().tobytes() + row.weights.numpy().tobytes())
         return digest.hexdigest()
 

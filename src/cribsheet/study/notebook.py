@@ -59,25 +59,25 @@ def read_practice(path: Path) -> Practice | None:
         return None
     told, tensors = json.loads(found[0]["practice"]), found[1]
     rows = [_exercise(tensors, number, *pair) for number, pair in enumerate(told["exercises"])]
-    rehearsed = len(rows) - told.get("rehearsed", 0)
+    asides = len(rows) - told.get("asides", 0)
     return Practice(
         rows[: told["questions"]],
-        rows[told["questions"] : rehearsed],
+        rows[told["questions"] : asides],
         told["tried"],
         Counter(told["left_out"]),
         told["of"],
         told["seconds"],
-        rows[rehearsed:],
+        rows[asides:],
     )
 
 
 def write_practice(path: Path, practice: Practice) -> None:
     """Remember what to practise on. Raises `SheetError` if it cannot be written, and leaves what was there."""
-    rows = [*practice.questions, *practice.texts, *practice.rehearsed]
+    rows = [*practice.questions, *practice.texts, *practice.asides]
     told = {
         "exercises": _told(rows),
         "questions": len(practice.questions),
-        "rehearsed": len(practice.rehearsed),
+        "asides": len(practice.asides),
         "tried": practice.tried,
         "left_out": practice.left_out,
         "of": practice.of,

@@ -6,7 +6,7 @@ answers them with the guide as the sheet has it, and a question stays if that an
 new in words of the stretch, is not given closed book as well, and is not doubted by the model itself. Gaps in
 sentences (`retention/gaps.py`) join them. The documents' own text, to be gone on with, is the rest, and some questions
 about other things, so that the sheet does not come to answer everything out of its documents
-(`study/rehearsal.py`).
+(`study/asides.py`).
 
 On a GPU several stretches are asked about at once: each question has the keys and values of its own stretch before it,
 and all of them run as one batch over nothing, whose captured steps serve every stretch.
@@ -37,8 +37,8 @@ from cribsheet.retention.probes import agree, is_apt, is_told, rare_words
 from cribsheet.retrieval.passages import GAP
 from cribsheet.retrieval.retriever import Passage, cut_into_passages, words
 from cribsheet.sheet.sheet import Sheet
+from cribsheet.study.asides import asides
 from cribsheet.study.exercises import Draft, Exercise, Practice, practice_of
-from cribsheet.study.rehearsal import rehearsal
 from cribsheet.study.teacher import Row, taught
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ _TEMPERATURE = 0.8
 _DOUBT = -0.7  # mean log-probability of an answer's tokens below which it is not believed
 _RARE = 0.25  # share of the stretches that a word which tells them apart is in at most
 _KINDS = 3  # of requests, in turn: for a question about a sentence, one like the task's own, one about a whole stretch
-_REHEARSED = 4  # questions for which there is one about something else
+_ASIDES = 4  # questions for which there is one about something else
 _CUE, _TEXT_TOKENS = (12, 20), 40  # tokens of a text that are shown, and that follow
 
 _OPENINGS = (
@@ -134,7 +134,7 @@ def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[
     longest = max(stretches, key=lambda stretch: len(stretch.text))
     maker.take([longest], 0, _FIRST)
     made = maker.practice(practice_of(sheet))
-    each = made.seconds / max(1, maker.tried)  # with its share of what is rehearsed
+    each = made.seconds / max(1, maker.tried)  # with its share of the asides
     sentences = sum(_says(sentence) for stretch in stretches for sentence in SENTENCE.split(stretch.text))
     return [*made.questions, *made.texts], maker.at_once * sentences, each
 
@@ -354,8 +354,8 @@ class _Maker:
     def practice(self, of: str) -> Practice:
         """All that was made, texts, and questions about other things."""
         texts, left_out = self._texts(), +self.left_out
-        others = rehearsal(self._exam, self._nothing, len(self.found) // _REHEARSED, seed=self._seed)
-        return Practice(self.found, texts, self.tried, left_out, of, time.monotonic() - self.began, others)
+        beside = asides(self._exam, self._nothing, len(self.found) // _ASIDES, seed=self._seed)
+        return Practice(self.found, texts, self.tried, left_out, of, time.monotonic() - self.began, beside)
 
     def _texts(self) -> list[Exercise]:
         """As many texts to go on with as there are questions, but where a stretch is too short for one."""

@@ -48,7 +48,7 @@ class Study:
 
     questions, texts
         exercises that were practised on, and `held_out` those that were not; about so many `documents`. So many
-        others, about other things, were `rehearsed`.
+        others are `asides`, about other things.
     tried
         questions that the model wrote.
     before, after
@@ -69,7 +69,7 @@ class Study:
     learning_rate: float
     seed: int
     seconds: float
-    rehearsed: int = 0
+    asides: int = 0
 
     @property
     def learnt(self) -> bool:
@@ -137,7 +137,7 @@ def study(
     identity = {"sheet": sheet.manifest.digest, "seed": seed, "learning_rate": learning_rate, "steps": steps}
     notebook = Notebook(resume, {**identity, "practice": exercises.digest}) if resume is not None else None
     held, questions = _parted(exercises.questions, seed)
-    others = [*exercises.texts, *exercises.rehearsed]
+    others = [*exercises.texts, *exercises.asides]
     trainer = trainer_of(backbone, sheet, questions, others, held, seed, documents)
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
@@ -148,7 +148,7 @@ def study(
     came = Study(
         questions=len(questions),
         texts=len(exercises.texts),
-        rehearsed=len(exercises.rehearsed),
+        asides=len(exercises.asides),
         held_out=len(held),
         documents=len(documents) or len(sheet.manifest.documents),
         tried=exercises.tried,

@@ -29,7 +29,7 @@ _QUESTION_TOKENS, _ANSWER_TOKENS = 28, 48
 _TEMPERATURE = 0.8
 
 
-def rehearsal(exam: Exam, nothing: Prefix, count: int, *, seed: int = 0) -> list[Exercise]:
+def asides(exam: Exam, nothing: Prefix, count: int, *, seed: int = 0) -> list[Exercise]:
     """At most so many exercises; `nothing` are preamble and guide without documents. The same every time."""
     asked = list(_requests(count, seed))
     if not asked:

@@ -13,9 +13,9 @@ from cribsheet import CompressedKnowledgeLLM
 from cribsheet.compress.remembered import remember
 from cribsheet.retention.exam import Exam
 from cribsheet.study import practice as practice_module
+from cribsheet.study.asides import asides
 from cribsheet.study.notebook import read_practice, write_practice
 from cribsheet.study.practice import in_form, make_practice
-from cribsheet.study.rehearsal import rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -28,42 +28,42 @@ def nothing(exam):
     return exam.read(torch.cat([exam.documents(""), exam.guide]))
 
 
-def test_rehearsed_are_the_answers_that_are_given_without_documents(knowing):
+def test_asides_have_the_answers_that_are_given_without_documents(knowing):
     exam = Exam.of(knowing.session)
-    made = rehearsal(exam, nothing(exam), 6)
+    made = asides(exam, nothing(exam), 6)
     assert 1 <= len(made) <= 6
     closed = exam.over(nothing(exam), [each.question for each in made])
     for each, answer in zip(made, closed, strict=True):
         assert answer.startswith(each.answer) or each.answer.startswith(answer)
         assert len(each.ids) - each.asked == len(each.tops) == len(each.weights)
-    again = rehearsal(exam, nothing(exam), 6)
+    again = asides(exam, nothing(exam), 6)
     assert [(each.question, each.answer) for each in again] == [(each.question, each.answer) for each in made]
     assert len({each.question for each in made}) == len(made)
-    other = rehearsal(exam, nothing(exam), 6, seed=1)
+    other = asides(exam, nothing(exam), 6, seed=1)
     assert [each.question for each in other] != [each.question for each in made]
-    assert rehearsal(exam, nothing(exam), 0) == []
+    assert asides(exam, nothing(exam), 0) == []
 
 
 def test_a_practice_has_some_and_a_file_of_before_has_none(knowing, tmp_path, monkeypatch):
-    monkeypatch.setattr(practice_module, "_REHEARSED", 1)
+    monkeypatch.setattr(practice_module, "_ASIDES", 1)
     made = make_practice(knowing.session.loaded, knowing.session.layout, knowing.sheet)
-    assert 1 <= len(made.rehearsed) <= len(made.questions)
+    assert 1 <= len(made.asides) <= len(made.questions)
     path = tmp_path / "a.practice"
     write_practice(path, made)
     read = read_practice(path)
     assert read.digest == made.digest
-    assert [each.question for each in read.rehearsed] == [each.question for each in made.rehearsed]
+    assert [each.question for each in read.asides] == [each.question for each in made.asides]
     assert (len(read.questions), len(read.texts)) == (len(made.questions), len(made.texts))
     with safe_open(path, framework="pt") as opened:
         metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     told = json.loads(metadata["practice"])
     kept = len(made.questions) + len(made.texts)
-    assert told.pop("rehearsed") == len(made.rehearsed)
+    assert told.pop("asides") == len(made.asides)
     told["exercises"] = told["exercises"][:kept]
     tensors = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[0]) < kept}
     remember(path, "The practice", {"practice": json.dumps(told)}, tensors)
     before = read_practice(path)
-    assert not before.rehearsed and len(before.texts) == len(made.texts)
+    assert not before.asides and len(before.texts) == len(made.texts)
 
 
 @pytest.mark.parametrize(
