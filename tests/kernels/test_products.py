@@ -68,6 +68,12 @@ def test_spans_share_their_storage_and_come_in_few_lengths():
     assert all(products.padded_rows(count, 128) <= max(count + 127, 1.125 * count + 1) for count in range(1, 5000))
 
 
+def test_rows_come_in_few_numbers():
+    found = {rows: products.parts_of(rows) for rows in range(1, 4000)}
+    assert len({at_once for _, at_once in found.values()}) <= 10
+    assert all(rows <= parts * at_once < rows + 32 * parts for rows, (parts, at_once) in found.items())
+
+
 @pytest.mark.parametrize("counts", [(1000,), (97, 2100)])
 def test_heads_that_hold_too_little_together_are_not_held_twice(counts):
     keys, values, spans = heads_of(counts)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_ROWS = 256  # of one product
+_FEW_ROWS, _ROW_STEPS = 64, (16, 32)  # steps by which rows of a product differ, up to so many and beyond
 _LEAST_STEP = 128  # keys by which the shortest spans differ
 
 
@@ -96,6 +97,16 @@ def _hidden(size: int, first: int, last: int, device: torch.device) -> Tensor:
     return hidden
 
 
+def parts_of(rows: int) -> tuple[int, int]:
+    """In how many products so many rows look at a span, and how many there are in each: one of nine numbers.
+
+    Each number is made code for with every length of a span.
+    """
+    parts = -(-rows // _MOST_ROWS)
+    each = -(-rows // parts)
+    return parts, padded_rows(each, _ROW_STEPS[each > _FEW_ROWS])
+
+
 def _filled(half: Tensor, hidden: Tensor | None) -> Tensor:
     """Keys or values (S, D) of a span, with zeros behind them for as long as somebody looks at them."""
     missing = 0 if hidden is None else len(hidden) - len(half)
@@ -105,8 +116,7 @@ def _filled(half: Tensor, hidden: Tensor | None) -> Tensor:
 def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) -> tuple[Tensor, Tensor, Weights | None]:
     """Attention (K, R, D) of rows (K, R, D) over the spans of K heads, log-sum-exps (K, R), and weights if `noted`."""
     count = rows.shape[1]
-    parts = -(-count // _MOST_ROWS)
-    at_once = padded_rows(-(-count // parts))
+    parts, at_once = parts_of(count)
     wide = rows.float() * scale
     if more := parts * at_once - count:
         wide = F.pad(wide, (0, 0, 0, more))
