@@ -7,9 +7,10 @@ import torch
 
 from cribsheet.attention import dispatch, prefix
 from cribsheet.attention.plain import attend_plain
-from cribsheet.attention.prefix import LayerPrefix
+from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer, padded_batch, prefill_cache, step_cache
+from cribsheet.engine.graphs import padded_prefill
 from cribsheet.kernels import products
 from cribsheet.testing import tiny_backbone
 
@@ -61,10 +62,24 @@ def test_spans_share_their_storage_and_come_in_few_lengths():
     keys, _, spans = heads_of((600, 700, 650))
     held = keys.untyped_storage().data_ptr()
     assert all(span.keys.untyped_storage().data_ptr() == held for span in spans)
-    both = {count: products.spans_of(*[random(2 * count, 4)] * 2, (count, count)) for count in range(96, 4096, 5)}
+    both = {count: products.spans_of(*[random(2 * count, 4)] * 2, (count, count)) for count in range(192, 4096, 5)}
     lengths = {len(spans[0].keys) for spans in both.values()}
     assert len(lengths) <= 16
     assert all(products.padded_rows(count, 256) <= max(count + 255, 1.125 * count + 1) for count in range(1, 5000))
+
+
+def test_rows_come_in_few_numbers():
+    found = {rows: products.parts_of(rows) for rows in range(1, 4000)}
+    assert len({at_once for _, at_once in found.values()}) <= 10
+    assert all(rows <= parts * at_once < rows + 32 * parts for rows, (parts, at_once) in found.items())
+
+
+@pytest.mark.parametrize("counts", [(1000,), (97, 2100)])
+def test_heads_that_hold_too_little_together_are_not_held_twice(counts):
+    keys, values, spans = heads_of(counts)
+    for span in spans:
+        assert span.keys.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+        assert span.values.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("part", ["times", "_hidden", "_weigh"])
@@ -127,3 +142,19 @@ def test_what_is_looked_at_is_the_same_by_either_way(counts, most, monkeypatch):
     for got, wanted in zip(one, other, strict=True):
         assert got.shape == wanted.shape and wanted.abs().sum() > 0
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@torch.no_grad()
+def test_a_few_of_the_rows_of_a_pass_are_looked_at_by_either_way(counts, monkeypatch):
+    backbone, tokens, asking = tiny_backbone("llama", head_dim=16), 200, 30
+    shape = (sum(COUNTS[counts]), 16) if COUNTS[counts] else (2, 310, 16)
+    layers = [LayerPrefix(random(*shape, seed=n), random(*shape, seed=9 + n), None, COUNTS[counts]) for n in range(3)]
+    inputs = torch.cat([torch.arange(20, 20 + tokens), torch.tensor([tokens - 1])])
+    weights = question_weights(tokens, tokens - asking)
+    masses = []
+    for by_spans in (True, False):
+        monkeypatch.setattr(dispatch, "_spans_agree", lambda dtype, by_spans=by_spans: by_spans)
+        masses.append(padded_prefill(backbone, Prefix(layers, 310), inputs, weights, evidence=True, rows=asking)[1])
+    assert masses[1].abs().sum() > 0
+    torch.testing.assert_close(*masses, atol=2e-5, rtol=2e-4)

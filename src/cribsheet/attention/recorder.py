@@ -95,7 +95,7 @@ class Glance:
         prefix = layer.prefix
         if prefix.longest == 0:
             return torch.zeros(query.shape[0], prefix.heads, layer.start, device=query.device)
-        if layer.noted:
+        if layer.noted and self._only is None:  # what is noted is of all rows
             return self._of_weights(layer.noted[0], layer.start, query, lse)
         if dispatch.usable(query, prefix.heads, softcap):
             return self._at_once(layer, query, lse, scale)

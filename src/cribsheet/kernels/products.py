@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_ROWS = 256  # of one product
-_LEAST_KEYS, _LEAST_ROWS = 256, 16  # by which the shortest spans, and products' rows, differ: each form is kept
+_FEW_ROWS, _ROW_STEPS = 64, (16, 32)  # steps by which rows of a product differ, up to so many and beyond
+_LEAST_STEP = 256  # keys by which the shortest spans differ
 
 
 class Span(NamedTuple):
     """Keys and values (S, D) of a head among those of its neighbours, and what hides these: (S,) in float32, or none.
 
-    The head's own stand from `first` to `last`.
+    The head's own stand from `first` to `last`. Where there are fewer than are hidden or not, zeros are to follow.
     """
 
     keys: Tensor
@@ -75,18 +76,15 @@ def are_there(dtype: torch.dtype) -> bool:
 def spans_of(keys: Tensor, values: Tensor, counts: Sequence[int]) -> list[Span]:
     """Spans of heads that hold so many keys and values (N, D), one head behind the other.
 
-    Their lengths are few numbers: neighbours' keys fill them up, and are hidden. What holds too little is copied.
+    Their lengths are few numbers: neighbours' keys fill them up, and are hidden. Nothing is copied: where all heads
+    hold too little together, `attend` fills up.
     """
     spans: list[Span] = []
     first = 0
     for count in counts:
-        size = padded_rows(count, _LEAST_KEYS)
-        if size > len(keys):
-            k, v = (F.pad(half[first : first + count], (0, 0, 0, size - count)) for half in (keys, values))
-            own = 0
-        else:
-            start = min(first, len(keys) - size)
-            k, v, own = keys[start : start + size], values[start : start + size], first - start
+        size = padded_rows(count, _LEAST_STEP)
+        start = max(0, min(first, len(keys) - size))
+        k, v, own = keys[start : start + size], values[start : start + size], first - start
         hidden = None if count == size else _hidden(size, own, own + count, keys.device)
         spans.append(Span(k, v, hidden, own, own + count))
         first += count
@@ -99,11 +97,26 @@ def _hidden(size: int, first: int, last: int, device: torch.device) -> Tensor:
     return hidden
 
 
+def parts_of(rows: int) -> tuple[int, int]:
+    """In how many products so many rows look at a span, and how many there are in each: one of nine numbers.
+
+    Each number is made code for with every length of a span.
+    """
+    parts = -(-rows // _MOST_ROWS)
+    each = -(-rows // parts)
+    return parts, padded_rows(each, _ROW_STEPS[each > _FEW_ROWS])
+
+
+def _filled(half: Tensor, hidden: Tensor | None) -> Tensor:
+    """Keys or values (S, D) of a span, with zeros behind them for as long as somebody looks at them."""
+    missing = 0 if hidden is None else len(hidden) - len(half)
+    return F.pad(half, (0, 0, 0, missing)) if missing else half
+
+
 def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) -> tuple[Tensor, Tensor, Weights | None]:
     """Attention (K, R, D) of rows (K, R, D) over the spans of K heads, log-sum-exps (K, R), and weights if `noted`."""
     count = rows.shape[1]
-    parts = -(-count // _MOST_ROWS)
-    at_once = padded_rows(-(-count // parts), _LEAST_ROWS)
+    parts, at_once = parts_of(count)
     wide = rows.float() * scale
     if more := parts * at_once - count:
         wide = F.pad(wide, (0, 0, 0, more))
@@ -111,7 +124,7 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
     peaks, shares = wide.new_empty(2, *wide.shape[:2])  # the largest logit of each row, and its weight
     kept: list[Tensor] = []
     for head, span in enumerate(spans):
-        keys = span.keys.float()
+        keys, values = _filled(span.keys, span.hidden).float(), _filled(span.values, span.hidden)
         if noted and parts > 1:
             kept.append(wide.new_empty(parts * at_once, len(keys)))
         for first in range(0, parts * at_once, at_once):
@@ -121,7 +134,7 @@ def attend(rows: Tensor, spans: Sequence[Span], scale: float, *, noted: bool) ->
             # in place, which rows of their own allow, unless it is kept: what does not stay in the cache is slow
             weights = torch.softmax(logits, -1, out=kept[head][block] if noted and parts > 1 else logits)
             torch.amax(weights, -1, out=shares[head, block])
-            _weigh(weights.to(rows.dtype), span.values, out[head, block])
+            _weigh(weights.to(rows.dtype), values, out[head, block])
         if noted and parts == 1:
             kept.append(weights)
     lse = peaks.sub_(shares.log_())[:, :count]  # what the largest lost is what all come to
