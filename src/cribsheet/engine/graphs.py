@@ -82,10 +82,11 @@ def padded_prefill(
     cache = prefill_cache(prefix.layers, prefix.tokens, None)
     glance: Glance | None = None
     if evidence:
-        asking = inputs[size:] + torch.arange(1 - rows, 1, device=inputs.device) if rows else None  # (rows,)
-        if asking is not None:
-            weights = weights[asking.clamp(min=0)].masked_fill(asking < 0, 0.0)
-            asking = asking.clamp(min=0)
+        asking: Tensor | None = None
+        if rows:
+            places = inputs[size:] + torch.arange(1 - rows, 1, device=inputs.device)  # (rows,)
+            asking = places.clamp(min=0)
+            weights = weights[asking].masked_fill(places < 0, 0.0)
         glance = Glance(cache.layers, backbone.full, [(0, size if told else 0)], [weights], rows=asking)
     positions = torch.arange(prefix.tokens, prefix.tokens + size, device=inputs.device)
     logits = logits_after(backbone, inputs[None, :size], positions[None], cache, inputs[size:])

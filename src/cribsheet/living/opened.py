@@ -25,12 +25,9 @@ _LOUDEST, _WIDEST = 1e4, 255.0  # numbers of keys, and scales of values, that ke
 
 def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
     """The prefix of a sheet, in the model's dtype; layers in int4 that see everything stay in it where they can."""
-    like = _query(backbone)
-    if sheet.opened_bytes(2) < backbone.packs_from or sheet.manifest.rotated:
-        return Prefix(sheet_layers(backbone, sheet), sheet.length)
-    if backbone.softcap is not None or check.is_ruled_out(like, backbone.kv_heads):
-        return Prefix(sheet_layers(backbone, sheet), sheet.length)
-    kept = [_packable(layer, turn) for layer, turn in zip(sheet.layers, backbone.inv_freqs, strict=True)]
+    like, kept = _query(backbone), list[Int4Layer | None]()
+    if _may_pack(backbone, sheet, like):
+        kept = [_packable(layer, turn) for layer, turn in zip(sheet.layers, backbone.inv_freqs, strict=True)]
     if not any(kept):
         return Prefix(sheet_layers(backbone, sheet), sheet.length)
     prepare(backbone, codes=True)
@@ -49,6 +46,13 @@ def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
         codes = own.tiled(backbone.device, sheet.length, turns[freqs.data_ptr()])
         layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room, reads))
     return Prefix(layers, sheet.length)
+
+
+def _may_pack(backbone: Backbone, sheet: Sheet, like: Tensor) -> bool:
+    """Whether it is large enough, and the model one whose kernels may read codes."""
+    if sheet.opened_bytes(2) < backbone.packs_from or sheet.manifest.rotated or backbone.softcap is not None:
+        return False
+    return not check.is_ruled_out(like, backbone.kv_heads)
 
 
 def is_out_of_place(backbone: Backbone, prefix: Prefix) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-import torch
-
 from cribsheet.attention.prefix import Prefix
 from cribsheet.retention.exam import Exam
 from cribsheet.retrieval.retriever import words
@@ -48,7 +46,7 @@ def asides(exam: Exam, nothing: Prefix, count: int, *, seed: int = 0) -> list[Ex
     turns = [exam.turn(question) for question in questions]
     answers = exam.answers(nothing, turns, [{"logprobs": 0}] * len(turns), _ANSWER_TOKENS)
     rows = [
-        Row(question, answer.text.strip(), turn, torch.tensor([token.token_id for token in answer.logprobs or ()]))
+        Row.of(question, turn, answer)
         for question, turn, answer in zip(questions, turns, answers, strict=True)
         if answer is not None and answer.finish_reason == "stop" and answer.text.strip()
     ]

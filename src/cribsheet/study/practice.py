@@ -59,6 +59,7 @@ _TEMPERATURE = 0.8
 _DOUBT = -0.7  # mean log-probability of an answer's tokens below which it is not believed
 _RARE = 0.25  # share of the stretches that a word which tells them apart is in at most
 _KINDS = 3  # of requests, in turn: for a question about a sentence, one like the task's own, one about a whole stretch
+_OF_STRETCH = 2
 _ASIDES = 4  # questions for which there is one about something else
 _CUE, _TEXT_TOKENS = (12, 20), 40  # tokens of a text that are shown, and that follow
 
@@ -209,10 +210,10 @@ class _Maker:
         self._random = random.Random(seed)
         self._guide, self._nothing = exam.guide, exam.read(torch.cat([exam.documents(""), exam.guide]))
         self._rare = rare_words(stretches, _RARE)
-        shown = " / ".join(question for question, _ in exam.task.examples[:3])
-        self._alike = _ALIKE.format(shown) if shown else ""
+        self._examples = [question for question, _ in exam.task.examples]
+        self._alike = _ALIKE.format(" / ".join(self._examples[:3])) if self._examples else ""
         self._for = _FOR.format(exam.task.description)
-        self._taken = {" ".join(words(question)) for question, _ in exam.task.examples}
+        self._taken = {" ".join(words(question)) for question in self._examples}
         self.found: list[Exercise] = []
         self.tried, self.began = 0, time.monotonic()
         self.left_out: Counter[str] = Counter()
@@ -261,28 +262,26 @@ class _Maker:
         self, stretches: Sequence[Passage], read: Sequence[Apart], turn: int, most: int | None
     ) -> Iterator[tuple[int, str]]:
         """Questions about stretches that may be asked without them, each with the number of its stretch."""
-        about: list[tuple[int, str]] = []
-        kinds: list[int] = []
+        about: list[tuple[int, str, int]] = []  # stretch, how a question begins, and its kind
         begun: list[Tensor] = []
         for number, stretch in enumerate(stretches):
             for place, (sentence, opening) in enumerate(self._about(stretch, turn, most)):
-                about.append((number, opening))
-                kinds.append(place % _KINDS)
-                begun.append(self._begun(sentence, opening, kinds[-1]))
+                about.append((number, opening, place % _KINDS))
+                begun.append(self._begun(sentence, opening, place % _KINDS))
         seed = self._seed + self.tried
         self.tried += len(begun)
         written = self._exam.written(
-            [read[number] for number, _ in about],
+            [read[number] for number, *_ in about],
             begun,
             stop=("?", "？", "\n"),
             most=_QUESTION_TOKENS,
             temperature=_TEMPERATURE,
             seed=seed,
         )
-        for (number, opening), kind, text in zip(about, kinds, written, strict=True):
+        for (number, opening, kind), text in zip(about, written, strict=True):
             question = f"{opening} {text}?" if text else ""
             if kind:
-                question = in_form(question, [shown for shown, _ in self._exam.task.examples])
+                question = in_form(question, self._examples)
             if is_apt(question, stretches[number], self._rare):
                 yield number, question
             else:
@@ -300,9 +299,10 @@ class _Maker:
 
     def _begun(self, sentence: str, opening: str, kind: int) -> Tensor:
         """The tokens (T,) of a request for a question of a kind, about a sentence or all, and of its beginning."""
-        text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if kind else "")
-        if kind == 2:
+        if kind == _OF_STRETCH:
             text = _OF_ALL.format(self._for, self._alike)
+        else:
+            text = _ASKED.format(sentence.strip()[:_LONGEST], self._alike if kind else "")
         turns = self._exam.layout.question([{"role": "user", "content": text}], self._exam.task, False)
         return self._exam.led(turns, opening)
 
@@ -332,8 +332,7 @@ class _Maker:
             if words(answer.text) == words(known):
                 self.left_out["known"] += 1
                 continue
-            ids = torch.tensor([token.token_id for token in answer.logprobs or ()])
-            rows[each.stretch].append(Row(each.question, answer.text.strip(), turn, ids))
+            rows[each.stretch].append(Row.of(each.question, turn, answer))
         found = [taught(exam.backbone, read[number].prefix, own, _DOUBT) for number, own in enumerate(rows)]
         self.left_out["doubted"] += sum(map(len, rows)) - sum(map(len, found))
         return [exercise for own in found for exercise in own]

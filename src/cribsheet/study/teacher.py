@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cribsheet.asking.answer import Answer
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.prefix import Prefix
 from cribsheet.model.backbone import Backbone
@@ -28,6 +29,12 @@ class Row(NamedTuple):
     answer: str
     turn: Tensor
     ids: Tensor
+
+    @classmethod
+    def of(cls, question: str, turn: Tensor, answer: Answer) -> Row:
+        """A question in its turn, with an answer whose tokens were asked for (`logprobs`)."""
+        ids = torch.tensor([token.token_id for token in answer.logprobs or ()])
+        return cls(question, answer.text.strip(), turn, ids)
 
 
 def taught(backbone: Backbone, prefix: Prefix, rows: Sequence[Row], doubt: float) -> list[Exercise]:
@@ -51,6 +58,6 @@ def taught(backbone: Backbone, prefix: Prefix, rows: Sequence[Row], doubt: float
             if len(ends) and int(likely[-1].argmax()) in backbone.eos_ids:  # a base model's answer ends otherwise
                 said = torch.cat([said, likely[-1].argmax()[None]])
             best = likely[: len(said)].topk(min(_TOP, likely.shape[1]))
-            ids, weights = torch.cat([turn, said]), best.values.exp()
-            found.append(Exercise(ids, len(turn), best.indices, weights, question, answer))
+            whole, weights = torch.cat([turn, said]), best.values.exp()
+            found.append(Exercise(whole, len(turn), best.indices, weights, question, answer))
     return found
