@@ -89,12 +89,13 @@ throughput: $(READY)  ## many questions at once against stock generate
 speed: $(READY)  ## building and answering against their peers, on a CPU (half an hour)
 	$(RUN)/cribsheet bench speed --json docs/benchmarks/speed.json --page docs/benchmarks/speed.md
 
-speed-gpu:  ## the same on one large GPU, with the python that has torch there (five minutes)
-	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 8b --seconds 270 --json speed-gpu.json
+speed-gpu:  ## the same on one large GPU, with the python that has torch there, and the page (six minutes)
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 8b --seconds 360 \
+		--json docs/benchmarks/speed-h200.json --page docs/benchmarks/speed-h200.md
 
-minute-gpu:  ## the first minute, whole builds and the paper's promise on a GPU, for small and large models (five minutes)
-	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 1.5b 0.5b 8b \
-		--only "first minute" "whole builds" promise --json minute-gpu.json
+minute-gpu:  ## the first minute, whole builds and the paper's promise on a GPU, and the page: make minute-gpu [MODEL=...] (six minutes)
+	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape $(or $(MODEL),1.5b) 0.5b 8b \
+		--only "first minute" "whole builds" promise --json docs/benchmarks/minute-h200.json --page docs/benchmarks/minute-h200.md
 
 step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.step --json step-gpu.json

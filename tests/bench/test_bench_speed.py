@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 
 from cribsheet.attention import backends
+from cribsheet.model.backbone import Backbone
+from cribsheet.testing import save_tiny_model
 from cribsheet_bench.minute import parts as minute
 from cribsheet_bench.speed import checks, parts, sides
 from cribsheet_bench.speed.page import page
@@ -76,6 +78,20 @@ def test_a_part_that_fails_is_reported_and_what_was_measured_is_written(tmp_path
     assert "ZeroDivisionError" in written["errors"]["broken"] and not late.report.rows
     assert written["rows"][0]["ratio"] == 3.0
     assert "| a thing | 1.00 s | 3.00 s | 3.00× |  | 2.00 |" in page(written, command="x")
+
+
+def test_a_page_of_several_models_names_them_all(setting):
+    run = Run(None, 60, Console(quiet=True))
+    run.on(setting)
+    run.on(setting)
+    name, layers = setting.backbone.name, setting.backbone.num_layers
+    assert f"| model | {name}, {name} |\n| layers | {layers}, {layers} |" in page(run.result(), command="x")
+    assert run.report.model == name
+
+
+def test_a_model_of_a_folder_answers_to_the_last_token_that_is_timed(tmp_path):
+    folder = str(save_tiny_model(tmp_path))
+    assert Backbone.load(folder).eos_ids and not make_setting(folder, "cpu", torch.float32, 1).backbone.eos_ids
 
 
 def test_parts_that_are_not_wanted_are_left_out_but_checks_never_are():

@@ -61,6 +61,7 @@ WAYS = (
     _sheet("study", minutes=_MINUTES),
     _studied("study-int4", _MINUTES),
     _studied("study-int4-1", 1.0),
+    _studied("study-int4-5", 5.0),
     _studied("study-int4-10", 10.0),
     _studied("study-int4-60", 60.0),  # for a processor
     _sheet("study-uniform", minutes=_MINUTES, for_engines=True),  # which llama.cpp and vLLM read

@@ -50,6 +50,9 @@ def _time(seconds: float) -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "".join(
-        "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in line) + " |\n" for line in lines
-    )
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "/").replace("\n", " ")

@@ -51,6 +51,14 @@ class Run:
         if self.path is not None:
             write_rows(self.path, self.result())
 
+    def on(self, setting: Setting) -> None:
+        """What follows is about this model."""
+        facts = setting.facts()
+        for name in ("model", "layers", "parameters"):
+            facts[name] = [*self.setup.get(name, []), facts[name]]
+        self.setup.update(facts)
+        self.report.model = setting.backbone.name
+
     def result(self) -> dict[str, Any]:
         """Everything so far."""
         found = self.report
@@ -108,8 +116,7 @@ def correctness(run: Run, device: str, dtypes: Sequence[torch.dtype], *, answers
 def on_cpu(run: Run, shape: str, dtype: torch.dtype | None, *, quick: bool) -> None:
     """The ratios that mean something on a CPU."""
     setting = make_setting(shape, "cpu", dtype, 1)
-    run.setup.update(setting.facts() | {"model": [*run.setup.get("model", []), setting.backbone.name]})
-    run.report.model = setting.backbone.name
+    run.on(setting)
     report, small = run.report, quick or shape == "tiny"
     length = 1536 if small else 8192
     lengths = [length] if quick else [length // 4, length]
@@ -137,8 +144,7 @@ def on_cuda(run: Run, shape: str, *, device: str) -> None:
     """
     real = device == "cuda"
     setting = make_setting(shape, device, torch.bfloat16, 2)
-    run.setup.update(setting.facts())
-    run.report.model = setting.backbone.name
+    run.on(setting)
     report, k = run.report, 1024 if real else 16
     full = partial(report.facts.get, f"full prefill of {128 * k}, s")
 
@@ -170,7 +176,7 @@ def on_cuda(run: Run, shape: str, *, device: str) -> None:
         ("default build", lambda: parts.default_build(setting, report, 2 * k, 8)),
         ("first minute", lambda: minute.first_minute(setting, report, 16 * k)),
         ("whole builds", lambda: minute.builds(setting, report, {4 * k: 3.0, 16 * k: 3.0, 64 * k: 2.5})),
-        ("promise", lambda: minute.promise(setting, report, 128 * k)),
+        ("promise", lambda: minute.promise(setting, report, min(128 * k, setting.backbone.window))),
         ("compiled", lambda: cuda.compiled(setting, report, 16 * k)),
         ("kernels", lambda: cuda.kernels(setting, report)),
     ]

@@ -42,6 +42,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
         "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151936,
     },
+    "7b": {  # Llama-2-7B, whose heads share no keys
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 32000,
+    },
     "8b": {  # Llama-3.1-8B
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
@@ -142,7 +146,10 @@ def make_setting(
     Without a type it is what a user gets who says none; random weights are then in float32, and laid out if few.
     """
     if shape not in SHAPES and sizes is None:
-        return Setting(Backbone.load(shape, device=device, dtype=dtype), shape, rounds)
+        found = Backbone.load(shape, device=device, dtype=dtype)
+        for source in (found.model.generation_config, found.config, found.tokenizer):  # answers of equal length
+            source.eos_token_id = None
+        return Setting(found, shape, rounds)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", **(sizes or SHAPES[shape]), max_position_embeddings=1 << 20, bos_token_id=1, eos_token_id=None,
