@@ -15,6 +15,7 @@ from corpus import DOCUMENTS, FEW_SHOT, ZERO_SHOT
 from reference import full_context_answer, full_context_logits
 
 from cribsheet import CompressedKnowledgeLLM
+from cribsheet.attention import agreement
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.engine import _QUANTUM, Engine
 from cribsheet.engine.prefill import PIECE, LongPrefill, prefills
@@ -585,6 +586,28 @@ def test_a_long_question_does_not_hold_up_running_answers(kb, engine, monkeypatc
     gone.cancel()
     run(engine)
     assert gone_events == [Finished("cancelled", 0)] and long_events[-1] == Finished("length", 4)
+
+
+def test_who_finds_out_in_the_background_sees_when_somebody_is_answered(kb, engine, monkeypatch):
+    seen, step, over = [], engine.step, threading.Event()
+
+    def watched():
+        seen.append(len(agreement._answering))
+        if len(seen) == 3:
+            raise FloatingPointError("planted")
+        return step()
+
+    def sink(event):
+        if not isinstance(event, Delta):
+            over.set()
+
+    monkeypatch.setattr(engine, "step", watched)
+    for _ in range(2):  # the first of them fails
+        over.clear()
+        engine.submit(ask(kb, sink=sink)[0])
+        assert over.wait(60)
+    engine.close()
+    assert len(seen) > 5 and set(seen) == {1} and not agreement._answering
 
 
 def test_an_error_comes_to_every_caller_as_an_object_of_its_own(kb, engine):

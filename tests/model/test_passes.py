@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from cribsheet.attention import dispatch
-from cribsheet.attention.agreement import in_a_hurry, is_in_a_hurry
+from cribsheet.attention import agreement, dispatch
+from cribsheet.attention.agreement import answering, be_patient, in_a_hurry, is_in_a_hurry, relative_error
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.packed import check
 from cribsheet.attention.prefix import LayerPrefix
@@ -97,6 +97,46 @@ def test_a_model_is_not_held_while_its_kernels_are_compiled(monkeypatch):
     gc.collect()
     preparation.wait()
     assert gone == [True]
+
+
+def test_who_finds_out_gives_way_to_answers_until_they_are_over(monkeypatch):
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    backbone = tiny_backbone()
+    with answering():
+        preparation = passes.Preparation(backbone)
+        preparation.wait(0.5)
+        assert not preparation.is_done and "fast_read" not in vars(backbone)
+    preparation.wait()
+    assert "fast_read" in vars(backbone)
+
+
+def test_who_gives_way_is_stopped_at_once(monkeypatch):
+    monkeypatch.setattr(passes, "on_cuda", lambda like: True)
+    monkeypatch.setattr(agreement, "_PATIENCE", 600.0)
+    backbone = tiny_backbone()
+    with answering():
+        preparation = passes.Preparation(backbone)
+        preparation.close()
+    assert preparation.is_done and "fast_read" not in vars(backbone)
+
+
+def test_patience_ends_and_only_who_finds_out_in_the_background_has_any(monkeypatch):
+    monkeypatch.setattr(agreement, "_PATIENCE", 0.1)
+    ended = []
+
+    def find_out():
+        be_patient(threading.Event())
+        for _ in range(3):
+            relative_error(torch.ones(2), torch.ones(2))
+        ended.append(True)
+
+    with answering():
+        thread = threading.Thread(target=find_out)
+        thread.start()
+        thread.join(60)
+        monkeypatch.setattr(agreement, "_PATIENCE", 600.0)
+        relative_error(torch.ones(2), torch.ones(2))  # in a thread that is not patient
+    assert ended == [True]
 
 
 def test_what_reads_codes_is_found_out_by_itself_and_the_rest_is_not_done_again(monkeypatch):

@@ -1,7 +1,8 @@
 """Whether a faster path may be used: it can be run here, and gives what its slow reference gives.
 
 To find out takes seconds where kernels have to be compiled. Builds wait for it, so that a sheet is the same whenever it
-is built; whoever answers is in a hurry and takes the slower path until somebody else has found out.
+is built; whoever answers is in a hurry and takes the slower path until somebody else has found out. Who finds out in
+the background gives way to answers, as both would share one processor for Python.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 finding_out = threading.RLock()  # held by whoever finds out: two at once would only be in each other's way
 _this = threading.local()
+_PATIENCE = 5.0  # seconds that somebody gives way in all, so that what is always busy becomes faster too
+_GLANCE = 0.02  # seconds after which somebody who gives way looks again
+_answering: list[object] = []  # who is being answered
 
 
 def hurry() -> None:
@@ -39,6 +44,32 @@ def in_a_hurry() -> Iterator[None]:
 def is_in_a_hurry() -> bool:
     """Whether this thread takes the slower path rather than wait."""
     return getattr(_this, "hurries", False)
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Somebody is answered inside, and those who are patient give way."""
+    mark = object()
+    _answering.append(mark)
+    try:
+        yield
+    finally:
+        _answering.remove(mark)
+
+
+def be_patient(closing: threading.Event) -> None:
+    """Have this thread give way to answers from now on, until `closing`."""
+    _this.closing, _this.patience = closing, _PATIENCE
+
+
+def give_way() -> None:
+    """Wait while somebody is answered, if this thread is patient, and as long as it is."""
+    patience = getattr(_this, "patience", 0.0)
+    began = time.monotonic()
+    while _answering and time.monotonic() - began < patience and not _this.closing.wait(_GLANCE):
+        pass
+    if patience:
+        _this.patience = max(0.0, patience - (time.monotonic() - began))
 
 
 def agrees(path: str, check: Callable[[], Mapping[str, float]], bound: float) -> bool:
@@ -63,7 +94,8 @@ def agrees(path: str, check: Callable[[], Mapping[str, float]], bound: float) ->
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """L2 norm of the difference over that of what is wanted."""
+    """L2 norm of the difference over that of what is wanted; whoever compares much gives way before each."""
+    give_way()
     return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
 

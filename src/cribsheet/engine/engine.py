@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from cribsheet.attention.agreement import hurry
+from cribsheet.attention.agreement import answering, hurry
 from cribsheet.attention.prefix import Prefix
 from cribsheet.engine.batch import Batch
 from cribsheet.engine.prefill import LongPrefill, Prefill, prefills
@@ -115,13 +115,12 @@ class Engine:
         hurry()
         while True:
             try:
-                busy = self.step()
+                with answering():
+                    while self.step():
+                        pass
             except BaseException as error:  # a bug of ours: callers must hear of it rather than wait
                 logger.exception("the engine failed")
                 self._fail_all(error)
-                busy = False
-            if busy:
-                continue
             with self._wake:
                 idle_since = time.monotonic()
                 while not self._waiting and not self._closed and time.monotonic() - idle_since < _IDLE_SECONDS:

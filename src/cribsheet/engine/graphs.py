@@ -8,6 +8,7 @@ been used a few times. `fixed_step` and `padded_prefill` are what is captured; t
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
@@ -109,12 +110,18 @@ class _Staged:
         self._copied.record()
 
 
+@functools.cache
+def _side(device: int) -> torch.cuda.Stream:
+    """Where computations are made before they are captured: one for all, as cuBLAS keeps 32 MiB for every stream."""
+    return torch.cuda.Stream(device)
+
+
 class _Captured(Generic[R]):
     """A computation on fixed buffers that is replayed; `found` holds its results after each replay."""
 
     def __init__(self, run: Callable[[], R], pool: Any = None) -> None:
         """Capture it, in the `pool` of others if their results are not needed any more when it is replayed."""
-        side = torch.cuda.Stream()
+        side = _side(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # whatever is made at a first use must be made before the capture
             run()

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cribsheet.attention import dispatch
-from cribsheet.attention.agreement import finding_out, in_a_hurry
+from cribsheet.attention.agreement import be_patient, finding_out, give_way, in_a_hurry
 from cribsheet.attention.backends import on_cuda
 from cribsheet.attention.cache import prefix_cache
 from cribsheet.attention.packed import check
@@ -103,12 +103,15 @@ class Preparation:
         like = torch.empty(1, backbone.num_heads, 1, backbone.head_size, device=backbone.device, dtype=backbone.dtype)
         if not on_cuda(like):
             return
+        if not backbone.in_step:  # whoever made the model waits for this
+            be_patient(self._closing)
         del backbone  # a model that is let go meanwhile is not held until all is compiled
         if not self._codes:
             self._take(_begin)
         self._compile()
         with finding_out:
             for part in _CODES if self._codes else _PARTS:
+                give_way()
                 self._take(partial(part, like))
 
     def _compile(self) -> None:

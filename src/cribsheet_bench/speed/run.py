@@ -174,13 +174,18 @@ def on_cuda(run: Run, shape: str, *, device: str) -> None:
         ("opening", lambda: parts.opening(setting, report, 512 if real else 4)),
         ("answers", lambda: correctness(run, device, [torch.float16, torch.bfloat16], answers=True)),
         ("default build", lambda: parts.default_build(setting, report, 2 * k, 8)),
-        ("first minute", lambda: minute.first_minute(setting, report, 16 * k)),
-        ("whole builds", lambda: minute.builds(setting, report, {4 * k: 3.0, 16 * k: 3.0, 64 * k: 2.5})),
-        ("promise", lambda: minute.promise(setting, report, min(128 * k, setting.backbone.window))),
+    ]
+    of_a_card: list[Part] = [
         ("compiled", lambda: cuda.compiled(setting, report, 16 * k)),
         ("kernels", lambda: cuda.kernels(setting, report)),
     ]
-    for name, part in [*first, *todo] if real else todo[:-2]:
+    by_name: list[Part] = [  # a page of their own
+        ("first minute", lambda: minute.first_minute(setting, report, 16 * k)),
+        ("whole builds", lambda: minute.builds(setting, report, {4 * k: 3.0, 16 * k: 3.0, 64 * k: 2.5})),
+        ("promise", lambda: minute.promise(setting, report, min(128 * k, setting.backbone.window))),
+    ]
+    wanted = [*first, *todo, *of_a_card] if real else todo
+    for name, part in [*wanted, *by_name] if run.only else wanted:
         run.part(name, part)
 
 
@@ -245,7 +250,8 @@ def run(
     if page is not None:
         flags = [f"--device {device}", *(f"--shape {name}" for name in shape or ()), *["--quick"] * quick]
         command = " ".join(["cribsheet bench speed", *flags, *(f'--only "{part}"' for part in only)])
-        page.write_text(markdown(made.result(), command=command), encoding="utf-8")
+        title = f"Speed on one {torch.cuda.get_device_name()}" if device == "cuda" else "Speed"
+        page.write_text(markdown(made.result(), command=command, title=title), encoding="utf-8")
     return 1 if made.errors else 0
 
 
