@@ -109,10 +109,9 @@ def merged(results: Sequence[Result]) -> Result:
             models.setdefault(name, []).append(told)
             if models[name][0]["weights"] != told["weights"]:
                 raise RequestError(f"Two models are called {name!r} in these files, and have other weights.")
+    setup = joined(result.setup for result in results)
     rows = [row for result in results for row in result.rows]
-    return Result(
-        joined(result.setup for result in results), {name: joined(told) for name, told in models.items()}, rows
-    )
+    return Result(setup, {name: joined(told) for name, told in models.items()}, rows)
 
 
 def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
