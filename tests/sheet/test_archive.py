@@ -255,6 +255,35 @@ def test_a_killed_independent_build_goes_on_too(tiny, tmp_path):
     assert read[0] > 0 and again.archive.digest == whole.archive.digest
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"mode": "independent", "chunk_tokens": None}, {"rate": None, "retain": 0.5}], ids=str
+)
+def test_a_build_that_goes_on_has_its_archive_in_the_folder_that_was_named(tiny, tmp_path, how):
+    place, checkpoint = tmp_path / "large", tmp_path / "small" / "a.partial"
+    place.mkdir()
+    checkpoint.parent.mkdir()
+    how |= {"checkpoint": checkpoint, "archive_folder": place}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cribsheet.living.independent.usual_chunk", lambda backbone: CHUNK)
+        with pytest.raises(Killed):
+            build(tiny, **how, progress=killer(3))
+        (begun,) = place.iterdir()
+        assert begun == unfinished_archive(checkpoint, place) != unfinished_archive(tmp_path / "a.partial", place)
+        assert [path.name for path in checkpoint.parent.iterdir()] == ["a.partial"]
+        with pytest.raises(SheetError, match="give the archive_folder= of before"):
+            build(tiny, **{**how, "archive_folder": None})
+        sheet = build(tiny, **how)
+    assert sheet.archive.path == begun and list(place.iterdir()) == [begun]
+    save(sheet, tmp_path / "a.sheet")
+    load_sheet(tmp_path / "a.sheet").archive.verify()
+    assert unfinished_archive(checkpoint, checkpoint.parent) == unfinished_archive(checkpoint)
+
+
+def test_a_folder_that_is_not_there_is_told_of_beside_a_checkpoint_too(tiny, tmp_path):
+    with pytest.raises(SheetError, match=r"The archive cannot be written to .*archive_folder="):
+        build(tiny, checkpoint=tmp_path / "a", archive_folder=tmp_path / "nowhere")
+
+
 def test_an_archive_that_was_begun_is_taken_for_no_other(tiny, tmp_path):
     checkpoint = tmp_path / "a.partial"
     begun = unfinished_archive(checkpoint)
