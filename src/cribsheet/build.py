@@ -59,9 +59,10 @@ def build_sheet(
         chunk, and now and then within one that takes long.
     checkpoint
         a file that remembers each finished chunk; if it exists, the build goes on from there. An archive is then begun
-        beside it, under its name and `.archive.part`.
+        beside it, under its name and `.archive.part`, or in `archive_folder` under a name of its own.
     archive_folder
-        where an archive lies until the sheet is saved, without a checkpoint; by default where temporary files go.
+        where an archive lies until the sheet is saved; by default beside the checkpoint, or where temporary files go.
+        A build that goes on must be told the same.
     read
         who reads the documents of an independent sheet, if not this process: see `independent.SegmentReader`.
 

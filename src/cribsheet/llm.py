@@ -97,7 +97,7 @@ class CompressedKnowledgeLLM:
         `documents` is whatever `read_documents` takes: folders, files, texts, any framework's documents. `model` is a
         folder, a hub id, `"pocket"`, or a loaded `Backbone`; `model_options` (`device`, `dtype`, `revision`, ...) go to
         `Backbone.load`; `progress=True` shows a bar; `checkpoint` is a file from which a killed build goes on;
-        `archive_folder` is where an archive lies until `save`, in place of the folder for temporary files.
+        `archive_folder` is where an archive lies until `save`, in place of where the checkpoint or temporary files are.
         `study` minutes, or `study_steps` of training, the sheet then studies; where it cannot, because the model writes
         too few questions that may serve, a warning says so, and the sheet is as it was built.
         `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...

@@ -1,4 +1,4 @@
-"""What options may be, and the one mark that layers of the library share: words, nothing else."""
+"""What options may be, and the one mark that layers of the library share: words and numbers, nothing else."""
 
 from __future__ import annotations
 
@@ -26,4 +26,6 @@ NoArchive = Literal["error", "sheet"]
 StorageDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 """How keys and values are stored."""
 
+SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
+MOST_MINUTES = 525_600  # of a study: a year
 ABSENT = -2  # in `Sheet.indices`, where a head has no token because another one keeps more

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cribsheet.cli.console import Device, misuse, quiet_libraries
-from cribsheet.cli.options import flat
+from cribsheet.cli.options import MOST_OF_ONE, flat, number, whole
 
 Peers = Annotated[Path | None, typer.Option(metavar="PYTHON", help="A python that has kvpress, which is asked too.")]
 Rows = Annotated[
@@ -48,7 +48,9 @@ def speed(
         list[str] | None,
         typer.Option(metavar="PART", help='Run this part, such as build or "first token"; repeatable.  [default: all]'),
     ] = None,
-    seconds: Annotated[float, typer.Option(metavar="N", help="Start no part after so long.")] = 3600.0,
+    seconds: Annotated[
+        float, typer.Option(metavar="N", parser=number(0, above=True), help="Start no part after so long.")
+    ] = 3600.0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with tables there.")] = None,
 ) -> int:
@@ -66,25 +68,31 @@ def quality(
     families: Annotated[
         list[str] | None, typer.Option("--family", metavar="NAME", help="Repeatable.  [default: all]")
     ] = None,
-    cases: Annotated[int, typer.Option(metavar="N", help="Of each family, length and seed.")] = 1,
-    questions: Annotated[int, typer.Option(metavar="N", help="About each case, at most.")] = 4,
+    cases: Annotated[int, typer.Option(metavar="N", parser=whole(1), help="Of each family, length and seed.")] = 1,
+    questions: Annotated[int, typer.Option(metavar="N", parser=whole(1), help="About each case, at most.")] = 4,
     tokens: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Length of a case's documents; repeatable.  [default: 1000]")
+        list[int] | None,
+        typer.Option(metavar="N", parser=whole(1), help="Length of a case's documents; repeatable.  [default: 1000]"),
     ] = None,
     rates: Annotated[
-        list[float] | None, typer.Option("--rate", metavar="N", help="Repeatable.  [default: 4 8 16 32 64]")
+        list[float] | None,
+        typer.Option("--rate", metavar="N", parser=number(1), help="Repeatable.  [default: 4 8 16 32 64]"),
     ] = None,
     methods: Annotated[
         list[str] | None, typer.Option("--method", metavar="NAME", help="Repeatable.  [default: those that tell most]")
     ] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable.  [default: 0 1]")] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", parser=whole(), help="Repeatable.  [default: 0 1]")
+    ] = None,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text that `reading` asks about.")] = None,
     peers: Peers = None,
     presses: Annotated[
         list[str] | None, typer.Option("--press", metavar="NAME", help="Of the peers; repeatable.  [default: all]")
     ] = None,
-    threads: Annotated[int, typer.Option(metavar="N", help="Of each process.")] = 1,
-    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes, each with a case of its own.")] = 1,
+    threads: Annotated[int, typer.Option(metavar="N", parser=whole(1, MOST_OF_ONE), help="Of each process.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", parser=whole(1), help="Processes, each with a case of its own.")
+    ] = 1,
     as_json: Rows = None,
 ) -> int:
     """What survives compression: families of questions, by method and rate, with floors and ceilings."""
@@ -116,17 +124,18 @@ def real(
         list[str] | None, typer.Option("--method", metavar="NAME", help="Repeatable.  [default: all]")
     ] = None,
     rates: Annotated[
-        list[float] | None, typer.Option("--rate", metavar="N", help="Repeatable.  [default: 2 4 8 16 32]")
+        list[float] | None,
+        typer.Option("--rate", metavar="N", parser=number(1), help="Repeatable.  [default: 2 4 8 16 32]"),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Corpora whose names begin so, such as xquad/4000; repeatable."),
     ] = None,
     cases: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Corpora of each group.  [default: all]")
+        int | None, typer.Option(metavar="N", parser=whole(1), help="Corpora of each group.  [default: all]")
     ] = None,
     questions: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="About each corpus.  [default: all]")
+        int | None, typer.Option(metavar="N", parser=whole(1), help="About each corpus.  [default: all]")
     ] = None,
     peers: Peers = None,
     dense_model: Annotated[
@@ -136,15 +145,19 @@ def real(
         str, typer.Option(metavar="I/N", help="Ask the I-th of N parts only; merge files with `bench real-page`.")
     ] = "1/1",
     seconds: Annotated[
-        float | None, typer.Option(metavar="N", help="Begin nothing new after so long.  [default: no limit]")
+        float | None,
+        typer.Option(
+            metavar="N", parser=number(0, above=True), help="Begin nothing new after so long.  [default: no limit]"
+        ),
     ] = None,
-    asking: Annotated[int, typer.Option(metavar="N", min=1, help="Questions asked at a time.")] = 16,
+    asking: Annotated[int, typer.Option(metavar="N", parser=whole(1), help="Questions asked at a time.")] = 16,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of the processor.  [default: torch's]")
+        int | None,
+        typer.Option(metavar="N", parser=whole(1, MOST_OF_ONE), help="Of the processor.  [default: torch's]"),
     ] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of studies, and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", parser=whole(), help="Of studies, and of the intervals.")] = 0,
     as_json: Rows = None,
 ) -> int:
     """Real models asked about real documents: full context first, then all ways to answer at equal budgets.

@@ -17,7 +17,7 @@ from cribsheet.engines.vllm.file import ExportedSheet
 from cribsheet.testing import tiny_backbone
 from cribsheet_bench.beside_vllm.prepare import prepare
 from cribsheet_bench.beside_vllm.run import _child, main
-from cribsheet_bench.beside_vllm.serve import _many
+from cribsheet_bench.beside_vllm.serve import Came, Server, _many, mixed
 from cribsheet_bench.beside_vllm.work import Ours, Work, add_rows, read_rows
 from cribsheet_bench.real.corpora import write_corpus
 
@@ -83,6 +83,34 @@ def test_questions_go_round_the_corpora_and_those_of_others_fill_up(work):
     one = _many(told, 1, 64)
     assert [each.corpus for each in one] == [0] * 9 and sum(bool(each.golds) for each in one) == 4
     assert len({each.text for each in one}) == 5
+
+
+class Repeating(Server):
+    """Answers with what it is asked, at once."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def ask(self, asked):
+        texts = [str(self._prompt(question, way)) for question, way in asked]
+        return Came(texts, [], [], [], 1.0)
+
+
+@pytest.mark.parametrize(("count", "sheets"), [(1, 1), (6, 2)])
+def test_plain_questions_are_mixed_with_two_sheets_or_the_only_one(data, settings, tmp_path, count, sheets):
+    prepare(tmp_path, {**settings, "count": count})
+    work = Work.read(tmp_path)
+    assert len(work.corpora) == sheets
+    (row,) = mixed(Repeating(work), {"mixed": 8})
+    assert row["sheets"] == sheets and row["requests"] == row["same"] == row["differ_alone"] == 8
+    assert row["crossed"] == 0
+
+
+@pytest.mark.parametrize("flag", ["--count", "--each", "--questions", "--mixed", "--at-once", "--block"])
+def test_counts_of_nothing_are_refused_before_sheets_are_built(data, capfd, flag):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(data / "corpora"), "--model", str(data / "model"), flag, "0"])
+    assert f"{flag} is 0; give at least 1" in capfd.readouterr().err
 
 
 def test_rows_are_there_as_soon_as_they_are_written(tmp_path):

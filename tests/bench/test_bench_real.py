@@ -29,7 +29,7 @@ from cribsheet_bench.real import sets as real_sets
 from cribsheet_bench.real.case import Case, Means
 from cribsheet_bench.real.corpora import find_corpora, read_corpus, write_corpus
 from cribsheet_bench.real.page import Result, Row, View, merged, page, read_result, result_of
-from cribsheet_bench.real.run import Options, merge, run, shard_file
+from cribsheet_bench.real.run import Options, merge, run, shard_file, write
 from cribsheet_bench.real.ways import BY_NAME, NAMES
 
 QUIET = Console(quiet=True)
@@ -304,6 +304,9 @@ def test_what_is_asked_for_later_is_added_and_other_terms_are_refused(corpora, o
     assert [(row.case, row.method, row.number) for row in first.rows] == [("people", FULL, 0), ("people", "random", 0)]
     more = run(replace(few, rates=(2.0, 3.0), questions=None), file=file, console=QUIET)
     assert len(more.rows) == 6 and set(map(str, first.rows)) < set(map(str, more.rows))
+    on_a_card = Result(first.setup, {"pocket": {**first.models["pocket"], "device": "H200"}}, first.rows)
+    write(on_a_card, file)
+    assert run(replace(few, questions=None), file=file, console=QUIET).models["pocket"]["device"] == "H200 and cpu"
     with pytest.raises(RequestError, match="was made on other terms"):
         run(replace(few, seed=1), file=file, console=QUIET)
     unfinished(file).write_text("{}\n")
@@ -478,6 +481,12 @@ def test_results_of_several_machines_are_one_unless_models_differ():
     other = Result({"torch": "2", "seed": 0}, {"n": {"weights": "v"}}, answers("default", [0], group="b"))
     assert merged([one, other]).setup == {"torch": "1 and 2", "seed": 0}
     assert len(merged([one, other]).rows) == 2 and set(merged([one, other]).models) == {"m", "n"}
+    card, processor = ({"m": {"weights": "w", "dtype": "bfloat16", "device": name}} for name in ("H200", "cpu"))
+    both = merged([replace(one, models=card), replace(other, models=processor)])
+    assert both.models == {"m": {"weights": "w", "dtype": "bfloat16", "device": "H200 and cpu"}}
+    assert "m (w, bfloat16, H200 and cpu)" in page(both)
+    again = merged([both, replace(other, models=processor)])
+    assert again.models == both.models and again.setup == both.setup
     with pytest.raises(RequestError, match="Two models are called 'm'"):
         merged([one, replace(other, models={"m": {"weights": "v"}})])
 

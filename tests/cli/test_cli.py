@@ -203,7 +203,7 @@ def test_an_existing_file_is_only_overwritten_on_demand(cli, model, staff, tmp_p
 MISUSES = {
     "unknown option": (["build", "{staff}", "-o", "{new}", "--ratio", "2"], "--ratio"),
     "no output": (["build", "{staff}"], "--output (-o)"),
-    "not a number": (["build", "{staff}", "-o", "{new}", "--rate", "many"], "valid number"),
+    "not a number": (["build", "{staff}", "-o", "{new}", "--rate", "many"], "it is 'many'; give a number"),
     "output in no folder": (["build", "{staff}", "-o", "{new}/x/y.sheet"], "does not exist"),
     "output is a folder": (["build", "{staff}", "-o", "{staff}"], "is a folder"),
     "rate and budget": (["build", "{staff}", "-o", "{new}", "--rate", "2", "--budget", "9"], "leave all but one out"),

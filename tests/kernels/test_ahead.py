@@ -5,12 +5,16 @@ Kernels are compiled for real here, for a GPU that nobody has to have; the inter
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import subprocess
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" or not find_spec("triton"):
     pytest.skip("make kernels runs these", allow_module_level=True)
 
 from transformers import AutoModelForCausalLM
+from triton import knobs
 
 from cribsheet.attention import dispatch
 from cribsheet.attention.prefix import LayerPrefix
@@ -197,6 +202,40 @@ def test_nothing_is_imported_from_where_somebody_works(monkeypatch, tmp_path, ca
     with caplog.at_level(logging.INFO):
         ahead.compile_ahead(ahead.Shape(arch=90, dtype="float16", heads=4, kv_heads=2, head_size=16), threading.Event())
     assert not caplog.records and list((tmp_path / "kernels").glob("cribsheet-*"))
+
+
+def of_group(group):
+    """The processes of a group that are running."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = place.read_text().rpartition(")")
+            state, _, own, *_ = rest.split()
+            found += [name.partition("(")[2]] if int(own) == group and state != "Z" else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="tells processes by /proc")
+def test_a_compiler_that_is_given_up_leaves_no_assembler_behind(monkeypatch, tmp_path):
+    slow, began = tmp_path / "ptxas", tmp_path / "began"
+    slow.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec {knobs.nvidia.ptxas.path} --version\necho >{began}\nsleep 300\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(slow))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    started, closing, start = [], threading.Event(), subprocess.Popen
+    monkeypatch.setattr(
+        ahead.subprocess, "Popen", lambda *given, **how: started.append(start(*given, **how)) or started[0]
+    )
+    thread = threading.Thread(target=ahead.compile_ahead, args=(SHAPE, closing))
+    thread.start()
+    while thread.is_alive() and not began.exists():
+        time.sleep(0.01)
+    assert {"python", "ptxas", "sleep"} <= {name[:6] for name in of_group(started[0].pid)}
+    closing.set()
+    thread.join()
+    assert of_group(started[0].pid) == []
 
 
 def test_who_closes_does_not_wait_for_a_compiler(monkeypatch, tmp_path, caplog):

@@ -175,6 +175,7 @@ def test_a_key_to_a_sheet_that_is_not_served_is_refused(sheets, tmp_path):
 def test_names_come_from_files_or_are_given():
     assert named("a/b/staff.sheet") == ("staff", "a/b/staff.sheet")
     assert named("s3://bucket/x/staff.v2.sheet") == ("staff.v2", "s3://bucket/x/staff.v2.sheet")
+    assert named("https://host/staff.sheet?token=x/y") == ("staff", "https://host/staff.sheet?token=x/y")
     assert named("people=a/b.sheet") == ("people", "a/b.sheet")
     for wrong in ("a b.sheet", "../.sheet", ".sheet"):
         with pytest.raises(SheetError):

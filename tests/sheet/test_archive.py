@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from corpus import DOCUMENTS, FEW_SHOT
 
+import cribsheet
 from cribsheet import Document, build_sheet, load_sheet
 from cribsheet.attention.rope import rotate
 from cribsheet.errors import BudgetError, RequestError, SheetError
@@ -249,6 +255,35 @@ def test_a_killed_independent_build_goes_on_too(tiny, tmp_path):
     assert read[0] > 0 and again.archive.digest == whole.archive.digest
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"mode": "independent", "chunk_tokens": None}, {"rate": None, "retain": 0.5}], ids=str
+)
+def test_a_build_that_goes_on_has_its_archive_in_the_folder_that_was_named(tiny, tmp_path, how):
+    place, checkpoint = tmp_path / "large", tmp_path / "small" / "a.partial"
+    place.mkdir()
+    checkpoint.parent.mkdir()
+    how |= {"checkpoint": checkpoint, "archive_folder": place}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cribsheet.living.independent.usual_chunk", lambda backbone: CHUNK)
+        with pytest.raises(Killed):
+            build(tiny, **how, progress=killer(3))
+        (begun,) = place.iterdir()
+        assert begun == unfinished_archive(checkpoint, place) != unfinished_archive(tmp_path / "a.partial", place)
+        assert [path.name for path in checkpoint.parent.iterdir()] == ["a.partial"]
+        with pytest.raises(SheetError, match="give the archive_folder= of before"):
+            build(tiny, **{**how, "archive_folder": None})
+        sheet = build(tiny, **how)
+    assert sheet.archive.path == begun and list(place.iterdir()) == [begun]
+    save(sheet, tmp_path / "a.sheet")
+    load_sheet(tmp_path / "a.sheet").archive.verify()
+    assert unfinished_archive(checkpoint, checkpoint.parent) == unfinished_archive(checkpoint)
+
+
+def test_a_folder_that_is_not_there_is_told_of_beside_a_checkpoint_too(tiny, tmp_path):
+    with pytest.raises(SheetError, match=r"The archive cannot be written to .*archive_folder="):
+        build(tiny, checkpoint=tmp_path / "a", archive_folder=tmp_path / "nowhere")
+
+
 def test_an_archive_that_was_begun_is_taken_for_no_other(tiny, tmp_path):
     checkpoint = tmp_path / "a.partial"
     begun = unfinished_archive(checkpoint)
@@ -342,6 +377,41 @@ def test_a_sheet_whose_archive_cannot_be_read_is_opened_alone(tiny, saved, tmp_p
     assert "the sheet is written without its archive" in caplog.text
     assert read_manifest(tmp_path / "c.sheet").archive == sheet.manifest.archive  # it may be found again
     assert not archive_of(tmp_path / "c.sheet").exists()
+
+
+_INTERRUPTED = """
+import os, signal, sys
+from cribsheet import load_sheet, save_sheet
+sheet, target = load_sheet(sys.argv[1]), os.path.realpath(sys.argv[2])
+replace = os.replace
+
+def killed_before_the_sheet(source, place):
+    if str(place) == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, place)
+
+os.replace = killed_before_the_sheet
+save_sheet(sheet, target)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_save_that_is_killed_between_sheet_and_archive_is_told_of(tiny, saved, tmp_path, caplog, dtype):
+    """The archive of the new sheet has another size, or the same one."""
+    new = save(build(tiny, rate=2, archive=dtype), tmp_path / "new.sheet")
+    before = saved.read_bytes()
+    environment = {**os.environ, "PYTHONPATH": str(Path(cribsheet.__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", _INTERRUPTED, str(new), str(saved)], env=environment)
+    assert ended.returncode == -signal.SIGKILL and saved.read_bytes() == before
+    assert archive_of(saved).read_bytes() == archive_of(new).read_bytes()
+    with caplog.at_level(logging.WARNING):
+        sheet = load_sheet(saved)
+    said = "a save was interrupted between sheet and archive: .* save the sheet that was being saved again, or build"
+    assert bool(re.search(said, caplog.text)) == (dtype == "int8")  # a size is seen at once, a digest at the first use
+    with pytest.raises(SheetError, match=said):
+        sheet.archive.stretch(0, 5)
+    save(load_sheet(new), saved)
+    load_sheet(saved).archive.verify()
 
 
 def archive_of(sheet):

@@ -167,6 +167,7 @@ class Files(http.server.SimpleHTTPRequestHandler):
 
     told: ClassVar[set[str]] = set()
     fetched: ClassVar[list[str]] = []
+    token: ClassVar[str] = ""
 
     def log_message(self, *args):
         pass
@@ -184,13 +185,18 @@ class Files(http.server.SimpleHTTPRequestHandler):
         self.fetched.append(self.path)
         super().do_GET()
 
+    def send_head(self):
+        if self.token and not self.path.endswith(f"?token={self.token}"):
+            return self.send_error(403)
+        return super().send_head()
+
 
 @pytest.fixture
 def web(tmp_path):
     pytest.importorskip("aiohttp", reason="fsspec's HTTP needs it")
     folder = tmp_path / "web"
     folder.mkdir()
-    Files.told, Files.fetched = {"ETag"}, []
+    Files.told, Files.fetched, Files.token = {"ETag"}, [], ""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -252,3 +258,25 @@ def test_a_registry_behind_http_tells_of_new_versions(web, files):
         hub.push(file, "staff")
         assert [each.version for each in Registry(f"{url}/hub").versions("staff")] == list(range(1, number + 1))
         assert resolve(f"{url}/hub#staff").read_bytes() == file.read_bytes()
+
+
+def test_what_http_is_asked_with_stays_behind_the_path_and_is_not_told(web, tiny, tmp_path, caplog):
+    folder, url = web
+    documents = read_documents(["Alice lives in Lisbon. " * 8])
+    sheet = build_sheet(tiny, documents, Task.of("Who?"), rate=2, scorer="recent", archive=True)
+    file = save_sheet(sheet, folder / "a.sheet")
+    Registry(folder / "hub").push(file, "staff")
+    Files.token = "secret"
+    for place in (f"{url}/a.sheet?token=secret", f"{url}/hub?token=secret#staff", f"{url}/hub/?token=secret#staff@1"):
+        load_sheet(place).archive.verify()
+    assert not caplog.records and Registry(f"{url}/hub?token=secret").versions("staff")
+    for place in (f"{url}/a.sheet?token=guess", f"{url}/none.sheet?token=guess", f"{url}/hub?token=guess#staff"):
+        with pytest.raises(SheetError, match=r"cannot be fetched|has no version") as refused:
+            load_sheet(place)
+        assert "guess" not in str(refused.value)
+    (folder / "a.sheet.archive").unlink()
+    (tmp_path / "cache").rename(tmp_path / "before")
+    assert load_sheet(f"{url}/a.sheet?token=secret").archive.trouble
+    assert "a.sheet?...' cannot be fetched" in caplog.text and "secret" not in caplog.text
+    assert run(["pull", f"{url}/hub?token=secret#staff", "-o", str(tmp_path / "copy.sheet")]) == 0
+    assert (tmp_path / "copy.sheet.archive").is_file()

@@ -421,6 +421,7 @@ def test_a_notebook_remembers_its_practice_beside_it_and_takes_both_away(tiny, t
         ({}, "give minutes"),
         ({"minutes": 0}, "minutes is 0"),
         ({"minutes": float("nan")}, "minutes is nan"),
+        ({"minutes": 1e308}, r"minutes is 1e\+308; give a number above 0 and at most 525600"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": 3, "learning_rate": 0}, "learning_rate is 0"),
@@ -528,7 +529,7 @@ def test_commands_tell_of_a_study_and_what_one_would_take(cli, tmp_path):
     path = tmp_path / "a.sheet"
     asked = ("build", tmp_path / "a.txt", "-o", path, "--task", "Answer.", "--rate", 4)
     for options, words in (
-        (("--study", 0), "number of minutes above 0"),
+        (("--study", 0), "it is 0; give a number above 0"),
         (("--study-steps", 0), "at least 1"),
         (("--study", 1, "--dry-run"), "--study is for a build here"),
         (("--study", 1, "--check"), "leave --check and --retain out, or --study and --study-steps"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import time
 from pathlib import Path
@@ -25,9 +24,10 @@ from cribsheet.cli.console import (
     say_json,
 )
 from cribsheet.cli.inspect import positions, studied
+from cribsheet.cli.options import MOST_OF_ONE, number, whole
 from cribsheet.corpus.printable import in_line
 from cribsheet.corpus.task import Task
-from cribsheet.vocabulary import Allocation, Correction, GuideKept, SheetKind, StorageDtype
+from cribsheet.vocabulary import MOST_MINUTES, Allocation, Correction, GuideKept, SheetKind, StorageDtype
 
 if TYPE_CHECKING:
     from cribsheet.plan.options import BuildKeywords
@@ -46,13 +46,17 @@ TaskFile = Annotated[
 ]
 Model = Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")]
 Rate = Annotated[
-    float | None, typer.Option(metavar="N", help="How many times shorter than the corpus.  [default: 4, in int4]")
+    float | None,
+    typer.Option(metavar="N", parser=number(), help="How many times shorter than the corpus.  [default: 4, in int4]"),
 ]
-Budget = Annotated[int | None, typer.Option(metavar="N", help="Kept tokens per layer and head, instead of --rate.")]
+Budget = Annotated[
+    int | None, typer.Option(metavar="N", parser=whole(), help="Kept tokens per layer and head, instead of --rate.")
+]
 Retain = Annotated[
     float | None,
     typer.Option(
         metavar="SHARE",
+        parser=number(),
         help="Instead of a rate: the share of what the model answers with everything before it that the sheet must "
         "answer too, such as 0.95, of questions that it asks itself.",
     ),
@@ -70,7 +74,9 @@ Guide = Annotated[
 ]
 ChunkTokens = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Tokens read at once; 0 reads everything at once.  [default: by device]"),
+    typer.Option(
+        metavar="N", parser=whole(), help="Tokens read at once; 0 reads everything at once.  [default: by device]"
+    ),
 ]
 System = Annotated[str, typer.Option(metavar="TEXT", help="A system text, which becomes part of the sheet.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")]
@@ -78,7 +84,7 @@ Stored = Annotated[
     StorageDtype | None,
     typer.Option(help="Type of the stored keys and values.  [default: the model's, or int4 without a rate]"),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="For what is random in a build.")]
+Seed = Annotated[int, typer.Option(metavar="N", parser=whole(), help="For what is random in a build.")]
 Shared = Annotated[
     Allocation | None,
     typer.Option(
@@ -114,17 +120,27 @@ DryRun = Annotated[
 ]
 StudyMinutes = Annotated[
     float | None,
-    typer.Option("--study", metavar="MINUTES", help="Let the sheet practise on its documents, as `study` does."),
+    typer.Option(
+        "--study",
+        metavar="MINUTES",
+        parser=number(0, MOST_MINUTES, above=True),
+        help="Let the sheet practise on its documents, as `study` does.",
+    ),
 ]
 StudySteps = Annotated[
-    int | None, typer.Option(metavar="N", help="Steps of such training, instead of --study or at most.")
+    int | None,
+    typer.Option(metavar="N", parser=whole(1), help="Steps of such training, instead of --study or at most."),
 ]
 NoTexts = Annotated[bool, typer.Option("--no-texts", help="Leave the documents' texts out of the file.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")]
 OnRay = Annotated[bool, typer.Option("--ray", help="Build by tasks on a Ray cluster, which survive their workers.")]
 RayAddress = Annotated[str | None, typer.Option(metavar="ADDRESS", help="The cluster; one on this machine by default.")]
-TaskCpus = Annotated[float, typer.Option(metavar="N", help="With --ray, processors of a task.")]
-TaskGpus = Annotated[float, typer.Option(metavar="N", help="With --ray, accelerators of a task.")]
+TaskCpus = Annotated[
+    float, typer.Option(metavar="N", parser=number(0, MOST_OF_ONE), help="With --ray, processors of a task.")
+]
+TaskGpus = Annotated[
+    float, typer.Option(metavar="N", parser=number(0, MOST_OF_ONE), help="With --ray, accelerators of a task.")
+]
 
 
 def build(
@@ -244,10 +260,6 @@ def _check_study(minutes: float | None, steps: int | None, *, elsewhere: bool) -
         return
     if elsewhere:
         misuse("--study is for a build here; build without it, and `cribsheet study` the sheet, or its --dry-run")
-    if minutes is not None and not 0 < minutes < math.inf:
-        misuse(f"--study is {minutes:g}; give a number of minutes above 0")
-    if steps is not None and steps < 1:
-        misuse(f"--study-steps is {steps}; give at least 1")
 
 
 def _foretell(

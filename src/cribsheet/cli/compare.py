@@ -11,9 +11,9 @@ import typer
 
 from cribsheet.cli.build import Model, check_output, make_task
 from cribsheet.cli.console import Device, Revision, misuse, note, quiet_libraries, say
-from cribsheet.cli.options import TaskOptions, flat
+from cribsheet.cli.options import TaskOptions, flat, whole
 from cribsheet.corpus.printable import in_line
-from cribsheet.vocabulary import GuideKept
+from cribsheet.vocabulary import SEEDS, GuideKept
 
 if TYPE_CHECKING:
     from cribsheet.compare.compare import Corpus
@@ -41,12 +41,15 @@ def compare(
     ] = None,
     rates: Annotated[str, typer.Option(metavar="N,N", help="How many times shorter than the corpus.")] = "8,16,32",
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="At most so many passages.  [default: as the budget allows]")
+        int | None,
+        typer.Option(metavar="N", parser=whole(1), help="At most so many passages.  [default: as the budget allows]"),
     ] = None,
     purpose: TaskOptions,
     examples: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="Without examples of yours, take so many questions away as examples."),
+        typer.Option(
+            metavar="N", parser=whole(0), help="Without examples of yours, take so many questions away as examples."
+        ),
     ] = 3,
     scorer: Annotated[
         str | None,
@@ -59,8 +62,10 @@ def compare(
     model: Model = "pocket",
     device: Device = None,
     revision: Revision = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")] = 64,
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws examples and intervals.")] = 0,
+    max_tokens: Annotated[int, typer.Option(metavar="N", parser=whole(1), help="Longest answer in tokens.")] = 64,
+    seed: Annotated[
+        int, typer.Option(metavar="N", parser=whole(SEEDS[0], SEEDS[-1]), help="Draws examples and intervals.")
+    ] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write setup and rows there.")] = None,
     answers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every answer there, as JSON lines.")

@@ -17,7 +17,7 @@ import typer
 
 from cribsheet.cli.build import check_output
 from cribsheet.cli.console import AsJson, build_progress, misuse, note, quiet_libraries, say, say_json
-from cribsheet.cli.options import ModelOptions, SheetFile, flat, given
+from cribsheet.cli.options import ModelOptions, SheetFile, flat, given, number, whole
 from cribsheet.corpus.printable import in_line
 
 if TYPE_CHECKING:
@@ -96,11 +96,15 @@ def study(
     file: SheetFile,
     options: EditOptions,
     minutes: Annotated[
-        float | None, typer.Option(metavar="N", help="How long to study, with all that belongs to it.")
+        float | None, typer.Option(metavar="N", parser=number(), help="How long to study, with all that belongs to it.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps of training, instead or at most.")] = None,
-    learning_rate: Annotated[float, typer.Option(metavar="N", help="How far a step of training goes.")] = 0.02,
-    seed: Annotated[int, typer.Option(metavar="N", help="For what is random in it.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", parser=whole(), help="Steps of training, instead or at most.")
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(metavar="N", parser=number(), help="How far a step of training goes.")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option(metavar="N", parser=whole(), help="For what is random in it.")] = 0,
     practice: Annotated[
         Path | None,
         typer.Option(

@@ -15,7 +15,38 @@ from cribsheet.cli.console import Debug, Device, Revision, Verbose, misuse
 from cribsheet.vocabulary import Mode, NoArchive
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
+MOST_OF_ONE = 65_536  # processors or accelerators of one task or replica: more than any machine has
 SheetFile = Annotated[str, typer.Argument(metavar="FILE", help="A sheet: a file, a URL, or REGISTRY#NAME.")]
+
+
+def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """Reads a whole number, for `typer.Option(parser=...)`; without limits here the library has them."""
+    return _reader(int, "a whole number", least, most)
+
+
+def number(least: int | None = None, most: int | None = None, *, above: bool = False) -> Callable[[str], float]:
+    """As `whole`, any number: of at least `least`, or `above` it. What is no number at all is below every limit."""
+    return _reader(float, "a number", least, most, above=above)
+
+
+def _reader(
+    kind: Callable[[str], N], noun: str, least: int | None, most: int | None, *, above: bool = False
+) -> Callable[[str], N]:
+    limits = "" if least is None else f" {'above' if above else 'of at least'} {least}"
+    limits += "" if most is None else f" and at most {most}"
+
+    def read(text: str) -> N:
+        try:
+            value = kind(text)
+        except ValueError:
+            misuse(f"it is {text!r}; give {noun}{limits}")
+        enough = least is None or value > least or (value == least and not above)
+        if not enough or (most is not None and value > most):
+            misuse(f"it is {text}; give {noun}{limits}")
+        return value
+
+    return read
 
 
 def flat(command: Callable[..., T]) -> Callable[..., T]:
@@ -82,20 +113,26 @@ class ModelOptions:
 class SamplingOptions:
     """How an answer is drawn and how long it is: what `CompressedKnowledgeLLM.ask` takes."""
 
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest answer in tokens.  [default: 256]")] = (
-        None
-    )
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", parser=whole(), help="Longest answer in tokens.  [default: 256]")
+    ] = None
     temperature: Annotated[
-        float | None, typer.Option(metavar="X", help="0 takes the most probable token each time.  [default: 0]")
+        float | None,
+        typer.Option(metavar="X", parser=number(), help="0 takes the most probable token each time.  [default: 0]"),
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(metavar="X", help="Draw from the most probable tokens that sum up to this.")
+        float | None,
+        typer.Option(metavar="X", parser=number(), help="Draw from the most probable tokens that sum up to this."),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Draw from this many most probable tokens; with --retriever, passages at most."),
+        typer.Option(
+            metavar="N",
+            parser=whole(),
+            help="Draw from this many most probable tokens; with --retriever, passages at most.",
+        ),
     ] = None
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", parser=whole(), help="Makes drawing repeatable.")] = None
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text; repeatable.")
     ] = None
@@ -124,7 +161,7 @@ class PassageOptions:
         typer.Option(help="What recall does where there is no archive, or it cannot be read.  [default: error]"),
     ] = None
     passage_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Most tokens of passages.  [default: 512]")
+        int | None, typer.Option(metavar="N", parser=whole(), help="Most tokens of passages.  [default: 512]")
     ] = None
     dense_model: Annotated[
         str | None,

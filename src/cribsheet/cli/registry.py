@@ -9,7 +9,7 @@ import typer
 
 from cribsheet.cli.build import check_output
 from cribsheet.cli.console import AsJson, say, say_json
-from cribsheet.cli.options import SheetFile, flat
+from cribsheet.cli.options import SheetFile, flat, whole
 from cribsheet.corpus.printable import in_line
 
 RegistryPlace = Annotated[str, typer.Argument(metavar="REGISTRY", help="A folder or a URL that fsspec opens.")]
@@ -62,7 +62,8 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="For llama.cpp: must be the model that made the sheet.")
     ] = None,
     version: Annotated[
-        int | None, typer.Option(metavar="N", help="For llama.cpp: version of its format.  [default: the newest]")
+        int | None,
+        typer.Option(metavar="N", parser=whole(), help="For llama.cpp: version of its format.  [default: the newest]"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if it exists.")] = False,
     as_json: AsJson = False,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cribsheet.cli.console import Terminated, misuse, note, quiet_libraries
-from cribsheet.cli.options import ModelOptions, flat, given
+from cribsheet.cli.options import MOST_OF_ONE, ModelOptions, flat, given, number, whole
 
 if TYPE_CHECKING:
     from cribsheet.server.settings import ServerSettings
@@ -28,7 +28,9 @@ def serve(
     ],
     *,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="The port; 0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(metavar="N", parser=whole(0, 65_535), help="The port; 0 takes a free one.")
+    ] = 8000,
     model: ModelOptions,
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="API keys: a TOML table for each, with key and sheets.")
@@ -37,17 +39,27 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A name that requests may use for this server; repeatable.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer if a request names none.")] = 1024,
-    max_answers: Annotated[int, typer.Option(metavar="N", help="Answers at once; more get 503.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", parser=whole(1), help="Longest answer if a request names none.")
+    ] = 1024,
+    max_answers: Annotated[
+        int, typer.Option(metavar="N", parser=whole(1), help="Answers at once; more get 503.")
+    ] = 256,
     max_answers_per_caller: Annotated[
-        int, typer.Option(metavar="N", help="Answers at once for one key or address; more get 429.")
+        int, typer.Option(metavar="N", parser=whole(1), help="Answers at once for one key or address; more get 429.")
     ] = 64,
     requests_per_minute: Annotated[
-        int | None, typer.Option(metavar="N", help="Questions a minute for one key or address; more get 429.")
+        int | None,
+        typer.Option(metavar="N", parser=whole(1), help="Questions a minute for one key or address; more get 429."),
     ] = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time for an answer.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", parser=number(0, above=True), help="Longest time for an answer.")
+    ] = 600.0,
     drain: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long running answers may go on after SIGTERM.")
+        float,
+        typer.Option(
+            metavar="SECONDS", parser=number(0, 86_400), help="How long running answers may go on after SIGTERM."
+        ),
     ] = 30.0,
     retriever: Annotated[
         Literal["bm25", "dense"], typer.Option(help="What finds passages where a request asks for a mode with them.")
@@ -60,7 +72,9 @@ def serve(
     ] = None,
     slots: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="With --engine llama.cpp, answers of a sheet at a time.  [default: 4]"),
+        typer.Option(
+            metavar="N", parser=whole(1), help="With --engine llama.cpp, answers of a sheet at a time.  [default: 4]"
+        ),
     ] = None,
     hide_documents: Annotated[bool, typer.Option("--hide-documents", help="Do not show the documents' texts.")] = False,
     log_text: Annotated[bool, typer.Option("--log-text", help="Log questions and answers.")] = False,
@@ -72,16 +86,29 @@ def serve(
         str, typer.Option(metavar="N[-M]", help="With --ray, how many replicas; from N to M by how much is asked.")
     ] = "2",
     open_sheets: Annotated[
-        int, typer.Option(metavar="N", min=1, help="With --ray, sheets that a replica holds open.")
+        int, typer.Option(metavar="N", parser=whole(1), help="With --ray, sheets that a replica holds open.")
     ] = 8,
     replica_processes: Annotated[
-        int, typer.Option(metavar="N", min=1, help="With --ray, processes that divide the model of a replica.")
+        int,
+        typer.Option(
+            metavar="N", parser=whole(1, MOST_OF_ONE), help="With --ray, processes that divide the model of a replica."
+        ),
     ] = 1,
     replica_cpus: Annotated[
-        float, typer.Option(metavar="N", help="With --ray, processors of a replica, or of each of its processes.")
+        float,
+        typer.Option(
+            metavar="N",
+            parser=number(0, MOST_OF_ONE),
+            help="With --ray, processors of a replica, or of each of its processes.",
+        ),
     ] = 1,
     replica_gpus: Annotated[
-        float, typer.Option(metavar="N", help="With --ray, accelerators of a replica, or of each of its processes.")
+        float,
+        typer.Option(
+            metavar="N",
+            parser=number(0, MOST_OF_ONE),
+            help="With --ray, accelerators of a replica, or of each of its processes.",
+        ),
     ] = 0,
 ) -> None:
     """Serve sheets to OpenAI clients and, as a page, to people.

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -71,7 +72,7 @@ def compile_ahead(shape: Shape, closing: threading.Event) -> None:
     try:
         with subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, errors="replace",
+            stderr=subprocess.PIPE, text=True, errors="replace", process_group=0,
         ) as process:  # fmt: skip
             failure = _waited(process, closing)
         if failure is None:
@@ -92,8 +93,16 @@ def _waited(process: subprocess.Popen[str], closing: threading.Event) -> str | N
         except subprocess.TimeoutExpired:
             if closing.is_set():
                 break
-    process.kill()
+    _end(process)
     return "" if closing.is_set() else f"it took more than {_MOST_SECONDS} s"
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill a process that leads a group, with the assemblers that it has running."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 def _mark(shape: Shape) -> Path | None:

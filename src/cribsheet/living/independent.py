@@ -306,7 +306,7 @@ def archive_of(
     """What writes all that is read of these plans, behind a preamble of so many tokens; none without a type."""
     if dtype is None:
         return None
-    path = unfinished_archive(checkpoint) if checkpoint is not None else None
+    path = unfinished_archive(checkpoint, folder) if checkpoint is not None else None
     layout = archive_layout(backbone, dtype, runs_of(plans, preamble))
     return ArchiveWriter(layout, origins_of(plans, preamble), path, folder)
 

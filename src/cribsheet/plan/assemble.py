@@ -31,10 +31,10 @@ from cribsheet.vocabulary import ABSENT, StorageDtype
 def archive_writer(
     backbone: Backbone, plan: Plan, checkpoint: str | Path | None, folder: str | Path | None
 ) -> ArchiveWriter | None:
-    """What writes all that is read for a plan, if it is to be kept: beside the checkpoint, or to a temporary file."""
+    """What writes all that is read for a plan, if it is to be kept: as the checkpoint's, or to a temporary file."""
     if plan.archive is None:
         return None
-    path = unfinished_archive(checkpoint) if checkpoint is not None else None
+    path = unfinished_archive(checkpoint, folder) if checkpoint is not None else None
     return ArchiveWriter(archive_layout(backbone, plan.archive, archive_runs(plan)), plan.corpus.origins, path, folder)
 
 

@@ -10,8 +10,7 @@ from cribsheet.compress.scoring import Scorer, make_scorer
 from cribsheet.errors import BudgetError
 from cribsheet.model.backbone import Backbone
 from cribsheet.prompt.template import ChatLayout
-from cribsheet.sheet.manifest import SEEDS
-from cribsheet.vocabulary import Allocation, Correction, GuideKept, SheetKind, StorageDtype
+from cribsheet.vocabulary import SEEDS, Allocation, Correction, GuideKept, SheetKind, StorageDtype
 
 DEFAULT_RATE = 4.0  # where nothing was said of the size
 DEFAULT_DTYPE: StorageDtype = "int4"  # where nothing was said of either (decisions/0024)

@@ -15,6 +15,7 @@ from cribsheet.asking.llama_cpp.served import ServedLlamaCpp
 from cribsheet.errors import SheetError
 from cribsheet.llm import CompressedKnowledgeLLM
 from cribsheet.sheet.manifest import Manifest
+from cribsheet.sheet.registry import is_url
 
 logger = logging.getLogger(__name__)
 Kb = CompressedKnowledgeLLM | ServedLlamaCpp
@@ -123,7 +124,8 @@ def named(sheet: str | Path) -> tuple[str, str]:
     name, equals, place = str(sheet).partition("=")
     if not equals or not _NAME.match(name):
         place = str(sheet)
-        name = re.sub(r"\.sheet\Z", "", place.rstrip("/").rsplit("/", 1)[-1])
+        path = place.partition("?")[0] if is_url(place) else place
+        name = re.sub(r"\.sheet\Z", "", path.rstrip("/").rsplit("/", 1)[-1])
     return _check(name), place
 
 

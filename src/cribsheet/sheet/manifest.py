@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cribsheet.model.fingerprint import SAID_SINCE, Fingerprint
-from cribsheet.vocabulary import Allocation, Correction, SheetKind, StorageDtype
+from cribsheet.vocabulary import SEEDS, Allocation, Correction, SheetKind, StorageDtype
 
 FORMATS = (1, 2)  # 2 packs four bits a number, which readers of 1 cannot read
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]  # of tokens, characters, documents: `indices` and `origins` are int32
-SEEDS = range(-(1 << 63), 1 << 64)  # those that torch takes
 
 Operation = Literal["built", "extended", "replaced", "removed", "merged", "combined"]
 

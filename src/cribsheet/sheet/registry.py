@@ -105,7 +105,7 @@ def _fetch_archive(filesystem: Any, inside: str, sheet: Path, url: str) -> None:
         return
     try:
         with _told(f"The archive of {url!r} cannot be fetched"), replacing(target) as unfinished:
-            filesystem.get_file(f"{inside}{SUFFIX}", unfinished)
+            filesystem.get_file(_longer(inside, SUFFIX), unfinished)
             Archive(unfinished, manifest).verify()
     except SheetError as error:
         logger.warning("%s", error)
@@ -131,13 +131,14 @@ class Registry:
         with _told(f"The registry {_shown(self.place)!r} cannot be read"):
             if not filesystem.exists(root):
                 return []
-            found = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(root, detail=True)]
-            return sorted(name for name in found if _NAME.match(name) and filesystem.exists(f"{root}/{name}/{_INDEX}"))
+            listed = (_parted(entry["name"])[0] for entry in filesystem.ls(root, detail=True))
+            found = [name for place in listed if _NAME.match(name := place.rstrip("/").rsplit("/", 1)[-1])]
+            return sorted(name for name in found if filesystem.exists(_longer(root, f"/{name}/{_INDEX}")))
 
     def versions(self, name: str) -> list[Version]:
         """The versions of a sheet, oldest first; none if there is no such sheet."""
         filesystem, root = _filesystem(self.place)
-        path = f"{root}/{_checked(name)}/{_INDEX}"
+        path = _longer(root, f"/{_checked(name)}/{_INDEX}")
         with _told(f"The registry {_shown(self.place)!r} cannot be read"):
             if not filesystem.exists(path):
                 return []
@@ -160,15 +161,15 @@ class Registry:
         data = Path(sheet).read_bytes()  # once, so that the digest is that of what is pushed
         sha256 = hashlib.sha256(data).hexdigest()
         filesystem, root = _filesystem(self.place)
-        folder = f"{root}/{name}"
+        folder = _longer(root, f"/{name}")
         for version in known:
             if version.sha256 == sha256:
                 if archive is not None:
-                    self._put_again(filesystem, archive, f"{folder}/{version.version}{file.SUFFIX}{SUFFIX}")
+                    self._put_again(filesystem, archive, _longer(folder, f"/{version.version}{file.SUFFIX}{SUFFIX}"))
                 return version
         number = max((version.version for version in known), default=0) + 1
         with _told(f"The registry {_shown(self.place)!r} cannot be read"):
-            while filesystem.exists(f"{folder}/{number}{file.SUFFIX}"):  # left by a push that was interrupted
+            while filesystem.exists(_longer(folder, f"/{number}{file.SUFFIX}")):  # left by a push that was interrupted
                 number += 1
         made = Version(
             version=number,
@@ -181,10 +182,10 @@ class Registry:
         with _told(f"The registry {_shown(self.place)!r} cannot be written"):
             filesystem.makedirs(folder, exist_ok=True)
             if archive is not None:
-                _put(filesystem, archive.path, f"{folder}/{made.file}{SUFFIX}")
-            _put(filesystem, data, f"{folder}/{made.file}")
+                _put(filesystem, archive.path, _longer(folder, f"/{made.file}{SUFFIX}"))
+            _put(filesystem, data, _longer(folder, f"/{made.file}"))
             index = Index(versions=[*known, made]).model_dump_json(indent=1).encode()
-            _put(filesystem, index, f"{folder}/{_INDEX}")
+            _put(filesystem, index, _longer(folder, f"/{_INDEX}"))
         return made
 
     def _put_again(self, filesystem: Any, archive: Archive, path: str) -> None:
@@ -202,7 +203,7 @@ class Registry:
             raise SheetError(f"{_shown(self.place)!r} has no version {version or ''} of {name!r}; it has {have}.")
         if "/" in wanted.file or "\\" in wanted.file or wanted.file.startswith("."):
             raise SheetError(f"The index of {name!r} names the file {wanted.file!r}, which is no name of a file in it.")
-        return local(f"{self.place}/{name}/{wanted.file}", sha256=wanted.sha256)
+        return local(_longer(self.place, f"/{name}/{wanted.file}"), sha256=wanted.sha256)
 
 
 def resolve(place: str | Path) -> Path:
@@ -307,9 +308,20 @@ def _cache() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cribsheet"
 
 
-def _shown(url: str) -> str:
-    """A URL without a password in it."""
-    return re.sub(r"://[^/@]*@", "://", url)
+def _shown(words: str) -> str:
+    """A URL, or words with some, without a password in it, nor what HTTP is asked with, such as a token."""
+    return re.sub(r"""(https?://[^\s'"?]*\?)[^\s'"#)]+""", r"\1...", re.sub(r"://[^/@\s]*@", "://", words))
+
+
+def _longer(place: str, more: str) -> str:
+    """A place with more behind its path, that is before what HTTP is asked with."""
+    path, mark, query = _parted(place)
+    return f"{path.rstrip('/')}{more}{mark}{query}"
+
+
+def _parted(place: str) -> tuple[str, str, str]:
+    """A place, and of one behind HTTP what it is asked with, the question mark between them; elsewhere it is a name."""
+    return place.partition("?") if re.match(r"(.*::)?https?://", place) else (place, "", "")
 
 
 @contextlib.contextmanager
@@ -320,4 +332,4 @@ def _told(what: str) -> Iterator[None]:
     except SheetError:
         raise
     except Exception as error:  # each of fsspec's filesystems has its own
-        raise SheetError(f"{what}: {type(error).__name__}: {error}") from error
+        raise SheetError(f"{what}: {type(error).__name__}: {_shown(str(error))}") from error

@@ -28,6 +28,7 @@ from cribsheet.study.learner import trainer_of, with_layers
 from cribsheet.study.notebook import Notebook, read_draft, read_practice, write_draft, write_practice
 from cribsheet.study.practice import make_practice
 from cribsheet.study.trainer import Pace, State
+from cribsheet.vocabulary import MOST_MINUTES
 
 logger = logging.getLogger(__name__)
 
@@ -285,8 +286,8 @@ def check(minutes: float | None, steps: int | None, backbone: Backbone) -> None:
     """Raise `BudgetError` for a time that is none, and `ModelError` for a model that cannot study."""
     if minutes is None and steps is None:
         raise BudgetError("Nothing says how long to study; give minutes=, or steps= of training.")
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise BudgetError(f"minutes is {minutes!r}; give a number above 0.")
+    if minutes is not None and not 0 < minutes <= MOST_MINUTES:
+        raise BudgetError(f"minutes is {minutes!r}; give a number above 0 and at most {MOST_MINUTES}, a year.")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise BudgetError(f"steps is {steps!r}; give a whole number of at least 1.")
     if any(hasattr(weight, "full_tensor") for weight in backbone.model.parameters()):

@@ -6,8 +6,8 @@ Needs a vLLM of a version that sheets are fitted to, in the same environment. CO
 real` takes. Each corpus gets a sheet that other engines read, and our engine's answers from it. Then vLLM is started
 once for each number of `--blocks` and once with as many as fit, in the model's type, and asked in both ways: whether
 the words are ours, and how fast; and once in float32, where other kernels turn fewer answers around, for the words and
-for a hundred requests that mix two sheets with plain questions. Each of these is a process, and may take `--limit`
-seconds.
+for a hundred requests that mix two sheets, or the only one, with plain questions. Each of these is a process, and may
+take `--limit` seconds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _COLUMNS = {
         *("blocks", "limited", "corpora", "way", "warm", "questions_a_second", "first_median", "first_last", "cached"),
         *("used_blocks", "kept_bytes", "before", "tokens", "score", "failed"),
     ),
-    "mixed": ("dtype", "requests", "same", "crossed", "differ_alone", "failed", "seconds"),
+    "mixed": ("dtype", "sheets", "requests", "same", "crossed", "differ_alone", "failed", "seconds"),
 }
 
 
@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _lacking(arguments: argparse.Namespace) -> str:
     """What would be missed once sheets are built, which takes minutes; nothing if all is there."""
+    for name in ("count", "each", "questions", "mixed", "at_once", "block"):
+        if getattr(arguments, name) < 1:
+            return f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give at least 1"
     if find_spec("vllm") is None:
         return (
             f"vLLM is not in this Python, {sys.executable}; run this with one that has vLLM {' or '.join(VERSIONS)}, "

@@ -184,9 +184,9 @@ def _score(asked: Sequence[Asked], texts: Sequence[str]) -> float:
 
 
 def speed(server: Server, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Many questions at once, about one corpus and about all of them in turns: nothing cached, then again."""
+    """Many questions at once, about one corpus and about all, if more, in turns: nothing cached, then again."""
     rows = []
-    for corpora in (1, len(server.work.corpora)):
+    for corpora in sorted({1, len(server.work.corpora)}):
         asked = _many(server.work, corpora, settings["questions"])
         for way in (SHEETS, WHOLE):
             server.ask([(each, way) for each in asked[:2]])  # kernels of these lengths are compiled
@@ -227,26 +227,27 @@ def _measured(server: Server, asked: Sequence[Asked], came: Came, way: str) -> d
 
 
 def mixed(server: Server, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same questions put to two sheets and to none, a hundred at once, against each of the three asked alone."""
-    texts = [each for each in server.work.asked if each.corpus == 0] + [
-        each for each in server.work.asked if each.corpus
-    ]
-    texts = texts[: -(-settings["mixed"] // 3)]
-    kinds = [
-        (replace(each, corpus=corpus), way) for corpus, way in ((0, SHEETS), (1, SHEETS), (0, PLAIN)) for each in texts
-    ]
-    alone = [server.ask(kinds[start : start + len(texts)]).texts for start in range(0, len(kinds), len(texts))]
-    order = list(range(len(kinds)))[: settings["mixed"]]
-    random.Random(0).shuffle(order)
-    came = server.ask([kinds[number] for number in order])
-    row = {"requests": len(order), "same": 0, "crossed": 0, "differ_alone": 0, "failed": len(came.failed)}
-    for number, text in zip(order, came.texts, strict=True):
-        kind, place = divmod(number, len(texts))
-        own, others = alone[kind][place], {alone[other][place] for other in range(3) if other != kind}
+    """The same questions put to two sheets and to none, a hundred at once, against those of each kind asked alone."""
+    by_kind = _kinds(server.work, settings["mixed"])
+    alone = [server.ask(kind).texts for kind in by_kind]
+    places = [(kind, place) for kind, asked in enumerate(by_kind) for place in range(len(asked))][: settings["mixed"]]
+    random.Random(0).shuffle(places)
+    came = server.ask([by_kind[kind][place] for kind, place in places])
+    sheets = len(by_kind) - 1
+    row = {"sheets": sheets, "requests": len(places), "same": 0, "crossed": 0, "differ_alone": 0}
+    for (kind, place), text in zip(places, came.texts, strict=True):
+        own, others = alone[kind][place], {alone[other][place] for other in range(len(alone)) if other != kind}
         row["same"] += text == own
         row["crossed"] += text != own and text in others
         row["differ_alone"] += own not in others
-    return [{**row, "seconds": round(came.seconds, 3)}]
+    return [{**row, "failed": len(came.failed), "seconds": round(came.seconds, 3)}]
+
+
+def _kinds(work: Work, count: int) -> list[list[tuple[Asked, str]]]:
+    """Questions put to two sheets, or to the only one, and to none: of each kind a list, `count` or more together."""
+    ways = [*((corpus, SHEETS) for corpus in range(min(2, len(work.corpora)))), (0, PLAIN)]
+    asked = sorted(work.asked, key=lambda each: each.corpus > 0)[: -(-count // len(ways))]
+    return [[(replace(each, corpus=corpus), way) for each in asked] for corpus, way in ways]
 
 
 PARTS: dict[str, Callable[[Server, dict[str, Any]], list[dict[str, Any]]]] = {

@@ -103,17 +103,29 @@ def read_result(path: Path) -> Result:
 
 def merged(results: Sequence[Result]) -> Result:
     """One result of the results of several runs. Raises `RequestError` if their models differ under one name."""
-    setup: dict[str, Any] = {}
-    models: dict[str, Any] = {}
+    models: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        for key, value in result.setup.items():
-            setup.setdefault(key, []).append(value)
         for name, told in result.models.items():
-            if models.setdefault(name, told)["weights"] != told["weights"]:
+            models.setdefault(name, []).append(told)
+            if models[name][0]["weights"] != told["weights"]:
                 raise RequestError(f"Two models are called {name!r} in these files, and have other weights.")
-    joined = {key: values[0] if len(set(map(str, values))) == 1 else " and ".join(sorted(set(map(str, values))))
-              for key, values in setup.items()}  # fmt: skip
-    return Result(joined, models, [row for result in results for row in result.rows])
+    setup = joined(result.setup for result in results)
+    rows = [row for result in results for row in result.rows]
+    return Result(setup, {name: joined(told) for name, told in models.items()}, rows)
+
+
+def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several runs say of themselves, as one: where they differ, all of it."""
+    said: dict[str, list[Any]] = {}
+    for part in parts:
+        for key, value in part.items():
+            said.setdefault(key, []).append(value)
+    return {key: values[0] if len(set(map(str, values))) == 1 else _and(values) for key, values in said.items()}
+
+
+def _and(values: Iterable[Any]) -> str:
+    """Each of them once, also of those that were joined before."""
+    return " and ".join(sorted({each for value in values for each in str(value).split(" and ")}))
 
 
 def result_of(result: Result) -> Result:

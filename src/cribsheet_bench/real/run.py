@@ -33,7 +33,7 @@ from cribsheet.retrieval.dense import require_dense
 from cribsheet_bench.command import tell_progress
 from cribsheet_bench.real.case import Case, Means
 from cribsheet_bench.real.corpora import find_corpora, group_of, read_corpus
-from cribsheet_bench.real.page import Result, Row, merged, page, print_table, read_result, result_of
+from cribsheet_bench.real.page import Result, Row, joined, merged, page, print_table, read_result, result_of
 from cribsheet_bench.real.ways import KVZIP, NAMES, USUAL, WAYS, Way
 
 logger = logging.getLogger(__name__)
@@ -198,8 +198,10 @@ class _Work:
         """The model; its engine stays, with all that it has compiled, from one sheet to the next."""
         model, name = LoadedModel.get(place, device=self.options.device, dtype=self.options.dtype), name_of(place)
         told = _about(model)
-        if self.models.setdefault(name, told)["weights"] != told["weights"]:
+        before = self.models.get(name, told)
+        if before["weights"] != told["weights"]:
             raise RequestError(f"Another model was called {name!r} in this file; give another --json.")
+        self.models[name] = joined([before, told])  # it may go on where another machine, or type, began
         model.enter(self)
         return model
 

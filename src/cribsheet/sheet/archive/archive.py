@@ -69,6 +69,9 @@ class Archive:
             )
         except (OSError, ValueError) as error:
             self._trouble = _damaged(self.path, error)
+        else:
+            if self._file.size != self.bytes:
+                self._trouble = _foreign(self.path, f"it has {self._file.size:,} bytes", f"one of {self.bytes:,}")
 
     @classmethod
     def beside(cls, sheet: str | Path, manifest: Manifest) -> Archive | None:
@@ -244,7 +247,7 @@ class Archive:
             )
 
     def _opened(self) -> TensorFile:
-        if self._file is None:
+        if self._file is None or self._trouble:
             raise SheetError(self._trouble)
         return self._file
 
@@ -269,11 +272,7 @@ class Archive:
         small = file.read(("origins", "blocks", "digests"))
         found = root_digest(file.piece(file.begin, 0), small)
         if found != self.digest:
-            raise SheetError(
-                f"The archive {str(self.path)!r} is of another sheet, or was changed: its digest is {found[:16]}, and "
-                f"the sheet names {self.digest[:16]}; put the sheet's own archive there, or build again with "
-                "archive=True."
-            )
+            raise SheetError(_foreign(self.path, f"its digest is {found[:16]}", self.digest[:16]))
         blocks = small["blocks"].tolist()
         layout = Layout(made.layers, made.kv_heads, made.head_size, self.dtype, blocks)
         here = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
@@ -304,6 +303,14 @@ def _damaged(path: Path, error: Exception) -> str:
     return (
         f"The archive {str(path)!r} cannot be read ({error}); copy it again from where it came, or build the sheet "
         "again with archive=True."
+    )
+
+
+def _foreign(path: Path, found: str, named: str) -> str:
+    return (
+        f"The archive {str(path)!r} is of another sheet, was changed, or a save was interrupted between sheet and "
+        f"archive: {found}, and the sheet names {named}; put the sheet's own archive there, save the sheet that was "
+        "being saved again, or build again with archive=True."
     )
 
 

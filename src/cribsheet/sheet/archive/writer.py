@@ -56,7 +56,8 @@ class ArchiveWriter:
 
     def begin(self) -> None:
         """Make the file, in the place of what was there. Raises `BudgetError` where the disk has no room for it."""
-        needed, free = self.layout.nbytes, shutil.disk_usage(self.path.parent).free
+        with self._told():
+            needed, free = self.layout.nbytes, shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise BudgetError(
                 f"The archive takes {needed:,} bytes, and {str(self.path.parent)!r} has {free:,} free; make room, or "
@@ -157,12 +158,20 @@ class ArchiveWriter:
             ) from error
 
 
-def unfinished_archive(checkpoint: str | Path) -> Path:
-    """Where the archive of a build lies that remembers in `checkpoint` how far it is."""
-    return Path(f"{checkpoint}{SUFFIX}.part")
+def unfinished_archive(checkpoint: str | Path, folder: str | Path | None = None) -> Path:
+    """Where the archive of a build lies that remembers in `checkpoint` how far it is: beside that, or in a folder.
+
+    There, checkpoints of one name in several places have archives of several names.
+    """
+    beside = Path(checkpoint).absolute()
+    if folder is None or Path(folder).absolute() == beside.parent:
+        return Path(f"{checkpoint}{SUFFIX}.part")
+    return Path(folder) / f"{beside.name}-{hashlib.sha256(os.fsencode(beside)).hexdigest()[:8]}{SUFFIX}.part"
 
 
-_ANEW = "Delete it and the checkpoint, and build again."
+_ANEW = (
+    "Delete it and the checkpoint, and build again; or, if it was begun elsewhere, give the archive_folder= of before."
+)
 
 
 def _make_own(path: Path) -> None:
