@@ -226,9 +226,9 @@ Models that nobody trained for this, real documents, and questions that people w
 [public data sets](real-data.md). Every method has the same number of tokens before the question at a rate, the
 template's preamble and the task's examples included, and every prompt has the same examples; `zero-shot` has the task
 line alone, and `int4` keeps as many tokens as fit the same bytes; `study-int4` is that after three minutes of study
-(`-1` and `-10`: one and ten; `-60`: an hour, of a processor), `study-random` the same of tokens drawn at random, and
-`study-uniform` three minutes of a sheet that other engines read, which keeps 16-bit tokens. This page is written by the
-bench (`make real`).
+(`-1`, `-5` and `-10`: one, five and ten; `-60`: an hour, of a processor), `study-random` the same of tokens drawn at
+random, and `study-uniform` three minutes of a sheet that other engines read, which keeps 16-bit tokens. This page
+is written by the bench (`make real`).
 
 *Score* is the F1 of words, the share of right letters in multiple choice, or ROUGE-L of summaries, in points from 0 to
 100. Differences are those on the questions that both methods were asked, with 95 % intervals, drawn by case from ten
