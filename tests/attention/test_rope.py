@@ -9,7 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partly
 
-from cribsheet.attention.rope import move, rotate
+from cribsheet.attention.rope import OfAlike, move, rotate
 from cribsheet.testing import tiny_backbone, tiny_config
 
 SCALINGS = {
@@ -109,3 +109,10 @@ def test_half_precision_keys_are_turned_in_float32():
     found = rotate(raw, torch.tensor([3, 4000]), torch.tensor([1.0, 0.3, 0.1, 0.01]))
     assert found.dtype == torch.float32
     assert torch.equal(found, rotate(raw.float(), torch.tensor([3, 4000]), torch.tensor([1.0, 0.3, 0.1, 0.01])))
+
+
+def test_what_is_made_of_frequencies_is_made_once_for_layers_that_share_them():
+    shared, own, made = torch.arange(1.0, 5.0), torch.arange(1.0, 5.0), []
+    of_alike = OfAlike([shared, own, shared, shared[:2]], lambda freqs: made.append(freqs) or len(made))
+    assert [of_alike.of(layer) for layer in (0, 1, 2, 3, 0)] == [1, 2, 1, 3, 1]
+    assert made[2] is not shared and len(made[2]) == 2  # that begin at the same place and are fewer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cribsheet.attention.captures import Captures
 from cribsheet.attention.prefix import LayerPrefix, Prefix
 from cribsheet.attention.recorder import Glance, question_weights
 from cribsheet.attention.slots import Rows, SlotLayer, step_cache
-from cribsheet.engine.graphs import bucket, find_prefill, fixed_step, padded_prefill
+from cribsheet.engine.graphs import _has_room, bucket, find_prefill, fixed_step, padded_prefill
 from cribsheet.engine.prefill import on_passages
 from cribsheet.testing import tiny_backbone
 
@@ -156,6 +157,19 @@ def test_a_padded_question_sees_of_its_passages_what_it_sees_unpadded(backbone, 
     _, mass, _ = padded_prefill(backbone, prefix, inputs, padded, evidence=True, told=True, rows=rows)
     assert mass.shape[-1] == TOKENS + 16
     torch.testing.assert_close(on_passages(mass, TOKENS, block), glance.masses[0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_found_no_room_is_captured_once_there_is_some():
+    captures, made = Captures(), []
+    rooms = [False, False, False, True, False]
+    found = [captures.find("a question", 1, lambda: made.append(1) or "one", has_room=room) for room in rooms]
+    assert found == [None, None, None, "one", "one"] and made == [1]
+
+
+def test_long_questions_find_room_as_others_are_let_go():
+    held = [SimpleNamespace(tokens=tokens) for tokens in (1024, 512) * 8]
+    assert _has_room(512, held) and not _has_room(1024, held) and not _has_room(2048, held)
+    assert _has_room(1024, held[1:]) and _has_room(2048, held[1:])
 
 
 def test_what_is_made_and_found_wrong_is_not_made_again():

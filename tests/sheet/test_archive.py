@@ -262,7 +262,7 @@ def test_a_build_that_goes_on_has_its_archive_in_the_folder_that_was_named(tiny,
     place, checkpoint = tmp_path / "large", tmp_path / "small" / "a.partial"
     place.mkdir()
     checkpoint.parent.mkdir()
-    how |= {"checkpoint": checkpoint, "archive_folder": place}
+    how = {**how, "checkpoint": checkpoint, "archive_folder": place}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cribsheet.living.independent.usual_chunk", lambda backbone: CHUNK)
         with pytest.raises(Killed):

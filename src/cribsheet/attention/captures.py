@@ -25,16 +25,19 @@ class Captures(Generic[T]):
         """Whether anything was captured."""
         return any(each is not None for each in self._made.values())
 
-    def find(self, key: Hashable, uses: int, make: Callable[[], T | None], *, way: Hashable = None) -> T | None:
+    def find(
+        self, key: Hashable, uses: int, make: Callable[[], T | None], *, way: Hashable = None, has_room: bool = True
+    ) -> T | None:
         """What was captured for `key`; `make` captures it after so many uses without, unless something is found out.
 
-        Where that gives none, it is not tried again.
+        Where that gives none, it is not tried again. Without room it is not made now, and the next use looks again.
         What was captured of another `way` of computing is let go.
         """
         if way != self._way:
             self._made, self._uses, self._way = {}, {}, way
         self._uses[key] = self._uses.get(key, 0) + 1
-        if key not in self._made and self._uses[key] > uses and finding_out.acquire(blocking=False):
+        is_due = key not in self._made and self._uses[key] > uses and has_room
+        if is_due and finding_out.acquire(blocking=False):
             try:
                 self._made[key] = make()
             except Exception:

@@ -8,8 +8,13 @@ Angles and turns are computed in float32 (RoFormer, arXiv 2104.09864; half-split
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rotate(keys: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -32,6 +37,22 @@ def turned(keys: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+class OfAlike(Generic[T]):
+    """What is made of a layer's `inv_freq`, once for those that turn alike: they share their frequencies."""
+
+    def __init__(self, inv_freqs: Sequence[Tensor], make: Callable[[Tensor], T]) -> None:
+        self._inv_freqs, self._make = inv_freqs, make
+        self._made: dict[tuple[int, int], T] = {}
+
+    def of(self, layer: int) -> T:
+        """That of a layer."""
+        inv_freq = self._inv_freqs[layer]
+        alike = inv_freq.data_ptr(), len(inv_freq)
+        if alike not in self._made:
+            self._made[alike] = self._make(inv_freq)
+        return self._made[alike]
 
 
 def move(keys: Tensor, old: Tensor, new: Tensor, inv_freq: Tensor) -> Tensor:

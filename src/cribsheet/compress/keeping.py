@@ -9,6 +9,7 @@ Letters as in `compress/loop.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -19,7 +20,7 @@ from cribsheet.attention.agreement import relative_error
 from cribsheet.attention.backends import on_cuda
 from cribsheet.attention.cache import ReadingLayer
 from cribsheet.attention.prefix import LayerPrefix
-from cribsheet.attention.rope import turned, turns
+from cribsheet.attention.rope import OfAlike, turned, turns
 from cribsheet.compress.kept import Kept
 from cribsheet.compress.selection import Chosen, picked
 from cribsheet.model.backbone import Backbone
@@ -41,21 +42,12 @@ def as_prefix(backbone: Backbone, kept: Sequence[Kept]) -> list[LayerPrefix]:
     return prefix
 
 
-class Turns:
-    """Cosines and sines of positions, from the first to the last: those of layers that turn alike are made once."""
+class Turns(OfAlike[tuple[Tensor, Tensor]]):
+    """Cosines and sines (positions, R/2) of positions, from the first to the last."""
 
     def __init__(self, backbone: Backbone, first: int, last: int, sign: int = 1) -> None:
-        self._inv_freqs = backbone.inv_freqs
-        self._made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._positions = sign * torch.arange(first, last, device=backbone.device)
-
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Those of a layer (positions, R/2)."""
-        inv_freq = self._inv_freqs[layer]
-        alike = inv_freq.data_ptr(), len(inv_freq)
-        if alike not in self._made:
-            self._made[alike] = turns(self._positions, inv_freq)
-        return self._made[alike]
+        positions = sign * torch.arange(first, last, device=backbone.device)
+        super().__init__(backbone.inv_freqs, partial(turns, positions))
 
 
 def _counts_of(kept: Sequence[Kept]) -> Sequence[Sequence[int]]:

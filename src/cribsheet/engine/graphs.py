@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
@@ -299,8 +299,6 @@ def find_prefill(
     rows = _ASKING if size > _ASKING and evidence and not weights[:-_ASKING].any() else 0
 
     def make() -> PrefillGraph | None:
-        if size > _DOUBLES_TO and sum(graph.tokens > _DOUBLES_TO for graph in others) >= _MOST_LONG:
-            return None
         pool = next((graph.pool for graph in others), None)
         graph = PrefillGraph(backbone, prefix, size, evidence=evidence, told=told, rows=rows, pool=pool)
         path = f"captured questions of up to {size} tokens"
@@ -310,4 +308,10 @@ def find_prefill(
         return graph
 
     key = "a question", size, evidence, told, rows
-    return prefix.prefills.find(key, _PREFILL_USES, make, way=is_prepared(backbone))
+    has_room = _has_room(size, others)  # again as soon as another sheet is closed, and its graphs with it
+    return prefix.prefills.find(key, _PREFILL_USES, make, way=is_prepared(backbone), has_room=has_room)
+
+
+def _has_room(size: int, others: Iterable[PrefillGraph]) -> bool:
+    """Whether one of so many tokens may be captured beside others of a model."""
+    return size <= _DOUBLES_TO or sum(graph.tokens > _DOUBLES_TO for graph in others) < _MOST_LONG

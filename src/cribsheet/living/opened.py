@@ -13,6 +13,7 @@ from torch import Tensor
 from cribsheet.attention.packed import check, layout
 from cribsheet.attention.packed.prefix import PackedPrefix, Room
 from cribsheet.attention.prefix import LayerPrefix, Prefix
+from cribsheet.attention.rope import OfAlike
 from cribsheet.kernels.codes import TILE
 from cribsheet.living.segments import placed_layer, sheet_layers
 from cribsheet.model.backbone import Backbone
@@ -34,18 +35,22 @@ def opened(backbone: Backbone, sheet: Sheet) -> Prefix:
     reads = partial(check.usable, like, backbone.kv_heads)
     most = max(sum(layer.kept) for layer in kept if layer)
     room = Room(most, backbone.head_size, backbone.dtype, backbone.device)
-    turns: dict[int, tuple[Tensor, Tensor]] = {}
+    turns = OfAlike(backbone.inv_freqs, partial(_turns, backbone))
     layers: list[LayerPrefix] = []
-    for layer, own, freqs in zip(sheet.layers, kept, backbone.inv_freqs, strict=True):
+    for number, (layer, own) in enumerate(zip(sheet.layers, kept, strict=True)):
         if own is None:
+            freqs = backbone.inv_freqs[number]
             layers.append(placed_layer(layer, sheet.length, freqs, backbone.device, backbone.dtype))
-            continue
-        if freqs.data_ptr() not in turns:  # layers that turn alike share their frequencies
-            there = freqs.to(backbone.device, torch.float32).contiguous()
-            turns[freqs.data_ptr()] = there, layout.turns(there, backbone.dtype)
-        codes = own.tiled(backbone.device, sheet.length, turns[freqs.data_ptr()])
-        layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room, reads))
+        else:
+            codes = own.tiled(backbone.device, sheet.length, turns.of(number))
+            layers.append(PackedPrefix(codes, own.kept, backbone.dtype, room, reads))
     return Prefix(layers, sheet.length)
+
+
+def _turns(backbone: Backbone, freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Frequencies on the device, and what kernels turn the keys of a tile by."""
+    there = freqs.to(backbone.device, torch.float32).contiguous()
+    return there, layout.turns(there, backbone.dtype)
 
 
 def _may_pack(backbone: Backbone, sheet: Sheet, like: Tensor) -> bool:

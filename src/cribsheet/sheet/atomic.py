@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cribsheet.errors import SheetError
+from cribsheet.sheet.leftovers import clean
+
+_LEFT_SECONDS = 86_400  # after which nobody is still writing
 
 
 @contextlib.contextmanager
@@ -37,6 +41,8 @@ def replacing(target: Path) -> Iterator[str]:
     before = place.stat() if place.exists() else None
     if before is not None and not stat.S_ISREG(before.st_mode):
         raise OSError(f"{str(place)!r} is no regular file")
+    parts = rf"{re.escape(f'.{place.name}.')}\d+-[0-9a-f]{{8}}\.part(\.link)?"
+    clean(place.parent, parts, _LEFT_SECONDS)
     unfinished = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         # by nobody read before it has its rights, if there are some to keep

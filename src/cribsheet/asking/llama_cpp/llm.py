@@ -7,9 +7,9 @@ Where an answer looked is not known: that takes our attention.
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -23,12 +23,13 @@ from cribsheet.engine.sampling import SamplingParams
 from cribsheet.engines.gguf import Gguf
 from cribsheet.errors import EngineError, MismatchError, RequestError, WindowError
 from cribsheet.prompt.turns import Question
+from cribsheet.sheet.leftovers import hold, temporary_folder
 from cribsheet.sheet.sheet import Sheet
 
 if TYPE_CHECKING:
     from cribsheet.asking.options import LlamaCppSampling
 
-_STATE = "sheet.state"
+_STATE, _FOLDER = "sheet.state", ".llama.cpp"
 SAMPLED = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "frequency_penalty", "presence_penalty")
 SETTINGS = (*SAMPLED, "json_schema", "timeout")
 OPTIONS = ("slots", "room", "threads", "gpu_layers")
@@ -72,8 +73,8 @@ class LlamaCpp:
         self._prompts = Prompts(sheet, tokenizer)
         self.sheet, self.prefix, self.gguf = self._prompts.sheet, self._prompts.ids, Path(gguf)
         self.room = _room(self.sheet, Gguf.open(gguf), self._prompts.vocabulary, room)
-        self.folder = Path(tempfile.mkdtemp(prefix="cribsheet-"))
-        self._emptying = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder = temporary_folder(_FOLDER)
+        self._emptying = weakref.finalize(self, _empty, self.folder, hold(self.folder))
         try:
             self.sheet.export(self.folder / _STATE, to="llama.cpp", gguf=gguf)
             positions = self.sheet.length + self.room
@@ -243,6 +244,12 @@ def _room(sheet: Sheet, file: Gguf, vocabulary: int, room: int) -> int:
             "a higher rate."
         )
     return int(min(room, window - sheet.length))
+
+
+def _empty(folder: Path, held: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if held is not None:
+        os.close(held)
 
 
 def _check_penalties(params: SamplingParams) -> None:

@@ -23,6 +23,7 @@ from cribsheet.errors import BudgetError, SheetError
 from cribsheet.sheet.archive.layout import DIGEST, SUFFIX, Layout, root_digest
 from cribsheet.sheet.int4 import BLOCK
 from cribsheet.sheet.layers import StoredLayer
+from cribsheet.sheet.leftovers import hold, temporary_file
 from cribsheet.sheet.manifest import ArchiveEntry
 from cribsheet.sheet.tensors import LARGEST, TensorFile, is_usable
 
@@ -35,8 +36,10 @@ class ArchiveWriter:
 
     def __init__(self, layout: Layout, origins: Tensor, path: Path | None, folder: str | Path | None = None) -> None:
         self.path, self.layout = path or _temporary(folder), layout
-        if path is None:
-            weakref.finalize(self, _remove, self.path)
+        self._is_temporary = path is None
+        self._held: list[int] = []  # what locks a temporary file
+        if self._is_temporary:
+            weakref.finalize(self, _remove, self.path, self._held)
         self._origins = origins.to(torch.int32)
         self._digests = torch.zeros(len(layout.blocks), DIGEST, dtype=torch.uint8)
         self._block = 0  # that is written next
@@ -68,6 +71,8 @@ class ArchiveWriter:
             with open(self.path, "xb") as file:
                 file.write(self.layout.header)
                 file.truncate(needed)
+            if self._is_temporary and (handle := hold(self.path)) is not None:
+                self._held.append(handle)
         self._write("origins", 0, self._origins)
         self._write("blocks", 0, torch.tensor(self.layout.blocks, dtype=torch.uint8))
 
@@ -184,19 +189,19 @@ def _make_own(path: Path) -> None:
 
 def _temporary(folder: str | Path | None) -> Path:
     try:
-        handle, path = tempfile.mkstemp(prefix=".cribsheet-", suffix=SUFFIX, dir=folder)
+        return temporary_file(SUFFIX, folder)
     except OSError as error:
         raise SheetError(
             f"The archive cannot be begun in {str(folder or tempfile.gettempdir())!r}: {error}; name another folder "
             "(archive_folder=)."
         ) from error
-    os.close(handle)
-    return Path(path)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, held: Sequence[int]) -> None:
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
+    for handle in held:
+        os.close(handle)
 
 
 def _bytes(row: Tensor) -> bytes:
