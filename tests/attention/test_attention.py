@@ -60,6 +60,18 @@ def test_attention_and_its_log_sum_exp_follow_the_formula(function, dtype):
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [1, 11, 300])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_one_row_alone_sees_what_it_sees_among_others(dtype, keys, masked):
+    q, k, v = qkv(t=1, s=keys, dtype=dtype)
+    mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+    mask[1, ..., : keys - 1] = not masked
+    found = attend(q, k, v, scale=SCALE, causal=keys == 1 and not masked, mask=mask if masked else None)
+    assert_same(found, by_loops(q, k, v, lambda b, row, column: bool(mask[b, 0, 0, column])), dtype)
+    assert found[0].shape == q.shape and found[1].shape == q.shape[:3]
+
+
 @pytest.mark.parametrize("function", [attend, attend_plain])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_causal_row_sees_itself_and_what_came_before(function, dtype):

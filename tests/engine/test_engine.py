@@ -683,3 +683,32 @@ def test_questions_behind_much_that_was_recalled_are_read_in_passes_of_bounded_s
     passes = prefills([Answering(each, kb.backbone.tokenizer, frozenset()) for each in asked])
     before = [[each.request.before for each in one.sequences] for one in passes]
     assert before == [[0, 0], [8, 8, 8], [8], [25]]
+
+
+def test_a_small_model_answers_on_one_thread_and_askers_and_sinks_keep_theirs():
+    backbone = tiny_backbone()
+    kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=backbone, rate=3)
+    wanted = kb.ask("Where does Bob live?", max_tokens=8).text
+    kb.close()
+    inside, told = set(), set()
+    backbone.model.register_forward_pre_hook(lambda *_: inside.add(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        kb = CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model=backbone, rate=3)
+        inside.clear()
+        assert kb.ask("Where does Bob live?", max_tokens=8).text == wanted
+        engine = Engine(backbone)
+        over = threading.Event()
+
+        def sink(event):
+            told.add(torch.get_num_threads())
+            if isinstance(event, Finished):
+                over.set()
+
+        engine.submit(ask(kb, sink=sink)[0])
+        assert over.wait(60)
+        engine.close()
+        assert inside == {1} and told == {2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -336,3 +336,43 @@ def test_weights_that_nobody_changes_are_sampled_once_and_again_afterwards():
         backbone.model.lm_head.weight.add_(1.0)
     assert torch.equal(inside, before) and not torch.equal(backbone.weight_samples(), before)
     assert backbone.weight_samples() is not backbone.weight_samples()
+
+
+@pytest.fixture
+def two_threads():
+    """Of this process and of threads that start in it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_reading(backbone, tokens):
+    """How many threads make each layer's part of a read."""
+    seen = []
+    chunk = torch.arange(10, 10 + tokens)
+    backbone.read(nothing(backbone), 0, chunk, chunk[:0], lambda: seen.append(torch.get_num_threads()))
+    return seen
+
+
+def test_one_thread_makes_a_short_read_of_a_small_model_and_all_a_long_one(two_threads):
+    pocket = Backbone.load("pocket", device="cpu")
+    assert threads_reading(pocket, 20) == [1] * pocket.num_layers
+    assert threads_reading(pocket, 300) == [2] * pocket.num_layers
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_a_pass_leaves_the_caller_s_threads_as_they_were_also_if_it_fails(kind, two_threads):
+    backbone = tiny_backbone(kind)
+    seen = []
+    backbone.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    positions = torch.arange(len(LEFT))[None]
+    cache = prefix_cache(nothing(backbone), 0)
+    logits = backbone.step(LEFT[None], positions, cache)
+    assert seen == [1] and torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        backbone.read(nothing(backbone), 0, LEFT, LEFT[:0], lambda: 1 / 0)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert torch.equal(logits, backbone.step(LEFT[None], positions, prefix_cache(nothing(backbone), 0)))

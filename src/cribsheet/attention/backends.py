@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cribsheet.attention.agreement import agrees, relative_error
+from cribsheet.kernels.products import are_there
 
 _CPU_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_TYPES = (torch.bfloat16, torch.float16)
@@ -41,9 +42,13 @@ def flash_cpu(
 ) -> tuple[Tensor, Tensor]:
     """`attend` on a CPU."""
     bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    tokens = q.shape[2]
+    if tokens == 1 and q.dtype == torch.bfloat16 and are_there(q.dtype):
+        q = q.repeat(1, 1, 2, 1)  # of one row, its products take four times as long as of two
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
+    out, lse = out[:, :, :tokens], lse[:, :, :tokens]
     if mask is not None:  # for a row that may look at nothing the kernel yields NaN or a log-sum-exp of 0
         blind = ~mask.any(-1)  # (B, 1, T)
         out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, float("-inf"))

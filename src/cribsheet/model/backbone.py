@@ -26,6 +26,7 @@ from cribsheet.attention.prefix import LayerPrefix
 from cribsheet.errors import ModelError
 from cribsheet.kernels.codes import PACKS_FROM
 from cribsheet.kernels.products import are_there
+from cribsheet.kernels.threads import one_thread, pays_to_divide
 from cribsheet.model.llama_cpu import LlamaPass, chosen_dtype, cpu_pass, laid_out_bytes, may_be_copied
 from cribsheet.model.llama_read import LlamaRead, fast_read
 from cribsheet.model.llama_weights import LlamaWeights, Unchanged, llama_weights
@@ -182,7 +183,8 @@ class Backbone:
         ids = torch.cat([chunk, guide]).to(self.device, non_blocking=True).unsqueeze(0)
         positions = torch.arange(start, start + ids.shape[1], device=self.device).unsqueeze(0)
         if (laid_out := self.laid_out()) is not None:
-            laid_out.read(ids, positions, layers)
+            with self.threads(ids, start):
+                laid_out.read(ids, positions, layers)
             return layers
         fast = self.found_read() if ids.shape[1] >= _LEAST else None
         (fast or self.read_by_own_layers)(ids, positions, layers)
@@ -239,7 +241,8 @@ class Backbone:
     @torch.no_grad()
     def read_by_own_layers(self, ids: Tensor, positions: Tensor, layers: Sequence[ReadingLayer]) -> None:
         """Read tokens (1, T) at their positions (1, T) into cache layers, by the model's own layers."""
-        with self.announced(ids, positions, None), self.attached():
+        start = layers[0].start
+        with self.threads(ids, start), self.announced(ids, positions, None), self.attached():
             given = self.cached(Cache(layers=list(layers)))
             self.model.base_model(input_ids=ids, position_ids=positions, use_cache=True, **given)
 
@@ -251,6 +254,23 @@ class Backbone:
     def in_step(self) -> bool:
         """Whether other processes make the same passes in the same order, so that nobody may make one in between."""
         return False
+
+    def threads(self, ids: Tensor, before: int) -> AbstractContextManager[None]:
+        """On a CPU, one thread for a pass of new tokens (B, T) behind so many others that is too small to be divided.
+
+        It is the number of the calling thread alone, which has its own again afterwards.
+        """
+        if self.device.type != "cpu":
+            return nullcontext()
+        query_size, kv_size = self.num_heads * self.head_size, self.kv_heads * self.head_size
+        divided = pays_to_divide(ids.numel(), self._weights_of_a_layer, query_size, kv_size, before)
+        return nullcontext() if divided else one_thread()
+
+    @cached_property
+    def _weights_of_a_layer(self) -> int:
+        """How many weights a step reads for each layer, those of the output shared out among them."""
+        weights: int = sum(weight.numel() for weight in self.model.parameters())
+        return weights // self.num_layers
 
     def cached(self, cache: Cache) -> dict[str, Cache]:
         """A cache as an argument of the model, and of its `generate`, by the name that this transformers has for it."""
@@ -272,9 +292,11 @@ class Backbone:
         gradients.
         """
         grad = grad and torch.is_grad_enabled()
+        threads = self.threads(ids, cache.get_seq_length())
         if not grad and (laid_out := self.laid_out()) is not None:
-            return laid_out.step(ids, positions, cache.layers, keep)
-        with torch.set_grad_enabled(grad), self.announced(ids, positions, keep), self.attached():
+            with threads:
+                return laid_out.step(ids, positions, cache.layers, keep)
+        with threads, torch.set_grad_enabled(grad), self.announced(ids, positions, keep), self.attached():
             logits: Tensor = self.model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),

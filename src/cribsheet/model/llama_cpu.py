@@ -11,11 +11,10 @@ Letters as in `attention/prefix.py`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +25,7 @@ from cribsheet.attention.agreement import agrees, relative_error
 from cribsheet.attention.cache import PrefixLayer, ReadingLayer
 from cribsheet.attention.prefix import AttentionInputs, LayerPrefix
 from cribsheet.kernels.products import laid_out, padded_rows, times
+from cribsheet.kernels.threads import one_thread
 from cribsheet.model.llama_weights import BOUND, Linear, LlamaLayer, LlamaWeights, Norm, is_plain
 from cribsheet.model.support import head_size
 
@@ -234,7 +234,7 @@ def _is_faster(width: int, inner: int) -> bool:
         return False
     weight, rows = (torch.ones(length, width, dtype=torch.float32, device="cpu") for length in (inner, _READ))
     try:
-        with _one_thread():
+        with one_thread():  # several wait for each other where others want the processors, whatever the type
             packed = laid_out(weight.bfloat16())
             halves = rows.bfloat16()
             read = _gain(lambda: F.linear(rows, weight), lambda: _product(halves, packed, None))
@@ -244,17 +244,6 @@ def _is_faster(width: int, inner: int) -> bool:
         return False
     logger.info("bfloat16 against float32 on this processor: reading %.1f times as fast, a step %.1f", read, step)
     return read >= _GAIN and step >= 1
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread computes inside: where others want the processors several wait for each other, whatever the type."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _gain(slow: Callable[[], Tensor], fast: Callable[[], Tensor]) -> float:
