@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from corpus import DOCUMENTS, FEW_SHOT
 
 import cribsheet
 from cribsheet import build_sheet, save_sheet
+from cribsheet.sheet.archive.layout import Layout
+from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.leftovers import clean, hold, temporary_file, temporary_folder
 
 pytest.importorskip("fcntl", reason="without locks nothing is deleted")
@@ -38,6 +41,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("PYTHONPATH", str(Path(cribsheet.__file__).parents[1]))
     return tmp_path
+
+
+LAYOUT, ORIGINS = Layout(1, 1, 16, "int8", [1]), torch.zeros(1, 3)
 
 
 def aged(*paths, seconds=3600):
@@ -97,6 +103,39 @@ def test_an_archive_that_a_killed_build_left_is_deleted_and_that_of_a_sheet_that
     path = one.archive.path
     del one
     assert not path.exists() and other.archive.path.exists()
+
+
+def test_an_archive_that_is_not_begun_for_long_keeps_its_name(tmp_path):
+    waits, old = ArchiveWriter(LAYOUT, ORIGINS, None, tmp_path), temporary_file(".archive", tmp_path)
+    aged(waits.path, old)
+    temporary_file(".archive", tmp_path)
+    assert waits.path.exists() and not old.exists()
+    waits.begin()
+    waits.begin()
+    aged(waits.path)
+    temporary_file(".archive", tmp_path)
+    assert waits.path.exists() and len(waits._held) == 1
+    held = waits._held[0]
+    del waits
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_that_lets_go_leaves_the_archive_to_the_one_who_made_it(tmp_path):
+    writer = ArchiveWriter(LAYOUT, ORIGINS, None, tmp_path)
+    writer.begin()
+    path = writer.path
+    child = os.fork()
+    if child == 0:
+        try:
+            del writer
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert path.exists()
+    del writer
+    assert not path.exists()
 
 
 def test_parts_of_a_sheet_whose_writer_was_killed_are_deleted_by_a_save_of_another_day(tiny, tmp_path):

@@ -74,7 +74,7 @@ class LlamaCpp:
         self.sheet, self.prefix, self.gguf = self._prompts.sheet, self._prompts.ids, Path(gguf)
         self.room = _room(self.sheet, Gguf.open(gguf), self._prompts.vocabulary, room)
         self.folder = temporary_folder(_FOLDER)
-        self._emptying = weakref.finalize(self, _empty, self.folder, hold(self.folder))
+        self._emptying = weakref.finalize(self, _empty, self.folder, hold(self.folder), os.getpid())
         try:
             self.sheet.export(self.folder / _STATE, to="llama.cpp", gguf=gguf)
             positions = self.sheet.length + self.room
@@ -246,8 +246,9 @@ def _room(sheet: Sheet, file: Gguf, vocabulary: int, room: int) -> int:
     return int(min(room, window - sheet.length))
 
 
-def _empty(folder: Path, held: int | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _empty(folder: Path, held: int | None, maker: int) -> None:
+    if os.getpid() == maker:  # a forked child ends, or lets go of its copy, while the parent needs the folder
+        shutil.rmtree(folder, ignore_errors=True)
     if held is not None:
         os.close(held)
 

@@ -39,7 +39,8 @@ class ArchiveWriter:
         self._is_temporary = path is None
         self._held: list[int] = []  # what locks a temporary file
         if self._is_temporary:
-            weakref.finalize(self, _remove, self.path, self._held)
+            weakref.finalize(self, _remove, self.path, self._held, os.getpid())
+            self._hold()
         self._origins = origins.to(torch.int32)
         self._digests = torch.zeros(len(layout.blocks), DIGEST, dtype=torch.uint8)
         self._block = 0  # that is written next
@@ -71,8 +72,8 @@ class ArchiveWriter:
             with open(self.path, "xb") as file:
                 file.write(self.layout.header)
                 file.truncate(needed)
-            if self._is_temporary and (handle := hold(self.path)) is not None:
-                self._held.append(handle)
+            if self._is_temporary:
+                self._hold()
         self._write("origins", 0, self._origins)
         self._write("blocks", 0, torch.tensor(self.layout.blocks, dtype=torch.uint8))
 
@@ -137,6 +138,13 @@ class ArchiveWriter:
         digest = root_digest(self.layout.header, small)
         return ArchiveEntry(digest=digest, dtype=self.layout.dtype, bytes=self.layout.nbytes)
 
+    def _hold(self) -> None:
+        """Lock a temporary file, and only then let go of what had its name before: the name is never nobody's."""
+        before, handle = self._held.copy(), hold(self.path)
+        self._held[:] = [] if handle is None else [handle]
+        for each in before:
+            os.close(each)
+
     def _block_of(self, file: TensorFile, number: int) -> dict[str, Tensor]:
         ends = self.layout.ends[number : number + 2]
         return {
@@ -197,9 +205,10 @@ def _temporary(folder: str | Path | None) -> Path:
         ) from error
 
 
-def _remove(path: Path, held: Sequence[int]) -> None:
+def _remove(path: Path, held: Sequence[int], maker: int) -> None:
     with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        if os.getpid() == maker:  # a forked child ends, or lets go of its copy, while the parent needs the file
+            path.unlink(missing_ok=True)
     for handle in held:
         os.close(handle)
 
