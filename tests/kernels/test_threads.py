@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +46,31 @@ def test_an_error_inside_leaves_the_number_as_it_was(two_threads):
     with pytest.raises(ZeroDivisionError), one_thread():
         1 / 0  # noqa: B018
     assert torch.get_num_threads() == 2
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C would raise, wherever the caller is."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that comes while it leaves
+def test_an_interruption_at_any_moment_leaves_the_number_as_it_was(two_threads):
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    before, chance = signal.signal(signal.SIGALRM, interrupt), random.Random(0)
+    try:
+        for _ in range(2000):
+            with contextlib.suppress(Interrupted):
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 2e-4))
+                for _ in range(300):
+                    with one_thread():
+                        pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert torch.get_num_threads() == 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_other_threads_keep_theirs_and_those_that_start_meanwhile_have_the_processs(two_threads):

@@ -41,14 +41,17 @@ def one_thread() -> Iterator[None]:
     if setters is None:
         yield
         return
-    setters.openmp(1)
-    of_mkl = setters.mkl(1) if setters.mkl else 0
-    try:
+    of_mkl = before
+    try:  # Ctrl-C may come behind each call
+        setters.openmp(1)
+        of_mkl = setters.mkl(1) if setters.mkl else 0
         yield
     finally:
-        setters.openmp(before)
-        if setters.mkl:
-            setters.mkl(of_mkl)
+        try:
+            setters.openmp(before)
+        finally:
+            if setters.mkl:
+                setters.mkl(of_mkl)
 
 
 def pays_to_divide(rows: int, weights: int, query_size: int, kv_size: int, before: int) -> bool:
