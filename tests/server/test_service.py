@@ -177,7 +177,7 @@ def test_names_come_from_files_or_are_given():
     assert named("s3://bucket/x/staff.v2.sheet") == ("staff.v2", "s3://bucket/x/staff.v2.sheet")
     assert named("https://host/staff.sheet?token=x/y") == ("staff", "https://host/staff.sheet?token=x/y")
     assert named("people=a/b.sheet") == ("people", "a/b.sheet")
-    for wrong in ("a b.sheet", "../.sheet", ".sheet"):
+    for wrong in ("a b.sheet", "../.sheet", ".sheet", "https://host/sheets#staff", "https://host/sheets?token=x#staff"):
         with pytest.raises(SheetError):
             named(wrong)
 

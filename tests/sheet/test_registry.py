@@ -266,17 +266,21 @@ def test_what_http_is_asked_with_stays_behind_the_path_and_is_not_told(web, tiny
     sheet = build_sheet(tiny, documents, Task.of("Who?"), rate=2, scorer="recent", archive=True)
     file = save_sheet(sheet, folder / "a.sheet")
     Registry(folder / "hub").push(file, "staff")
-    Files.token = "secret"
-    for place in (f"{url}/a.sheet?token=secret", f"{url}/hub?token=secret#staff", f"{url}/hub/?token=secret#staff@1"):
+    Files.token = "secret/"
+    for place in (
+        f"{url}/a.sheet?token=secret/",
+        f"{url}/hub?token=secret/#staff",
+        f"{url}/hub/?token=secret/#staff@1",
+    ):
         load_sheet(place).archive.verify()
-    assert not caplog.records and Registry(f"{url}/hub?token=secret").versions("staff")
+    assert not caplog.records and Registry(f"{url}/hub?token=secret/").versions("staff")
     for place in (f"{url}/a.sheet?token=guess", f"{url}/none.sheet?token=guess", f"{url}/hub?token=guess#staff"):
         with pytest.raises(SheetError, match=r"cannot be fetched|has no version") as refused:
             load_sheet(place)
         assert "guess" not in str(refused.value)
     (folder / "a.sheet.archive").unlink()
     (tmp_path / "cache").rename(tmp_path / "before")
-    assert load_sheet(f"{url}/a.sheet?token=secret").archive.trouble
+    assert load_sheet(f"{url}/a.sheet?token=secret/").archive.trouble
     assert "a.sheet?...' cannot be fetched" in caplog.text and "secret" not in caplog.text
-    assert run(["pull", f"{url}/hub?token=secret#staff", "-o", str(tmp_path / "copy.sheet")]) == 0
+    assert run(["pull", f"{url}/hub?token=secret/#staff", "-o", str(tmp_path / "copy.sheet")]) == 0
     assert (tmp_path / "copy.sheet.archive").is_file()

@@ -124,7 +124,7 @@ def named(sheet: str | Path) -> tuple[str, str]:
     name, equals, place = str(sheet).partition("=")
     if not equals or not _NAME.match(name):
         place = str(sheet)
-        path = place.partition("?")[0] if is_url(place) else place
+        path = re.sub(r"\?[^#]*", "", place) if is_url(place) else place
         name = re.sub(r"\.sheet\Z", "", path.rstrip("/").rsplit("/", 1)[-1])
     return _check(name), place
 

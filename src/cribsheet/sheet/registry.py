@@ -123,7 +123,7 @@ class Registry:
     """Sheets by name and version in a folder: a path or a URL."""
 
     def __init__(self, place: str | Path) -> None:
-        self.place = str(place).rstrip("/")
+        self.place = _longer(str(place), "")
 
     def names(self) -> list[str]:
         """The sheets that are there."""
@@ -284,7 +284,7 @@ def _filesystem(place: str) -> tuple[Any, str]:
     with _told(f"{_shown(place)!r} cannot be opened"):
         filesystem, inside = fsspec.core.url_to_fs(place)
         filesystem.invalidate_cache()  # what a bucket held when it was last listed may be another thing by now
-    return filesystem, str(inside).rstrip("/")
+    return filesystem, _longer(str(inside), "")
 
 
 def _put(filesystem: Any, data: bytes | Path, path: str) -> None:
