@@ -91,11 +91,12 @@ speed: $(READY)  ## building and answering against their peers, on a CPU (half a
 
 speed-gpu:  ## the same on one large GPU, with the python that has torch there, and the page (six minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape 8b --seconds 360 \
-		--json docs/benchmarks/speed-h200.json --page docs/benchmarks/speed-h200.md
+		--json docs/benchmarks/speed-h200.json --page docs/benchmarks/speed-h200.md --title "Speed on an H200"
 
 minute-gpu:  ## the first minute, whole builds and the paper's promise on a GPU, and the page: make minute-gpu [MODEL=...] (six minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.run --device cuda --shape $(or $(MODEL),1.5b) 0.5b 8b \
-		--only "first minute" "whole builds" promise --json docs/benchmarks/minute-h200.json --page docs/benchmarks/minute-h200.md
+		--only "first minute" "whole builds" promise --json docs/benchmarks/minute-h200.json --page docs/benchmarks/minute-h200.md \
+		--title "The first minute on an H200"
 
 step-gpu:  ## one decoding step on one large GPU: kernels by kind, ways of making it, tiles of products (three minutes)
 	PYTHONPATH=src $(PYTHON) -m cribsheet_bench.speed.step --json step-gpu.json

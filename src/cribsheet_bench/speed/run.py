@@ -215,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="start no part after so long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--title", default="Speed", help="of the page  [default: %(default)s]")
     arguments = parser.parse_args(argv)
     return run(**vars(arguments))
 
@@ -230,6 +231,7 @@ def run(
     seconds: float = 3600,
     json: Path | None = None,
     page: Path | None = None,
+    title: str = "Speed",
 ) -> int:
     """The bench; the exit code is 1 if a part failed or something is wrong."""
     torch.set_num_threads(1)
@@ -250,7 +252,6 @@ def run(
     if page is not None:
         flags = [f"--device {device}", *(f"--shape {name}" for name in shape or ()), *["--quick"] * quick]
         command = " ".join(["cribsheet bench speed", *flags, *(f'--only "{part}"' for part in only)])
-        title = f"Speed on one {torch.cuda.get_device_name()}" if device == "cuda" else "Speed"
         page.write_text(markdown(made.result(), command=command, title=title), encoding="utf-8")
     return 1 if made.errors else 0
 
