@@ -91,7 +91,7 @@ def forecast(
     `texts` says whether the documents' texts will be in the file. Raises `BudgetError` for `retain` and `check`: how
     many questions they ask shows while they do.
     """
-    how = BuildOptions(**options)
+    how = BuildOptions.of(options)
     if how.retain is not None or how.check:
         raise BudgetError("A forecast knows what a build without questions takes; leave retain and check out.")
     layout = how.layout(backbone)

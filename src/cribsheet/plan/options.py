@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict, get_args
 
 from cribsheet.compress.scoring import Scorer, make_scorer
@@ -113,6 +113,17 @@ class BuildOptions:
         if self.for_engines:
             self._check_for_engines()
         self._check_scorer()
+
+    @classmethod
+    def of(cls, options: BuildKeywords) -> BuildOptions:
+        """Those that a way to build was called with. Raises `TypeError` for names that are none, with all that are."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(
+                f"Unknown options of a build: {', '.join(unknown)}; use {', '.join(sorted(known))}, or what the "
+                "function itself takes."
+            )
+        return cls(**options)
 
     @property
     def chosen_scorer(self) -> str | Scorer:
