@@ -68,9 +68,10 @@ def test_options_are_never_changed_and_say_what_stands_for_what_was_left_open(ti
         options.rate = 2
     assert (options.chosen_scorer, options.chosen_allocation, options.storage(tiny)) == ("recall", "profiled", "int4")
     apart = BuildOptions(mode="independent")
-    assert (apart.chosen_allocation, apart.storage(tiny)) == ("adaptive", "float32")
+    assert (apart.chosen_allocation, apart.storage(tiny)) == ("adaptive", "int4")
     assert BuildOptions(scorer="finch").chosen_allocation == "uniform"
     assert BuildOptions(retain=0.9).storage(tiny) == BuildOptions(rate=4).storage(tiny) == "float32"
+    assert BuildOptions(rate=4, mode="independent").storage(tiny) == "float32"
 
 
 def test_a_forecast_refuses_what_asks_questions(tiny):

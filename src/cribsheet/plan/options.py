@@ -163,7 +163,7 @@ class BuildOptions:
             return self.dtype
         if self.for_engines:
             return ENGINE_DTYPE
-        if self.mode == "sequential" and self.rate is None and self.budget is None and self.retain is None:
+        if self.rate is None and self.budget is None and self.retain is None:
             return DEFAULT_DTYPE
         return _storage_dtype(str(backbone.dtype).removeprefix("torch."))
 
