@@ -64,11 +64,23 @@ def test_what_a_build_refuses_is_refused(backbone):
         forecast(backbone, DOCUMENTS, TASK, dtype="int3", scorer="task")
 
 
-def test_where_nothing_is_said_of_the_size_it_is_of_the_sheet_that_a_build_makes(backbone):
-    told = forecast(backbone, DOCUMENTS, TASK, guide="dropped")
-    made = build_sheet(backbone, DOCUMENTS, TASK, guide="dropped")
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
+def test_where_nothing_is_said_of_the_size_it_is_of_the_sheet_that_a_build_makes(backbone, mode):
+    told = forecast(backbone, DOCUMENTS, TASK, guide="dropped", mode=mode)
+    made = build_sheet(backbone, DOCUMENTS, TASK, guide="dropped", mode=mode)
     assert made.manifest.dtype == "int4" and told.tokens == made.manifest.budget
-    assert told.sheet_bytes < forecast(backbone, DOCUMENTS, TASK, guide="dropped", rate=4).sheet_bytes
+    assert told.sheet_bytes < forecast(backbone, DOCUMENTS, TASK, guide="dropped", mode=mode, rate=4).sheet_bytes
+
+
+def test_short_documents_that_are_read_alone_have_blocks_of_their_own(backbone):
+    short = [Document(text=text, id=str(number)) for number, text in enumerate(TEXT.split(".")[:30])]
+    kept = {}
+    for dtype in ("float32", "int4"):
+        how = {"mode": "independent", "dtype": dtype, "rate": 2, "scorer": "task"}
+        sheet = build_sheet(backbone, short, TASK, **how)
+        kept[dtype] = forecast(backbone, short, TASK, **how).sheet_bytes, sum(layer.nbytes for layer in sheet.layers)
+    beside = kept["float32"][0] - kept["float32"][1]  # indices, origins and texts, which are the same
+    assert kept["int4"][0] - beside == pytest.approx(kept["int4"][1], rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def build_sheet(
     Raises `BudgetError`, `TemplateError` or `DocumentError` before any work starts. A general task, which is what
     stands for none, is warned of.
     """
-    how = BuildOptions(**options)
+    how = BuildOptions.of(options)
     if how.archive and read is not None:
         raise BudgetError("What other processes read is in no archive; build in this one, or with archive=False.")
     layout = how.layout(backbone)

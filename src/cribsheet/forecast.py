@@ -91,7 +91,7 @@ def forecast(
     `texts` says whether the documents' texts will be in the file. Raises `BudgetError` for `retain` and `check`: how
     many questions they ask shows while they do.
     """
-    how = BuildOptions(**options)
+    how = BuildOptions.of(options)
     if how.retain is not None or how.check:
         raise BudgetError("A forecast knows what a build without questions takes; leave retain and check out.")
     layout = how.layout(backbone)
@@ -99,14 +99,16 @@ def forecast(
     if how.mode == "independent":
         terms, plans = plan_each(backbone, layout, documents, task, how)
         tokens, preamble_tokens = kept_of(terms, plans), len(terms.preamble)
+        segments = len(plans) + bool(len(terms.preamble)) + bool(len(terms.guide))
     else:
         plans = [plan(backbone, layout, documents, task, how)]
-        tokens, preamble_tokens = plans[0].budget, 0
+        tokens, preamble_tokens, segments = plans[0].budget, 0, 1
     parts = [_Part.of(each) for each in plans]
     archive = None
     if how.archive_dtype is not None:
         runs = runs_of(plans, preamble_tokens) if how.mode == "independent" else archive_runs(plans[0])
         archive = archive_layout(backbone, how.archive_dtype, runs)
+    kept = kept_bytes(backbone, tokens, plans[0].dtype, segments)
     corpus_tokens = preamble_tokens + sum(len(each.corpus) - preamble_tokens for each in parts)
     longest = max(parts, key=lambda part: len(part.corpus))
     piece, took, seconds, lengths = _timed(backbone, longest, parts)
@@ -117,7 +119,7 @@ def forecast(
         rate=corpus_tokens / tokens,
         chunks=sum(part.chunks for part in parts),
         chunk_tokens=max(part.reading.chunk_tokens for part in parts),
-        sheet_bytes=_sheet_bytes(backbone, tokens, corpus_tokens, plans[0].dtype, documents if texts else ()),
+        sheet_bytes=_sheet_bytes(backbone, tokens, corpus_tokens, kept, documents if texts else ()),
         archive_bytes=archive.nbytes if archive else 0,
         peak_bytes=_peak_bytes(backbone, longest, tokens, lengths) + _held_bytes(archive),
         seconds=seconds,
@@ -201,21 +203,21 @@ def _vectors(backbone: Backbone, tokens: int) -> int:
     return sum(held) * backbone.kv_heads
 
 
-def kept_bytes(backbone: Backbone, tokens: int, dtype: StorageDtype) -> int:
-    """Bytes of the keys and values of a prefix of so many tokens; of int4 nearly, as heads differ in length."""
+def kept_bytes(backbone: Backbone, tokens: int, dtype: StorageDtype, segments: int = 1) -> int:
+    """Bytes of the keys and values of a prefix of so many tokens; of int4 nearly, as heads differ in length.
+
+    Blocks of int4 end where one of the `segments` of an independent sheet does.
+    """
     size, held = backbone.head_size, _vectors(backbone, tokens)
     if dtype == "int4":
-        return packed_bytes(held, backbone.num_layers * backbone.kv_heads, size)
+        return packed_bytes(held, segments * backbone.num_layers * backbone.kv_heads, size)
     return 2 * held * (size + 4 if dtype == "int8" else size * _STORED[dtype])
 
 
-def _sheet_bytes(
-    backbone: Backbone, tokens: int, corpus_tokens: int, dtype: StorageDtype, documents: Sequence[Document]
-) -> int:
-    """Bytes of the file: keys, values, their indices and origins, and the texts of these documents."""
-    tensors = kept_bytes(backbone, tokens, dtype)
+def _sheet_bytes(backbone: Backbone, tokens: int, corpus_tokens: int, kept: int, documents: Sequence[Document]) -> int:
+    """Bytes of the file: what is `kept`, its indices and origins, and the texts of these documents."""
     indices = 4 * len(backbone.full) * backbone.kv_heads * tokens
-    return tensors + indices + 16 * corpus_tokens + sum(len(document.text.encode()) for document in documents)
+    return kept + indices + 16 * corpus_tokens + sum(len(document.text.encode()) for document in documents)
 
 
 def _held_bytes(archive: Layout | None) -> int:

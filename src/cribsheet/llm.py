@@ -102,7 +102,7 @@ class CompressedKnowledgeLLM:
         too few questions that may serve, a warning says so, and the sheet is as it was built.
         `options` are the fields of `BuildOptions`: `rate=`, `budget=` or `retain=`, `scorer`, `guide`, ...
         """
-        how = BuildOptions(**options)  # refused before a model is loaded
+        how = BuildOptions.of(options)  # refused before a model is loaded
         studies = study is not None or study_steps is not None
         if studies and (how.check or how.retain is not None):
             raise BudgetError(

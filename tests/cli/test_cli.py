@@ -111,6 +111,17 @@ def test_a_build_without_a_task_notes_that_and_is_made_all_the_same(cli, model, 
     assert err.count("no task") == 1 and "documents" in out
 
 
+def test_a_build_without_a_model_says_how_small_the_one_is_that_ships(cli, model, staff, tmp_path):
+    asked = ("build", staff / "bob.txt", "--task", "Where do people live?", "--rate", 1)
+    line = "cribsheet: no --model was given, so this is made with the pocket model that ships, which is for trying "
+    made = cli(*asked, "-o", tmp_path / "a.sheet")
+    assert made.code == 0 and made.err.count(line) == made.err.count("\n") == 1 and "pocket" not in made.out
+    assert cli(*asked, "--dry-run").err.count(line) == 1
+    for chosen in ("--model", "pocket"), ("--model", model), ("--json",):
+        assert cli(*asked, "--dry-run", *chosen).err == ""
+    assert cli("ask", tmp_path / "a.sheet", "Where does Bob Smith live?", "--max-tokens", 2).err == ""
+
+
 def test_four_bits_are_built_foretold_and_shown(cli, model, staff, tmp_path):
     asked = ("build", staff, "--task", "Where do people live?", "--model", model, "--scorer", "task", *RATE)
     four = (*asked, "--storage-dtype", "int4", "-o", tmp_path / "a.sheet")
@@ -213,6 +224,9 @@ MISUSES = {
     "task twice": (["build", "{staff}", "-o", "{new}", "--task", "a", "--task-file", "b.toml"], "--task-file"),
     "empty task": (["build", "{staff}", "-o", "{new}", "--task", " "], "description"),
     "no arrow": (["build", "{staff}", "-o", "{new}", "--example", "a -> b"], "=>"),
+    "stored in a type": (["build", "{staff}", "-o", "{new}", "--dtype", "int4"], "is --storage-dtype int4"),
+    "computed in no type": (["build", "{staff}", "-o", "{new}", "--dtype", "int3"], "float32, bfloat16, float16 (see"),
+    "a GGUF": (["build", "{staff}", "-o", "{new}", "--model", "a.gguf"], "transformers model"),
     "no such document": (["build", "{staff}/eve.txt", "-o", "{new}"], "eve.txt"),
     "no such model": (["build", "{staff}", "-o", "{new}", "--model", "./nowhere"], "nowhere"),
     "no such scorer": (["build", "{staff}", "-o", "{new}", "--model", "{model}", "--scorer", "best"], "reconstruction"),
@@ -228,6 +242,8 @@ MISUSES = {
 FAILURES = {
     "no such sheet": (["ask", "{new}", "Who?"], "There is no sheet"),
     "truncated sheet": (["inspect", "{torn}"], "truncated"),
+    "a folder": (["ask", "{staff}", "Who?"], "is a folder, and a sheet is a file"),
+    "a text": (["ask", "{staff}/bob.txt", "Who?"], "bob.txt' is no sheet: it does not begin as"),
     "not a sheet": (["inspect", "{model}/model.safetensors"], "not a sheet"),
     "sheet of another model": (["ask", "{sheet}", "Who?", "--model", "{other}"], "another weights"),
 }
@@ -594,6 +610,8 @@ def test_a_sheet_file_is_extended_changed_and_merged_in_place(cli, model, staff,
     assert run(["extend", str(file), str(staff / "clara.txt")]) == 0
     assert run(["replace", str(file), "alice.txt", str(staff / "hugo.txt")]) == 0
     assert load_sheet(file).texts[0].startswith("Hugo Ali")
+    refused = cli("extend", file, staff / "clara.txt")
+    assert refused.code == 2 and "has a document 'clara.txt' already; `replace` puts another text in" in refused.err
     assert run(["remove", str(file), "bob.txt", "--output", str(out)]) == 0
     assert ids(file) == ["alice.txt", "bob.txt", "clara.txt"] and ids(out) == ["alice.txt", "clara.txt"]
     result = cli("merge", file, other, "--json")

@@ -40,6 +40,11 @@ def test_every_option_that_is_translated_is_a_flag_of_some_command():
         ("not complete after timeout=0.5 seconds", "not complete after --timeout 0.5 seconds"),
         ("found within max_tokens=4; allow", "found within --max-tokens 4; allow"),
         ("pass rate=1, which keeps all.", "pass --rate 1, which keeps all."),
+        ("build it with build(..., archive=True), or ask with another mode or no_archive=\"sheet\".",
+         "build it with `cribsheet build --archive`, or ask with another mode or --no-archive sheet."),
+        ("elsewhere (archive_folder=) or in fewer bits (archive='int4').",
+         "elsewhere (--output) or in fewer bits (--archive-dtype int4)."),
+        ("build the sheet again with archive=True.", "build the sheet again with --archive."),
         ("no file 'mode=a.txt' nor \"max_tokens\"", "no file 'mode=a.txt' nor \"max_tokens\""),
         ("a/task=1/chunk_tokens/x and half_rate=2", "a/task=1/chunk_tokens/x and half_rate=2"),
     ],
@@ -101,6 +106,15 @@ def test_commands_that_change_and_ask_advise_flags_too(places, capsys):
     assert "--max-tokens is 0;" in capsys.readouterr().err
     assert run(["ask", str(places[0] / "none.sheet"), "Who?"]) == 1
     assert "build one with `cribsheet build`" in capsys.readouterr().err
+    assert run(["ask", sheet, "Who?", "--mode", "recall"]) == 2
+    assert "`cribsheet build --archive`, or ask with another mode or --no-archive sheet." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere*.txt", "-"])
+def test_paths_that_name_nothing_are_not_answered_with_a_class(capsys, tmp_path, path):
+    assert run(["build", path, "-o", str(tmp_path / "a.sheet")]) == 2
+    told = capsys.readouterr().err
+    assert "no such file" in told and "Document(" not in told and "a pipe into a file first" in told
 
 
 @pytest.mark.parametrize("make", [build_sheet, forecast])

@@ -66,6 +66,16 @@ def test_four_bits_come_and_go_as_any_others(family, allocation):
     assert_same(edits.remove(family, sheet, "bob"), never)
 
 
+def test_without_a_rate_an_independent_sheet_is_in_four_bits_as_any_other_and_stays_so(tiny, tmp_path):
+    sheet = build(tiny, [ALICE, BOB], rate=None)
+    assert (sheet.manifest.dtype, sheet.manifest.format, sheet.manifest.document_rate) == ("int4", 2, 4)
+    grown = edits.extend(tiny, load_sheet(save_sheet(sheet, tmp_path / "living.sheet")), [CLARA, HUGO])
+    assert_same(grown, build(tiny, rate=None))
+    before = build(tiny, [CLARA, HUGO], rate=4)  # as without a rate, until it was int4
+    with pytest.raises(SheetError, match="differ in their storage dtype: 'int4' and 'float32'"):
+        edits.merge(tiny, sheet, before)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive"])
 def test_every_change_ends_where_a_build_would_in_every_storage_type(tiny, dtype, allocation, tmp_path):

@@ -57,6 +57,12 @@ def test_an_unknown_dtype_is_refused(folder, dtype):
         Backbone.load(folder, dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["a.gguf", "./models/A.GGUF"])
+def test_a_gguf_is_no_model_of_ours(name):
+    with pytest.raises(ModelError, match=r"is a GGUF, .* the transformers model that it was made of, and the GGUF as"):
+        Backbone.load(name)
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/no/such/model", "a/b/c"])
 def test_a_folder_that_is_not_there_is_refused_before_any_hub_is_asked(name):
     with pytest.raises(ModelError, match="There is no model folder"):

@@ -54,15 +54,24 @@ def test_what_makes_no_sense_is_refused_with_the_way_out_by_every_door(tiny, opt
         CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model="no-such-model-is-looked-for", **options)
 
 
+def test_names_that_are_no_options_are_refused_with_all_that_are(tiny):
+    for door in (build_sheet, forecast):
+        with pytest.raises(TypeError, match=r"Unknown options of a build: rat; use allocation, .*, rate, retain"):
+            door(tiny, DOCUMENTS, FEW_SHOT, rat=3)
+    with pytest.raises(TypeError, match=r"Unknown options of a build: rat; use .*, or what the function itself takes"):
+        CompressedKnowledgeLLM.build(DOCUMENTS, FEW_SHOT, model="no-such-model-is-looked-for", rat=3)
+
+
 def test_options_are_never_changed_and_say_what_stands_for_what_was_left_open(tiny):
     options = BuildOptions()
     with pytest.raises(FrozenInstanceError):
         options.rate = 2
     assert (options.chosen_scorer, options.chosen_allocation, options.storage(tiny)) == ("recall", "profiled", "int4")
     apart = BuildOptions(mode="independent")
-    assert (apart.chosen_allocation, apart.storage(tiny)) == ("adaptive", "float32")
+    assert (apart.chosen_allocation, apart.storage(tiny)) == ("adaptive", "int4")
     assert BuildOptions(scorer="finch").chosen_allocation == "uniform"
     assert BuildOptions(retain=0.9).storage(tiny) == BuildOptions(rate=4).storage(tiny) == "float32"
+    assert BuildOptions(rate=4, mode="independent").storage(tiny) == "float32"
 
 
 def test_a_forecast_refuses_what_asks_questions(tiny):

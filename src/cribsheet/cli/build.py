@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -19,6 +19,7 @@ from cribsheet.cli.console import (
     Verbose,
     build_progress,
     misuse,
+    note,
     quiet_libraries,
     say,
     say_json,
@@ -32,6 +33,17 @@ from cribsheet.vocabulary import MOST_MINUTES, Allocation, Correction, GuideKept
 if TYPE_CHECKING:
     from cribsheet.plan.options import BuildKeywords
 
+COMPUTED_IN = ("float32", "bfloat16", "float16")
+
+
+def _computed_in(text: str) -> str:
+    """Reads --dtype, which is easily taken for --storage-dtype."""
+    if text not in COMPUTED_IN:
+        stored = f"; what the sheet stores is --storage-dtype {text}" if text in get_args(StorageDtype) else ""
+        misuse(f"it is {text!r}; give {', '.join(COMPUTED_IN)}{stored}")
+    return text
+
+
 Paths = Annotated[list[str], typer.Argument(metavar="PATHS", help="Files, folders or glob patterns.")]
 Output = Annotated[
     Path | None,
@@ -44,7 +56,9 @@ Example = Annotated[
 TaskFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The task as TOML or JSON, instead of --task and --example.")
 ]
-Model = Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.  [default: pocket]")
+]
 Rate = Annotated[
     float | None,
     typer.Option(metavar="N", parser=number(), help="How many times shorter than the corpus.  [default: 4, in int4]"),
@@ -79,7 +93,10 @@ ChunkTokens = Annotated[
     ),
 ]
 System = Annotated[str, typer.Option(metavar="TEXT", help="A system text, which becomes part of the sheet.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Type the model computes in.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar=f"<{'|'.join(COMPUTED_IN)}>", parser=_computed_in, help="Type the model computes in."),
+]
 Stored = Annotated[
     StorageDtype | None,
     typer.Option(help="Type of the stored keys and values.  [default: the model's, or int4 without a rate]"),
@@ -149,7 +166,7 @@ def build(
     task: TaskText = None,
     example: Example = None,
     task_file: TaskFile = None,
-    model: Model = "pocket",
+    model: Model = None,
     rate: Rate = None,
     budget: Budget = None,
     retain: Retain = None,
@@ -197,6 +214,7 @@ def build(
     from cribsheet.corpus.documents import read_documents
 
     documents = read_documents([Path(path) for path in paths])
+    model = _chosen(model, quietly=as_json)
     options: BuildKeywords = {"rate": rate, "budget": budget, "scorer": scorer or None, "guide": guide}
     options |= {"chunk_tokens": chunk_tokens, "system": system, "dtype": storage_dtype, "seed": seed, "mode": mode}
     options |= {"allocation": allocation, "correction": correction, "retain": retain, "check": check}
@@ -230,6 +248,18 @@ def build(
         checkpoint.unlink(missing_ok=True)
         unfinished_archive(checkpoint).unlink(missing_ok=True)
     _report(sheet, output, time.perf_counter() - began, as_json=as_json)
+
+
+def _chosen(model: str | None, *, quietly: bool) -> str:
+    """The model that was asked for, or the one that ships; who asked for none may not know how small that is."""
+    if model is not None:
+        return model
+    if not quietly:
+        note(
+            "cribsheet: no --model was given, so this is made with the pocket model that ships, which is for trying "
+            "things out; for your own documents give a folder or hub id"
+        )
+    return "pocket"
 
 
 def _checked_files(output: Path | None, *, resume: bool, force: bool, dry_run: bool, archived: bool) -> Path | None:

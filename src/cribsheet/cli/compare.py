@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cribsheet.cli.build import Model, check_output, make_task
+from cribsheet.cli.build import check_output, make_task
 from cribsheet.cli.console import Device, Revision, misuse, note, quiet_libraries, say
 from cribsheet.cli.options import TaskOptions, flat, whole
 from cribsheet.corpus.printable import in_line
@@ -59,7 +59,7 @@ def compare(
         GuideKept,
         typer.Option(help="Whether task and examples, or their form, stay."),
     ] = "auto",
-    model: Model = "pocket",
+    model: Annotated[str, typer.Option(metavar="MODEL", help="pocket, a model folder, or a hub id.")] = "pocket",
     device: Device = None,
     revision: Revision = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", parser=whole(1), help="Longest answer in tokens.")] = 64,

@@ -27,12 +27,14 @@ FAILURE, MISUSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # Options that the library's messages name, all of which some command has under the same name.
 OPTIONS = (
-    *("allocation", "budget", "check", "chunk_tokens", "correction", "device", "for_engines", "gguf", "guide"),
+    *("allocation", "archive", "budget", "check", "chunk_tokens", "correction", "device", "for_engines", "gguf"),
     *(
+        "guide",
         "learning_rate",
         "max_tokens",
         "minutes",
         "mode",
+        "no_archive",
         "passage_tokens",
         "rate",
         "retain",
@@ -50,6 +52,12 @@ _CALLS = {  # what is done by a call in Python
     "`kb.sheet.documents` lists": "`cribsheet inspect` lists",
     "`CompressedKnowledgeLLM.build` and save it": "`cribsheet build`",
     "DenseRetriever(documents, model=...)": "--dense-model",
+    "build(..., archive=True)": "`cribsheet build --archive`",
+    "archive='int4'": "--archive-dtype int4",
+    "archive_folder=": "--output",  # beside which an archive is begun
+    "; to pass text, wrap it in Document(text, id)": "; name files, folders or patterns, and write what comes by a "
+    "pipe into a file first",
+    ", or pass its text in Document(text, id)": "",
 }
 _NAMES = "|".join(OPTIONS)
 _LONG = "|".join(name for name in OPTIONS if "_" in name)

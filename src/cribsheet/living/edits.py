@@ -55,7 +55,11 @@ def extend(
     """
     edit = _Edit(backbone, sheet, scorer, check=check)
     new = read_documents(documents)
-    refuse_twice([*edit.ids, *(document.id for document in new)])
+    if there := next((document.id for document in new if document.id in edit.ids), None):
+        raise DocumentError(
+            f"The sheet has a document {there!r} already; `replace` puts another text in its place, or give the new "
+            "one another id."
+        )
     return edit.done([*edit.segments, *edit.read(new, progress, checkpoint)], "extended", len(new))
 
 

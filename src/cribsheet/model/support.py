@@ -106,6 +106,11 @@ def located(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {name!r} holds no config.json; give the folder of a transformers model.")
         return str(path)
+    if name.lower().endswith(".gguf"):
+        raise ModelError(
+            f"{name!r} is a GGUF, which llama.cpp runs; give the folder or hub id of the transformers model that it "
+            "was made of, and the GGUF as gguf= where a sheet is exported or llama.cpp answers."
+        )
     if looks_local:
         raise ModelError(f"There is no model folder {name!r}; give an existing folder, a hub id, or {POCKET!r}.")
     return name

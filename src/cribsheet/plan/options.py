@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict, get_args
 
 from cribsheet.compress.scoring import Scorer, make_scorer
@@ -114,6 +114,17 @@ class BuildOptions:
             self._check_for_engines()
         self._check_scorer()
 
+    @classmethod
+    def of(cls, options: BuildKeywords) -> BuildOptions:
+        """Those that a way to build was called with. Raises `TypeError` for names that are none, with all that are."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(
+                f"Unknown options of a build: {', '.join(unknown)}; use {', '.join(sorted(known))}, or what the "
+                "function itself takes."
+            )
+        return cls(**options)
+
     @property
     def chosen_scorer(self) -> str | Scorer:
         """The one that was asked for, or the default."""
@@ -152,7 +163,7 @@ class BuildOptions:
             return self.dtype
         if self.for_engines:
             return ENGINE_DTYPE
-        if self.mode == "sequential" and self.rate is None and self.budget is None and self.retain is None:
+        if self.rate is None and self.budget is None and self.retain is None:
             return DEFAULT_DTYPE
         return _storage_dtype(str(backbone.dtype).removeprefix("torch."))
 

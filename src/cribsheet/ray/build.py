@@ -84,7 +84,7 @@ def build_each(
     `options` are the fields of `BuildOptions`. `progress` counts the tokens of all corpora that were begun. Raises what
     the first build that fails raises, and `EngineError` when workers die more often than `Workers.retries`.
     """
-    how = BuildOptions(**options)
+    how = BuildOptions.of(options)
     if how.archive:
         raise BudgetError("What other processes read is in no archive; build in this one, or with archive=False.")
     warn_without_task(task, how)  # here, as workers warn where nobody looks

@@ -28,7 +28,7 @@ from cribsheet.sheet.atomic import writing
 from cribsheet.sheet.layers import LayersOfFile, StoredLayer, form_of
 from cribsheet.sheet.manifest import FORMATS, Manifest
 from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
-from cribsheet.sheet.tensors import LARGEST, TensorFile, digest_of, is_usable, unique
+from cribsheet.sheet.tensors import LARGEST, NoTensorFileError, TensorFile, digest_of, is_usable, unique
 from cribsheet.vocabulary import ABSENT
 
 logger = logging.getLogger(__name__)
@@ -182,10 +182,16 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _opened(path: str | Path) -> TensorFile:
+    if Path(path).is_dir():
+        raise SheetError(
+            f"{str(path)!r} is a folder, and a sheet is a file; name a file in it, or for a registry {path}#NAME."
+        )
     if not Path(path).is_file():
         raise SheetError(f"There is no sheet {str(path)!r}; build one with `CompressedKnowledgeLLM.build` and save it.")
     try:
         return TensorFile(path)
+    except NoTensorFileError as error:
+        raise SheetError(f"{str(path)!r} is no sheet: {error}; name a file that a build wrote.") from error
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
 

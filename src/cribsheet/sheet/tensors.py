@@ -42,6 +42,10 @@ _METADATA = "__metadata__"
 _PIECE = 1 << 26
 
 
+class NoTensorFileError(ValueError):
+    """What was never written as a safetensors file, as its first bytes show; others may be damaged ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor as a file's header announces it; its bytes are those from `start` to `stop` of the file."""
@@ -139,7 +143,9 @@ class TensorFile:
         """Metadata and tensors, which must fill the file without gaps and overlaps."""
         length = struct.unpack("<Q", self.piece(8, 0))[0]
         self.begin = 8 + length
-        if not 2 <= length <= min(self.size - 8, _LONGEST_HEADER):
+        if not 2 <= length <= _LONGEST_HEADER:
+            raise NoTensorFileError("it does not begin as a safetensors file does")
+        if length > self.size - 8:
             raise ValueError(f"its header is said to have {length} bytes")
         try:
             header = json.loads(self.piece(length, 8).decode(), object_pairs_hook=unique)

@@ -63,9 +63,10 @@ class ArchiveWriter:
         with self._told():
             needed, free = self.layout.nbytes, shutil.disk_usage(self.path.parent).free
         if needed > free:
+            fewer = "" if self.layout.dtype == "int4" else " or in fewer bits (archive='int4')"
             raise BudgetError(
                 f"The archive takes {needed:,} bytes, and {str(self.path.parent)!r} has {free:,} free; make room, or "
-                "write it elsewhere (archive_folder=) or in fewer bits (archive='int4')."
+                f"write it elsewhere (archive_folder=){fewer}."
             )
         with self._told():
             self.path.unlink(missing_ok=True)  # never into a file that somebody else may have open, or linked to
