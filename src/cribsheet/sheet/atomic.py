@@ -51,11 +51,12 @@ class Seen:
 
 
 @contextlib.contextmanager
-def changing(path: Path) -> Iterator[Seen]:
+def changing(path: str | Path) -> Iterator[Seen]:
     """What lies at a path that is read, and written again in the end, while no other process is in such a block for it.
 
     Raises `SheetError` where one is. Where there are no locks only `Seen.check` finds out, before anything is written.
     """
+    path = Path(path)
     try:
         held = hold_alone(path)
         while held is not None and _was_replaced(path, held):  # after it was opened, and before it was locked
