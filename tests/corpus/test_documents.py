@@ -167,12 +167,17 @@ def test_a_path_may_start_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     [
         "Ada leads the project.",
         "What is this? And that/those [two]?",
-        "See README.md",
+        "See README.md.",
         "line one\ndocs/a.txt",
-        "3.5",
         "/**/ int main()",
-        "word",
+        "two words",
+        "word!",
+        "1,003.5",
         "no/spaces" * 50,
+        "w" * 256,
+        "小明住在北京",
+        "猫は東京に住んでいます。",
+        "Zürich",
     ],
 )
 def test_a_string_that_does_not_look_like_a_path_is_text(text: str) -> None:
@@ -180,13 +185,35 @@ def test_a_string_that_does_not_look_like_a_path_is_text(text: str) -> None:
     assert (document.text, document.id, document.metadata) == (text, "text-1", {})
 
 
-@pytest.mark.parametrize("text", ["notes.txt", "report.docx", "docs/part", "*.md", "my notes/*.md", "a?"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("notes.txt", "report.docx", "docs/part", "*.md", "my notes/*.md", "a?", "nodir", "Docs", "README", "3.5"),
+        *("manuals/", "C:\\docs\\a", "D:", "~no-such-user/a", "a-b_c", "report 2025.pdf", "My Notes.TXT", "手册.pdf"),
+    ],
+)
 def test_a_string_that_looks_like_a_path_but_names_nothing_is_an_error(text: str) -> None:
     message = refusal(text)
     assert "no such file" in message
-    assert text in message
+    assert text.rstrip("/").replace("\\", r"\\") in message
     assert "to pass text, wrap it in Document(text, id)" in message
     assert texts(Document(text, id="x")) == [text]
+
+
+def test_a_mistyped_name_in_a_list_is_an_error_too() -> None:
+    assert "no such file or folder: 'nodir'" in refusal(["nodir"])
+    assert r"no such file or folder: ' nodir\n'" in refusal(" nodir\n")
+
+
+def test_names_that_are_like_a_mistyped_one_are_told() -> None:
+    write_files({"manuals/pump.md": "A", "README.md": "A", ".manual": "A", "far.txt": "A"})
+    assert "; did you mean 'manuals'?; to pass text" in refusal("manual")
+    assert "; did you mean 'manuals'?; to pass text" in refusal("Manuals")
+    assert "; did you mean 'manuals'?; to pass text" in refusal(Path("MANUAL"))
+    assert "; did you mean 'README.md'?; to pass text" in refusal("readme")
+    assert "; did you mean 'manuals/pump.md'?; to pass text" in refusal("manuals/pumps.md")
+    for unlike in ("nodir", "nowhere/pump.md", "C:\\docs\\a"):
+        assert "did you mean" not in refusal(unlike)
 
 
 def test_a_path_object_is_always_a_path() -> None:

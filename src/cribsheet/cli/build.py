@@ -241,12 +241,18 @@ def build(
             folder = output.absolute().parent  # there is room, if anywhere, and from there it need not be copied
             sheet = CompressedKnowledgeLLM.build(documents, purpose, archive_folder=folder, **how, **options).sheet
     from cribsheet.sheet.archive.writer import unfinished_archive
-    from cribsheet.sheet.file import save
 
-    save(sheet, output, texts=not no_texts)
+    written = _save(sheet, output, texts=not no_texts, force=force)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
         unfinished_archive(checkpoint).unlink(missing_ok=True)
+    if written != output:
+        from cribsheet.errors import SheetError
+
+        raise SheetError(
+            f"{str(output)!r} was written by another process meanwhile, and stays as it is; this sheet was kept in "
+            f"{str(written)!r}: rename it, or delete it."
+        )
     _report(sheet, output, time.perf_counter() - began, as_json=as_json)
 
 
@@ -349,6 +355,22 @@ def make_task(text: str | None, examples: list[str], file: Path | None) -> Task:
         return Task.from_file(file)
     pairs = tuple(Task.parse_example(example) for example in examples)
     return Task(text if text is not None else Task.of(None).description, pairs)
+
+
+def _save(sheet: Any, output: Path, *, texts: bool, force: bool) -> Path:
+    """Where the sheet was written: beside the file that was named if one came to lie there during the build."""
+    from cribsheet.errors import SheetError
+    from cribsheet.sheet.atomic import Seen
+    from cribsheet.sheet.file import save
+
+    nothing = Seen(output)
+    try:
+        return save(sheet, output, texts=texts, seen=None if force else nothing)
+    except SheetError:
+        if force or nothing.is_there:
+            raise
+    beside = output.with_name(f"{output.stem}-{os.getpid()}{output.suffix}")
+    return save(sheet, beside, texts=texts, seen=Seen(beside))
 
 
 def _report(sheet: Any, output: Path, seconds: float, *, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """`cribsheet extend`, `replace`, `remove` and `merge`: sheet files whose documents change; `study`: one that learns.
 
-The file is replaced whole when everything is done; until then, and if anything fails, the old one stays.
+The file is replaced whole when everything is done; until then, and if anything fails, the old one stays. One command at
+a time changes a file, and none writes over what another process has put there since it was read.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ from cribsheet.corpus.printable import in_line
 if TYPE_CHECKING:
     from cribsheet.compress.progress import Progress
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.sheet.atomic import Seen
     from cribsheet.study.study import StudyOptions
 
 
@@ -135,19 +137,24 @@ def study(
         check_output(practice, force=True)
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.sheet.file import save
 
     began = time.perf_counter()
     notebook = target.with_name(f"{target.name}.study") if resume else None
-    with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
-        if dry_run:
+    if dry_run:
+        with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
             forecast = kb.forecast_study(minutes=minutes, steps=steps)
-            say_json(dataclasses.asdict(forecast)) if options.as_json else say(str(forecast))
-            return
+        say_json(dataclasses.asdict(forecast)) if options.as_json else say(str(forecast))
+        return
+    with (
+        _held(target, options.output) as seen,
+        contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb,
+    ):
         how: StudyOptions = {"minutes": minutes, "steps": steps, "learning_rate": learning_rate, "seed": seed}
         how |= {"practice": practice, "documents": document or (), "resume": notebook, "progress": _tenths()}
         came = kb.study(**how)
         if came.learnt or options.output is not None:
-            kb.save(target)
+            save(kb.sheet, target, seen=seen)
     done = {"sheet": str(target), "learnt": came.learnt, **dataclasses.asdict(came)}
     done["seconds"] = round(time.perf_counter() - began, 3)
     if options.as_json:
@@ -179,6 +186,18 @@ def _target(file: str, output: Path | None) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _held(target: Path, output: Path | None) -> Iterator[Seen]:
+    """What lies where the sheet is to be written: the sheet itself, held while it is changed, or nothing yet."""
+    from cribsheet.sheet.atomic import Seen, changing
+
+    if output is not None:
+        yield Seen(target)
+        return
+    with changing(target) as seen:
+        yield seen
+
+
 def _change(
     file: str,
     options: EditOptions,
@@ -187,12 +206,14 @@ def _change(
     target = _target(file, options.output)
     quiet_libraries()
     from cribsheet.llm import CompressedKnowledgeLLM
+    from cribsheet.sheet.file import save
 
     began = time.perf_counter()
-    with build_progress(hidden=options.as_json) as progress:
-        kb = CompressedKnowledgeLLM.load(file, **given(options.model))
-        change(kb, progress)
-    kb.save(target)
+    with _held(target, options.output) as seen:
+        with build_progress(hidden=options.as_json) as progress:
+            kb = CompressedKnowledgeLLM.load(file, **given(options.model))
+            change(kb, progress)
+        save(kb.sheet, target, seen=seen)
     done = {
         "sheet": str(target),
         "documents": len(kb.sheet.documents),

@@ -66,7 +66,8 @@ def read_documents(*sources: Source) -> list[Document]:
     - `Path`: a file, a folder (read recursively in sorted order; hidden and unsupported files are skipped,
       links to folders not followed) or a glob pattern.
     - `str`: a path where it names something that exists or a pattern that matches; an error where it only
-      looks like one (a single word with a suffix, separator or wildcard); else a text.
+      looks like one (a single word of ASCII letters, or with a suffix, separator or wildcard; a line that ends in a
+      suffix that is read); else a text.
     - `Document`; a mapping {"text", "id", "metadata"}; an object with `page_content` (as in LangChain),
       `get_content()` (as in LlamaIndex) or `text`.
     - an iterable of all these, nested as you like.

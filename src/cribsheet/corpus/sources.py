@@ -6,9 +6,11 @@ attributes so that no framework is imported.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from cribsheet.errors import DocumentError
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255  # characters; a longer string is a path only if it exists, for prose holds "?" and "/" too
+_NAME = re.compile(r"[\w.\-\\/:~]+", re.ASCII)  # no more than a name; a word of Chinese may be a sentence
 
 
 @dataclass(slots=True, eq=False)
@@ -78,12 +81,13 @@ def _looks_like_path(text: str) -> bool:
     line = text.strip()
     if len(line) > _LONGEST_NAME:
         return False
-    known_suffix = PurePath(line).suffix.lower() in READERS
-    if any(map(str.isspace, line)):
-        return known_suffix and glob.has_magic(line) and "\n" not in line  # "my notes/*.md"
-    any_suffix = PurePath(line).suffix[1:2].isalpha()  # not "3.5"
+    if any(map(str.isspace, line)):  # "my notes/*.md", "report 2025.pdf"
+        return PurePath(line).suffix.lower() in READERS and len(line.splitlines()) == 1
+    if _NAME.fullmatch(line):
+        return True
+    any_suffix = PurePath(line).suffix[1:2].isalpha()  # not "1,003.5"
     separators = {"/", os.sep, os.altsep or os.sep}
-    return known_suffix or any_suffix or glob.has_magic(line) or any(mark in line for mark in separators)
+    return any_suffix or glob.has_magic(line) or any(mark in line for mark in separators)
 
 
 def _matches(pattern: str) -> bool:
@@ -144,10 +148,20 @@ def _from_path(path: Path) -> Iterator[Draft]:
         raise DocumentError(f"{path.as_posix()} is neither a file nor a folder; copy its content into a file")
     if os.path.islink(path):
         raise DocumentError(f"{path.as_posix()} is a broken link; mend it, or name the file that it should lead to")
+    near = " or ".join(map(repr, _near(path)))
     raise DocumentError(
-        f"no such file or folder: {path.as_posix()!r} (looked from {Path.cwd().as_posix()}); to pass text, "
-        "wrap it in Document(text, id)"
+        f"no such file or folder: {path.as_posix()!r} (looked from {Path.cwd().as_posix()})"
+        f"{f'; did you mean {near}?' if near else ''}; to pass text, wrap it in Document(text, id)"
     )
+
+
+def _near(path: Path) -> list[str]:
+    """Files and folders where a path should lead whose names are like its last one, the likest first."""
+    try:
+        names = {name.lower(): name for name in sorted(os.listdir(path.parent)) if not name.startswith(".")}
+    except (OSError, ValueError):
+        return []
+    return [path.with_name(names[like]).as_posix() for like in difflib.get_close_matches(path.name.lower(), names)]
 
 
 def _files_below(folder: Path) -> list[Path]:

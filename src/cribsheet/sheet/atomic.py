@@ -8,14 +8,74 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from safetensors import SafetensorError
 
 from cribsheet.errors import SheetError
-from cribsheet.sheet.leftovers import clean
+from cribsheet.sheet.leftovers import clean, hold_alone
 
 _LEFT_SECONDS = 86_400  # after which nobody is still writing
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a path led to at some time: nothing, or a file by its inode, bytes, and time of writing in ns."""
+
+    path: Path
+    file: tuple[int, int, int] | None = None
+
+    @classmethod
+    def at(cls, path: str | Path) -> Self:
+        """What it leads to now."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return cls(Path(path))
+        return cls(Path(path), (found.st_ino, found.st_size, found.st_mtime_ns))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the path leads to that still."""
+        return self == self.at(self.path)
+
+    def check(self) -> None:
+        """Raise `SheetError` if it leads to something else by now."""
+        if not self.is_there:
+            raise SheetError(
+                f"{str(self.path)!r} was changed meanwhile, by another process or by hand; it stays as that left it, "
+                "and this change was not written. Make it again on what lies there now, or write to another file."
+            )
+
+
+@contextlib.contextmanager
+def changing(path: str | Path) -> Iterator[Seen]:
+    """What lies at a path that is read, and written again in the end, while no other process is in such a block for it.
+
+    Raises `SheetError` where one is. Where there are no locks only `Seen.check` finds out, before anything is written.
+    """
+    path = Path(path)
+    try:
+        held = hold_alone(path)
+        while held is not None and _was_replaced(path, held):  # after it was opened, and before it was locked
+            os.close(held)
+            held = hold_alone(path)
+    except BlockingIOError as error:
+        raise SheetError(
+            f"Another process is changing {str(path)!r}, so nothing was done; run this again when that has ended."
+        ) from error
+    try:
+        yield Seen.at(path)
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _was_replaced(path: Path, held: int) -> bool:
+    """Whether a path leads to another file than that which was opened; not if it was taken away."""
+    return path.exists() and not os.path.samestat(os.fstat(held), os.stat(path))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 from cribsheet.corpus.task import Task
 from cribsheet.errors import SheetError
 from cribsheet.sheet.archive.archive import Archive, archive_path, is_archive
-from cribsheet.sheet.atomic import writing
+from cribsheet.sheet.atomic import Seen, writing
 from cribsheet.sheet.layers import LayersOfFile, StoredLayer, form_of
 from cribsheet.sheet.manifest import FORMATS, Manifest
 from cribsheet.sheet.sheet import Sheet, mean_kept, segment_bounds
@@ -39,12 +39,12 @@ _TRIES = 9  # to open a sheet and its archive between two times that both are re
 _AT_ONCE = 32 << 20  # bytes of a file whose keys and values are read, and looked at, when it is opened
 
 
-def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = True) -> Path:
+def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = True, seen: Seen | None = None) -> Path:
     """Write a sheet atomically, and its archive beside it; an interrupted write leaves the old file, or none.
 
     `texts=False` leaves the documents' texts out; their ids, sizes and character spans stay. `archive=False` leaves the
     archive out; one that cannot be read is left out with a warning, and is still named. Raises `SheetError` if the
-    folder does not exist or cannot be written.
+    folder does not exist or cannot be written, or if the path no longer leads to what was `seen` there.
     """
     target = Path(path)
     if sheet.archive is None or not archive:
@@ -72,6 +72,8 @@ def save(sheet: Sheet, path: str | Path, *, texts: bool = True, archive: bool = 
     kept = _readable(sheet.archive, target) if archive else None
     with writing(target, "The sheet") as unfinished:
         save_file(contiguous, unfinished, metadata=metadata)
+        if seen is not None:
+            seen.check()  # before the archive, which may take the place of another's
         _put_archive(kept, archive_path(target))
     return target
 

@@ -49,6 +49,23 @@ def hold(path: Path) -> int | None:
     return None
 
 
+def hold_alone(path: Path) -> int | None:
+    """Lock a file, as `hold` does, where nobody else has; raises `BlockingIOError` where somebody has."""
+    if sys.platform == "win32":
+        return None
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # nothing is there, or it is where there are no locks, as on some disks of others
+        if handle is not None:
+            os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
 def clean(folder: Path, name: str, seconds: float) -> None:
     """Delete what is called so (a pattern) in a folder, is ours, was not written for so long, and is held by nobody."""
     with contextlib.suppress(OSError):
