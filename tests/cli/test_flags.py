@@ -40,6 +40,8 @@ def test_every_option_that_is_translated_is_a_flag_of_some_command():
         ("not complete after timeout=0.5 seconds", "not complete after --timeout 0.5 seconds"),
         ("found within max_tokens=4; allow", "found within --max-tokens 4; allow"),
         ("pass rate=1, which keeps all.", "pass --rate 1, which keeps all."),
+        ("with rate=3, dtype='int4' it answers", "with --rate 3, --storage-dtype int4 it answers"),
+        ("start vLLM with dtype='bfloat16'.", "start vLLM with dtype='bfloat16'."),
         ("no file 'mode=a.txt' nor \"max_tokens\"", "no file 'mode=a.txt' nor \"max_tokens\""),
         ("a/task=1/chunk_tokens/x and half_rate=2", "a/task=1/chunk_tokens/x and half_rate=2"),
     ],
