@@ -327,7 +327,8 @@ def _advice(found: Retention, dtype: StorageDtype) -> str:
     """Which rate would do better than a sheet that retains too little, as it was asked: stored in the same type."""
     if not found.rungs:
         return ""
-    better = [rung for rung in found.rungs if rung.share > found.share and rung.chance < _CHANCE]
+    share = found.share or 0.0
+    better = [rung for rung in found.rungs if rung.share > share and rung.chance < _CHANCE]
     if not better:
         counts = ", ".join(f"{rung.retained} of {rung.counted} at {rung.rate:g}" for rung in found.rungs)
         return f"; no other rate that was tried is better by more than chance ({counts})"
