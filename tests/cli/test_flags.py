@@ -45,6 +45,8 @@ def test_every_option_that_is_translated_is_a_flag_of_some_command():
         ("elsewhere (archive_folder=) or in fewer bits (archive='int4').",
          "elsewhere (--output) or in fewer bits (--archive-dtype int4)."),
         ("build the sheet again with archive=True.", "build the sheet again with --archive."),
+        ("with rate=3, dtype='int4' it answers", "with --rate 3, --storage-dtype int4 it answers"),
+        ("start vLLM with dtype='bfloat16'.", "start vLLM with dtype='bfloat16'."),
         ("no file 'mode=a.txt' nor \"max_tokens\"", "no file 'mode=a.txt' nor \"max_tokens\""),
         ("a/task=1/chunk_tokens/x and half_rate=2", "a/task=1/chunk_tokens/x and half_rate=2"),
     ],

@@ -113,8 +113,8 @@ def test_a_corpus_that_outgrows_the_window_is_held_against_its_stretches():
     found = reference(exam, probes, DOCUMENTS)
     assert (found.kind, list(found.answers)) == ("stretches", ["Quito", "Oslo"])
     assert found.counts == [True, False] and found.confirmed == [True, True]
-    assert retained(found, ["in Quito", "Oslo"]) == [True]
-    assert retained(found, ["Rome", "Oslo"]) == [False]
+    assert retained(found, ["in Quito", "Oslo"]) == [True, None]
+    assert retained(found, ["Rome", "Oslo"]) == [False, None]
 
 
 def test_what_full_context_answers_as_closed_book_or_not_at_all_does_not_count():
@@ -171,6 +171,8 @@ def test_a_check_warns_of_a_sheet_that_has_lost_much_and_names_a_better_rate(poc
     (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert f"of {found.counted} probes the sheet answers {found.retained} as the full context does" in warned
     assert all(rung.rate < 7 for rung in found.rungs) and found.rungs
+    assert all(rung.gained - rung.lost == rung.retained - found.retained for rung in found.rungs)
+    assert any(rung.gained for rung in found.rungs)
     plain = build_sheet(pocket.backbone, STAFF, TASK, rate=7, scorer="random")
     assert plain.indices.equal(sheet.indices) and plain.manifest.digest == sheet.manifest.digest
 
@@ -226,16 +228,44 @@ def test_what_makes_no_sense_is_refused_before_any_work(tiny, monkeypatch, name)
 
 
 def test_what_a_user_must_hear():
-    rungs = [Rung(rate=2, budget=90, counted=24, retained=24), Rung(rate=4, budget=45, counted=24, retained=23)]
-    found = Retention(bound=0.9, asked=26, known=2, confirmed=20, counted=24, retained=15, rungs=rungs)
-    assert remarks(found) == [
-        "of 24 probes the sheet answers 15 as the full context does; at rate 4 it answers 23 of 24"
+    rungs = [
+        Rung(rate=2, budget=90, counted=24, retained=24, gained=9),
+        Rung(rate=4, budget=45, counted=24, retained=23, gained=9, lost=1),
     ]
-    assert remarks(found.model_copy(update={"retained": 22})) == []
-    weak = remarks(found.model_copy(update={"retained": 23, "known": 5, "confirmed": 3}))
+    found = Retention(bound=0.9, asked=26, known=2, confirmed=20, counted=24, retained=15, rungs=rungs)
+    said = "of 24 probes the sheet answers 15 as the full context does"
+    assert remarks(found, "int4") == [
+        f"{said}; with rate=4, dtype='int4' it answers 23 of 24, 9 of them new and 1 lost (p = 0.011)"
+    ]
+    assert "; with rate=4 it answers" in remarks(found, "bfloat16")[0]
+    assert remarks(found.model_copy(update={"retained": 22}), "int4") == []
+    weak = remarks(found.model_copy(update={"retained": 23, "known": 5, "confirmed": 3}), "int4")
     assert len(weak) == 1 and "answers 3 as their stretches alone do, and 5 are answered closed book" in weak[0]
     none = found.model_copy(update={"rungs": [], "retained": 0})
-    assert remarks(none) == ["of 24 probes the sheet answers 0 as the full context does"]
+    assert remarks(none, "int4") == ["of 24 probes the sheet answers 0 as the full context does"]
+
+
+def test_a_rate_is_advised_only_where_more_than_chance_speaks_for_it():
+    same = Rung(rate=2, budget=90, counted=24, retained=15, gained=4, lost=4)
+    for gained, lost, chance in ((0, 0, 1.0), (3, 0, 1 / 8), (4, 0, 1 / 16), (6, 3, 130 / 512), (7, 2, 46 / 512)):
+        rung = Rung(rate=3, budget=60, counted=24, retained=15 + gained - lost, gained=gained, lost=lost)
+        assert rung.chance == pytest.approx(chance)
+        found = Retention(bound=0.9, asked=26, confirmed=24, counted=24, retained=15, rungs=[same, rung])
+        (told,) = remarks(found, "int4")
+        if chance < 0.1:
+            assert "; with rate=3, dtype='int4' it answers" in told
+        else:
+            tried = f"15 of 24 at 2, {rung.retained} of 24 at 3"
+            assert told.endswith(f"; no other rate that was tried is better by more than chance ({tried})")
+
+
+def test_rungs_that_were_saved_without_what_they_gained_still_open(retaining):
+    found = retaining.manifest.retention.model_dump()
+    for rung in found["rungs"]:
+        del rung["gained"], rung["lost"]
+    assert [rung.retained for rung in Retention(**found).rungs] == [
+        rung.retained for rung in retaining.manifest.retention.rungs
+    ]
 
 
 def test_the_command_line_retains_checks_and_tells(tmp_path, capsys, caplog):

@@ -65,6 +65,7 @@ _SAID = re.compile(
     rf"""(?<![\w'"/-])(?P<name>{_NAMES})=(?P<value>'[^']*'|"[^"]*"|-?\d+\.\d+|-?\w+)?"""  # guide='dropped', task=
     r"""(?![\w/]|\.\w)"""  # no name of a file
     rf"""|(?<![\w'"=/-])(?P<bare>{_LONG})(?![\w'"=/]|\.\w)"""  # chunk_tokens
+    r"""|(?<![\w'"/-])dtype='(?P<stored>int[48])'(?![\w/]|\.\w)"""  # which no model computes in
     r"""|(?<!\w)'[^']*'(?!\w)|(?<!\w)"[^"]*"(?!\w)"""  # a quotation
 )
 
@@ -121,7 +122,7 @@ def in_flags(message: str) -> str:
 def _flag(said: re.Match[str]) -> str:
     name, value = said["name"] or said["bare"], said["value"] or ""
     if name is None:
-        return said[0]
+        return f"--storage-dtype {said['stored']}" if said["stored"] else said[0]
     flag = f"--{name.replace('_', '-')}"
     return flag if value in ("", "True") else f"{flag} {value.strip(chr(39) + chr(34))}"
 

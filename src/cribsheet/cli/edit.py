@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cribsheet.cli.build import check_output
-from cribsheet.cli.console import AsJson, build_progress, misuse, note, quiet_libraries, say, say_json
+from cribsheet.cli.console import AsJson, build_progress, in_flags, misuse, note, quiet_libraries, say, say_json
 from cribsheet.cli.options import ModelOptions, SheetFile, flat, given, number, whole
 from cribsheet.corpus.printable import in_line
 
@@ -144,7 +144,7 @@ def study(
     if dry_run:
         with contextlib.closing(CompressedKnowledgeLLM.load(file, **given(options.model))) as kb:
             forecast = kb.forecast_study(minutes=minutes, steps=steps)
-        say_json(dataclasses.asdict(forecast)) if options.as_json else say(str(forecast))
+        say_json(dataclasses.asdict(forecast)) if options.as_json else say(in_flags(str(forecast)))
         return
     with (
         _held(target, options.output) as seen,
@@ -160,7 +160,8 @@ def study(
     if options.as_json:
         say_json(done)
     else:
-        say(f"{in_line(str(target))}: {came}")
+        copied = "" if came.learnt or options.output is None else f"; what was written is the sheet of {in_line(file)}"
+        say(f"{in_line(str(target))}: {in_flags(str(came))}{copied}")
 
 
 def _tenths() -> Callable[[str, float], None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,12 +40,14 @@ from cribsheet.retention.probes import Probe, agree, held_back, make_probes
 from cribsheet.sheet.archive.writer import ArchiveWriter
 from cribsheet.sheet.manifest import Retention, Rung
 from cribsheet.sheet.sheet import Sheet
+from cribsheet.vocabulary import StorageDtype
 
 logger = logging.getLogger(__name__)
 
 LADDER = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)  # rates that are tried
 BOUND = 0.9  # a check warns of a sheet that retains a smaller share
 LEAST_PROBES = 8  # of fewer that count, a share says nothing
+_CHANCE = 0.1  # a lower rate is advised if one that is no better would look so with less probability than this
 _ROOM = 192  # tokens of the window that a probe and its answer take at most
 
 _TROUBLE = (CribsheetError, MemoryError, torch.OutOfMemoryError)  # after which a sheet is still a sheet
@@ -93,10 +96,10 @@ def full_context(exam: Exam, documents: Sequence[Document]) -> Prefix | None:
         return None
 
 
-def retained(found: Reference, answers: Sequence[str]) -> list[bool]:
-    """Of each probe that counts, whether an answer agrees with that of the reference."""
+def retained(found: Reference, answers: Sequence[str]) -> list[bool | None]:
+    """Of each probe, whether an answer agrees with that of the reference; None of those that do not count."""
     rows = zip(found.probes, found.answers, answers, found.counts, strict=True)
-    return [agree(probe.question, wanted, answer) for probe, wanted, answer, counts in rows if counts]
+    return [agree(probe.question, wanted, answer) if counts else None for probe, wanted, answer, counts in rows]
 
 
 def ask_sheet(exam: Exam, sheet: Sheet, probes: Sequence[Probe]) -> list[str]:
@@ -123,6 +126,7 @@ class Checker:
     rungs: list[Rung] = field(default_factory=list)
     why: str = ""
     _references: dict[tuple[int, ...], Reference] = field(default_factory=dict)
+    _right: dict[int, list[bool | None]] = field(default_factory=dict)  # by budget, of each probe
 
     def exam(self, sheet: Sheet | Plan) -> Exam:
         """Questions in the form in which such a sheet is asked, with the guide that it has."""
@@ -160,7 +164,9 @@ class Checker:
     def rung(self, exam: Exam, sheet: Sheet, rate: float) -> Rung:
         """What a sheet retains."""
         right = retained(self.reference(exam), ask_sheet(exam, sheet, self.probes))
-        found = Rung(rate=round(rate, 2), budget=sheet.manifest.budget, counted=len(right), retained=sum(right))
+        self._right[sheet.manifest.budget] = right
+        counted = [each for each in right if each is not None]
+        found = Rung(rate=round(rate, 2), budget=sheet.manifest.budget, counted=len(counted), retained=sum(counted))
         logger.info("rate %g: %d of %d probes are retained", found.rate, found.retained, found.counted)
         return found
 
@@ -174,10 +180,15 @@ class Checker:
             found.counted = sum(answered.counts)
         if mine is not None:
             found.counted, found.retained = mine.counted, mine.retained
-            found.rungs = sorted(self.rungs, key=lambda rung: rung.rate)
-        for remark in remarks(found):
+            found.rungs = [self._beside(rung, mine) for rung in sorted(self.rungs, key=lambda rung: rung.rate)]
+        for remark in remarks(found, sheet.manifest.dtype):
             logger.warning("%s", remark)
         return replace(sheet, manifest=sheet.manifest.model_copy(update={"retention": found}))
+
+    def _beside(self, rung: Rung, mine: Rung) -> Rung:
+        """A rung with the probes by which it differs from that of the sheet."""
+        pairs = Counter(zip(self._right[rung.budget], self._right[mine.budget], strict=True))
+        return rung.model_copy(update={"gained": pairs[True, False], "lost": pairs[False, True]})
 
     def read(
         self,
@@ -294,8 +305,8 @@ def checked(checker: Checker, sheet: Sheet) -> Sheet:
     return checker.told(sheet, exam, mine)
 
 
-def remarks(found: Retention) -> list[str]:
-    """What a user must hear of a check, in sentences."""
+def remarks(found: Retention, dtype: StorageDtype) -> list[str]:
+    """What a user must hear of a check of a sheet that is stored in a type, in sentences."""
     if found.why:
         return [f"not checked: {found.why}."]
     said = []
@@ -305,14 +316,28 @@ def remarks(found: Retention) -> list[str]:
             f"{found.confirmed} as their stretches alone do, and {found.known} are answered closed book"
         )
     if found.share is not None and found.share < found.bound:
-        better = [rung for rung in found.rungs if rung.share > found.share]
-        best = max(better, key=lambda rung: (rung.share >= found.bound, min(rung.share, found.bound), rung.rate),
-                   default=None)  # fmt: skip
-        advice = f"; at rate {best.rate:g} it answers {best.retained} of {best.counted}" if best else ""
         said.append(
-            f"of {found.counted} probes the sheet answers {found.retained} as the {found.reference} does{advice}"
+            f"of {found.counted} probes the sheet answers {found.retained} as the {found.reference} does"
+            f"{_advice(found, dtype)}"
         )
     return said
+
+
+def _advice(found: Retention, dtype: StorageDtype) -> str:
+    """Which rate would do better than a sheet that retains too little, as it was asked: stored in the same type."""
+    if not found.rungs:
+        return ""
+    share = found.share or 0.0
+    better = [rung for rung in found.rungs if rung.share > share and rung.chance < _CHANCE]
+    if not better:
+        counts = ", ".join(f"{rung.retained} of {rung.counted} at {rung.rate:g}" for rung in found.rungs)
+        return f"; no other rate that was tried is better by more than chance ({counts})"
+    best = max(better, key=lambda rung: (rung.share >= found.bound, min(rung.share, found.bound), rung.rate))
+    stored = f", dtype={dtype!r}" if dtype.startswith("int") else ""  # else a rate that is given ends the default
+    return (
+        f"; with rate={best.rate:g}{stored} it answers {best.retained} of {best.counted}, {best.gained} of them new "
+        f"and {best.lost} lost (p = {best.chance:.2g})"
+    )
 
 
 def _possible(plan_at: Callable[[float], Plan]) -> dict[float, Plan]:

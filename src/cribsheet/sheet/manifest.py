@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from math import comb
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
@@ -61,7 +62,12 @@ class Change(BaseModel):
 
 
 class Rung(BaseModel):
-    """What a sheet of some rate retains: of `counted` probes, how many it answers as the reference does."""
+    """What a sheet of some rate retains: of `counted` probes, how many it answers as the reference does.
+
+    gained, lost
+        of the probes that count for both, those that it answers so and the sheet that was checked does not, and those
+        of which the opposite is true.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,6 +75,14 @@ class Rung(BaseModel):
     budget: Count
     counted: Count
     retained: Count
+    gained: Count = 0
+    lost: Count = 0
+
+    @property
+    def chance(self) -> float:
+        """How probable it is that a sheet which is no better gains so many of those probes or more: the sign test."""
+        differing = self.gained + self.lost
+        return sum(comb(differing, count) for count in range(self.gained, differing + 1)) / 2**differing
 
     @property
     def share(self) -> float:

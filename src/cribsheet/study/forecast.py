@@ -19,7 +19,16 @@ from cribsheet.sheet.sheet import Sheet
 from cribsheet.study.exercises import Exercise
 from cribsheet.study.learner import trainer_of
 from cribsheet.study.practice import ROUNDS, try_out
-from cribsheet.study.study import MOST_STEPS, PRACTICE, check
+from cribsheet.study.study import (
+    FEW_STEPS,
+    MOST_STEPS,
+    USUAL_STEPS,
+    check,
+    few_steps,
+    practice_seconds,
+    questions_wanted,
+    usual_seconds,
+)
 from cribsheet.study.trainer import Trainer, batch_size, weights_fixed
 
 _FEW = 4  # exercises that are timed together
@@ -35,6 +44,8 @@ class StudyForecast:
         questions that the model will write in `practice_seconds`; how many of them may serve, only practice shows.
     steps
         of training, of `step_seconds` each, if it does not end before, as nothing comes of more.
+    usual_seconds
+        what a study would take in which there is time for `USUAL_STEPS`.
     measured_seconds
         what the measurement took that all of this rests on.
     """
@@ -44,16 +55,24 @@ class StudyForecast:
     steps: int
     step_seconds: float
     seconds: float
+    usual_seconds: float
     peak_bytes: int
     measured_seconds: float
 
+    @property
+    def is_short(self) -> bool:
+        """Whether there are too few steps to learn much."""
+        return self.steps < FEW_STEPS
+
     def __str__(self) -> str:
-        """In two lines."""
+        """In two lines, and a third where the steps are too few."""
+        few = f"\n{few_steps(self.steps, self.usual_seconds / 60)}" if self.is_short else ""
         return (
             f"about {self.seconds:.0f} s: some {self.tried:,} questions in {self.practice_seconds:.0f} s, then "
             f"{self.steps:,} steps of {self.step_seconds:.2f} s; memory at most about {self.peak_bytes / 1e6:,.0f} MB "
             "besides Python and its libraries\n"
-            f"estimated from a few questions and exercises, which took {self.measured_seconds:.1f} s here"
+            f"estimated from a few questions and exercises, which took {self.measured_seconds:.1f} s here; it may be "
+            f"half as many steps, or half as many again{few}"
         )
 
 
@@ -64,30 +83,35 @@ def forecast_study(session: Session, *, minutes: float | None = None, steps: int
     """
     check(minutes, steps, session.backbone)
     began = time.monotonic()
-    exercises, each_round, question = try_out(session.loaded, session.layout, session.sheet)
-    if not exercises:
+    tried = try_out(session.loaded, session.layout, session.sheet)
+    if not tried.exercises:
         raise RequestError("The documents are too short for a single exercise; nothing can be studied in them.")
-    step = _step_seconds(session, exercises)
+    step = _step_seconds(session, tried.exercises)
+    question, rest = tried.seconds / max(1, tried.tried), tried.rest / max(1, tried.tried)
     if minutes is None:
-        practice = ROUNDS * each_round * question
-        most = steps or MOST_STEPS
+        count = ROUNDS * tried.each_round
+        most, usual = steps or MOST_STEPS, count * (question + rest) + USUAL_STEPS * step
     else:
-        practice = 60 * minutes * PRACTICE
-        most = min(steps or MOST_STEPS, max(1, int((60 * minutes - practice) / step)))
+        enough = questions_wanted(session.sheet) * tried.seconds / max(1, tried.questions)
+        count = round(practice_seconds(60 * minutes, enough) / question) if question else 0
+        left = 60 * minutes - count * (question + rest)
+        most, usual = min(steps or MOST_STEPS, max(1, int(left / step))), usual_seconds(step, enough)
+    practice = count * (question + rest)
     return StudyForecast(
-        tried=round(practice / question) if question else 0,
+        tried=count,
         practice_seconds=practice,
         steps=most,
         step_seconds=step,
         seconds=practice + most * step,
-        peak_bytes=peak_bytes(session.backbone, session.sheet, max(len(each.ids) for each in exercises)),
+        usual_seconds=usual,
+        peak_bytes=peak_bytes(session.backbone, session.sheet, max(len(each.ids) for each in tried.exercises)),
         measured_seconds=time.monotonic() - began,
     )
 
 
 def _step_seconds(session: Session, exercises: list[Exercise]) -> float:
-    """Those of a step, from one exercise and from a few."""
-    few = (exercises * _FEW)[:_FEW]
+    """Those of a step, from one exercise and from a few: the longest, as all of a batch take as long as these."""
+    few = (sorted(exercises, key=lambda each: len(each.ids), reverse=True) * _FEW)[:_FEW]
     trainer = trainer_of(session.backbone, session.sheet, few, [], few)
     with weights_fixed(session.backbone):
         _seconds(session, trainer, few[:1])  # whatever is made at a first use

@@ -124,20 +124,39 @@ def make_practice(
     return maker.practice(practice_of(sheet, documents))
 
 
-def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> tuple[list[Exercise], int, float]:
-    """Some exercises about the longest stretch; how many questions a round tries, and seconds that one of these took.
+class Tried(NamedTuple):
+    """Some exercises about the longest stretch, what they say of practice, and of practice's end when time is up.
 
-    Raises as `make_practice`.
+    questions
+        of the exercises; the others are texts.
+    each_round
+        questions that a round tries.
+    tried, seconds
+        questions that the model wrote here, and what they took.
+    rest
+        seconds that texts and asides took on top of these, which come when the time for questions is up.
     """
+
+    exercises: list[Exercise]
+    questions: int
+    each_round: int
+    tried: int
+    seconds: float
+    rest: float
+
+
+def try_out(model: LoadedModel, layout: ChatLayout, sheet: Sheet) -> Tried:
+    """What practice will be like, from a few questions. Raises as `make_practice`."""
     stretches = _stretches(_told(sheet))
     exam = Exam(model, layout, sheet.task, resident=sheet.resident, form=sheet.manifest.form)
     maker = _Maker(exam, stretches, 0)
     longest = max(stretches, key=lambda stretch: len(stretch.text))
     maker.take([longest], 0, _FIRST)
+    seconds = time.monotonic() - maker.began
     made = maker.practice(practice_of(sheet))
-    each = made.seconds / max(1, maker.tried)  # with its share of the asides
     sentences = sum(_says(sentence) for stretch in stretches for sentence in SENTENCE.split(stretch.text))
-    return [*made.questions, *made.texts], maker.at_once * sentences, each
+    exercises, rest = [*made.questions, *made.texts], made.seconds - seconds
+    return Tried(exercises, len(made.questions), maker.at_once * sentences, made.tried, seconds, rest)
 
 
 def _stretches(documents: Sequence[Document]) -> list[Passage]:

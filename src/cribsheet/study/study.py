@@ -37,6 +37,8 @@ _MOST_HELD, _HELD = 48, 0.1
 PRACTICE, _LATEST = 0.35, 0.6  # shares of the time in which practice is made, and if there is too little of it
 _TOKENS = 16  # of the corpus for a question: where there are fewer questions, there is too little practice
 MOST_STEPS = 1000  # more than that only repeats
+USUAL_STEPS, FEW_STEPS = 150, 75  # in which hundreds of questions are learnt (decisions/0028), and too few for much
+_TIMED = 3  # steps after which it is known what one takes: the first are slow
 _BETTER = 0.02  # share of its divergence before by which a sheet must become better to be taken
 _SAVED_EVERY = 30.0  # seconds
 
@@ -52,6 +54,8 @@ class Study:
         others are `asides`, about other things.
     tried
         questions that the model wrote.
+    usual_minutes
+        those that a study of `USUAL_STEPS` steps would take, if they took as long as these did; 0 if none was made.
     before, after
         divergence on what was held out, in nats a token, of the sheet as it was and as it is now.
     steps
@@ -71,6 +75,7 @@ class Study:
     seed: int
     seconds: float
     asides: int = 0
+    usual_minutes: float = 0.0
 
     @property
     def learnt(self) -> bool:
@@ -81,8 +86,35 @@ class Study:
         """In a line."""
         came = f"{self.questions} questions, {self.steps} steps, {self.seconds:.0f} s"
         if not self.learnt:
-            return f"nothing learnt ({came}): divergence on held-out questions stayed at {self.before:.3f}"
+            few = f"; {few_steps(self.steps, self.usual_minutes)}" if self.steps < FEW_STEPS else ""
+            return (
+                f"nothing learnt ({came}): divergence on held-out questions stayed at {self.before:.3f}, and the sheet "
+                f"is as it was{few}"
+            )
         return f"divergence on {self.held_out} held-out questions {self.before:.3f} -> {self.after:.3f} ({came})"
+
+
+def few_steps(steps: int, minutes: float) -> str:
+    """What to say of so few, where the usual number takes so many minutes, or it is not known how many."""
+    way = f"minutes={math.ceil(minutes)} or so" if minutes else "more minutes"
+    return f"too few steps ({steps}, where some {USUAL_STEPS} are usual): give {way} for those"
+
+
+def practice_seconds(seconds: float, enough: float) -> float:
+    """Those of a study's `seconds` that practice takes, if it has questions enough after so many."""
+    return min(max(enough, seconds * PRACTICE), seconds * _LATEST)
+
+
+def usual_seconds(step: float, enough: float) -> float:
+    """Those in which a study has time for the usual steps, of so many seconds each, beside its practice."""
+    steps = USUAL_STEPS * step
+    return min(steps / (1 - _LATEST), max(steps + enough, steps / (1 - PRACTICE)))
+
+
+def questions_wanted(sheet: Sheet, documents: Sequence[str] = ()) -> int:
+    """How many questions are enough for a sheet's documents, or for some of them: for fewer, practice takes longer."""
+    sizes = [each.tokens for each in sheet.manifest.documents if not documents or each.id in documents]
+    return max(LEAST_QUESTIONS, sum(sizes) // _TOKENS)
 
 
 class StudyOptions(TypedDict, total=False):
@@ -143,7 +175,8 @@ def study(
     state = (notebook.state(trainer.shifts) if notebook else None) or trainer.begin()
     seconds = math.inf if minutes is None else max(1.0, 60 * minutes - spent)
     pace = Pace(MOST_STEPS if steps is None else steps, seconds, learning_rate)
-    trainer.run(state, pace, _teller(pace, told, notebook))
+    enough = spent * questions_wanted(sheet, documents) / len(exercises.questions)
+    trainer.run(state, pace, _teller(pace, told, notebook, enough))
     before = state.curve[0][1]  # of the best continuations alone, so where a sheet holds all it may be below zero
     learnt = state.best_step > 0 and state.lowest < before - _BETTER * abs(before)
     came = Study(
@@ -160,6 +193,7 @@ def study(
         learning_rate=learning_rate,
         seed=seed,
         seconds=spent + state.seconds,
+        usual_minutes=_usual_minutes(state.seconds / state.step, enough) if state.step else 0.0,
     )
     logger.info("%s", came)
     if notebook:
@@ -187,7 +221,6 @@ def practise(
     """
     told = progress or (lambda what, share: None)
     documents = _ids(documents)
-    sizes = [each.tokens for each in session.sheet.manifest.documents if not documents or each.id in documents]
     path, of = resume and Path(resume), identity_digest({"of": practice_of(session.sheet, documents), "seed": seed})
     draft = read_draft(path, of) if path else None
     began = time.monotonic() - (draft.seconds if draft else 0.0)
@@ -200,7 +233,7 @@ def practise(
         seed=seed,
         until=ends[0],
         latest=ends[1],
-        least=max(LEAST_QUESTIONS, sum(sizes) // _TOKENS),
+        least=questions_wanted(session.sheet, documents),
         documents=documents,
         tell=lambda share: told("practice", share),
         draft=draft,
@@ -269,17 +302,34 @@ def _parted(questions: Sequence[Exercise], seed: int) -> tuple[list[Exercise], l
     return mixed[:held], mixed[held:]
 
 
-def _teller(pace: Pace, told: Told, notebook: Notebook | None) -> Callable[[State], None]:
+def _usual_minutes(step: float, enough: float) -> float:
+    """Those of the usual steps of so many seconds; what is practised on is there already if it took nothing."""
+    return (usual_seconds(step, enough) if enough else USUAL_STEPS * step) / 60
+
+
+def _teller(pace: Pace, told: Told, notebook: Notebook | None, enough: float) -> Callable[[State], None]:
+    """Hears of each step; warns once if too few will be made in the time that is left."""
     saved = time.monotonic()
+    taken: list[float] = []  # seconds when the last steps ended
 
     def tell(state: State) -> None:
         nonlocal saved
         told("training", pace.progress(state))
+        taken.append(state.seconds)
+        if len(taken) == _TIMED:
+            _warn_of_few(state, pace, taken[-1] - taken[-2], enough)
         if notebook and time.monotonic() - saved >= _SAVED_EVERY:
             notebook.write_state(state)
             saved = time.monotonic()
 
     return tell
+
+
+def _warn_of_few(state: State, pace: Pace, step: float, enough: float) -> None:
+    """Log a warning if time ends a study, of steps of so many seconds, before it can have learnt much."""
+    steps = state.step + int((pace.seconds - state.seconds) / max(step, 1e-9)) if math.isfinite(pace.seconds) else None
+    if steps is not None and steps < min(FEW_STEPS, pace.steps):
+        logger.warning("a step takes %.1f s: %s", step, few_steps(steps, _usual_minutes(step, enough)))
 
 
 def check(minutes: float | None, steps: int | None, backbone: Backbone) -> None:

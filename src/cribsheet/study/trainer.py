@@ -123,10 +123,13 @@ class Trainer:
         return [shift for each in self.learnt if each is not None for shift in each.shifts]
 
     def begin(self) -> State:
-        """The state before the first step."""
+        """The state before the first step; what is held out was tried already."""
+        began = time.monotonic()
         nothing = [torch.zeros_like(shift) for shift in self.shifts]
         moments = [torch.zeros_like(shift) for shift in self.shifts for _ in range(2)]
-        return State(nothing, moments, [each.clone() for each in nothing], curve=[(0, self.divergence(self.held))])
+        state = State(nothing, moments, [each.clone() for each in nothing], curve=[(0, self.divergence(self.held))])
+        state.seconds = time.monotonic() - began
+        return state
 
     def run(self, state: State, pace: Pace, tell: Callable[[State], None] = lambda state: None) -> State:
         """Go on from a state until the pace says that it is enough, or nothing comes; `tell` hears of each step."""
