@@ -82,7 +82,8 @@ class Rung(BaseModel):
     def chance(self) -> float:
         """How probable it is that a sheet which is no better gains so many of those probes or more: the sign test."""
         differing = self.gained + self.lost
-        return sum(comb(differing, count) for count in range(self.gained, differing + 1)) / 2**differing
+        chance: float = sum(comb(differing, count) for count in range(self.gained, differing + 1)) / 2**differing
+        return chance
 
     @property
     def share(self) -> float:
