@@ -464,7 +464,7 @@ def test_the_command_line_recalls_and_says_what(tmp_path, capsys):
     assert run([*asking[0], "--retriever", "sheet", "--top-k", "1", "--sources"]) == 0
     assert "  retrieved  " in capsys.readouterr().out
     assert run(asking[1]) == 2
-    assert "archive=True" in capsys.readouterr().err
+    assert "--archive" in capsys.readouterr().err
     assert run([*asking[1], "--no-archive", "sheet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mode"] == "sheet"
 
