@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,15 @@ def family(request: pytest.FixtureRequest) -> Backbone:
 def an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder in which a test works."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Of this process and of threads that start in it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -16,15 +16,6 @@ import torch
 from cribsheet.kernels.threads import one_thread, pays_to_divide
 
 
-@pytest.fixture
-def two_threads():
-    """Of this process and of threads that start in it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def in_a_new_thread(call: Callable[[], Any]) -> Any:
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(call()))

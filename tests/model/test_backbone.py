@@ -344,15 +344,6 @@ def test_weights_that_nobody_changes_are_sampled_once_and_again_afterwards():
     assert backbone.weight_samples() is not backbone.weight_samples()
 
 
-@pytest.fixture
-def two_threads():
-    """Of this process and of threads that start in it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def threads_reading(backbone, tokens):
     """How many threads make each layer's part of a read."""
     seen = []
