@@ -65,11 +65,12 @@ def be_patient(closing: threading.Event) -> None:
 def give_way() -> None:
     """Wait while somebody is answered, if this thread is patient, and as long as it is."""
     patience = getattr(_this, "patience", 0.0)
+    if not patience:
+        return
     began = time.monotonic()
     while _answering and time.monotonic() - began < patience and not _this.closing.wait(_GLANCE):
         pass
-    if patience:
-        _this.patience = max(0.0, patience - (time.monotonic() - began))
+    _this.patience = max(0.0, patience - (time.monotonic() - began))
 
 
 def agrees(path: str, check: Callable[[], Mapping[str, float]], bound: float) -> bool:

@@ -291,10 +291,8 @@ def _check_sizes(rate: float | None, budget: int | None, retain: float | None) -
 
 
 def _check_study(minutes: float | None, steps: int | None, *, elsewhere: bool) -> None:
-    """Refuse a study that makes no sense, before a model is loaded."""
-    if minutes is None and steps is None:
-        return
-    if elsewhere:
+    """Refuse a study where the sheet is not built here, before a model is loaded."""
+    if elsewhere and (minutes is not None or steps is not None):
         misuse("--study is for a build here; build without it, and `cribsheet study` the sheet, or its --dry-run")
 
 

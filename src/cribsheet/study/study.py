@@ -327,8 +327,10 @@ def _teller(pace: Pace, told: Told, notebook: Notebook | None, enough: float) ->
 
 def _warn_of_few(state: State, pace: Pace, step: float, enough: float) -> None:
     """Log a warning if time ends a study, of steps of so many seconds, before it can have learnt much."""
-    steps = state.step + int((pace.seconds - state.seconds) / max(step, 1e-9)) if math.isfinite(pace.seconds) else None
-    if steps is not None and steps < min(FEW_STEPS, pace.steps):
+    if math.isinf(pace.seconds):
+        return
+    steps = state.step + int((pace.seconds - state.seconds) / max(step, 1e-9))
+    if steps < min(FEW_STEPS, pace.steps):
         logger.warning("a step takes %.1f s: %s", step, few_steps(steps, _usual_minutes(step, enough)))
 
 
